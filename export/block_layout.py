@@ -1,0 +1,78 @@
+"""What a network must look like to be exported: the block layout of Stable Diffusion 1.5 and 2.1-base, at any width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from magicface_rt.errors import CheckpointError
+
+from .architectures import ARCHITECTURES, DOWN_BLOCKS, UP_BLOCKS
+
+__all__ = ["architecture_name", "check_configs"]
+
+
+def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse what is not Stable Diffusion 1.5's or 2.1-base's layout, naming what it is."""
+    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
+    where = f"checkpoint {path}: "
+    if unet.get("addition_embed_type") == "text_time":
+        raise CheckpointError(f"{where}the U-Net is Stable Diffusion XL's; expected SD1.5's or SD2.1-base's layout")
+    channels_in = unet.get("in_channels", 4)
+    if channels_in != 4:
+        kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model", 7: "an upscaler"}
+        raise CheckpointError(
+            f"{where}the U-Net takes {channels_in} channels ({kind.get(channels_in, 'of another model')}); "
+            "expected 4 latent channels"
+        )
+    expected = {
+        "_class_name": "UNet2DConditionModel",
+        "down_block_types": list(DOWN_BLOCKS),
+        "up_block_types": list(UP_BLOCKS),
+        "layers_per_block": 2,
+        "out_channels": 4,
+    }
+    defaults = {
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "transformer_layers_per_block": (1, [1, 1, 1, 1]),
+        "only_cross_attention": (False,),
+        "dual_cross_attention": (False,),
+        "addition_embed_type": (None,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "encoder_hid_dim": (None,),
+        "attention_type": ("default",),
+    }
+    for key, value in expected.items():
+        if unet.get(key) != value:
+            raise CheckpointError(
+                f"{where}the U-Net's {key} is {unet.get(key)!r}; expected Stable Diffusion's block layout: {value!r}"
+            )
+    for key, accepted in defaults.items():
+        if unet.get(key, accepted[0]) not in accepted:
+            raise CheckpointError(
+                f"{where}the U-Net's {key} is {unet[key]!r}; expected Stable Diffusion's layout: {accepted[0]!r}"
+            )
+    for key in ("block_out_channels", "attention_head_dim", "cross_attention_dim", "sample_size"):
+        if key not in unet:
+            raise CheckpointError(f"{where}the U-Net's config lacks {key}")
+    if vae.get("_class_name") != "AutoencoderKL" or len(vae.get("block_out_channels", ())) != 4:
+        raise CheckpointError(
+            f"{where}the VAE is {vae.get('_class_name')!r} of {len(vae.get('block_out_channels', ()))} blocks; "
+            "expected AutoencoderKL of 4"
+        )
+    if text.get("num_hidden_layers") is None or text.get("hidden_size") != unet["cross_attention_dim"]:
+        raise CheckpointError(
+            f"{where}the text encoder's width is {text.get('hidden_size')}; "
+            f"the U-Net expects {unet['cross_attention_dim']}"
+        )
+
+
+def architecture_name(unet: Mapping[str, Any]) -> str:
+    """Return the name of the known architecture that has this U-Net's widths, else "custom"."""
+    keys = ("block_out_channels", "attention_head_dim", "cross_attention_dim")
+    for name, known in ARCHITECTURES.items():
+        if all(unet.get(key) == known.unet[key] for key in keys):
+            return name
+    return "custom"

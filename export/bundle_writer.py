@@ -1,0 +1,149 @@
+"""Writing a bundle: graphs over one shared weights file, and a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from magicface_rt.bundle import FORMAT, MANIFEST, RUNTIMES, Bundle, Tensor, sha256
+from magicface_rt.errors import ExportError, OutputError
+
+from .graphs import Graph
+from .operators import bind
+
+WEIGHTS = "weights.bin"
+_ALIGNMENT = 4096
+_INLINE_BYTES = 1024
+"""Smaller tensors stay in the graph file: shapes and scalars that runtimes fold."""
+
+
+class WeightsFile:
+    """One file for the weights of all graphs; equal tensors are written once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream = path.open("wb")
+        self._places: dict[tuple[bytes, int], int] = {}
+
+    def externalize(self, model: ir.Model) -> None:
+        """Move the model's large initializers into the file, in place."""
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < _INLINE_BYTES:
+                continue
+            content = tensor.tobytes()
+            value.const_value = ir.ExternalTensor(
+                self.path.name,
+                self._place(content),
+                len(content),
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name,
+                base_dir=self.path.parent,
+            )
+
+    def _place(self, content: bytes) -> int:
+        key = (hashlib.sha256(content).digest(), len(content))
+        if key not in self._places:
+            self._stream.write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
+            self._places[key] = self._stream.tell()
+            self._stream.write(content)
+        return self._places[key]
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        if not self._stream.closed:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+
+
+class BundleWriter:
+    """A context in which a bundle is written into a hidden folder beside its place; `finish` renames it.
+
+    Leaving the context without `finish` removes everything.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out.absolute()
+        self.graphs: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> BundleWriter:
+        if os.path.lexists(self.out):
+            raise OutputError(f"output folder {self.out} exists. Choose another name, or remove it first.")
+        self.folder = self.out.parent / f".{self.out.name}.{uuid.uuid4().hex}.part"
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"output folder {self.out} cannot be made: {error}.") from error
+        self.weights = WeightsFile(self.folder / WEIGHTS)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.weights.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"output folder {self.out}: writing the bundle failed: {error}.") from error
+
+    def add_graph(self, graph: Graph, model: ir.Model) -> None:
+        """Write a traced graph: its weights into the shared file, one graph file for each runtime's bodies."""
+        self.weights.externalize(model)
+        self.weights.flush()
+        proto = ir.to_proto(model)
+        files = {}
+        for runtime in RUNTIMES:
+            bind(proto, runtime)
+            name = f"{graph.name}.{runtime}.onnx"
+            onnx.save_model(proto, str(self.folder / name))
+            files[runtime] = name
+        self.graphs[graph.name] = {
+            "inputs": [_entry(tensor) for tensor in graph.inputs],
+            "outputs": [_entry(tensor) for tensor in graph.outputs],
+            "files": files,
+        }
+
+    def add_file(self, name: str, text: str) -> None:
+        """Write another file of the bundle."""
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def write_manifest(self, manifest: dict[str, Any]) -> Bundle:
+        """Write bundle.json over the files that stand there now, and open the still hidden folder."""
+        self.weights.flush()
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(self.folder.iterdir())
+            if path.name != MANIFEST
+        }
+        content = {"format": FORMAT, **manifest, "graphs": self.graphs, "files": files}
+        with (self.folder / MANIFEST).open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        return Bundle.open(self.folder, check_hashes=False)
+
+    def finish(self) -> Bundle:
+        """Rename the folder to its place. Raises ExportError without a manifest, OutputError where that fails."""
+        if not (self.folder / MANIFEST).is_file():
+            raise ExportError("the bundle has no manifest yet")
+        self.weights.close()
+        try:
+            os.rename(self.folder, self.out)
+        except OSError as error:
+            raise OutputError(f"output folder {self.out}: {error}.") from error
+        return Bundle.open(self.out, check_hashes=False)
+
+
+def _entry(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}

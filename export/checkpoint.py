@@ -1,0 +1,225 @@
+"""Opening a checkpoint: a diffusers folder (Stable Diffusion 1.5 or 2.1-base layout) or a single-file SD1.5 checkpoint.
+
+Nothing is loaded by `Checkpoint.open`: it reads configs and the headers of the weight files and refuses what this
+package cannot run. Each component is then loaded by itself, so that no more than one need be in memory. Only
+safetensors are read, never a pickle, never the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from magicface_rt.errors import CheckpointError
+from magicface_rt.schedule import Schedule
+
+from .block_layout import architecture_name
+
+__all__ = ["MAX_LENGTH", "PICKLES", "Checkpoint", "State", "read_config", "read_safetensors"]
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
+MAX_LENGTH = 77
+
+State = dict[str, torch.Tensor]
+
+
+class Checkpoint(ABC):
+    """A checkpoint on disk whose configs have been checked and whose weights have not been read.
+
+    `path` is what was opened; `configs` are the diffusers configs by component.
+    """
+
+    path: Path
+    configs: Mapping[str, Mapping[str, Any]]
+
+    @staticmethod
+    def open(path: str | Path) -> Checkpoint:
+        """Open a diffusers folder or a single `.safetensors` file.
+
+        Raises CheckpointError: nothing there, a pickled or truncated file, a component missing, a network that is not
+        of Stable Diffusion's block layout (SDXL, inpainting, ...), a scheduler that does not predict the noise.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise CheckpointError(
+                f"checkpoint {path}: nothing there; "
+                "expected a diffusers folder or a single-file .safetensors checkpoint"
+            )
+        if path.is_dir():
+            from .diffusers_folder import FolderCheckpoint
+
+            return FolderCheckpoint(path)
+        if path.suffix.lower() in PICKLES:
+            raise CheckpointError(
+                f"checkpoint {path}: {path.suffix} files are pickles, which run code when they are read, "
+                "and are refused; get or make a .safetensors version"
+            )
+        if path.suffix.lower() != ".safetensors":
+            raise CheckpointError(
+                f"checkpoint {path}: found a file named {path.name!r}, "
+                "expected a diffusers folder or a .safetensors file"
+            )
+        from .single_file import SingleFileCheckpoint
+
+        return SingleFileCheckpoint(path)
+
+    @property
+    @abstractmethod
+    def weight_files(self) -> Sequence[Path]:
+        """The files that hold weights, in a fixed order."""
+
+    @abstractmethod
+    def _state(self, component: str) -> State:
+        """Read one component's weights, named as diffusers and the published checkpoints name them."""
+
+    @property
+    @abstractmethod
+    def tokenizer_json(self) -> str:
+        """The text of a tokenizer.json (format of the `tokenizers` wheel), without padding or truncation settings."""
+
+    @property
+    @abstractmethod
+    def pad_token_id(self) -> int:
+        """What a prompt is filled up with: SD1.5 <|endoftext|>, SD2.1 "!"."""
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """Tokens of an encoded prompt, start and end included."""
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The checkpoint's noise schedule; sampling is DDIM whatever scheduler class is named."""
+        return Schedule.from_config(dict(self.configs["scheduler"]))
+
+    @property
+    def vae_scaling_factor(self) -> float:
+        """Latents are the encoder's mean times this."""
+        return float(self.configs["vae"].get("scaling_factor", 0.18215))
+
+    @property
+    def text_width(self) -> int:
+        """Width D of the text embeddings [B, 77, D]."""
+        return int(self.configs["unet"]["cross_attention_dim"])
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """A summary for bundles and reports: kind of checkpoint, channels, heads, text width, native latent side."""
+        unet = self.configs["unet"]
+        heads = unet.get("num_attention_heads") or unet["attention_head_dim"]  # diffusers' name for the number of heads
+        channels = [int(width) for width in unet["block_out_channels"]]
+        return {
+            "name": architecture_name(unet),
+            "channels": channels,
+            "heads": [int(h) for h in heads] if isinstance(heads, list | tuple) else [int(heads)] * len(channels),
+            "text_width": self.text_width,
+            "latent_side": int(unet["sample_size"]),
+            "vae_channels": [int(width) for width in self.configs["vae"]["block_out_channels"]],
+            "text_layers": int(self.configs["text_encoder"]["num_hidden_layers"]),
+        }
+
+    def content_hash(self) -> str:
+        """SHA-256, as hex, over the names and bytes of the weight files."""
+        digest = hashlib.sha256()
+        root = self.path if self.path.is_dir() else self.path.parent
+        for file in self.weight_files:
+            name = file.relative_to(root).as_posix() if self.path.is_dir() else "single-file"
+            digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 22):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+        """Load the U-Net in evaluation mode, on the CPU.
+
+        Raises CheckpointError if weights are missing, unknown or of other shapes than the config says.
+        """
+        return self._load("unet", lambda config: UNet2DConditionModel.from_config(config), dtype)
+
+    def load_vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+        """Load the VAE in evaluation mode, on the CPU. Raises as `load_unet`."""
+        return self._load("vae", lambda config: AutoencoderKL.from_config(config), dtype)
+
+    def load_text_encoder(self, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
+        """Load the text encoder in evaluation mode, on the CPU. Raises as `load_unet`."""
+        return self._load("text_encoder", lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)), dtype)
+
+    def _load(self, component: str, build: Callable[[dict[str, Any]], Any], dtype: torch.dtype) -> Any:
+        """Build on the meta device and put the stored tensors in, so that the weights are in memory once."""
+        with torch.device("meta"):
+            model = build(dict(self.configs[component]))
+        state = _as_module_names(self._state(component), model.state_dict().keys())
+        _check_state(self.path, component, state, model.state_dict())
+        for name in list(state):
+            state[name] = state[name].to(dtype)
+        model.load_state_dict(state, strict=True, assign=True)
+        for module in model.modules():
+            if "position_ids" in module._buffers:  # not stored in checkpoints
+                length = module._buffers["position_ids"].shape[-1]
+                module._buffers["position_ids"] = torch.arange(length)[None]
+        return model.requires_grad_(False).eval()
+
+
+def read_safetensors(file: Path, keys: Sequence[str] | None = None) -> State:
+    """Read tensors of a file: all of them, or those named. Raises CheckpointError for a truncated or damaged file."""
+    try:
+        with safe_open(file, framework="pt") as stream:
+            return {key: stream.get_tensor(key) for key in (stream.keys() if keys is None else keys)}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"weights {file}: not a complete safetensors file ({error}); it may be truncated: fetch it again"
+        ) from error
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint file {file}: missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint file {file}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"checkpoint file {file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _check_state(path: Path, component: str, state: State, wanted: Mapping[str, torch.Tensor]) -> None:
+    missing = sorted(set(wanted) - set(state))
+    unknown = sorted(set(state) - set(wanted))
+    if missing or unknown:
+        which, names = ("lack", missing) if missing else ("have the unknown", unknown)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(f"checkpoint {path}: the weights of {component} {which} {', '.join(names[:3])}{more}")
+    for name, tensor in wanted.items():
+        if state[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"checkpoint {path}: {component} {name} has shape {list(state[name].shape)}; "
+                f"its config says {list(tensor.shape)}"
+            )
+
+
+def _as_module_names(state: State, wanted: Any) -> State:
+    """Rename to what the installed libraries call the tensors; the shapes and the numbers stay."""
+    attentions = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    nested = any(name.startswith("text_model.") for name in wanted)
+    renamed: State = {}
+    for name, tensor in state.items():
+        if name.endswith("position_ids"):
+            continue
+        bare = name.removeprefix("text_model.")
+        new = f"text_model.{bare}" if nested else bare
+        for old_part, new_part in attentions.items():  # published VAEs still have the names of old diffusers
+            new = new.replace(old_part, new_part)
+        renamed[new] = tensor
+    return renamed

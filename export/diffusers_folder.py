@@ -1,0 +1,145 @@
+"""A checkpoint as diffusers lays it out: a folder for each component, with a config and safetensors in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from magicface_rt.errors import CheckpointError
+
+from .block_layout import check_configs
+from .checkpoint import MAX_LENGTH, PICKLES, Checkpoint, State, read_config, read_safetensors
+from .tokenizer import END, build_tokenizer_json
+
+__all__ = ["FolderCheckpoint", "find_weights"]
+
+COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+class FolderCheckpoint(Checkpoint):
+    """A diffusers folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not any((path / name).is_dir() for name in COMPONENTS):
+            raise CheckpointError(
+                f"checkpoint {path}: not a diffusers folder; expected the folders {', '.join(COMPONENTS)}"
+            )
+        for component in COMPONENTS:
+            if not (path / component).is_dir():
+                raise CheckpointError(
+                    f"checkpoint {path}: the component {component!r} is missing; expected a folder of it"
+                )
+        self.configs = {
+            "unet": read_config(path / "unet" / "config.json"),
+            "vae": read_config(path / "vae" / "config.json"),
+            "text_encoder": read_config(path / "text_encoder" / "config.json"),
+            "scheduler": read_config(path / "scheduler" / "scheduler_config.json"),
+        }
+        check_configs(path, self.configs)
+        self._weights = {
+            "unet": find_weights(path / "unet", "diffusion_pytorch_model"),
+            "vae": find_weights(path / "vae", "diffusion_pytorch_model"),
+            "text_encoder": find_weights(path / "text_encoder", "model"),
+        }
+        for files in self._weights.values():
+            for file in files:
+                read_safetensors(file, keys=())
+        _ = self.schedule, self.tokenizer_json, self.pad_token_id
+
+    @property
+    def weight_files(self) -> Sequence[Path]:
+        return [file for component in sorted(self._weights) for file in self._weights[component]]
+
+    def _state(self, component: str) -> State:
+        state: State = {}
+        for file in self._weights[component]:
+            state.update(read_safetensors(file))
+        return state
+
+    @cached_property
+    def tokenizer_json(self) -> str:
+        folder = self.path / "tokenizer"
+        if (folder / "tokenizer.json").is_file():
+            return (folder / "tokenizer.json").read_text(encoding="utf-8")
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise CheckpointError(
+                    f"tokenizer {folder}: {name} is missing; expected tokenizer.json, or vocab.json and merges.txt"
+                )
+        vocabulary = read_config(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+        try:
+            return build_tokenizer_json(vocabulary, [(left, right) for left, right in pairs], pad_token=self._pad_token)
+        except Exception as error:  # the tokenizers wheel raises plain Exception
+            raise CheckpointError(
+                f"tokenizer {folder}: vocab.json and merges.txt do not fit together: {error}"
+            ) from error
+
+    @cached_property
+    def _pad_token(self) -> str:
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            file = self.path / "tokenizer" / name
+            token = read_config(file).get("pad_token") if file.is_file() else None
+            if token:
+                return str(token["content"] if isinstance(token, dict) else token)
+        return END
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        folder = self.path / "tokenizer"
+        try:
+            number = Tokenizer.from_str(self.tokenizer_json).token_to_id(self._pad_token)
+        except Exception as error:  # the tokenizers wheel raises plain Exception
+            raise CheckpointError(f"tokenizer {folder}: tokenizer.json cannot be read: {error}") from error
+        if number is None:
+            raise CheckpointError(f"tokenizer {folder}: its padding token {self._pad_token!r} is not in its vocabulary")
+        return int(number)
+
+    @property
+    def max_length(self) -> int:
+        file = self.path / "tokenizer" / "tokenizer_config.json"
+        stored = read_config(file).get("model_max_length", MAX_LENGTH) if file.is_file() else MAX_LENGTH
+        return min(int(stored), MAX_LENGTH)
+
+
+def find_weights(folder: Path, stem: str) -> tuple[Path, ...]:
+    """Return the safetensors files of a component: one file, or shards by their index.
+
+    `.fp16` variants are taken where only they exist.
+
+    Raises CheckpointError if there are none, naming pickles if those are all there is.
+    """
+    for variant in ("", ".fp16"):
+        file = folder / f"{stem}{variant}.safetensors"
+        if file.is_file():
+            return (file,)
+        for index in (
+            folder / f"{stem}.safetensors.index{variant}.json",
+            folder / f"{stem}{variant}.safetensors.index.json",
+        ):
+            if index.is_file():
+                return _shards(folder, index)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"checkpoint component {folder}: its weights exist only as pickles ({', '.join(pickles)}), "
+            f"which run code when they are read, and are refused; expected {stem}.safetensors"
+        )
+    raise CheckpointError(f"checkpoint component {folder}: no weights; expected {stem}.safetensors")
+
+
+def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
+    names = sorted(set(read_config(index).get("weight_map", {}).values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"checkpoint index {index}: shard {name!r} is not a plain file name")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"checkpoint index {index}: shard {name} is missing")
+    if not names:
+        raise CheckpointError(f"checkpoint index {index}: it names no shards")
+    return tuple(folder / name for name in names)

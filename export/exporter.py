@@ -1,0 +1,215 @@
+"""From a checkpoint to a bundle: trace each graph, write it, compare it with PyTorch, and only then show the folder."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from magicface_rt.bundle import Bundle
+from magicface_rt.errors import OptionError
+from magicface_rt.schedule import Schedule
+
+from .attention import DEFAULT_INJECTION_LAYERS, SELF_ATTENTIONS
+from .bundle_writer import BundleWriter
+from .checkpoint import Checkpoint
+from .graph_parity import Expected, GraphParity, compare_graph, expected_outputs
+from .graphs import DenoiseStep, Form, Graph, ReferenceKV, TextEncoder, VaeDecoder, VaeEncoder, injected
+from .operators import GROUPS
+from .tracing import trace
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Report = Callable[[str], object]
+"""Called with a line on what is being done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What is fixed when a bundle is made.
+
+    dtype               "fp32" (CPU), "fp16", "bf16" (GPUs): of weights and activations
+    height, width       pixels, multiples of 64; None: the checkpoint's own size
+    injection_layers    self-attentions that see references, of 0..15
+    concepts            1..6, concepts of a request
+    references          references of a request, all concepts together
+    images              images computed together
+    expected_mask_share part of a reference inside its mask; engines are tuned for it
+
+    Raises `OptionError` for a value out of range.
+    """
+
+    dtype: str = "fp32"
+    height: int | None = None
+    width: int | None = None
+    injection_layers: Sequence[int] = DEFAULT_INJECTION_LAYERS
+    concepts: int = GROUPS - 1
+    references: int = 6
+    images: int = 4
+    expected_mask_share: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise OptionError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size is not None and (size < 64 or size % 64 or size > 4096):
+                raise OptionError(f"{name} is {size} pixels, expected a multiple of 64 from 64 to 4096.")
+        layers = tuple(sorted(set(self.injection_layers)))
+        if not layers or layers[0] < 0 or layers[-1] >= SELF_ATTENTIONS:
+            raise OptionError(
+                f"injection_layers are {list(self.injection_layers)}, expected numbers from 0 to {SELF_ATTENTIONS - 1}."
+            )
+        object.__setattr__(self, "injection_layers", layers)
+        for name, high in (("concepts", GROUPS - 1), ("references", 64), ("images", 64)):
+            if not 1 <= getattr(self, name) <= high:
+                raise OptionError(f"{name} is {getattr(self, name)}, expected 1 to {high}.")
+        if not 0 < self.expected_mask_share <= 1:
+            raise OptionError(f"expected_mask_share is {self.expected_mask_share}, expected above 0, up to 1.")
+
+
+def export_bundle(
+    checkpoint: Checkpoint, out: str | Path, options: ExportOptions | None = None, *, report: Report = lambda _: None
+) -> Bundle:
+    """Export all five graphs of a checkpoint.
+
+    One component is in memory at a time. Every graph is compared with PyTorch before the bundle appears.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ExportError: a graph could not be traced.
+        ParityError: a graph does not compute what PyTorch does; no bundle is left behind.
+        OutputError: `out` exists or cannot be written.
+    """
+    options = options or ExportOptions()
+    form = _form(checkpoint, options)
+    dtype = form.dtype
+
+    def components() -> Iterator[Callable[[], Graph]]:
+        yield lambda: TextEncoder(checkpoint.load_text_encoder(dtype), form)
+        yield lambda: VaeEncoder(checkpoint.load_vae(dtype), form)
+        yield lambda: VaeDecoder(checkpoint.load_vae(dtype), form)
+        yield lambda: ReferenceKV(checkpoint.load_unet(dtype), form, options.injection_layers)
+        yield lambda: DenoiseStep(checkpoint.load_unet(dtype), form, options.injection_layers)
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(checkpoint.configs["unet"]))
+    manifest = {
+        **_manifest(unet, form, options, checkpoint.schedule),
+        "architecture": checkpoint.architecture["name"],
+        "checkpoint_hash": checkpoint.content_hash(),
+        "vae_scaling_factor": checkpoint.vae_scaling_factor,
+        "tokenizer": {
+            "file": "tokenizer.json",
+            "pad_token_id": checkpoint.pad_token_id,
+            "max_length": checkpoint.max_length,
+        },
+    }
+    vocabulary = int(checkpoint.configs["text_encoder"]["vocab_size"])
+    with BundleWriter(Path(out)) as writer:
+        writer.add_file("tokenizer.json", checkpoint.tokenizer_json)
+        return _write(writer, components(), manifest, vocabulary, report)
+
+
+def export_unet_bundle(
+    load_unet: Callable[[], UNet2DConditionModel],
+    out: str | Path,
+    options: ExportOptions,
+    *,
+    schedule: Schedule,
+    report: Report = lambda _: None,
+) -> Bundle:
+    """Export `reference_kv` and `denoise_step` of a U-Net alone, as recordings hold it. Raises as `export_bundle`."""
+    unet = load_unet()
+    side = 8 * int(unet.config.sample_size)
+    form = Form(
+        height=options.height or side,
+        width=options.width or side,
+        vae_factor=8,
+        dtype=DTYPES[options.dtype],
+        text_width=int(unet.config.cross_attention_dim),
+    )
+
+    def components() -> Iterator[Callable[[], Graph]]:
+        yield lambda: ReferenceKV(unet.to(form.dtype), form, options.injection_layers)
+        yield lambda: DenoiseStep(unet.to(form.dtype), form, options.injection_layers)
+
+    manifest = {
+        **_manifest(unet, form, options, schedule),
+        "architecture": "unet",
+        "checkpoint_hash": "",
+        "vae_scaling_factor": 1.0,
+        "tokenizer": {},
+    }
+    with BundleWriter(Path(out)) as writer:
+        return _write(writer, components(), manifest, 1, report)
+
+
+def _write(
+    writer: BundleWriter,
+    components: Iterator[Callable[[], Graph]],
+    manifest: dict[str, Any],
+    vocabulary: int,
+    report: Report,
+) -> Bundle:
+    expected: list[Expected] = []
+    for make in components:
+        graph = make().eval().requires_grad_(False)
+        report(f"{graph.name}: tracing")
+        writer.add_graph(graph, trace(graph))
+        report(f"{graph.name}: running in PyTorch")
+        expected.append(expected_outputs(graph, vocabulary))
+        del graph, make
+        gc.collect()
+    hidden = writer.write_manifest({**manifest, "parity": {}})
+    parity: dict[str, GraphParity] = {}
+    for one in expected:
+        report(f"{one.graph}: comparing with PyTorch")
+        parity[one.graph] = compare_graph(hidden, one)
+    writer.write_manifest({**manifest, "parity": {name: p.to_json() for name, p in parity.items()}})
+    return writer.finish()
+
+
+def _form(checkpoint: Checkpoint, options: ExportOptions) -> Form:
+    vae_factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)
+    side = vae_factor * int(checkpoint.configs["unet"]["sample_size"])
+    return Form(
+        height=options.height or side,
+        width=options.width or side,
+        vae_factor=vae_factor,
+        dtype=DTYPES[options.dtype],
+        text_width=checkpoint.text_width,
+    )
+
+
+def _manifest(unet: UNet2DConditionModel, form: Form, options: ExportOptions, schedule: Schedule) -> dict[str, Any]:
+    layers = injected(unet, options.injection_layers)
+    return {
+        "dtype": form.dtype_name,
+        "height": form.height,
+        "width": form.width,
+        "vae_factor": form.vae_factor,
+        "latent_channels": form.latent_channels,
+        "text_width": form.text_width,
+        "injection_layers": [
+            {"index": x.index, "factor": x.factor, "num_heads": x.num_heads, "width": x.width} for x in layers
+        ],
+        "limits": {
+            "concepts": options.concepts,
+            "references": options.references,
+            "images": options.images,
+            "kept_tokens": {
+                str(factor): options.references * (form.rows // factor) * (form.columns // factor)
+                for factor in sorted({x.factor for x in layers})
+            },
+        },
+        "expected_mask_share": options.expected_mask_share,
+        "scheduler": schedule.to_config(),
+        "exporter": {name: version(name) for name in ("magicface_rt", "torch", "diffusers", "onnx", "onnxscript")},
+    }

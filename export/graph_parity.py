@@ -1,0 +1,193 @@
+"""Is a graph in a bundle what its PyTorch module is? Asked of every graph at the end of an export.
+
+The module runs in float32, with the weights as the bundle holds them; the graph runs on ONNX Runtime's CPU provider.
+For 16-bit bundles the yardstick is measured, not chosen: the distance between the same PyTorch module run in 16 bits
+and in float32 on the same inputs. A graph passes within twice that distance (plus float32's own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from magicface_rt.backends import OnnxRuntime
+from magicface_rt.bundle import Bundle
+from magicface_rt.errors import BackendError, NonFiniteError, ParityError
+
+from .graphs import DenoiseStep, Graph
+from .guidance import SemanticGuidance
+from .samples import sample_inputs
+from .tracing import torch_inputs
+
+FLOAT32_TOLERANCE = 5e-5
+"""Relative 2-norm. Between float32 PyTorch and float32 ONNX Runtime 1e-6 to 6e-6 was seen on the recorded models."""
+
+SAME_STEP_TOLERANCE = 1e-5
+"""Guidance and the DDIM step, recomputed from the graph's own predictions and labels."""
+
+NEAR_TIE = 1e-4
+"""Cells whose margin is below this may have another label under other arithmetic."""
+
+PARITY_SIZES = {"B": 2, "R": 2, "K": 1, "M1": 37, "M2": 23, "M4": 13, "M8": 6}
+"""Other sizes than the traced ones, so that nothing traced as a constant goes unseen."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A module's outputs on seeded inputs: in float32, and `floor`, how far 16-bit PyTorch is from them."""
+
+    graph: str
+    inputs: Arrays
+    outputs: Arrays
+    floor: Mapping[str, float]
+    step: SemanticGuidance | None
+
+
+@dataclass(frozen=True)
+class GraphParity:
+    """How far a graph is from PyTorch. `errors`: relative 2-norm for each output; `note`: what was not run and why."""
+
+    graph: str
+    errors: Mapping[str, float]
+    tolerance: Mapping[str, float]
+    flipped_cells: int = 0
+    near_ties: int = 0
+    note: str = ""
+
+    def failures(self) -> list[str]:
+        """What is out of tolerance, in words."""
+        found = [
+            f"{name}: relative error {error:.2e}, allowed {self.tolerance[name]:.2e}"
+            for name, error in self.errors.items()
+            if not error <= self.tolerance[name]
+        ]
+        if self.flipped_cells > self.near_ties:
+            found.append(f"{self.flipped_cells - self.near_ties} labels differ in cells that are no near-ties")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "errors": dict(self.errors),
+            "tolerance": dict(self.tolerance),
+            "flipped_cells": self.flipped_cells,
+            "near_ties": self.near_ties,
+            "note": self.note,
+        }
+
+
+def expected_outputs(graph: Graph, vocabulary: int) -> Expected:
+    """Run a module on seeded inputs. A 16-bit module is turned into float32 on the way and stays so."""
+    sizes = dict(PARITY_SIZES) if not isinstance(graph, DenoiseStep) else {**PARITY_SIZES, "B": 1}
+    inputs = sample_inputs(graph.inputs, sizes, seed=1, vocabulary=vocabulary)
+    names = [tensor.name for tensor in graph.outputs]
+    # Inputs that enter in 16 bits are rounded first, so that both runs see the same.
+    arguments = torch_inputs(graph, inputs)
+    for tensor, value in zip(graph.inputs, _flat(arguments), strict=True):
+        inputs[tensor.name] = _numpy(value) if tensor.dtype != "bfloat16" else inputs[tensor.name]
+    floor: dict[str, float] = {}
+    rounded: Arrays = {}
+    with torch.no_grad():
+        if next(graph.parameters()).dtype != torch.float32:
+            rounded = dict(zip(names, map(_numpy, _tuple(graph(*arguments))), strict=True))
+            graph.float()
+            graph.dtype = torch.float32
+            arguments = graph.arguments([v.float() if v.is_floating_point() else v for v in _flat(arguments)])
+        outputs = dict(zip(names, map(_numpy, _tuple(graph(*arguments))), strict=True))
+    for name, array in rounded.items():
+        if array.dtype.kind == "f":
+            floor[name] = relative_error(array, outputs[name])
+    step = graph.guidance if isinstance(graph, DenoiseStep) else None
+    return Expected(graph.name, inputs, outputs, floor, step)
+
+
+def compare_graph(bundle: Bundle, expected: Expected) -> GraphParity:
+    """Run a graph of a bundle on ONNX Runtime and compare.
+
+    Raises:
+        ParityError: out of tolerance, or not finite; the message names the graph, the output and both figures.
+    """
+    if bundle.dtype == "bfloat16":
+        return GraphParity(expected.graph, {}, {}, note="not run: ONNX Runtime's CPU provider has no bfloat16 kernels")
+    contract = bundle.graph(expected.graph)
+    inputs = {t.name: expected.inputs[t.name].astype(t.dtype) for t in contract.inputs}
+    try:
+        outputs = OnnxRuntime("cpu").load(bundle, expected.graph).run(inputs)
+    except NonFiniteError as error:
+        raise ParityError(str(error)) from error
+    except BackendError as error:
+        raise ParityError(f"graph {expected.graph}: cannot be compared with PyTorch: {error}") from error
+    parity = _judge_step(expected, outputs) if expected.step is not None else _judge(expected, outputs)
+    if failures := parity.failures():
+        raise ParityError(f"graph {expected.graph}: not what PyTorch computes: {'; '.join(failures)}.")
+    return parity
+
+
+def _judge(expected: Expected, outputs: Arrays) -> GraphParity:
+    errors = {name: relative_error(outputs[name], array) for name, array in expected.outputs.items()}
+    return GraphParity(expected.graph, errors, _tolerances(expected, errors))
+
+
+def _judge_step(expected: Expected, outputs: Arrays) -> GraphParity:
+    """`denoise_step`: predictions against PyTorch's, labels where they are no near-ties, the rest recomputed."""
+    errors = {"eps": relative_error(outputs["eps"], expected.outputs["eps"])}
+    tolerance = _tolerances(expected, errors)
+    near = NEAR_TIE
+    if expected.floor:  # labels of a 16-bit graph may differ wherever 16-bit PyTorch is unsure as well
+        near = max(NEAR_TIE, 4 * expected.floor["token_margin"], 4 * expected.floor["foreground_margin"])
+    flipped = near_ties = 0
+    foreground = expected.outputs["foreground_margin"]
+    for differs, margin in (
+        (outputs["token_label"] != expected.outputs["token_label"], expected.outputs["token_margin"]),
+        ((outputs["foreground_margin"] > 0) != (foreground > 0), np.abs(foreground)),
+    ):
+        flipped += int(differs.sum())
+        near_ties += int((differs & (margin < near)).sum())
+    for name, array in _recomputed(expected, outputs).items():
+        errors[name] = relative_error(outputs[name], array)
+        tolerance[name] = SAME_STEP_TOLERANCE
+    return GraphParity(expected.graph, errors, tolerance, flipped, near_ties)
+
+
+def _recomputed(expected: Expected, outputs: Arrays) -> Arrays:
+    """Rate, next latents and region labels from the graph's own predictions and token labels."""
+    assert expected.step is not None
+    t = {name: torch.from_numpy(array) for name, array in {**expected.inputs, **outputs}.items() if name != "text"}
+    foreground = t["foreground_margin"] > 0
+    labelled = foreground | (t["foreground_only"][:, None, None] == 0)
+    group = torch.gather(t["token_group"], 1, t["token_label"].flatten(1)).reshape(t["token_label"].shape)
+    eps, rate = expected.step(
+        t["eps"][0], t["eps"][1], t["token_label"], labelled, foreground, t["guidance"], t["semantic_guidance"], 77
+    )
+    step = t["ddim"][:, :, None, None, None]
+    latents = step[:, 0] * t["latents"] + step[:, 1] * eps
+    region = torch.where(labelled, group, 0)
+    return {"latents_out": latents.numpy(), "rate": rate.numpy(), "region_label_out": region.numpy()}
+
+
+def _tolerances(expected: Expected, errors: Mapping[str, float]) -> dict[str, float]:
+    return {name: FLOAT32_TOLERANCE + 2 * expected.floor.get(name, 0.0) for name in errors}
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """2-norm of the difference over the 2-norm of what was expected, in float64."""
+    difference = np.linalg.norm(found.astype(np.float64).ravel() - expected.astype(np.float64).ravel())
+    return float(difference / max(np.linalg.norm(expected.astype(np.float64).ravel()), 1e-30))
+
+
+def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _tuple(outputs: Any) -> tuple[Any, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _flat(arguments: Any) -> list[Any]:
+    return [leaf for a in arguments for leaf in (_flat(a) if isinstance(a, list) else [a])]

@@ -1,0 +1,389 @@
+"""Recordings of the authors' implementation: folders with `case.json`, `inputs.npz`, `steps.npz`, and a U-Net beside.
+
+Everything that is needed to compute the recorded steps anew is taken from the case itself. A file that cannot be read,
+lacks something, or does not fit the others is refused with a `RecordingError` that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import UNet2DConditionModel
+
+from magicface_rt.errors import CheckpointError, OptionError, RecordingError
+from magicface_rt.schedule import Schedule
+
+Array = npt.NDArray[Any]
+
+TOKENS = 77
+LAYERS = 16
+_SCHEDULER = {  # what the schedule of this package does; a case that names another value was made by another sampler
+    "type": "DDIM",
+    "clip_sample": False,
+    "prediction_type": "epsilon",
+    "eta": 0.0,
+    "timestep_spacing": "leading",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """The case's allowed relative errors (2-norm) of one step that starts from the recorded latents."""
+
+    eps_u: float
+    eps_c: float
+    latents: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedInputs:
+    """`inputs.npz`: float32, masks bool."""
+
+    x_T: Array  # (1, 4, h, w)  # noqa: N815 - its name in the file
+    neg_embeds: Array  # (1, 77, D)
+    target_embeds: Array  # (1, 77, D)
+    ref_embeds: Array  # (R, 77, D)
+    ref_z0: Array  # (R, 4, h, w)
+    ref_noise: Array  # (T, R, 4, h, w)
+    ref_masks: Array  # (R, 128, 128) bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedSteps:
+    """`steps.npz`: what the original computed at every step; float32 unless said."""
+
+    timesteps: Array  # (T) int64
+    latents_in: Array  # (T, 1, 4, h, w)
+    eps_u: Array  # (T, 1, 4, h, w)
+    eps_c: Array  # (T, 1, 4, h, w)
+    eps_guided: Array  # (T, 1, 4, h, w)
+    latents_out: Array  # (T, 1, 4, h, w)
+    label: Array  # (T, h/2, w/2) int64
+    concept_mask: Array  # (T, N, h/2, w/2) bool
+    fore_mask: Array  # (T, h/2, w/2) bool
+    margin: Array  # (T, h/2, w/2)
+    fore_margin: Array  # (T, h/2, w/2)
+    rate: Array  # (T, h, w)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """One recorded case, checked.
+
+    A case whose arrays hold only the first steps of its run says so by a key `recorded_steps`. Reference r belongs to
+    concept r; references beyond the concepts are used in stage 1 only.
+    """
+
+    name: str
+    folder: Path
+    model: Path
+    steps: int
+    inject_step: int
+    start_step: int
+    end_step: int
+    guidance: float
+    ca_scale: float
+    semantic_guidance: bool
+    injection_layers: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]  # one token for each of the N concepts
+    weights: tuple[float, ...]  # (R)
+    schedule: Schedule
+    tolerance: Tolerance
+    free_run_latents: float | None  # None: the trajectory is not stable enough to be judged freely
+    inputs: RecordedInputs
+    recorded: RecordedSteps
+
+    @property
+    def free_run(self) -> bool:
+        """Whether the trajectory may be compared from x_T alone."""
+        return self.free_run_latents is not None
+
+    @property
+    def recorded_steps(self) -> int:
+        return len(self.recorded.timesteps)
+
+    @property
+    def concept_of_reference(self) -> tuple[int, ...]:
+        """The concept of each reference, -1 for references that have none."""
+        return tuple(r if r < len(self.tokens) else -1 for r in range(len(self.weights)))
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        height, width = self.inputs.x_T.shape[-2:]
+        return height, width
+
+    def stage(self, step: int) -> Literal["off", "rsa", "rba"]:
+        """The stage of a step: RBA after inject_step, but never at step 0, where there are no regions yet."""
+        if not self.start_step <= step < self.end_step:
+            return "off"
+        return "rba" if step > self.inject_step and step > 0 else "rsa"
+
+    @property
+    def stages(self) -> tuple[Literal["off", "rsa", "rba"], ...]:
+        return tuple(self.stage(step) for step in range(self.steps))
+
+    def load_unet(self) -> UNet2DConditionModel:
+        """The case's own U-Net, in float32 on the CPU, from its safetensors file."""
+        return load_unet(self.model)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Recording:
+        """Read and check a case folder. Raises `RecordingError`."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise RecordingError(f"recording {folder}: no such folder. Give the folder that holds case.json.")
+        case = _Case(_read_json(folder / "case.json"), folder / "case.json")
+        count, steps = case.whole("n_refs", least=0), case.whole("steps", least=1)
+        recorded_steps = case.whole("recorded_steps", least=1) if "recorded_steps" in case else steps
+        if recorded_steps > steps:
+            raise case.refused("recorded_steps", recorded_steps, f"at most steps, {steps}")
+        height, width = case.pair("latent_size")
+        tokens = case.whole_numbers("ref_index")
+        if any(not 0 <= token < TOKENS for token in tokens):
+            raise case.refused("ref_index", tokens, f"token positions 0..{TOKENS - 1}")
+        weights = case.numbers("mask_weights")
+        if len(weights) < count:
+            raise case.refused("mask_weights", weights, f"at least {count} numbers, one for each reference")
+        if height % 8 or width % 8:
+            raise case.refused("latent_size", [height, width], "multiples of 8")
+        if "mask_size" in case and case.pair("mask_size") != (height // 2, width // 2):
+            raise case.refused("mask_size", case["mask_size"], f"half of latent_size, {[height // 2, width // 2]}")
+
+        sizes = {
+            "T": recorded_steps,
+            "R": count,
+            "N": len(tokens),
+            "h": height,
+            "w": width,
+            "H": height // 2,
+            "W": width // 2,
+        }
+        inputs = _read_arrays(folder / "inputs.npz", _INPUTS, sizes)
+        recorded = _read_arrays(folder / "steps.npz", _STEPS, sizes)
+        if np.any(recorded["label"] < 0) or np.any(recorded["label"] >= TOKENS):
+            raise RecordingError(f"{folder / 'steps.npz'}: label holds values outside 0..{TOKENS - 1}.")
+
+        model = (folder / case.text("model")).resolve()
+        _check_model(model, text_width=sizes["D"])
+        limits = case.part("tolerance")
+        schedule = _schedule(case.part("scheduler"))
+        try:
+            schedule.timesteps(steps)
+        except OptionError as error:
+            raise case.refused("steps", steps, f"a number that the schedule can make ({error})") from error
+        return cls(
+            name=case.text("name") if "name" in case else folder.name,
+            folder=folder,
+            model=model,
+            steps=steps,
+            inject_step=case.whole("inject_step"),
+            start_step=case.whole("start_step") if "start_step" in case else 0,
+            end_step=case.whole("end_step") if "end_step" in case else steps,
+            guidance=case.number("guidance_scale"),
+            ca_scale=case.number("ca_scale"),
+            semantic_guidance=case.flag("use_rate"),
+            # the authors' code compares layer numbers, so one that no layer has does nothing
+            injection_layers=tuple(sorted({n for n in case.whole_numbers("layer_idx") if 0 <= n < LAYERS})),
+            tokens=tuple((token,) for token in tokens),
+            weights=tuple(weights[:count]),
+            schedule=schedule,
+            tolerance=Tolerance(**{name: limits.positive(name) for name in ("eps_u", "eps_c", "latents")}),
+            free_run_latents=case.positive("free_run_latents") if case.flag("free_run") else None,
+            inputs=RecordedInputs(**inputs),
+            recorded=RecordedSteps(**recorded),
+        )
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """A diffusers U-Net folder in float32 on the CPU; safetensors only. Raises `RecordingError`."""
+    _check_model(folder)
+    try:
+        unet = UNet2DConditionModel.from_pretrained(
+            str(folder), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # diffusers raises a dozen kinds
+        raise RecordingError(f"model {folder}: cannot be loaded as a UNet2DConditionModel: {error}") from error
+    return unet.eval()
+
+
+class _Case:
+    """The object in case.json, whose every value is asked for by kind. Raises `RecordingError` naming the key."""
+
+    def __init__(self, values: dict[str, Any], path: Path, prefix: str = "") -> None:
+        self.values, self.path, self.prefix = values, path, prefix
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self:
+            raise RecordingError(f"{self.path}: lacks {self.prefix}{key}.")
+        return self.values[key]
+
+    def refused(self, key: str, found: object, expected: str) -> RecordingError:
+        return RecordingError(f"{self.path}: {self.prefix}{key} is {found!r}, expected {expected}.")
+
+    def part(self, key: str) -> _Case:
+        if not isinstance(self[key], dict):
+            raise self.refused(key, self[key], "an object")
+        return _Case(self[key], self.path, f"{self.prefix}{key}.")
+
+    def text(self, key: str) -> str:
+        if not isinstance(self[key], str):
+            raise self.refused(key, self[key], "a string")
+        return self[key]
+
+    def flag(self, key: str) -> bool:
+        if not isinstance(self[key], bool):
+            raise self.refused(key, self[key], "true or false")
+        return self[key]
+
+    def whole(self, key: str, *, least: int | None = None) -> int:
+        value = self[key]
+        if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+            raise self.refused(key, value, "a whole number" + ("" if least is None else f" from {least}"))
+        return value
+
+    def number(self, key: str) -> float:
+        if not _is_number(self[key]):
+            raise self.refused(key, self[key], "a finite number")
+        return float(self[key])
+
+    def positive(self, key: str) -> float:
+        if self.number(key) <= 0:
+            raise self.refused(key, self[key], "a number above 0")
+        return float(self[key])
+
+    def numbers(self, key: str) -> list[float]:
+        if not isinstance(self[key], list) or not all(map(_is_number, self[key])):
+            raise self.refused(key, self[key], "a list of finite numbers")
+        return [float(value) for value in self[key]]
+
+    def whole_numbers(self, key: str) -> list[int]:
+        numbers = self.numbers(key)
+        if any(number != int(number) for number in numbers):
+            raise self.refused(key, self[key], "a list of whole numbers")
+        return [int(number) for number in numbers]
+
+    def pair(self, key: str) -> tuple[int, int]:
+        numbers = self.whole_numbers(key)
+        if len(numbers) != 2 or min(numbers) < 1:
+            raise self.refused(key, self[key], "two whole numbers, [height, width]")
+        return numbers[0], numbers[1]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _schedule(config: _Case) -> Schedule:
+    """The recorded schedule, with the steps offset that the original's pipeline really used."""
+    for key, expected in _SCHEDULER.items():
+        if key in config and config[key] != expected:
+            raise config.refused(key, config[key], repr(expected))
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset", "set_alpha_to_one")
+    try:
+        return Schedule(**{key: config[key] for key in keys})
+    except CheckpointError as error:
+        raise RecordingError(f"{config.path}: {error}") from error
+
+
+def _check_model(folder: Path, *, text_width: int | None = None) -> None:
+    """That the folder holds a U-Net's config and its weights as safetensors, for prompts of the recorded width."""
+    config = _read_json(folder / "config.json")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file():
+        raise RecordingError(f"{weights}: missing. Pickled weights are not read; convert them to safetensors.")
+    if text_width is not None and config.get("cross_attention_dim") != text_width:
+        raise RecordingError(
+            f"{folder / 'config.json'}: cross_attention_dim is {config.get('cross_attention_dim')!r}, expected "
+            f"{text_width}, the width of the recorded prompts."
+        )
+
+
+# name: (shape in the letters of this package, kind)
+_INPUTS = {
+    "x_T": ("1 4 h w", "float"),
+    "neg_embeds": ("1 77 D", "float"),
+    "target_embeds": ("1 77 D", "float"),
+    "ref_embeds": ("R 77 D", "float"),
+    "ref_z0": ("R 4 h w", "float"),
+    "ref_noise": ("T R 4 h w", "float"),
+    "ref_masks": ("R 128 128", "bool"),
+}
+_STEPS = {
+    "timesteps": ("T", "int"),
+    "latents_in": ("T 1 4 h w", "float"),
+    "eps_u": ("T 1 4 h w", "float"),
+    "eps_c": ("T 1 4 h w", "float"),
+    "eps_guided": ("T 1 4 h w", "float"),
+    "latents_out": ("T 1 4 h w", "float"),
+    "label": ("T H W", "int"),
+    "concept_mask": ("T N H W", "bool"),
+    "fore_mask": ("T H W", "bool"),
+    "margin": ("T H W", "float"),
+    "fore_margin": ("T H W", "float"),
+    "rate": ("T h w", "float"),
+}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordingError(f"{path}: missing. A recording is case.json, inputs.npz and steps.npz.") from None
+    except (OSError, ValueError) as error:
+        raise RecordingError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RecordingError(f"{path}: holds a {type(value).__name__}, expected an object.")
+    return value
+
+
+def _read_arrays(path: Path, wanted: Mapping[str, tuple[str, str]], sizes: dict[str, int]) -> dict[str, Array]:
+    """The arrays of an .npz, checked against shapes in letters; a letter not in `sizes` is learned at first use."""
+    arrays = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in wanted if name not in file.files]
+            if missing:
+                raise RecordingError(f"{path}: lacks {', '.join(missing)}.")
+            for name, (shape, kind) in wanted.items():
+                arrays[name] = _checked(file[name], path, name, shape, kind, sizes)
+    except FileNotFoundError:
+        raise RecordingError(f"{path}: missing. A recording is case.json, inputs.npz and steps.npz.") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise RecordingError(f"{path}: cannot be read: {error}") from error
+    return arrays
+
+
+def _checked(array: Array, path: Path, name: str, shape: str, kind: str, sizes: dict[str, int]) -> Array:
+    letters = shape.split()
+    if array.ndim != len(letters):
+        raise RecordingError(f"{path}: {name} has shape {list(array.shape)}, expected [{', '.join(letters)}].")
+    sizes_here = [int(letter) if letter.isdigit() else sizes.get(letter) for letter in letters]
+    if any(known not in (None, size) for known, size in zip(sizes_here, array.shape, strict=True)):
+        expected = [letter if known is None else known for letter, known in zip(letters, sizes_here, strict=True)]
+        shown = ", ".join(map(str, expected))
+        raise RecordingError(f"{path}: {name} has shape {list(array.shape)}, expected [{shown}] by case.json.")
+    sizes.update({letter: size for letter, size in zip(letters, array.shape, strict=True) if not letter.isdigit()})
+    if kind == "bool":
+        if array.dtype.kind not in "biu" or not np.all((array == 0) | (array == 1)):
+            raise RecordingError(f"{path}: {name} holds other values than 0 and 1.")
+        return array.astype(bool)
+    if array.dtype.kind not in {"float": "f", "int": "iu"}[kind]:
+        raise RecordingError(f"{path}: {name} is {array.dtype}, expected {kind}.")
+    if kind == "int":
+        return array.astype(np.int64)
+    if not np.all(np.isfinite(array)):
+        raise RecordingError(f"{path}: {name} holds NaN or infinity.")
+    return array.astype(np.float32)

@@ -1,0 +1,272 @@
+"""The exported folder: its manifest, its contract, and what is checked before anything of it is used.
+
+The form of `bundle.json` is specified in docs/bundle-format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError, CheckpointError
+from .schedule import Schedule
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+RUNTIMES = ("onnxruntime", "tensorrt")
+MAX_MANIFEST_BYTES = 1 << 20
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of a graph. `shape`: integers, and symbols for what may differ from call to call."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join(str(d) for d in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class GraphContract:
+    """Inputs and outputs of a graph, and its file for each runtime."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for. `kept_tokens` per factor is the largest number of reference tokens."""
+
+    concepts: int
+    references: int
+    images: int
+    kept_tokens: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class InjectionLayer:
+    """A self-attention that sees references: its grid is latents side / `factor`."""
+
+    index: int
+    factor: int
+    num_heads: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `hash` identifies its content: the SHA-256 of bundle.json, which holds every file's hash."""
+
+    path: Path
+    hash: str
+    architecture: str
+    checkpoint_hash: str
+    dtype: str
+    height: int
+    width: int
+    vae_factor: int
+    vae_scaling_factor: float
+    latent_channels: int
+    text_width: int
+    injection_layers: tuple[InjectionLayer, ...]
+    limits: Limits
+    expected_mask_share: float
+    schedule: Schedule
+    tokenizer: Mapping[str, Any]
+    graphs: Mapping[str, GraphContract]
+    files: Mapping[str, Mapping[str, Any]]
+    exporter: Mapping[str, str]
+    parity: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Height of the latents."""
+        return self.height // self.vae_factor
+
+    @property
+    def columns(self) -> int:
+        """Width of the latents."""
+        return self.width // self.vae_factor
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Grids of the injection layers, finest first."""
+        return tuple(sorted({layer.factor for layer in self.injection_layers}))
+
+    def grid(self, factor: int) -> tuple[int, int]:
+        """Rows and columns of the grid of latents side / `factor`."""
+        return self.rows // factor, self.columns // factor
+
+    def graph(self, name: str) -> GraphContract:
+        """The contract of a graph.
+
+        Raises:
+            BundleError: the bundle does not hold that graph (one made from a U-Net alone holds two of the five).
+        """
+        if name not in self.graphs:
+            raise BundleError(
+                f"bundle {self.path}: there is no graph {name!r}, only {', '.join(sorted(self.graphs))}. "
+                "Export a whole checkpoint to get all five."
+            )
+        return self.graphs[name]
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, check_hashes: bool = True, progress: Callable[[str], object] | None = None
+    ) -> Bundle:
+        """Read and check a bundle folder.
+
+        Sizes are always compared with the manifest; `check_hashes` also reads every file once (about a second per
+        gigabyte). `progress` is called with each file's name before it is read.
+
+        Raises:
+            BundleError: no bundle there, another format version, a missing, changed or foreign file.
+        """
+        folder = Path(path)
+        raw = _read_manifest(folder)
+        manifest = _parse(folder, raw)
+        try:
+            bundle = _from_manifest(folder, hashlib.sha256(raw).hexdigest(), manifest)
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+            raise BundleError(
+                f"bundle {folder}: {MANIFEST} does not have the expected form ({type(error).__name__}: {error}). "
+                "Export the bundle again."
+            ) from error
+        for name, entry in bundle.files.items():
+            if progress is not None:
+                progress(name)
+            _check_file(folder, name, entry, check_hashes)
+        return bundle
+
+
+def _read_manifest(folder: Path) -> bytes:
+    if not folder.is_dir():
+        raise BundleError(f"bundle {folder}: no such folder. Make one with `magicface-rt export CHECKPOINT --out DIR`.")
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        hint = " It looks like a checkpoint: export it first." if (folder / "model_index.json").is_file() else ""
+        raise BundleError(f"bundle {folder}: there is no {MANIFEST}, so this is not a bundle.{hint}")
+    try:
+        if manifest.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"bundle {folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes.")
+        return manifest.read_bytes()
+    except OSError as error:
+        raise BundleError(f"bundle {folder}: {MANIFEST} cannot be read: {error}.") from error
+
+
+def _parse(folder: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"bundle {folder}: {MANIFEST} is not valid JSON ({error}). Export the bundle again.") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise BundleError(
+            f"bundle {folder}: format version {found}, and this release reads up to {FORMAT}. "
+            "Upgrade magicface_rt, or export the bundle again with this release."
+        )
+    if found != FORMAT:
+        raise BundleError(f"bundle {folder}: format version {found!r}, expected {FORMAT}. Export the bundle again.")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def _from_manifest(folder: Path, digest: str, m: dict[str, Any]) -> Bundle:
+    graphs = {
+        name: GraphContract(
+            name,
+            tuple(_tensor(t) for t in g["inputs"]),
+            tuple(_tensor(t) for t in g["outputs"]),
+            {runtime: str(g["files"][runtime]) for runtime in RUNTIMES},
+        )
+        for name, g in m["graphs"].items()
+    }
+    files: dict[str, Mapping[str, Any]] = dict(m["files"])
+    for name in [*files, *(f for g in graphs.values() for f in g.files.values())]:
+        if not _FILE_NAME.fullmatch(name):
+            raise BundleError(f"bundle {folder}: {MANIFEST} names the file {name!r}; only plain file names are allowed.")
+    missing = {f for g in graphs.values() for f in g.files.values()} - files.keys()
+    if missing:
+        raise BundleError(f"bundle {folder}: {MANIFEST} has no hash for {', '.join(sorted(missing))}.")
+    limits = m["limits"]
+    return Bundle(
+        path=folder,
+        hash=digest,
+        architecture=str(m["architecture"]),
+        checkpoint_hash=str(m["checkpoint_hash"]),
+        dtype=str(m["dtype"]),
+        height=int(m["height"]),
+        width=int(m["width"]),
+        vae_factor=int(m["vae_factor"]),
+        vae_scaling_factor=float(m["vae_scaling_factor"]),
+        latent_channels=int(m["latent_channels"]),
+        text_width=int(m["text_width"]),
+        injection_layers=tuple(
+            InjectionLayer(int(x["index"]), int(x["factor"]), int(x["num_heads"]), int(x["width"]))
+            for x in m["injection_layers"]
+        ),
+        limits=Limits(
+            int(limits["concepts"]),
+            int(limits["references"]),
+            int(limits["images"]),
+            {int(f): int(n) for f, n in limits["kept_tokens"].items()},
+        ),
+        expected_mask_share=float(m["expected_mask_share"]),
+        schedule=Schedule.from_config(m["scheduler"]),
+        tokenizer=m["tokenizer"],
+        graphs=graphs,
+        files=files,
+        exporter=m["exporter"],
+        parity=m["parity"],
+    )
+
+
+def _tensor(entry: dict[str, Any]) -> Tensor:
+    return Tensor(str(entry["name"]), str(entry["dtype"]), tuple(entry["shape"]))
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: bool) -> None:
+    path = folder / name
+    again = "Copy the bundle again, or export it again."
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"bundle {folder}: the file {name} is missing. {again}")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise BundleError(f"bundle {folder}: {name} has {size} bytes, expected {entry['bytes']}. {again}")
+    if not check_hash:
+        return
+    found = sha256(path)
+    if found != entry["sha256"]:
+        raise BundleError(
+            f"bundle {folder}: {name} was changed: its SHA-256 is {found[:16]}..., "
+            f"expected {str(entry['sha256'])[:16]}.... {again}"
+        )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces.
+
+    Raises:
+        BundleError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error}.") from error
+    return digest.hexdigest()

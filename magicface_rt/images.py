@@ -1,0 +1,363 @@
+"""Images and masks in, pictures and overlays out.
+
+The way of a reference: file, PIL image or array -> `load_image` -> `image_to_pixels` (the VAE encoder's input);
+its mask -> `load_mask` -> `mask_grid` (128 x 128) -> `layer_mask` (the grid of one layer).
+`load_reference` does all of it that does not depend on a bundle, once.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .errors import ImageError, MaskError, NonFiniteError, OptionError
+
+if TYPE_CHECKING:
+    from .concept import Reference
+
+__all__ = [
+    "MASK_GRID",
+    "MAX_PIXELS",
+    "ImageSource",
+    "LoadedReference",
+    "MagicFaceWarning",
+    "Resample",
+    "image_to_pixels",
+    "layer_mask",
+    "load_image",
+    "load_mask",
+    "load_reference",
+    "mask_grid",
+    "pixels_to_images",
+    "region_overlay",
+]
+
+ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | npt.NDArray[np.bool_]
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+Resample = Literal["lanczos", "nearest"]
+
+MASK_GRID = 128  # every mask goes through this grid, whatever the bundle's size
+MAX_PIXELS = 64_000_000
+
+# Formats that Pillow decodes in its own process; EPS, for one, would start Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+
+# Okabe and Ito's palette: told apart by readers who do not see all colours.
+_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+
+
+class MagicFaceWarning(UserWarning):
+    """Something was done to the input that the caller may not have meant, such as stretching a mask."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedReference:
+    """A reference read once: its picture and its mask.
+
+    image      PIL image, RGB, of the size it came in
+    mask_grid  uint8 [128,128], 0 or 1, read-only, at least one 1
+    name       what messages call it, such as `man, reference 1`
+    resample   how `pixels` brings it to size
+    """
+
+    image: Image.Image
+    mask_grid: npt.NDArray[np.uint8]
+    name: str
+    resample: Resample = "lanczos"
+
+    def pixels(self, height: int, width: int) -> npt.NDArray[np.float32]:
+        """The VAE encoder's input, float32 [1,3,height,width] in -1..1."""
+        return image_to_pixels(self.image, height, width, self.resample)
+
+
+def load_reference(reference: Reference, *, name: str) -> LoadedReference:
+    """Read the image and the mask of a reference. Without a mask of its own, the image's alpha channel is the mask.
+
+    Raises `ImageError` for an image that cannot be used; `MaskError` for a mask that cannot be used, is empty, has no
+    point on the 128 x 128 grid, or is missing. Warns `MagicFaceWarning` where the mask is stretched over the image.
+    """
+    image = load_image(reference.image, name=f"{name}: image")
+    source: ImageSource | None = reference.mask
+    if source is None:
+        if image.mode != "RGBA":
+            raise MaskError(
+                f"{name}: there is no mask, and the image has no alpha channel to stand in for one. Give mask=..., an "
+                "image of the same size that is white where the concept is, or an image with a transparent background."
+            )
+        source = np.asarray(image.getchannel("A"))
+    mask = load_mask(source, image_size=image.size, threshold=reference.mask_threshold, name=f"{name}: mask")
+    grid = mask_grid(mask)
+    if not grid.any():
+        raise MaskError(
+            f"{name}: the mask has {int(mask.sum())} of {mask.size} pixels set, none of which meets a point of the "
+            f"{MASK_GRID} x {MASK_GRID} grid. Use a larger mask, or crop the image closer to the concept."
+        )
+    grid.setflags(write=False)
+    return LoadedReference(image.convert("RGB"), grid, name, reference.resample)
+
+
+def load_image(source: ImageSource, *, name: str) -> Image.Image:
+    """An image from a path, a PIL image, or a uint8 array [h,w], [h,w,1], [h,w,3] or [h,w,4].
+
+    Returns a PIL image of mode RGBA where the source has transparency, else RGB, turned upright by its EXIF
+    orientation. Raises `ImageError` for what cannot be read, is damaged or cut short, is empty, or has more than
+    `MAX_PIXELS` pixels; the message starts with `name`.
+    """
+    image = _decode(source, name, ImageError)
+    return image.convert("RGBA" if _has_alpha(image) else "RGB")
+
+
+def load_mask(
+    source: ImageSource, *, image_size: tuple[int, int] | None, threshold: int = 128, name: str
+) -> npt.NDArray[np.bool_]:
+    """A mask, bool [h,w] at its own size: True where its value is at least `threshold`.
+
+    A bool array is taken as it is. The value of a colour mask is its luminance, which for equal channels is their
+    value. A mask with an alpha channel counts by its alpha where that is not opaque everywhere, else by its luminance.
+    `threshold=255` keeps full white only.
+
+    `image_size` is (width, height), as PIL has it. A mask of another size is stretched over the image when the aspect
+    ratios agree within 1 %, with a `MagicFaceWarning`; it keeps its own size here, because the only resampling it
+    undergoes is to the 128 x 128 grid. None skips the comparison.
+
+    Raises `MaskError` for a mask that cannot be read, does not fit, or is empty.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, np.integer)) or not 1 <= threshold <= 255:
+        raise OptionError(f"{name}: mask_threshold is {threshold!r}, expected a whole number from 1 to 255.")
+    image = _decode(source, name, MaskError)
+    if _has_alpha(image):
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        image = alpha if alpha.getextrema() != (255, 255) else rgba.convert("RGB")
+    values = np.asarray(image.convert("L"))
+    mask = values >= threshold
+    if not mask.any():
+        highest = int(values.max())
+        hint = "Give 0 and 255, or a bool array." if highest == 1 else "Paint it white, or lower mask_threshold."
+        raise MaskError(
+            f"{name}: the mask is empty: its highest value is {highest}, and only values from {threshold} up "
+            f"(mask_threshold) count. {hint}"
+        )
+    if image_size is not None and image.size != tuple(image_size):
+        _check_aspect(image.size, image_size, name)
+    return np.asarray(mask, dtype=np.bool_)
+
+
+def image_to_pixels(
+    image: Image.Image, height: int, width: int, resample: Resample = "lanczos"
+) -> npt.NDArray[np.float32]:
+    """The colours of an image as the VAE encoder takes them: float32 [1,3,height,width], value / 127.5 - 1.
+
+    The image is stretched to the size whatever its aspect, so that a mask stretched likewise stays on it. "nearest" is
+    the loader of the method's authors: pixel (i, j) is taken from (floor(i h / height), floor(j w / width)).
+    An alpha channel is left out, not blended.
+    """
+    rgb = image.convert("RGB")
+    if resample == "nearest":
+        values = _sample(np.asarray(rgb), height, width)
+    elif resample == "lanczos":
+        values = np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS))
+    else:
+        raise OptionError(f"resample is {resample!r}, expected 'lanczos' or 'nearest'.")
+    pixels = values.astype(np.float32) / np.float32(127.5) - np.float32(1)  # (H, W, 3)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+def mask_grid(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """A mask [h,w] sampled at (floor(i h / 128), floor(j w / 128)): uint8 [128,128], 0 or 1."""
+    return np.ascontiguousarray(_sample(np.asarray(mask) != 0, MASK_GRID, MASK_GRID), dtype=np.uint8)
+
+
+def layer_mask(grid: npt.NDArray[np.uint8], rows: int, cols: int) -> npt.NDArray[np.bool_]:
+    """A grid [128,128] sampled at (floor(128 i / rows), floor(128 j / cols)): bool [rows,cols]."""
+    return np.ascontiguousarray(_sample(np.asarray(grid) != 0, rows, cols))
+
+
+def pixels_to_images(pixels: npt.NDArray[np.float32]) -> list[Image.Image]:
+    """Pictures from the VAE decoder's output, float32 [B,3,H,W] in -1..1; what lies outside is clipped.
+
+    Raises `NonFiniteError` where a value is NaN or infinite, `ImageError` for another shape.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ImageError(f"pixels have shape {list(pixels.shape)}, expected [B,3,H,W].")
+    if not np.isfinite(pixels).all():
+        bad = int(pixels.size - np.isfinite(pixels).sum())
+        raise NonFiniteError(f"pixels: {bad} of {pixels.size} values are NaN or infinite; the picture would be black.")
+    values = np.rint((pixels.astype(np.float32).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in values.transpose(0, 2, 3, 1)]
+
+
+def region_overlay(image: Image.Image, regions: npt.NDArray[np.int64], names: Sequence[str]) -> Image.Image:
+    """A picture with the regions drawn over it and a legend below.
+
+    `regions` is int [rows,cols]: 0 for no concept, k for the concept `names[k - 1]`; it is enlarged by nearest.
+    Small pictures are enlarged by a whole factor, so that the legend can be read.
+    """
+    scale = max(1, -(-384 // image.width))
+    picture = np.asarray(
+        image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    )
+    height, width = picture.shape[:2]
+    labels = _sample(np.asarray(regions), height, width)
+    colours = np.array([(0, 0, 0), *(_colour(k) for k in range(len(names)))], dtype=np.float32)
+    inside = (labels > 0)[..., None]
+    drawn = np.where(inside, 0.55 * picture + 0.45 * colours[labels], 0.75 * picture)
+    line = max(1, round(height / 256))
+    drawn[_borders(labels, line)] = 255
+    return _with_legend(Image.fromarray(np.rint(drawn).astype(np.uint8)), names)
+
+
+def _decode(source: ImageSource, name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
+    """An upright, fully decoded image of mode 1, L, LA, P, PA, RGB, RGBA, CMYK, ...; 16-bit greys are cut to 8 bits."""
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name, error)
+    if isinstance(source, Image.Image):
+        name, image = f"{name} ({type(source).__name__})", source
+        _check_pixels(image.size, name, error)
+        return _settle(image, name, error)
+    if not isinstance(source, (str, os.PathLike)):
+        raise error(f"{name}: found {type(source).__name__}, expected a path, a PIL image, or a uint8 array.")
+    path = Path(source)
+    name = f"{name} {os.fspath(path)!r}"
+    try:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist or is not a file"
+            raise error(f"{name} {what}; expected an image file. A relative path counts from {os.getcwd()!r}.")
+        with Image.open(path, formats=_known_formats()) as image:
+            _check_pixels(image.size, name, error)
+            return _settle(image, name, error)
+    except (ImageError, MaskError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as cause:
+        raise error(f"{name} has more than the {MAX_PIXELS:,} pixels that are read. Scale it down.") from cause
+    except Exception as cause:
+        raise _unreadable(name, cause, error) from cause
+
+
+def _settle(image: Image.Image, name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except Exception as cause:  # decoders raise anything on damaged files
+        raise _unreadable(name, cause, error) from cause
+    if upright.mode == "F":
+        raise error(f"{name} holds floating-point values; expected 8 bits a channel. Convert it first.")
+    if upright.mode == "I" or upright.mode.startswith("I;16"):
+        values = np.asarray(upright).astype(np.int64)
+        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    return upright
+
+
+def _from_array(array: npt.NDArray[np.generic], name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
+    found = f"{name}: found an array of {array.dtype} {list(array.shape)}"
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.dtype != np.uint8:
+        raise error(f"{found}, expected uint8 with values 0..255. Scale and convert it.")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise error(f"{found}, expected [h,w], [h,w,3] or [h,w,4].")
+    _check_pixels((array.shape[1], array.shape[0]), name, error)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _check_pixels(size: tuple[int, int], name: str, error: type[ImageError] | type[MaskError]) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise error(f"{name} is {width} x {height}; expected at least one pixel.")
+    if width * height > MAX_PIXELS:
+        raise error(f"{name} is {width} x {height}, more than the {MAX_PIXELS:,} pixels that are read. Scale it down.")
+
+
+def _check_aspect(mask_size: tuple[int, int], image_size: tuple[int, int], name: str) -> None:
+    (mask_width, mask_height), (width, height) = mask_size, image_size
+    found = f"{name} is {mask_width} x {mask_height}, its image {width} x {height}"
+    ratio = (mask_width * height) / (mask_height * width)
+    if not 1 / 1.01 <= ratio <= 1.01:
+        raise MaskError(f"{found}: the aspect ratios differ. Give a mask of the image's size.")
+    warnings.warn(f"{found}: the mask is stretched over the image.", MagicFaceWarning, stacklevel=4)
+
+
+def _unreadable(name: str, cause: Exception, error: type[ImageError] | type[MaskError]) -> ImageError | MaskError:
+    reason = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+    return error(f"{name} cannot be read: it is damaged, cut short, or not a supported image ({reason}).")
+
+
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _sample(array: npt.NDArray[_Scalar], rows: int, cols: int) -> npt.NDArray[_Scalar]:
+    """Nearest by floor: [h,w,...] -> [rows,cols,...]."""
+    height, width = array.shape[:2]
+    i = np.arange(rows, dtype=np.int64) * height // rows
+    j = np.arange(cols, dtype=np.int64) * width // cols
+    sampled: npt.NDArray[_Scalar] = array[i[:, None], j]
+    return sampled
+
+
+def _colour(index: int) -> tuple[int, int, int]:
+    if index < len(_COLOURS):
+        return _COLOURS[index]
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.65, 0.9)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _borders(labels: npt.NDArray[np.generic], line: int) -> npt.NDArray[np.bool_]:
+    """Where a region ends: True on `line` pixels beside every change of label."""
+    border = np.zeros(labels.shape, dtype=np.bool_)
+    for shift in range(1, line + 1):
+        border[:, shift:] |= labels[:, shift:] != labels[:, :-shift]
+        border[shift:] |= labels[shift:] != labels[:-shift]
+    return border
+
+
+def _with_legend(picture: Image.Image, names: Sequence[str]) -> Image.Image:
+    size = max(14, picture.width // 32)
+    font = ImageFont.load_default(size)
+    pad, swatch, row = size // 2, size, size * 2
+    room = picture.width - 2 * pad
+    entries: list[tuple[str, tuple[int, int, int], int, int]] = []
+    x = y = 0
+    for index, name in enumerate(names):
+        text = _fitting(f"{index + 1} {name}", font, room - swatch - pad)
+        width = swatch + pad + round(font.getlength(text)) + 2 * pad
+        if x and x + width > room:
+            x, y = 0, y + row
+        entries.append((text, _colour(index), x, y))
+        x += width
+    if not entries:
+        return picture
+    sheet = Image.new("RGB", (picture.width, picture.height + y + row), (24, 24, 24))
+    sheet.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for text, colour, x, y in entries:
+        left, middle = pad + x, picture.height + y + row // 2
+        draw.rectangle((left, middle - swatch // 2, left + swatch, middle + swatch // 2), fill=colour)
+        draw.text((left + swatch + pad, middle), text, fill=(240, 240, 240), font=font, anchor="lm")
+    return sheet
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
+    text = " ".join(text.split())[:200].encode("utf-8", "replace").decode("utf-8")
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(text + "...") > room:
+        text = text[:-1]
+    return text + "..."

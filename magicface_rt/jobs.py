@@ -1,0 +1,365 @@
+"""Job files: a request written down as JSON or YAML, and the `--concept` option of the command line.
+
+    {
+      "prompt": "a man with a hat",                     required
+      "concepts": [                                     may be empty
+        {"word": "man", "image": "man.jpg", "mask": "man-mask.png", "prompt": "a man", "weight": 2.5},
+        {"word": "hat", "name": "red hat", "token_index": 5, "weight": 2.0,
+         "references": [{"image": "front.jpg", "mask": "front-mask.png", "prompt": "a hat"}, {"image": "side.png"}]}
+      ],
+      "negative_prompt": "", "seed": 0, "steps": 50, "guidance_scale": 7.5, "alpha": 0.4, "ca_scale": null,
+      "weight_mode": "bias", "semantic_guidance": true, "reference_seed": 0, "images": 1,
+      "null_reference_prompts": false,                  true: references are read without their prompts
+      "mask_threshold": 128, "resample": "lanczos"      for every reference; a concept or a reference may have its own
+    }
+
+Paths in a job count from its file. Unknown keys are refused, so that a misspelt one is not silently ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .concept import Concept, Reference
+from .errors import InputError, JobError
+from .options import Options
+
+__all__ = ["MAX_JOB_BYTES", "Job", "load_job", "parse_concept_option", "parse_job"]
+
+MAX_JOB_BYTES = 1_000_000
+
+_T = TypeVar("_T")
+
+# name in the job file -> (name in Options, what it must be)
+_OPTIONS = {
+    "negative_prompt": ("negative_prompt", "text"),
+    "seed": ("seed", "whole number"),
+    "steps": ("steps", "whole number"),
+    "guidance_scale": ("guidance", "number"),
+    "alpha": ("alpha", "number"),
+    "ca_scale": ("ca_scale", "number or null"),
+    "weight_mode": ("weight_mode", "text"),
+    "semantic_guidance": ("semantic_guidance", "true or false"),
+    "reference_seed": ("reference_seed", "whole number"),
+    "images": ("images", "whole number"),
+}
+_READING = {"mask_threshold": "whole number", "resample": "text"}
+_REFERENCE = {"image": "text", "mask": "text or null", "prompt": "text", **_READING}
+_CONCEPT = {
+    "name": "text or null",
+    "word": "text",
+    "weight": "number",
+    "token_index": "whole number, list or null",
+    "references": "list",
+    **_REFERENCE,
+}
+_JOB = {
+    "prompt": "text",
+    "concepts": "list",
+    "null_reference_prompts": "true or false",
+    **_READING,
+    **{key: kind for key, (_, kind) in _OPTIONS.items()},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A request: `session.generate(job.prompt, job.concepts, ...)` with `job.options`."""
+
+    prompt: str
+    concepts: tuple[Concept, ...]
+    options: Options
+
+
+def load_job(path: str | os.PathLike[str]) -> Job:
+    """Read a job file: JSON if its name ends in .json, YAML if in .yaml or .yml, else whichever it looks like.
+
+    Raises `JobError` for a file that cannot be read, is larger than `MAX_JOB_BYTES`, or does not have the form above;
+    `ConceptError`, `OptionError` and the like for values out of range. Each message starts with the file's name and
+    says where in it: `concepts[1].weight`.
+    """
+    path = Path(path)
+    name = repr(os.fspath(path))
+    try:
+        if not path.is_file():
+            raise JobError(f"job {name} does not exist or is not a file.")
+        with path.open("rb") as file:
+            raw = file.read(MAX_JOB_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise JobError(f"job {name} cannot be read: {error}.") from error
+    if len(raw) > MAX_JOB_BYTES:
+        raise JobError(f"job {name} is larger than {MAX_JOB_BYTES:,} bytes; no job needs that. Is it another file?")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise JobError(f"job {name} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+    suffix = path.suffix.lower()
+    is_json = suffix == ".json" or (suffix not in (".yaml", ".yml") and text.lstrip().startswith("{"))
+    return _placed(
+        f"job {name}", lambda: parse_job(_read_json(text) if is_json else _read_yaml(text), base=path.parent)
+    )
+
+
+def parse_job(data: object, *, base: str | os.PathLike[str] = ".") -> Job:
+    """A job from what JSON or YAML gave. Relative paths in it count from `base`. Raises as `load_job`."""
+    job = _checked(data, _JOB, "")
+    if "prompt" not in job:
+        raise JobError("prompt is missing; expected the text to make a picture of.")
+    reading = {key: job[key] for key in _READING if key in job}
+    concepts = []
+    for position, item in enumerate(job.get("concepts", [])):
+        where = f"concepts[{position}]"
+        concepts.append(
+            _concept(item, where, Path(base), reading, without_prompts=job.get("null_reference_prompts", False))
+        )
+    settings = {field: job[key] for key, (field, _) in _OPTIONS.items() if key in job}
+    return Job(job["prompt"], tuple(concepts), Options(**settings))
+
+
+def parse_concept_option(text: str, *, base: str | os.PathLike[str] = ".") -> Concept:
+    r"""A concept from `word=man,image=man.jpg,mask=man-mask.png,prompt=a man,weight=2.5`.
+
+    Keys: word, name, weight, token_index (several: `token_index="5,6"`), image, mask, prompt, mask_threshold, resample.
+    Another `image` starts another reference, and the keys of a reference after it belong to it:
+    `word=man,image=a.png,image=b.jpg,mask=b-mask.png`.
+
+    A value with a comma stands in double quotes, `prompt="a man, smiling"`, or has the comma escaped,
+    `prompt=a man\, smiling`.
+    `\,`, `\"` and `\\` stand for the second character; any other backslash stands for itself. Blanks around keys and
+    around values without quotes are dropped.
+
+    Raises `JobError` for what cannot be read, and what `Concept` and `Reference` raise.
+    """
+    return _placed(f"concept option {_shown(text)}", lambda: _concept(_option_data(text), "", Path(base), {}))
+
+
+def _option_data(text: str) -> dict[str, Any]:
+    concept: dict[str, Any] = {}
+    references: list[dict[str, Any]] = [{}]
+    for key, value in _split_option(text):
+        if key not in _CONCEPT or key == "references":
+            raise _unknown_key(key, "", [name for name in _CONCEPT if name != "references"])
+        if key == "image" and "image" in references[-1]:
+            references.append({})
+        into = references[-1] if key in _REFERENCE else concept
+        if key in into:
+            raise JobError(f"{key} stands twice. Give it once, or put image= before it for another reference.")
+        into[key] = _option_value(key, value)
+    return {**concept, **references[0]} if len(references) == 1 else {**concept, "references": references}
+
+
+def _option_value(key: str, value: str) -> Any:
+    if key == "token_index":
+        return [_number(int, key, part) for part in value.replace(",", " ").split()]
+    if key == "weight":
+        return _number(float, key, value)
+    if key == "mask_threshold":
+        return _number(int, key, value)
+    return value
+
+
+def _number(kind: Callable[[str], _T], key: str, text: str) -> _T:
+    try:
+        return kind(text)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        raise JobError(f"{key} is {_shown(text)}, expected {expected}.") from None
+
+
+def _split_option(text: str) -> list[tuple[str, str]]:
+    """Cut at commas that are neither quoted nor escaped: [(key, value), ...]."""
+    if not isinstance(text, str):
+        raise JobError(f"found {type(text).__name__}, expected text such as 'word=man,image=man.jpg'.")
+    pairs = []
+    position = 0
+    while position < len(text):
+        key, equals, _ = text[position:].partition("=")
+        if not equals or "," in key:
+            raise JobError(f"found {_shown(key.split(',')[0])}, expected key=value. Quote a value that holds a comma.")
+        value, position = _read_value(text, position + len(key) + 1)
+        pairs.append((key.strip(), value))
+    if not pairs:
+        raise JobError("it is empty, expected key=value pairs such as 'word=man,image=man.jpg'.")
+    return pairs
+
+
+def _read_value(text: str, position: int) -> tuple[str, int]:
+    """The value that starts at `position`, and where the next key starts."""
+    start = position
+    while text[position : position + 1].isspace():
+        position += 1
+    quoted = text[position : position + 1] == '"'
+    position += quoted
+    value = ""
+    while position < len(text):
+        character = text[position]
+        if character == "\\" and text[position + 1 : position + 2] in (",", '"', "\\"):
+            value += text[position + 1]
+            position += 2
+            continue
+        if character == ('"' if quoted else ","):
+            break
+        value += character
+        position += 1
+    if not quoted:
+        return value.strip(), position + 1
+    rest = text[position + 1 :].lstrip()
+    if position == len(text) or (rest and not rest.startswith(",")):
+        raise JobError(f"{_shown(text[start:])}: expected a closing quote and then a comma or the end.")
+    return value, len(text) - len(rest) + 1
+
+
+def _concept(
+    item: object, where: str, base: Path, reading: Mapping[str, Any], *, without_prompts: bool = False
+) -> Concept:
+    concept = _checked(item, _CONCEPT, where)
+    prefix = f"{where}." if where else ""
+    if "word" not in concept:
+        raise JobError(f"{prefix}word is missing; expected a word of the prompt.")
+    reading = {**reading, **{key: concept[key] for key in _READING if key in concept}}
+    if "references" in concept:
+        doubled = [key for key in ("image", "mask", "prompt") if key in concept]
+        if doubled:
+            raise JobError(f"{prefix}{doubled[0]} stands beside references. Put it into one of the references.")
+        items = [(f"{prefix}references[{k}]", item) for k, item in enumerate(concept["references"])]
+    else:
+        items = [(where, {key: concept[key] for key in ("image", "mask", "prompt") if key in concept})]
+    references = [_reference(item, place, base, reading, without_prompts) for place, item in items]
+    settings = {key: concept[key] for key in ("weight", "token_index", "name") if key in concept}
+    return _placed(where, lambda: Concept(concept["word"], *references, **settings))
+
+
+def _reference(item: object, where: str, base: Path, reading: Mapping[str, Any], without_prompts: bool) -> Reference:
+    reference = _checked(item, _REFERENCE, where)
+    if "image" not in reference:
+        raise JobError(f"{where}.image is missing".lstrip(".") + "; expected the path of an image.")
+    settings = {**reading, **{key: reference[key] for key in ("prompt", *_READING) if key in reference}}
+    if without_prompts:
+        settings["prompt"] = ""
+    mask = None if reference.get("mask") is None else base / reference["mask"]
+    return _placed(where, lambda: Reference(base / reference["image"], mask=mask, **settings))
+
+
+def _checked(data: object, kinds: Mapping[str, str], where: str) -> dict[str, Any]:
+    """`data` as an object that has only known keys, each of its kind."""
+    if not isinstance(data, dict):
+        raise JobError(
+            f"{where or 'the job'} is {_named(data)}, expected an object with keys such as {next(iter(kinds))!r}."
+        )
+    for key, value in data.items():
+        if not isinstance(key, str) or key not in kinds:
+            raise _unknown_key(key, where, list(kinds))
+        if not _is_kind(value, kinds[key]):
+            path = f"{where}.{key}" if where else key
+            quote = " Put it in quotes." if "text" in kinds[key] and not isinstance(value, (list, dict)) else ""
+            raise JobError(f"{path} is {_named(value)}, expected {kinds[key]}.{quote}")
+    return data
+
+
+def _is_kind(value: object, kind: str) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is None:
+        return kind.endswith("or null")
+    if kind.startswith("text"):
+        return isinstance(value, str)
+    if kind.startswith("whole number, list"):
+        return whole or (isinstance(value, list) and all(type(entry) is int for entry in value))
+    if kind == "list":
+        return isinstance(value, list)
+    if kind == "true or false":
+        return isinstance(value, bool)
+    if kind == "whole number":
+        return whole
+    return whole or isinstance(value, float)
+
+
+def _unknown_key(key: object, where: str, known: Sequence[str]) -> JobError:
+    near = difflib.get_close_matches(str(key)[:100], known, n=1, cutoff=0.5) if isinstance(key, str) else []
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return JobError(
+        f"unknown key {_shown(key)}{f' in {where}' if where else ''}. {hint}Known keys: {', '.join(known)}."
+    )
+
+
+def _placed(where: str, make: Callable[[], _T]) -> _T:
+    """What `make` returns; its input errors say where they come from."""
+    try:
+        return make()
+    except InputError as error:
+        if not where:
+            raise
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _named(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", type(None): "null"}
+    return kinds.get(type(value)) or _shown(value)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (dict, list, tuple, set)):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def _read_json(text: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise JobError("it is nested too deeply for a job.") from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise JobError(f"it is not JSON: {error}.") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    distinct: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in distinct:
+            raise JobError(f"key {_shown(key)} stands twice in one object. Leave one out.")
+        distinct[key] = value
+    return distinct
+
+
+def _no_constant(name: str) -> float:
+    raise JobError(f"found {name}, which is no JSON number; expected a finite one.")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which can make a small file a huge one, and without doubled keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise JobError("it has a YAML alias (*name); write the value out.")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key in seen:
+                raise JobError(f"key {_shown(key)} stands twice in one object. Leave one out.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> object:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: makes plain values only
+    except RecursionError as error:
+        raise JobError("it is nested too deeply for a job.") from error
+    except JobError:
+        raise
+    except Exception as error:  # scalars that only look like dates or numbers raise whatever their parsers raise
+        raise JobError(f"it is not YAML: {error}.") from error

@@ -1,0 +1,108 @@
+"""The settings of one request, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import OptionError, PromptError
+
+__all__ = ["Options", "WeightMode"]
+
+WeightMode = Literal["bias", "scale"]
+
+_WEIGHT_MODES = ("bias", "scale")
+_SEEDS = (0, 2**64 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a picture is made.
+
+        Options()                          what the method's authors use
+        Options(steps=20, guidance=5.0)    fewer steps, weaker guidance
+        Options(alpha=1.0)                 first stage only: every place may look at every reference
+        Options(alpha=0.0)                 regions from the second step on
+        Options(seed=7, images=4)          four pictures; picture k is the same whatever `images` is
+
+    negative_prompt    what the picture shall not show
+    steps              1..1000; denoising steps
+    guidance           above 0, up to 1000; strength of the prompt. At 1 the negative prompt has no effect on average
+    alpha              0..1; the part of the steps spent in the first stage (RSA), before regions are separated (RBA)
+    ca_scale           above 0, up to 2; how tokens that are no concept's compete for regions. None: see
+                       `effective_ca_scale`. Below 0.9 concepts are kept to the foreground
+    weight_mode        "bias": a concept's weight is added to logits; "scale": it multiplies them
+    semantic_guidance  balance the guidance between regions
+    seed               0..2**64-1; noise of the pictures
+    images             1..1024; pictures to make
+    reference_seed     0..2**64-1; noise put on the references
+
+    Raises `OptionError`, naming the field, for a value of the wrong kind or out of range.
+    """
+
+    negative_prompt: str = ""
+    steps: int = 50
+    guidance: float = 7.5
+    alpha: float = 0.4
+    ca_scale: float | None = None
+    weight_mode: WeightMode = "bias"
+    semantic_guidance: bool = True
+    seed: int = 0
+    images: int = 1
+    reference_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.negative_prompt, str):
+            raise PromptError(f"negative_prompt is {self.negative_prompt!r}, expected text (it may be empty).")
+        if self.weight_mode not in _WEIGHT_MODES:
+            raise OptionError(f"weight_mode is {self.weight_mode!r}, expected 'bias' or 'scale'.")
+        if not isinstance(self.semantic_guidance, (bool, np.bool_)):
+            raise OptionError(f"semantic_guidance is {self.semantic_guidance!r}, expected True or False.")
+        self._set("semantic_guidance", bool(self.semantic_guidance))
+        self._whole("steps", 1, 1000)
+        self._whole("images", 1, 1024)
+        self._whole("seed", *_SEEDS)
+        self._whole("reference_seed", *_SEEDS)
+        self._number("alpha", 0.0, 1.0)
+        self._number("guidance", 0.0, 1000.0, above=True)
+        if self.ca_scale is not None:
+            self._number("ca_scale", 0.0, 2.0, above=True)
+
+    def effective_ca_scale(self, n_concepts: int) -> float:
+        """`ca_scale`, or where it is None the authors' choice: 0.9 for one concept (or none), 0.6 for more."""
+        if self.ca_scale is not None:
+            return self.ca_scale
+        return 0.9 if n_concepts <= 1 else 0.6
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting by its name, as JSON can hold it; `Options(**options.to_dict())` gives an equal object."""
+        return asdict(self)
+
+    def _whole(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+            limit = "2**64-1" if high == _SEEDS[1] else high
+            raise OptionError(f"{name} is {_shown(value)}, expected a whole number from {low} to {limit}.")
+        self._set(name, int(value))
+
+    def _number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        if not number or not low <= value <= high or (above and value == low) or not math.isfinite(value):
+            start = f"above {low:g}, up to {high:g}" if above else f"from {low:g} to {high:g}"
+            raise OptionError(f"{name} is {_shown(value)}, expected a finite number {start}.")
+        self._set(name, float(value))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _shown(value: object) -> str:
+    """The value as a message can hold it; Python refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,246 @@
+"""What a request gives back, and how it is saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .concept import Concept
+from .errors import OptionError, OutputError
+from .images import ImageSource, region_overlay
+from .options import Options
+from .provenance import ProvenancePicture, software
+
+__all__ = ["Result", "Timings"]
+
+_OWN_FILES = re.compile(r"(image|regions)-\d+\.png|regions\.npz|run\.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds of wall clock, by stage; 0 for a stage that was not needed.
+
+    loading            reading images and masks
+    text_encoding      prompts through the text encoder
+    image_encoding     references through the VAE encoder
+    reference_pass     references through the U-Net, for their keys and values
+    denoising          the target's steps
+    decoding           latents through the VAE decoder
+    total              the whole request, what is between the stages included
+    steps              each denoising step, its reference pass included where that is done step by step
+    """
+
+    loading: float = 0.0
+    text_encoding: float = 0.0
+    image_encoding: float = 0.0
+    reference_pass: float = 0.0
+    denoising: float = 0.0
+    decoding: float = 0.0
+    total: float = 0.0
+    steps: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stages by name, as JSON can hold them."""
+        return {**asdict(self), "steps": list(self.steps)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """The pictures of a request and everything that made them.
+
+    images         tuple of B PIL images, RGB. With `provenance` their own `save` writes it into PNG, JPEG, WebP, AVIF
+    regions        int64 [B,h/2,w/2]: 0 where no concept is, k where `concept_names[k - 1]` is
+    latents        float32 [B,4,h,w], as they enter the VAE decoder
+    prompt, concepts, options    what was asked for
+    token_indices  for each concept its token positions in the prompt
+    timings        seconds by stage
+    bundle_hash    names the exported model
+    backend        what ran it, such as `onnxruntime (CPUExecutionProvider)`
+    provenance     whether pictures say how they were made
+    details        anything else worth writing into run.json; a mapping that JSON can hold
+
+    Raises `OptionError` where the arrays do not fit one another.
+    """
+
+    images: Sequence[Image.Image]
+    regions: npt.NDArray[np.int64]
+    latents: npt.NDArray[np.float32]
+    prompt: str
+    concepts: Sequence[Concept]
+    options: Options
+    token_indices: Sequence[Sequence[int]] = ()
+    timings: Timings = field(default_factory=Timings)
+    bundle_hash: str = ""
+    backend: str = ""
+    provenance: bool = True
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.images)
+        if self.regions.ndim != 3 or self.latents.ndim != 4 or not count == len(self.regions) == len(self.latents):
+            raise OptionError(
+                f"a result of {count} images needs regions [{count},h/2,w/2] and latents [{count},4,h,w]; "
+                f"found {list(self.regions.shape)} and {list(self.latents.shape)}."
+            )
+        if self.regions.size and not 0 <= self.regions.min() <= self.regions.max() <= len(self.concepts):
+            raise OptionError(f"regions hold values outside 0..{len(self.concepts)}, the number of concepts.")
+        if self.token_indices and len(self.token_indices) != len(self.concepts):
+            raise OptionError(f"token_indices has {len(self.token_indices)} entries for {len(self.concepts)} concepts.")
+        object.__setattr__(self, "concepts", tuple(self.concepts))
+        object.__setattr__(self, "token_indices", tuple(tuple(map(int, row)) for row in self.token_indices))
+        images = tuple(self.images)
+        if self.provenance:
+            images = tuple(ProvenancePicture.of(image, self._picture_provenance(k)) for k, image in enumerate(images))
+        object.__setattr__(self, "images", images)
+
+    @property
+    def concept_names(self) -> tuple[str, ...]:
+        """The concepts' names; region value k belongs to entry k - 1."""
+        return tuple(concept.name for concept in self.concepts)
+
+    def overlay(self, index: int = 0) -> Image.Image:
+        """Picture `index` with its regions drawn over it and a legend."""
+        drawn = region_overlay(self.images[index], self.regions[index], self.concept_names)
+        return ProvenancePicture.of(drawn, self._picture_provenance(index)) if self.provenance else drawn
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write a folder with the pictures and every setting, and return its path.
+
+            image-0.png     the pictures, with their provenance
+            regions-0.png   the same with regions and legend
+            regions.npz     `regions` int64 [B,h/2,w/2] and `concept_names`
+            run.json        prompt, concepts, options, timings, bundle and software
+
+        The folder appears complete or not at all: it is written beside its place and renamed. `overwrite` replaces an
+        earlier result; a folder with files that are not a result's is never replaced.
+
+        Raises `OutputError` for a folder that exists (without `overwrite`) or cannot be written.
+        """
+        target = Path(folder).absolute()
+        if target.is_symlink():
+            target = target.resolve()
+        part = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
+        try:
+            _check_replaceable(target, overwrite)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.mkdir()
+            self._write(part)
+            _put_in_place(part, target)
+        except OSError as error:
+            raise OutputError(f"output folder {str(target)!r} cannot be written: {error}.") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return target
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting of the run as JSON can hold it: what `run.json` contains."""
+        return {
+            **self._settings(),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "concepts": [
+                {**settings, "references": [_reference_settings(reference) for reference in concept.references]}
+                for settings, concept in zip(self._concept_settings(), self.concepts, strict=True)
+            ],
+            "timings": self.timings.to_dict(),
+            "images": [f"image-{k}.png" for k in range(len(self.images))],
+            "size": [self.images[0].height, self.images[0].width] if self.images else None,
+            "details": dict(self.details),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        ca_scale = self.options.effective_ca_scale(len(self.concepts))
+        return {
+            "software": software(),
+            "bundle_hash": self.bundle_hash,
+            "backend": self.backend,
+            "prompt": self.prompt,
+            "options": {**self.options.to_dict(), "effective_ca_scale": ca_scale},
+        }
+
+    def _concept_settings(self) -> list[dict[str, Any]]:
+        found = self.token_indices or [concept.token_index or () for concept in self.concepts]
+        return [
+            {"name": concept.name, "word": concept.word, "weight": concept.weight, "tokens": list(tokens)}
+            for concept, tokens in zip(self.concepts, found, strict=True)
+        ]
+
+    def _picture_provenance(self, index: int) -> dict[str, Any]:
+        concepts = [
+            {**settings, "reference_prompts": [reference.prompt for reference in concept.references]}
+            for settings, concept in zip(self._concept_settings(), self.concepts, strict=True)
+        ]
+        return {**self._settings(), "concepts": concepts, "image_index": index}
+
+    def _write(self, folder: Path) -> None:
+        for index, image in enumerate(self.images):
+            image.save(folder / f"image-{index}.png")
+            self.overlay(index).save(folder / f"regions-{index}.png")
+        names = np.array(self.concept_names, dtype=np.str_)
+        np.savez_compressed(folder / "regions.npz", regions=self.regions, concept_names=names)
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        # a name that is no Unicode text (from a file system, say) becomes a JSON escape
+        (folder / "run.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise OutputError(f"output folder {str(target)!r} exists and is not a folder. Choose another name.")
+    if not overwrite:
+        raise OutputError(
+            f"output folder {str(target)!r} exists. Choose another, or allow overwriting (overwrite=True)."
+        )
+    foreign = sorted(entry.name for entry in target.iterdir() if not _OWN_FILES.fullmatch(entry.name))
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise OutputError(
+            f"output folder {str(target)!r} is not replaced: it holds {foreign[0]!r}{more}, which no result writes. "
+            "Choose another folder."
+        )
+
+
+def _put_in_place(part: Path, target: Path) -> None:
+    """Rename `part` to `target`; an earlier folder is set aside and comes back if that fails."""
+    if not target.exists():
+        part.rename(target)
+        return
+    aside = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
+    target.rename(aside)
+    try:
+        part.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _reference_settings(reference: Any) -> dict[str, Any]:
+    return {
+        "image": _described(reference.image),
+        "mask": None if reference.mask is None else _described(reference.mask),
+        "prompt": reference.prompt,
+        "mask_threshold": int(reference.mask_threshold),
+        "resample": reference.resample,
+    }
+
+
+def _described(source: ImageSource) -> str | dict[str, Any]:
+    """A path as it was given; for an image in memory its size and the hash of its values."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    values = np.ascontiguousarray(np.asarray(source))
+    return {"shape": list(values.shape), "sha256": hashlib.sha256(values.tobytes()).hexdigest()}

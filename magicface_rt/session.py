@@ -1,0 +1,325 @@
+"""Session: a bundle opened on a backend, from a prompt and concepts to pictures."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends import Backend, GraphRunner, open_backend
+from .bundle import Bundle
+from .concept import Concept, PlacedConcept, place_concepts
+from .denoiser import Denoiser, Float32Array, Guidance, ReferenceSet
+from .errors import Cancelled, ConceptError, MaskError, SessionClosedError
+from .images import LoadedReference, layer_mask, load_reference, pixels_to_images
+from .options import Options
+from .regions import MaskedReference, Stage
+from .results import Result, Timings
+from .schedule import is_region_step, reference_noise, target_noise
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a request stands: `step` of `steps` is done, in batch `batch` of `batches`."""
+
+    step: int
+    steps: int
+    stage: Stage
+    batch: int
+    batches: int
+
+
+ProgressCallback = Callable[[Progress], object]
+"""Called after every step; return False to cancel."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The references of one request, as the step needs them."""
+
+    references: ReferenceSet
+    latents: Float32Array
+    text: NDArray[Any]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+class Session:
+    """A bundle, opened.
+
+        with Session("bundles/sd15-512") as session:
+            man = Concept("man", Reference("man.jpg", mask="man-mask.png", prompt="a man"), weight=2.5)
+            result = session.generate("a man in the rain", [man], seed=7)
+            result.images[0].save("out.png")
+
+    bundle     folder made by `magicface-rt export`
+    backend    "auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda", or a `Backend` object
+    workers    how many requests may compute at the same time; more wait
+    threads    threads of one request's computation, 0 for the runtime's own choice
+    check_hashes    read every file once and compare it with the manifest
+    provenance      pictures say how they were made (PNG text and XMP)
+
+    A Session may be used by many threads. An error, a cancelled request or Ctrl-C leaves it usable.
+
+    Raises `BundleError` for a folder that is no intact bundle, `BackendMissingError` where the backend is not there.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | Bundle,
+        *,
+        backend: str | Backend = "auto",
+        workers: int = 1,
+        threads: int = 0,
+        check_hashes: bool = True,
+        provenance: bool = True,
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, check_hashes=check_hashes)
+        self.backend = backend if isinstance(backend, Backend) else open_backend(backend, threads=threads)
+        self.provenance = provenance
+        self.tokenizer = Tokenizer.from_file(
+            self.bundle.path / self.bundle.tokenizer["file"],
+            pad_token_id=int(self.bundle.tokenizer["pad_token_id"]),
+            max_length=int(self.bundle.tokenizer["max_length"]),
+        )
+        self._workers = threading.BoundedSemaphore(workers)
+        self._loading = threading.Lock()
+        self._runners: dict[str, GraphRunner] = {}
+        self._closed = False
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graphs. May be called twice; a request that is running fails with `SessionClosedError`."""
+        self._closed = True
+        with self._loading:
+            for runner in self._runners.values():
+                runner.close()
+            self._runners.clear()
+
+    def generate(
+        self,
+        prompt: str,
+        concepts: Sequence[Concept] = (),
+        *,
+        options: Options | None = None,
+        progress: ProgressCallback | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Make pictures of the prompt with the concepts in them.
+
+        The settings are those of `Options` (`seed=7, steps=20, ...`), or an `Options` object, or both: a setting
+        given by name wins. Without concepts this is plain Stable Diffusion.
+
+        Raises:
+            InputError: a setting, prompt, concept, image or mask that cannot be used; nothing has been computed.
+            Cancelled: `progress` returned False.
+            NonFiniteError: a graph produced NaN or infinity.
+            SessionClosedError: the session is closed.
+        """
+        chosen = Options(**{**(options.to_dict() if options else {}), **settings})
+        with self._worker():
+            return _Request(self, prompt, tuple(concepts), chosen, progress).run()
+
+    def runner(self, graph: str) -> GraphRunner:
+        """A graph of the bundle, loaded on first use."""
+        with self._loading:
+            self._check_open()
+            if graph not in self._runners:
+                self._runners[graph] = self.backend.load(self.bundle, graph)
+            return self._runners[graph]
+
+    @contextmanager
+    def _worker(self) -> Iterator[None]:
+        self._check_open()
+        with self._workers:
+            yield
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError("this Session is closed; open a new one to generate.")
+
+
+class _Request:
+    """One call of `generate`, stage by stage."""
+
+    def __init__(
+        self,
+        session: Session,
+        prompt: str,
+        concepts: tuple[Concept, ...],
+        options: Options,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.session = session
+        self.bundle = session.bundle
+        self.prompt = prompt
+        self.options = options
+        self.progress = progress
+        self.placed = place_concepts(prompt, concepts, session.tokenizer, self.bundle.limits.concepts)
+        self.seconds: dict[str, float] = {}
+        self.step_seconds: list[float] = []
+
+    def run(self) -> Result:
+        start = perf_counter()
+        with self._timed("loading"):
+            loaded = self._load_references()
+        with self._timed("text_encoding"):
+            text = self._encode_text([self.options.negative_prompt, self.prompt])  # [2, 77, D]
+        prepared = self._prepare(loaded)
+        latents, regions = self._denoise_batches(prepared, text)
+        with self._timed("decoding"):
+            images = [image for one in latents for image in self._decode(one[None])]
+        return Result(
+            images=images,
+            regions=regions,
+            latents=latents,
+            prompt=self.prompt,
+            concepts=[placed.concept for placed in self.placed],
+            options=self.options,
+            token_indices=prepared.tokens,
+            timings=Timings(**self.seconds, total=perf_counter() - start, steps=tuple(self.step_seconds)),
+            bundle_hash=self.bundle.hash,
+            backend=self.session.backend.name,
+            provenance=self.session.provenance,
+        )
+
+    # ------------------------------------------------------------------------------------------- before the loop
+
+    def _load_references(self) -> list[tuple[PlacedConcept, LoadedReference, str]]:
+        """Every reference with its concept and its prompt, checked against the bundle's limits and grids."""
+        loaded = []
+        for placed in self.placed:
+            concept = placed.concept
+            for number, reference in enumerate(concept.references, 1):
+                which = f", reference {number}" if len(concept.references) > 1 else ""
+                one = load_reference(reference, name=f"concept {concept.name!r}{which}")
+                self._check_mask(one)
+                loaded.append((placed, one, reference.prompt))
+        if len(loaded) > self.bundle.limits.references:
+            raise ConceptError(
+                f"{len(loaded)} references were given; the bundle takes at most {self.bundle.limits.references}. "
+                "Leave some out, or export a bundle for more references."
+            )
+        return loaded
+
+    def _check_mask(self, loaded: LoadedReference) -> None:
+        """A mask may vanish on a coarse grid (the method then skips it there), but not on all of them."""
+        grids = [self.bundle.grid(factor) for factor in self.bundle.factors]
+        if not any(layer_mask(loaded.mask_grid, rows, columns).any() for rows, columns in grids):
+            finest = max(grids)
+            raise MaskError(
+                f"{loaded.name}: the mask vanishes on every grid the injection layers work on (the finest is "
+                f"{finest[0]} x {finest[1]}); it is too small to be seen. Use a larger mask or a closer crop."
+            )
+
+    def _encode_text(self, prompts: Sequence[str]) -> NDArray[Any]:
+        """Prompts to embeddings [n, 77, D]."""
+        ids = np.stack([self.session.tokenizer.encode(prompt) for prompt in prompts])
+        return self.session.runner("text_encoder").run({"token_ids": ids})["text"]
+
+    def _prepare(self, loaded: Sequence[tuple[PlacedConcept, LoadedReference, str]]) -> _Prepared:
+        concepts = [placed.concept for placed in self.placed]
+        tokens = tuple(placed.tokens for placed in self.placed)
+        numbers = {id(concept): number for number, concept in enumerate(concepts)}
+        masked = [
+            MaskedReference(one.mask_grid, numbers[id(placed.concept)], placed.concept.weight)
+            for placed, one, _ in loaded
+        ]
+        references = ReferenceSet.of(self.bundle, masked)
+        if not loaded:
+            nothing = np.zeros((0, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
+            return _Prepared(references, nothing, np.zeros(0), tokens)
+        with self._timed("image_encoding"):
+            latents = np.concatenate([self._encode_image(one) for _, one, _ in loaded])  # [R, 4, h, w]
+        with self._timed("text_encoding"):
+            text = self._encode_text([prompt for _, _, prompt in loaded])  # [R, 77, D]
+        return _Prepared(references, latents, text, tokens)
+
+    def _encode_image(self, loaded: LoadedReference) -> Float32Array:
+        pixels = loaded.pixels(self.bundle.height, self.bundle.width)
+        return self.session.runner("vae_encoder").run({"pixels": pixels})["latents"]
+
+    # -------------------------------------------------------------------------------------------------- the loop
+
+    def _denoise_batches(self, prepared: _Prepared, text: NDArray[Any]) -> tuple[Float32Array, NDArray[np.int64]]:
+        """All images of the request, at most `limits.images` of them together."""
+        size = self.bundle.limits.images
+        indices = range(self.options.images)
+        batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+        made = [self._denoise(prepared, text, batch, (n, len(batches))) for n, batch in enumerate(batches)]
+        return np.concatenate([m[0] for m in made]), np.concatenate([m[1] for m in made])
+
+    def _denoise(
+        self, prepared: _Prepared, text: NDArray[Any], images: Sequence[int], place: tuple[int, int]
+    ) -> tuple[Float32Array, NDArray[np.int64]]:
+        """The denoising loop: latents [B, 4, h, w] and the last region labels [B, h/2, w/2]."""
+        bundle, options, schedule = self.bundle, self.options, self.bundle.schedule
+        denoiser = Denoiser(bundle, self.session.runner("reference_kv"), self.session.runner("denoise_step"))
+        shape = (1, bundle.latent_channels, bundle.rows, bundle.columns)
+        latents = np.concatenate([target_noise(options.seed, index, shape) for index in images])
+        label = np.zeros((len(images), bundle.rows // 2, bundle.columns // 2), np.int64)
+        guidance = Guidance(
+            text=np.repeat(text[:, None], len(images), axis=1),
+            tokens=prepared.tokens,
+            ca_scale=options.effective_ca_scale(len(prepared.tokens)),
+            scale=options.guidance,
+            semantic=options.semantic_guidance,
+            weight_mode=options.weight_mode,
+        )
+        timesteps, coefficients = schedule.timesteps(options.steps), schedule.step_coefficients(options.steps)
+        for i, timestep in enumerate(map(int, timesteps)):
+            start = perf_counter()
+            stage: Stage = "rba" if is_region_step(i, options.steps, options.alpha) else "rsa"
+            with self._timed("reference_pass"):
+                if len(prepared.latents):
+                    noised = schedule.add_noise(
+                        prepared.latents, reference_noise(options.reference_seed, i, shape), timestep
+                    )
+                    kv = denoiser.reference_kv(prepared.references, noised, timestep, prepared.text)
+                else:
+                    kv = denoiser.no_references()
+            with self._timed("denoising"):
+                state = denoiser.step(
+                    latents,
+                    timestep,
+                    coefficients[i],
+                    stage=stage,
+                    region_label=label,
+                    references=prepared.references,
+                    reference_kv=kv,
+                    guidance=guidance,
+                )
+            latents, label = state["latents_out"], state["region_label_out"]
+            self.step_seconds.append(perf_counter() - start)
+            self._report(Progress(i + 1, options.steps, stage, *place))
+        return latents, label
+
+    def _report(self, progress: Progress) -> None:
+        self.session._check_open()
+        if self.progress is not None and self.progress(progress) is False:
+            raise Cancelled(f"cancelled by the progress callback after step {progress.step} of {progress.steps}.")
+
+    # --------------------------------------------------------------------------------------------- after the loop
+
+    def _decode(self, latents: Float32Array) -> Sequence[Any]:
+        pixels = self.session.runner("vae_decoder").run({"latents": latents})["pixels"]
+        return pixels_to_images(pixels)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start

@@ -1,0 +1,163 @@
+"""CLIP's byte-pair tokenizer over the `tokenizers` wheel: prompts to 77 ids, words to token positions."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from .errors import BundleError, PromptError
+
+__all__ = ["Tokenizer"]
+
+_NAMED_WORDS = 20  # so many words are named in a message; the others are counted
+
+
+class Tokenizer:
+    """The tokenizer of a bundle. Make one with `from_file`; it holds no state and may be shared between threads."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, pad_token_id: int, max_length: int = 77) -> None:
+        """Take over `tokenizer`; its own truncation and padding are switched off.
+
+        Raises `BundleError` when it has no start and end token, or when the pad token is not in its vocabulary.
+        """
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._start, self._end = _frame(tokenizer)
+        size = tokenizer.get_vocab_size()
+        if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, int) or not 0 <= pad_token_id < size:
+            raise BundleError(
+                f"tokenizer: pad_token_id is {pad_token_id!r}, expected a whole number from 0 to {size - 1}."
+            )
+        if max_length < 3:
+            raise BundleError(f"tokenizer: max_length is {max_length}, expected at least 3.")
+        self.pad_token_id = pad_token_id
+        self.max_length = max_length
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], *, pad_token_id: int, max_length: int = 77) -> Tokenizer:
+        """Read a `tokenizer.json`. Raises `BundleError` for a file that is missing or no tokenizer."""
+        if not Path(path).is_file():
+            raise BundleError(f"tokenizer {os.fspath(path)!r} does not exist or is not a file.")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
+        except Exception as error:  # the wheel raises plain Exception
+            raise BundleError(f"tokenizer {os.fspath(path)!r} cannot be read: {error}.") from error
+        return cls(tokenizer, pad_token_id=pad_token_id, max_length=max_length)
+
+    def encode(self, prompt: str) -> npt.NDArray[np.int64]:
+        """The ids of a prompt: start, tokens, end, padding; int64 [max_length].
+
+        Raises `PromptError` for a prompt with more tokens than fit, naming the words that would be lost.
+        """
+        ids = self._encode(prompt).ids
+        padding = self.max_length - len(ids) - 2
+        return np.array([self._start, *ids, self._end, *[self.pad_token_id] * padding], dtype=np.int64)
+
+    def tokens(self, prompt: str) -> tuple[str, ...]:
+        """The tokens as text, start and end token included, without padding: `tokens(prompt)[i]` is at position i.
+
+        Raises `PromptError` as `encode`.
+        """
+        encoding = self._encode(prompt)
+        pieces = [prompt[start:end] for start, end in encoding.offsets]
+        return (self._text(self._start), *pieces, self._text(self._end))
+
+    def find_word(self, prompt: str, word: str) -> tuple[int, ...]:
+        """The positions (1 is the first after the start token) of all tokens of a word, where it first stands.
+
+        `word` may be several words, or a word that is split into several tokens. Case and kinds of white space make no
+        difference. A place inside another word does not count: "hat" is not in "hats".
+
+        Raises `PromptError` as `encode`, and where the word does not stand in the prompt; the message lists its words.
+        """
+        encoding = self._encode(prompt)
+        wanted = self._raw_encode(word, "word").ids
+        places = range(len(encoding.ids) - len(wanted) + 1) if wanted else range(0)
+        for first in places:
+            after = first + len(wanted)
+            if encoding.ids[first:after] != wanted:
+                continue
+            if not _inside_word(prompt, encoding.offsets, first, after):
+                return tuple(range(first + 1, after + 1))
+        held = ", ".join(map(repr, _shortened(prompt.split()))) or "none: it is empty"
+        raise PromptError(
+            f"the word {word!r} is not in the prompt {prompt!r}; its words are {held}. "
+            "Use one of them, or give token_index."
+        )
+
+    def _encode(self, prompt: str) -> tokenizers.Encoding:
+        """The prompt's own tokens, at most max_length - 2 of them."""
+        encoding = self._raw_encode(prompt, "prompt")
+        room = self.max_length - 2
+        if len(encoding.ids) > room:
+            kept_to = encoding.offsets[room][0]
+            lost = " ".join(_shortened(_words_after(prompt, kept_to)))
+            raise PromptError(
+                f"the prompt has {len(encoding.ids)} tokens, at most {room} fit (a word can be several). "
+                f"These words would be lost: {lost!r}. Shorten the prompt: {_excerpt(prompt)!r}."
+            )
+        return encoding
+
+    def _raw_encode(self, text: str, what: str) -> tokenizers.Encoding:
+        if not isinstance(text, str):
+            raise PromptError(f"the {what} is {text!r}, expected text.")
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, ValueError) as error:  # lone surrogates have no UTF-8
+            raise PromptError(f"the {what} {text!r} is not valid Unicode text.") from error
+
+    def _text(self, token_id: int) -> str:
+        return str(self._tokenizer.id_to_token(token_id))
+
+
+def _frame(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
+    """The ids of the start and the end token: what the post-processor puts around nothing, or CLIP's names."""
+    framed = tokenizer.encode("").ids
+    if len(framed) == 2:
+        return framed[0], framed[1]
+    start, end = tokenizer.token_to_id("<|startoftext|>"), tokenizer.token_to_id("<|endoftext|>")
+    if start is None or end is None:
+        raise BundleError("tokenizer: no start and end token found, expected <|startoftext|> and <|endoftext|>.")
+    return start, end
+
+
+def _inside_word(prompt: str, offsets: Sequence[tuple[int, int]], first: int, after: int) -> bool:
+    """Whether the tokens first..after-1 are only a part of a word of the prompt."""
+    start = offsets[first][0]
+    if start > 0 and _joins(prompt[start - 1]):
+        return True
+    if after == len(offsets):
+        return False
+    end, following = offsets[after - 1][1], offsets[after][0]
+    # what stands between two tokens is white space, or a combining mark that became one with the letter before it
+    return not any(character.isspace() for character in prompt[end:following]) and _joins(prompt[following])
+
+
+def _joins(neighbour: str) -> bool:
+    """Whether a character beside a word makes it part of a longer word."""
+    return neighbour.isalnum() or unicodedata.category(neighbour).startswith("M")
+
+
+def _words_after(prompt: str, offset: int) -> list[str]:
+    """The words of the prompt that end after `offset`, the one it cuts included."""
+    start = offset
+    while start > 0 and not prompt[start - 1].isspace():
+        start -= 1
+    return prompt[start:].split()
+
+
+def _shortened(words: list[str]) -> list[str]:
+    if len(words) <= _NAMED_WORDS:
+        return words
+    return [*words[:_NAMED_WORDS], f"(and {len(words) - _NAMED_WORDS} more)"]
+
+
+def _excerpt(prompt: str) -> str:
+    return prompt if len(prompt) <= 400 else prompt[:400] + "..."

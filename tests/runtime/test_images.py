@@ -1,0 +1,428 @@
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, PngImagePlugin
+
+from magicface_rt import images
+from magicface_rt.concept import Reference
+from magicface_rt.errors import ImageError, MaskError, NonFiniteError, OptionError
+from magicface_rt.images import (
+    MagicFaceWarning,
+    image_to_pixels,
+    layer_mask,
+    load_image,
+    load_mask,
+    load_reference,
+    mask_grid,
+    pixels_to_images,
+    region_overlay,
+)
+
+DATA = Path(__file__).parents[1] / "data" / "unit"
+SHARED = Path(__file__).parents[2].parent / "shared" / "goldens" / "unit"
+RECORDED = np.load(DATA / "images.npz")
+needs_photographs = pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded photographs are not beside this tree")
+
+
+def photograph(width: int = 60, height: int = 40) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+# --- the recorded loaders
+
+
+def recorded_mask(path: Path) -> npt.NDArray[np.uint8]:
+    return mask_grid(load_mask(path, image_size=None, threshold=255, name="mask"))
+
+
+@pytest.mark.parametrize("name", ["ramp", "odd"])
+def test_masks_at_threshold_255_equal_the_recorded_ones(name: str) -> None:
+    grid = recorded_mask(DATA / "images" / f"{name}.png")
+    assert grid.dtype == np.uint8
+    np.testing.assert_array_equal(grid, RECORDED[f"mask_{name}"][0, 0])
+
+
+def test_nearest_pixels_equal_the_recorded_ones() -> None:
+    pixels = image_to_pixels(load_image(DATA / "images" / "odd3.png", name="odd3"), 512, 512, "nearest")
+    assert pixels.shape == (1, 3, 512, 512)
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels[:, :, ::8, ::8], RECORDED["image_odd3_every8th"])
+
+
+@needs_photographs
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_photographs_have_the_recorded_hashes(index: int) -> None:
+    info = json.loads((SHARED / "images" / "info.json").read_text())[f"image_{index}.jpg"]
+    pixels = image_to_pixels(load_image(SHARED / "images" / f"image_{index}.jpg", name="image"), 512, 512, "nearest")
+    assert hashlib.sha256(pixels.astype("<f4").tobytes()).hexdigest() == info["sha256_of_output_float32_little_endian"]
+
+
+@needs_photographs
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_photographed_masks_equal_the_recorded_ones(index: int) -> None:
+    recorded = np.load(SHARED / "images.npz")[f"mask_{index}"][0, 0]
+    np.testing.assert_array_equal(recorded_mask(SHARED / "images" / f"mask_{index}.jpg"), recorded)
+
+
+# --- sampling
+
+
+@given(rows=st.integers(1, 128), cols=st.integers(1, 128), seed=st.integers(0, 9))
+def test_layer_mask_equals_a_loop(rows: int, cols: int, seed: int) -> None:
+    grid = np.random.default_rng(seed).integers(0, 2, (128, 128), dtype=np.uint8)
+    slow = [[bool(grid[128 * i // rows][128 * j // cols]) for j in range(cols)] for i in range(rows)]
+    fast = layer_mask(grid, rows, cols)
+    assert fast.dtype == np.bool_
+    np.testing.assert_array_equal(fast, np.array(slow))
+
+
+@given(height=st.integers(1, 300), width=st.integers(1, 300), seed=st.integers(0, 9))
+def test_mask_grid_equals_a_loop(height: int, width: int, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    slow = [[int(mask[i * height // 128][j * width // 128]) for j in range(128)] for i in range(128)]
+    np.testing.assert_array_equal(mask_grid(mask), np.array(slow, dtype=np.uint8))
+
+
+def test_lanczos_is_the_default_and_keeps_the_range() -> None:
+    image = photograph()
+    pixels = image_to_pixels(image, 32, 48)
+    assert pixels.shape == (1, 3, 32, 48)
+    assert pixels.min() >= -1
+    assert pixels.max() <= 1
+    np.testing.assert_array_equal(pixels, image_to_pixels(image, 32, 48, "lanczos"))
+    assert not np.array_equal(pixels, image_to_pixels(image, 32, 48, "nearest"))
+
+
+def test_an_unknown_resampling_is_refused() -> None:
+    with pytest.raises(OptionError, match="bicubic"):
+        image_to_pixels(photograph(), 8, 8, "bicubic")  # type: ignore[arg-type]
+
+
+def test_pixels_come_back_as_the_image_they_were() -> None:
+    image = photograph(64, 32)
+    (back,) = pixels_to_images(image_to_pixels(image, 32, 64, "nearest"))
+    np.testing.assert_array_equal(np.asarray(back), np.asarray(image))
+
+
+def test_pixels_outside_the_range_are_clipped() -> None:
+    pixels = np.array([-3.0, 0.0, 3.0], np.float32).reshape(1, 3, 1, 1)
+    assert pixels_to_images(pixels)[0].getpixel((0, 0)) == (0, 128, 255)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_pixels_that_are_not_finite_are_refused(bad: float) -> None:
+    pixels = np.zeros((1, 3, 4, 4), np.float32)
+    pixels[0, 1, 2, 3] = bad
+    with pytest.raises(NonFiniteError, match="1 of 48"):
+        pixels_to_images(pixels)
+
+
+def test_pixels_of_another_shape_are_refused() -> None:
+    with pytest.raises(ImageError, match=r"\[1, 4, 2, 2\]"):
+        pixels_to_images(np.zeros((1, 4, 2, 2), np.float32))
+
+
+# --- reading images
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("1", "RGB"), ("L", "RGB"), ("P", "RGB"), ("CMYK", "RGB"), ("LA", "RGBA"), ("RGBA", "RGBA"), ("I;16", "RGB")],
+)
+def test_images_of_every_mode_come_as_rgb_or_rgba(tmp_path: Path, mode: str, expected: str) -> None:
+    image = Image.new(mode, (5, 4))
+    assert load_image(image, name="image").mode == expected
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(path)
+    assert load_image(path, name="image").mode == expected
+
+
+def test_a_palette_with_a_transparent_colour_has_alpha(tmp_path: Path) -> None:
+    Image.new("P", (5, 4)).save(tmp_path / "image.png", transparency=0)
+    assert load_image(tmp_path / "image.png", name="image").mode == "RGBA"
+
+
+def test_sixteen_bit_greys_keep_their_brightness() -> None:
+    image = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
+    assert load_image(image, name="image").getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph(60, 40).save(tmp_path / "image.jpg", exif=exif)
+    assert load_image(tmp_path / "image.jpg", name="image").size == (40, 60)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 3), (4, 5, 4)])
+def test_arrays_are_images(shape: tuple[int, ...]) -> None:
+    image = load_image(np.full(shape, 200, np.uint8), name="image")
+    assert image.size == (5, 4)
+    assert np.asarray(image)[0, 0, 0] == 200
+
+
+@pytest.mark.parametrize(
+    ("array", "named"),
+    [
+        (np.zeros((4, 5, 3), np.float32), "float32"),
+        (np.zeros((4, 5, 2), np.uint8), r"\[4, 5, 2\]"),
+        (np.zeros((1, 3, 4, 5), np.uint8), r"\[1, 3, 4, 5\]"),
+        (np.zeros((0, 5, 3), np.uint8), "5 x 0"),
+        (np.zeros((4,), np.uint8), r"\[4\]"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(array: Any, named: str) -> None:
+    with pytest.raises(ImageError, match=named) as caught:
+        load_image(array, name="man, reference 1: image")
+    assert str(caught.value).startswith("man, reference 1: image")
+
+
+@pytest.mark.parametrize("source", [None, 3, b"man.jpg", ["man.jpg"]])
+def test_other_things_are_no_images(source: Any) -> None:
+    with pytest.raises(ImageError, match="expected a path"):
+        load_image(source, name="image")
+
+
+def test_a_missing_file_a_folder_and_a_broken_name_are_refused(tmp_path: Path) -> None:
+    cases: list[tuple[str | Path, str]] = [
+        (tmp_path / "none.png", "does not exist"),
+        (tmp_path, "is a folder"),
+        ("a\0b", "cannot be read|exist"),
+    ]
+    for path, said in cases:
+        with pytest.raises(ImageError, match=said):
+            load_image(path, name="image")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
+def test_truncated_files_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"cut.{suffix}"
+    photograph(200, 200).save(path)
+    whole = path.read_bytes()
+    for keep in (0, 10, len(whole) // 2):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ImageError, match="cut"):
+            load_image(path, name="image")
+
+
+@given(position=st.integers(0, 2000), value=st.integers(0, 255))
+def test_damaged_files_give_an_image_or_an_image_error(
+    tmp_path_factory: pytest.TempPathFactory, position: int, value: int
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "image.png"
+    photograph(20, 20).save(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[position % len(damaged)] = value
+    path.write_bytes(damaged)
+    with contextlib.suppress(ImageError):
+        load_image(path, name="image")
+
+
+def test_formats_that_start_other_programs_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "image.eps"
+    photograph().save(path)
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image(path, name="image")
+
+
+def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
+    action: Literal["ignore", "error"]
+    for side in (8100, 10000, 14000):  # over our limit, Pillow's warning, Pillow's error
+        path = tmp_path / f"{side}.png"
+        Image.new("1", (side, side)).save(path)
+        for action in ("ignore", "error"):
+            with warnings.catch_warnings():
+                warnings.simplefilter(action, Image.DecompressionBombWarning)
+                with pytest.raises(ImageError, match="64,000,000"):
+                    load_image(path, name="image")
+
+
+def test_bombs_in_text_chunks_are_refused(tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("bomb", "0" * 80_000_000, zip=True)
+    photograph().save(tmp_path / "image.png", pnginfo=info)
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image(tmp_path / "image.png", name="image")
+
+
+# --- masks
+
+
+def ramp() -> npt.NDArray[np.uint8]:
+    return np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize("threshold", [1, 128, 255])
+def test_values_from_the_threshold_up_count(threshold: int) -> None:
+    mask = load_mask(ramp(), image_size=(16, 16), threshold=threshold, name="mask")
+    np.testing.assert_array_equal(mask, ramp() >= threshold)
+    assert mask.dtype == np.bool_
+
+
+def test_the_default_threshold_is_128() -> None:
+    np.testing.assert_array_equal(load_mask(ramp(), image_size=None, name="mask"), ramp() >= 128)
+
+
+def test_a_grey_mask_with_three_channels_is_the_mask_with_one() -> None:
+    for threshold in (1, 77, 128, 255):
+        three = load_mask(np.stack([ramp()] * 3, axis=2), image_size=None, threshold=threshold, name="mask")
+        np.testing.assert_array_equal(three, ramp() >= threshold)
+
+
+def test_a_coloured_mask_counts_by_its_luminance() -> None:
+    colours = np.array([[(255, 0, 0), (0, 255, 0), (255, 255, 255), (0, 0, 255)]], np.uint8)
+    assert load_mask(colours, image_size=None, name="mask").tolist() == [[False, True, True, False]]
+
+
+def test_a_mask_with_transparency_counts_by_its_alpha_and_an_opaque_one_by_its_luminance() -> None:
+    black_on_nothing = np.array([[(0, 0, 0, 0), (0, 0, 0, 255)]], np.uint8)
+    assert load_mask(black_on_nothing, image_size=None, name="mask").tolist() == [[False, True]]
+    opaque = np.array([[(0, 0, 0, 255), (255, 255, 255, 255)]], np.uint8)
+    assert load_mask(opaque, image_size=None, name="mask").tolist() == [[False, True]]
+
+
+def test_bool_arrays_and_one_bit_images_are_masks() -> None:
+    mask = np.eye(5, dtype=np.bool_)
+    np.testing.assert_array_equal(load_mask(mask, image_size=None, threshold=255, name="mask"), mask)
+    np.testing.assert_array_equal(load_mask(Image.fromarray(mask), image_size=None, name="mask"), mask)
+
+
+def test_an_empty_mask_is_refused_with_its_highest_value() -> None:
+    with pytest.raises(MaskError, match=r"highest value is 100.*lower mask_threshold"):
+        load_mask(np.full((4, 4), 100, np.uint8), image_size=None, name="mask")
+    with pytest.raises(MaskError, match="bool array"):
+        load_mask(np.ones((4, 4), np.uint8), image_size=None, name="mask")
+
+
+def test_a_mask_of_another_size_is_stretched_with_a_warning() -> None:
+    with pytest.warns(MagicFaceWarning, match="50 x 25, its image 100 x 50"):
+        mask = load_mask(np.full((25, 50), 255, np.uint8), image_size=(100, 50), name="mask")
+    assert mask.shape == (25, 50)
+
+
+def test_a_mask_of_another_aspect_is_refused() -> None:
+    with pytest.raises(MaskError, match="50 x 50, its image 100 x 50"):
+        load_mask(np.full((50, 50), 255, np.uint8), image_size=(100, 50), name="mask")
+
+
+@pytest.mark.parametrize(("height", "fits"), [(1010, True), (991, True), (1011, False), (990, False)])
+def test_aspects_agree_within_one_percent(height: int, fits: bool) -> None:
+    def load() -> None:
+        load_mask(np.full((height, 1000), 255, np.uint8), image_size=(2000, 2000), name="mask")
+
+    if fits:
+        with pytest.warns(MagicFaceWarning):
+            load()
+    else:
+        with pytest.raises(MaskError):
+            load()
+
+
+@pytest.mark.parametrize("threshold", [0, 256, 1.5, True, None])
+def test_thresholds_out_of_range_are_refused(threshold: Any) -> None:
+    with pytest.raises(OptionError, match="mask_threshold"):
+        load_mask(ramp(), image_size=None, threshold=threshold, name="mask")
+
+
+def test_masks_that_cannot_be_read_are_mask_errors(tmp_path: Path) -> None:
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for source in (tmp_path / "mask.png", tmp_path / "none.png", np.zeros((2, 2), np.float64)):
+        with pytest.raises(MaskError):
+            load_mask(source, image_size=None, name="mask")  # type: ignore[arg-type]
+
+
+# --- references
+
+
+def test_a_reference_is_read_once() -> None:
+    mask = np.zeros((40, 60), np.bool_)
+    mask[10:20, 10:30] = True
+    loaded = load_reference(Reference(photograph(), mask=mask), name="man")
+    assert loaded.image.mode == "RGB"
+    assert loaded.name == "man"
+    np.testing.assert_array_equal(loaded.mask_grid, mask_grid(mask))
+    np.testing.assert_array_equal(loaded.pixels(16, 24), image_to_pixels(photograph(), 16, 24, "lanczos"))
+    with pytest.raises(ValueError, match="read-only"):
+        loaded.mask_grid[0, 0] = 1
+
+
+def test_a_reference_is_resampled_as_it_says() -> None:
+    loaded = load_reference(Reference(photograph(), mask=np.ones((40, 60), np.bool_), resample="nearest"), name="man")
+    np.testing.assert_array_equal(loaded.pixels(16, 24), image_to_pixels(photograph(), 16, 24, "nearest"))
+
+
+def test_alpha_stands_in_for_a_mask() -> None:
+    image = photograph().convert("RGBA")
+    alpha = Image.new("L", image.size)
+    ImageDraw.Draw(alpha).rectangle((20, 10, 40, 30), fill=255)
+    image.putalpha(alpha)
+    loaded = load_reference(Reference(image), name="man")
+    np.testing.assert_array_equal(loaded.mask_grid, mask_grid(np.asarray(alpha) >= 128))
+    np.testing.assert_array_equal(np.asarray(loaded.image), np.asarray(photograph()))
+
+
+def test_a_mask_beside_an_alpha_channel_wins() -> None:
+    mask = np.zeros((40, 60), np.bool_)
+    mask[:20] = True
+    loaded = load_reference(Reference(photograph().convert("RGBA"), mask=mask), name="man")
+    np.testing.assert_array_equal(loaded.mask_grid, mask_grid(mask))
+
+
+def test_without_mask_and_alpha_the_error_says_what_to_do() -> None:
+    with pytest.raises(MaskError, match=r"man: there is no mask.*Give mask=.*transparent background"):
+        load_reference(Reference(photograph()), name="man")
+
+
+def test_a_mask_that_misses_the_grid_is_refused() -> None:
+    mask = np.zeros((1000, 1000), np.bool_)
+    mask[1, 1] = True
+    with pytest.raises(MaskError, match=r"man: the mask has 1 of 1000000 pixels set.*128 x 128"):
+        load_reference(Reference(Image.new("RGB", (1000, 1000)), mask=mask), name="man")
+
+
+def test_the_warning_points_at_the_callers_line() -> None:
+    with pytest.warns(MagicFaceWarning) as caught:
+        load_reference(Reference(photograph(), mask=np.ones((20, 30), np.bool_)), name="man")
+    assert caught[0].filename == __file__
+
+
+# --- overlays
+
+
+def test_an_overlay_shows_regions_and_leaves_room_for_the_legend() -> None:
+    regions = np.zeros((8, 8), np.int64)
+    regions[2:6, 2:6] = 1
+    overlay = np.asarray(region_overlay(Image.new("RGB", (512, 512), (100, 100, 100)), regions, ["man"]))
+    assert overlay.shape[1] == 512
+    assert overlay.shape[0] > 512
+    assert overlay[10, 10].tolist() == [75, 75, 75]
+    red, green, blue = overlay[256, 256].tolist()
+    assert red > green > blue  # the first colour is orange
+    assert overlay[256, 128].tolist() == [255, 255, 255]  # the border
+
+
+def test_overlays_of_small_pictures_are_enlarged_and_many_names_fit() -> None:
+    names = [f"concept {k} with a name that is rather long" for k in range(12)] + ["日本\ud800"]
+    overlay = region_overlay(Image.new("RGB", (64, 32)), np.zeros((4, 8), np.int64), names)
+    assert overlay.width == 384
+    assert overlay.height > 192 + 12 * 28
+
+
+def test_an_overlay_without_concepts_has_no_legend() -> None:
+    assert region_overlay(Image.new("RGB", (512, 256)), np.zeros((4, 8), np.int64), []).size == (512, 256)
+
+
+def test_colours_of_many_concepts_differ() -> None:
+    assert len({images._colour(k) for k in range(20)}) == 20

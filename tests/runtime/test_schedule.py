@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magicface_rt.errors import CheckpointError, OptionError
+from magicface_rt.schedule import Schedule, is_region_step, reference_noise, target_noise
+
+RECORDED = np.load(Path(__file__).parents[1] / "data" / "unit" / "schedule.npz")
+LENGTHS = (50, 20, 7)
+
+
+def test_alphas_equal_the_recorded_ones_bit_by_bit() -> None:
+    schedule = Schedule()
+    np.testing.assert_array_equal(schedule.alphas_cumprod, RECORDED["alphas_cumprod_all"])
+    assert schedule.alphas_cumprod.dtype == np.float32
+    assert schedule.final_alpha == RECORDED["final_alpha_cumprod"]
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_timesteps_equal_the_recorded_ones(steps: int) -> None:
+    timesteps = Schedule().timesteps(steps)
+    assert timesteps.dtype == np.int64
+    np.testing.assert_array_equal(timesteps, RECORDED[f"timesteps_{steps}"])
+
+
+def test_an_offset_of_zero_gives_the_timesteps_outside_the_pipeline() -> None:
+    np.testing.assert_array_equal(Schedule(steps_offset=0).timesteps(50), RECORDED["timesteps_50_outside_pipeline"])
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_steps_equal_the_recorded_ones(steps: int) -> None:
+    x, eps = RECORDED[f"x_{steps}"], RECORDED[f"eps_{steps}"]
+    moved = np.stack([keep * x + add * eps for keep, add in Schedule().step_coefficients(steps)])
+    np.testing.assert_allclose(moved, RECORDED[f"step_{steps}"], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_noised_latents_equal_the_recorded_ones(steps: int) -> None:
+    schedule, z, noise = Schedule(), RECORDED[f"z_{steps}"], RECORDED[f"noise_{steps}"]
+    noised = np.stack([schedule.add_noise(z, noise, int(t)) for t in schedule.timesteps(steps)])
+    assert noised.dtype == np.float32
+    np.testing.assert_allclose(noised, RECORDED[f"add_noise_{steps}"], rtol=0, atol=2e-6)
+
+
+def test_rows_may_have_timesteps_of_their_own() -> None:
+    schedule, z, noise = Schedule(), RECORDED["z_7"], RECORDED["noise_7"]
+    together = schedule.add_noise(z, noise, np.array([853, 1]))
+    np.testing.assert_array_equal(together[:1], schedule.add_noise(z[:1], noise[:1], 853))
+    np.testing.assert_array_equal(together[1:], schedule.add_noise(z[1:], noise[1:], 1))
+
+
+@given(
+    steps=st.integers(1, 999),
+    offset=st.integers(0, 1),
+    to_one=st.booleans(),
+    kind=st.sampled_from(["scaled_linear", "linear"]),
+)
+def test_coefficients_follow_the_formula_in_float64(steps: int, offset: int, to_one: bool, kind: Any) -> None:
+    schedule = Schedule(steps_offset=offset, set_alpha_to_one=to_one, beta_schedule=kind)
+    coefficients = schedule.step_coefficients(steps)
+    assert coefficients.shape == (steps, 2)
+    assert coefficients.dtype == np.float32
+    alphas = [float(a) for a in schedule.alphas_cumprod]
+    stride = 1000 // steps
+    for i in {0, steps // 2, steps - 1}:
+        t = (steps - 1 - i) * stride + offset
+        a = alphas[t]
+        a_next = alphas[t - stride] if t >= stride else (1.0 if to_one else alphas[0])
+        x, eps = 0.7, -1.3
+        clean = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        expected = math.sqrt(a_next) * clean + math.sqrt(1 - a_next) * eps
+        assert coefficients[i] @ np.array([x, eps]) == pytest.approx(expected, rel=2e-6, abs=2e-6)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, True, "50", None, 10**30])
+def test_impossible_numbers_of_steps_are_refused(steps: Any) -> None:
+    with pytest.raises(OptionError, match="steps is"):
+        Schedule().timesteps(steps)
+
+
+def test_steps_that_would_start_beyond_the_training_are_refused() -> None:
+    with pytest.raises(OptionError, match="at most 999 steps"):
+        Schedule().timesteps(1000)
+    assert Schedule(steps_offset=0).timesteps(1000)[0] == 999
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000, 1.5, np.array([3, 1000])])
+def test_timesteps_that_do_not_exist_are_refused(timestep: Any) -> None:
+    z = np.zeros((2, 4, 2, 2), np.float32)
+    with pytest.raises(OptionError, match="timestep is"):
+        Schedule().add_noise(z, z, timestep)
+
+
+def test_config_comes_back_equal() -> None:
+    schedule = Schedule(num_train_timesteps=500, beta_start=0.001, beta_schedule="linear", steps_offset=0)
+    assert Schedule.from_config(schedule.to_config()) == schedule
+
+
+def test_the_config_of_stable_diffusion_gives_the_defaults() -> None:
+    config = {
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.6.0",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    }
+    assert Schedule.from_config(config) == Schedule()
+
+
+def test_an_offset_in_the_config_is_used_and_a_missing_one_is_the_pipelines() -> None:
+    assert Schedule.from_config({"steps_offset": 0}).steps_offset == 0
+    assert Schedule.from_config({}).steps_offset == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"prediction_type": "v_prediction"}, "v_prediction"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
+        ({"beta_start": float("nan")}, "beta_start"),
+        ({"beta_end": "0.012"}, "beta_end"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps"),
+        ({"steps_offset": -1}, "steps_offset"),
+        ({"set_alpha_to_one": "no"}, "set_alpha_to_one"),
+    ],
+)
+def test_configs_that_make_no_such_schedule_are_refused_by_name(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        Schedule.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("steps", "alpha", "first"),
+    [(50, 0.4, 21), (20, 0.4, 9), (100, 0.29, 30), (8, 0.0, 1), (8, -0.125, 1), (7, 0.4, 3)],
+)
+def test_the_second_stage_begins_after_alpha_of_the_steps(steps: int, alpha: float, first: int) -> None:
+    assert [is_region_step(i, steps, alpha) for i in range(steps)] == [i >= first for i in range(steps)]
+
+
+@given(steps=st.integers(1, 1000))
+def test_alpha_one_is_the_first_stage_throughout(steps: int) -> None:
+    assert not any(is_region_step(i, steps, 1.0) for i in range(steps))
+
+
+@given(inject=st.integers(0, 1000), steps=st.integers(1, 1000))
+def test_alpha_as_a_quotient_gives_back_the_step_it_was_made_of(inject: int, steps: int) -> None:
+    assert [is_region_step(i, steps, inject / steps) for i in range(steps)] == [i > inject for i in range(steps)]
+
+
+def test_noise_is_what_it_always_was() -> None:
+    shape = (1, 4, 2, 2)
+    np.testing.assert_array_equal(
+        target_noise(7, 0, shape).ravel()[:4],
+        np.array([-0.29333900, 1.70383060, 1.53919180, 0.63675386], np.float32),
+    )
+    np.testing.assert_array_equal(
+        reference_noise(0, 0, shape).ravel()[:4],
+        np.array([-2.23901180, 0.94217896, -1.18732330, -0.82684225], np.float32),
+    )
+
+
+def test_every_draw_has_a_stream_of_its_own() -> None:
+    draws = [target_noise(s, k, (64,)) for s in (0, 1, 2**64 - 1) for k in (0, 1)]
+    draws += [reference_noise(s, i, (64,)) for s in (0, 1, 2**64 - 1) for i in (0, 1)]
+    assert len({draw.tobytes() for draw in draws}) == len(draws)
+    assert all(draw.dtype == np.float32 for draw in draws)
+
+
+def test_noise_is_normal() -> None:
+    noise = target_noise(3, 0, (4, 64, 64))
+    assert abs(noise.mean()) < 0.03
+    assert noise.std() == pytest.approx(1, abs=0.02)
+
+
+def test_a_larger_draw_begins_with_the_smaller_one() -> None:
+    np.testing.assert_array_equal(reference_noise(5, 2, (3, 4, 8, 8))[:1], reference_noise(5, 2, (1, 4, 8, 8)))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True, None])
+def test_seeds_out_of_range_are_refused(seed: Any) -> None:
+    with pytest.raises(OptionError, match="seed is"):
+        target_noise(seed, 0, (1,))
+    with pytest.raises(OptionError, match="reference_seed is"):
+        reference_noise(seed, 0, (1,))
+
+
+@pytest.mark.parametrize("stream", [-1, 2**63])
+def test_streams_out_of_range_are_refused(stream: int) -> None:
+    with pytest.raises(OptionError, match="image_index"):
+        target_noise(0, stream, (1,))
+    with pytest.raises(OptionError, match="step"):
+        reference_noise(0, stream, (1,))
