@@ -1,0 +1,132 @@
+"""Where words look: cross-attention maps of the coarse layers, and how well a word's map covers the part that it names.
+
+The method's segmentation reads exactly these layers (grids of S/2, S/4, S/8), so this is what has to be right before
+the method can be judged.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+from torch.nn import functional as F
+
+from .vocabulary import Vocabulary
+from .world import PARTS, Pictures
+
+
+class Recorder:
+    """Cross-attentions of at most `tokens` pixels, computed in the open; `maps` holds the last pass's [rows,n,77],
+    averaged over heads.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
+        self.maps: list[Tensor] = []
+        self._tokens = tokens
+        default = unet.attn_processors
+        unet.set_attn_processor(
+            {name: _Recording(self, plain) if ".attn2." in name else plain for name, plain in default.items()}
+        )
+
+    def take(self) -> list[Tensor]:
+        """The maps of the pass just made, and an empty list for the next."""
+        maps, self.maps = self.maps, []
+        return maps
+
+
+class _Recording:
+    def __init__(self, recorder: Recorder, plain: object) -> None:
+        self._recorder, self._plain = recorder, plain
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **rest: object) -> Tensor:
+        if hidden_states.shape[1] > self._recorder._tokens:
+            return self._plain(attn, hidden_states, encoder_hidden_states, **rest)  # type: ignore[operator,no-any-return]
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [rows,heads,tokens,width]
+
+        q, k, v = (
+            heads(attn.to_q(hidden_states)),
+            heads(attn.to_k(encoder_hidden_states)),
+            heads(attn.to_v(encoder_hidden_states)),
+        )
+        probabilities = ((q * attn.scale) @ k.transpose(-1, -2)).float().softmax(-1)
+        self._recorder.maps.append(probabilities.mean(1))
+        out = (probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
+
+
+def word_positions(pictures: Pictures, ids: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """int64 [n,parts]: the position of the word that names each part; 0, the start token, for the background; -1
+    where there is no word.
+    """
+    columns = [torch.zeros(len(ids), dtype=torch.int64)]
+    for part in PARTS[1:]:
+        numbers = torch.tensor([-1 if word is None else vocabulary.word(word) for word in pictures.words(part)])
+        found = ids == numbers[:, None]
+        columns.append(torch.where(found.any(1), found.int().argmax(1), -1))
+    return torch.stack(columns, 1)
+
+
+def part_shares(labels: Tensor, side: int) -> Tensor:
+    """float32 [n,side*side,parts]: how much of each cell is each part."""
+    planes = torch.stack([labels == number for number in range(len(PARTS))], 1).float()
+    return F.adaptive_avg_pool2d(planes, side).flatten(2).transpose(1, 2)
+
+
+def inside(maps: list[Tensor], positions: Tensor, labels: Tensor) -> Tensor:
+    """float32 [layers,rows,parts]: the share of a word's attention that falls on its part; NaN where the part has no
+    word.
+    """
+    shares = []
+    for probabilities in maps:
+        rows, n, _ = probabilities.shape
+        words = probabilities.gather(2, positions.clamp(min=0)[:, None].expand(rows, n, -1))
+        shares.append((words * part_shares(labels, math.isqrt(n))).sum(1) / words.sum(1).clamp(min=1e-12))
+    return torch.stack(shares).masked_fill(positions < 0, math.nan)
+
+
+def grounding_loss(shares: Tensor, signal: Tensor) -> Tensor:
+    """Mean of -log(share inside) over layers and named parts; `signal` [rows] in 0..1 weighs rows by how much of the
+    picture the noise has left.
+    """
+    named = ~shares.isnan()
+    loss = -(torch.where(named, shares, 1.0) + 1e-3).log() * signal[None, :, None]
+    return loss.sum() / named.sum()
+
+
+def label_map(maps: list[Tensor], positions: Tensor, side: int) -> Tensor:
+    """int64 [rows,side,side]: the part whose word scores highest among all 77 tokens, -1 where a token that names no
+    part does.
+
+    A token's score is its map over its own spatial mean, averaged over the layers, as in the method, without the
+    self-attention's smoothing.
+    """
+    score: Tensor | float = 0.0
+    for probabilities in maps:
+        rows, n, tokens = probabilities.shape
+        grid = math.isqrt(n)
+        image = probabilities.transpose(1, 2).reshape(rows, tokens, grid, grid)
+        image = F.interpolate(image, size=(side, side), mode="bilinear")
+        score = score + image / image.mean((2, 3), keepdim=True).clamp(min=1e-8)
+    assert isinstance(score, Tensor)
+    winner = score.argmax(1)  # [rows,side,side]
+    labels = torch.full_like(winner, -1)
+    for part in range(positions.shape[1]):
+        place = positions[:, part, None, None]
+        labels[(winner == place) & (place >= 0)] = part
+    return labels
+
+
+def overlap(found: Tensor, labels: Tensor) -> dict[str, float]:
+    """Intersection over union per part over all rows; `found` [n,side,side] against the commonest part of each cell."""
+    side = found.shape[-1]
+    truth = part_shares(labels, side).argmax(2).view_as(found)
+    result = {}
+    for number, part in enumerate(PARTS):
+        both, either = ((found == number) & (truth == number)).sum(), ((found == number) | (truth == number)).sum()
+        result[part] = (both / either.clamp(min=1)).item()
+    return result
