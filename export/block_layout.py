@@ -57,10 +57,10 @@ def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
     for key in ("block_out_channels", "attention_head_dim", "cross_attention_dim", "sample_size"):
         if key not in unet:
             raise CheckpointError(f"{where}the U-Net's config lacks {key}")
-    if vae.get("_class_name") != "AutoencoderKL" or len(vae.get("block_out_channels", ())) != 4:
+    if vae.get("_class_name") != "AutoencoderKL" or not 2 <= len(vae.get("block_out_channels", ())) <= 6:
         raise CheckpointError(
             f"{where}the VAE is {vae.get('_class_name')!r} of {len(vae.get('block_out_channels', ()))} blocks; "
-            "expected AutoencoderKL of 4"
+            "expected AutoencoderKL of 2 to 6 (4 for Stable Diffusion: pixels are 8 times the latents' side)"
         )
     if text.get("num_hidden_layers") is None or text.get("hidden_size") != unet["cross_attention_dim"]:
         raise CheckpointError(

@@ -98,6 +98,7 @@ class BundleWriter:
 
     def add_graph(self, graph: Graph, model: ir.Model) -> None:
         """Write a traced graph: its weights into the shared file, one graph file for each runtime's bodies."""
+        _strip_traces(model)
         self.weights.externalize(model)
         self.weights.flush()
         proto = ir.to_proto(model)
@@ -143,6 +144,19 @@ class BundleWriter:
         except OSError as error:
             raise OutputError(f"output folder {self.out}: {error}.") from error
         return Bundle.open(self.out, check_hashes=False)
+
+
+def _strip_traces(model: ir.Model) -> None:
+    """The exporter notes in every node where its Python source stood; that doubles the file and names local paths."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _entry(tensor: Tensor) -> dict[str, Any]:

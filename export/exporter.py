@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from magicface_rt.bundle import Bundle
-from magicface_rt.errors import OptionError
+from magicface_rt.errors import OptionError, ParityError
 from magicface_rt.schedule import Schedule
 
 from .attention import DEFAULT_INJECTION_LAYERS, SELF_ATTENTIONS
@@ -171,7 +171,9 @@ def _write(
     parity: dict[str, GraphParity] = {}
     for one in expected:
         report(f"{one.graph}: comparing with PyTorch")
-        parity[one.graph] = compare_graph(hidden, one)
+        parity[one.graph] = found = compare_graph(hidden, one)
+        if not found.passed:
+            raise ParityError(f"graph {one.graph}: not what PyTorch computes: {'; '.join(found.failures())}.")
     writer.write_manifest({**manifest, "parity": {name: p.to_json() for name, p in parity.items()}})
     return writer.finish()
 

@@ -92,7 +92,14 @@ class TextEncoder(Graph):
 class _VaeAttention:
     """The VAE's attention, over [B, C, h, w] or [B, n, C], with TokenAttention for its core."""
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        temb: None = None,
+    ) -> torch.Tensor:
         residual = hidden_states
         rows = hidden_states.shape[2]
         x = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # [B, n, C]

@@ -189,7 +189,7 @@ class ReplayReport:
                 f"  {name:<14} worst {check.error:.1e} of {check.tolerance:.1e} allowed, at step {step}; largest "
                 f"difference {check.worst:.1e} at {list(check.worst_at)}{verdict}"
             )
-        if self.mode == "steps":
+        if self.mode == "steps" or self.near_ties:
             lines.append(f"  near-ties flipped: {len(self.near_ties)}; wrong cells: {len(self.wrong_cells)}")
             shown = [*self.wrong_cells, *self.near_ties]
             lines += [f"    step {step}: {flip}" for step, flip in shown[:10]]
@@ -240,6 +240,9 @@ def replay_steps(
 def replay_free(recording: Recording, runner: StepRunner, *, progress: Progress | None = None) -> ReplayReport:
     """Run from x_T with the runner's own latents and regions; the latents after every step are judged, labels are not.
 
+    Where nothing but near-ties flipped, the step's guidance and the next step's regions are the recorded ones, as in
+    `replay_steps`: one such cell moves the latents a thousand times further than the arithmetic that flipped it.
+
     Raises `RecordingError` for a case that does not say how far a free run may go astray.
     """
     if recording.free_run_latents is None:
@@ -247,14 +250,22 @@ def replay_free(recording: Recording, runner: StepRunner, *, progress: Progress 
     reports = []
     latents, regions = recording.inputs.x_T, None
     for i in range(recording.recorded_steps):
-        outputs = runner.run(i, latents, regions)
+        before, outputs = latents, runner.run(i, latents, regions)
         latents, regions = np.asarray(outputs.latents_out, dtype=np.float32), np.asarray(outputs.regions, dtype=bool)
+        flips = _flips(recording, i, outputs)
+        resolved = bool(flips) and all(flip.near_tie for flip in flips)
+        if resolved:
+            owners = recorded_owners(recording, i)
+            _, latents = guidance_of(recording, i, outputs, owners, recording.recorded.fore_mask[i], latents=before)
+            regions = recording.recorded.concept_mask[i]
         expected = recording.recorded.latents_out[i]
         report = StepReport(
             step=i,
             timestep=_timestep(recording, i),
             stage=recording.stage(i),
             tensors=(compare("latents", latents, expected, recording.free_run_latents),),
+            flips=flips if resolved else (),
+            recorded_regions_out=resolved,
         )
         reports.append(report)
         if progress is not None:
@@ -416,9 +427,18 @@ def _owners(recording: Recording, label: Array, regions: Array, foreground: Arra
 
 
 def guidance_of(
-    recording: Recording, i: int, outputs: RunnerOutputs, owners: Array, foreground: Array
+    recording: Recording,
+    i: int,
+    outputs: RunnerOutputs,
+    owners: Array,
+    foreground: Array,
+    *,
+    latents: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Rate [h, w] and next latents [1, 4, h, w] of step i from the runner's predictions and the given regions."""
+    """Rate [h, w] and next latents [1, 4, h, w] of step i from the runner's predictions and the given regions.
+
+    `latents`: those that entered the step; the recorded ones if not given.
+    """
     eps_u, eps_c = torch.from_numpy(np.float32(outputs.eps_u)), torch.from_numpy(np.float32(outputs.eps_c))
     if recording.semantic_guidance:
         rate = guidance_rate(
@@ -430,9 +450,9 @@ def guidance_of(
         )
     else:
         rate = torch.ones(recording.latent_size)
-    latents = torch.from_numpy(recording.recorded.latents_in[i])
+    entered = torch.from_numpy(recording.recorded.latents_in[i] if latents is None else latents)
     coefficients = recording.schedule.step_coefficients(recording.steps)[i].tolist()
-    following = ddim_step(latents, guide(eps_u, eps_c, rate, recording.guidance), coefficients)
+    following = ddim_step(entered, guide(eps_u, eps_c, rate, recording.guidance), coefficients)
     return rate.numpy(), following.numpy()
 
 

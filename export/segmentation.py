@@ -62,7 +62,7 @@ def enlarging_matrix(side: int, factor: int) -> torch.Tensor:
 
 
 # onnxscript's optimiser takes an added constant of 1e-8 for zero and drops it (seen with 0.7.2), and the method's 1e-8
-# matters where a token is quiet. So the maps are enlarged by a power of two, which is exact, and the constant with them.
+# matters where a token is quiet. So the maps are multiplied by a power of two, which is exact, and so is the constant.
 _MAP_SCALE = 2.0**13
 _EPSILON = 1e-8 * _MAP_SCALE
 

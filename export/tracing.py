@@ -57,8 +57,9 @@ def trace(graph: Graph) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"graph {graph.name}: tracing failed: {reason}") from error
+        cause = error.__cause__ or error  # the exporter wraps what really went wrong
+        reason = (str(cause).strip().splitlines() or [""])[0]
+        raise ExportError(f"graph {graph.name}: tracing failed: {type(cause).__name__}: {reason}") from error
     assert program is not None
     model = program.model
     _restore_names(graph, model)

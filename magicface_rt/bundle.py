@@ -171,7 +171,9 @@ def _parse(folder: Path, raw: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"bundle {folder}: {MANIFEST} is not valid JSON ({error}). Export the bundle again.") from error
+        raise BundleError(
+            f"bundle {folder}: {MANIFEST} is not valid JSON ({error}). Export the bundle again."
+        ) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if isinstance(found, int) and found > FORMAT:
         raise BundleError(
@@ -197,7 +199,9 @@ def _from_manifest(folder: Path, digest: str, m: dict[str, Any]) -> Bundle:
     files: dict[str, Mapping[str, Any]] = dict(m["files"])
     for name in [*files, *(f for g in graphs.values() for f in g.files.values())]:
         if not _FILE_NAME.fullmatch(name):
-            raise BundleError(f"bundle {folder}: {MANIFEST} names the file {name!r}; only plain file names are allowed.")
+            raise BundleError(
+                f"bundle {folder}: {MANIFEST} names the file {name!r}; only plain file names are allowed."
+            )
     missing = {f for g in graphs.values() for f in g.files.values()} - files.keys()
     if missing:
         raise BundleError(f"bundle {folder}: {MANIFEST} has no hash for {', '.join(sorted(missing))}.")
@@ -241,7 +245,9 @@ def _tensor(entry: dict[str, Any]) -> Tensor:
 def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: bool) -> None:
     path = folder / name
     again = "Copy the bundle again, or export it again."
-    if path.is_symlink() or not path.is_file():
+    if path.is_symlink():
+        raise BundleError(f"bundle {folder}: {name} is a symbolic link, expected a file of the bundle's own. {again}")
+    if not path.is_file():
         raise BundleError(f"bundle {folder}: the file {name} is missing. {again}")
     size = path.stat().st_size
     if size != entry["bytes"]:

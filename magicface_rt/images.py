@@ -355,7 +355,7 @@ def _with_legend(picture: Image.Image, names: Sequence[str]) -> Image.Image:
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
-    text = " ".join(text.split())[:200].encode("utf-8", "replace").decode("utf-8")
+    text = " ".join(text.split())[:200]
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(text + "...") > room:

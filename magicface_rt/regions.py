@@ -13,12 +13,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import ConceptError
 from .images import layer_mask
 
 Stage = Literal["rsa", "rba", "off"]
 WeightMode = Literal["bias", "scale"]
 
 PADDING = -1
+MAX_CONCEPTS = 6
 TOKENS = 77
 
 
@@ -102,7 +104,12 @@ def token_arrays(
 
     Tokens of no concept compete with their score times ca_scale. Below 0.9 a label counts on the foreground only.
     Where two concepts name one token the later one has it.
+
+    Raises:
+        ConceptError: more concepts than the graphs hold groups; a cell of a group too many would see every reference.
     """
+    if len(tokens_of_concepts) > MAX_CONCEPTS:
+        raise ConceptError(f"{len(tokens_of_concepts)} concepts were given; the graphs hold at most {MAX_CONCEPTS}.")
     scale = np.full((images, TOKENS), ca_scale, np.float32)
     group = np.zeros((images, TOKENS), np.int64)
     for concept, tokens in enumerate(tokens_of_concepts):

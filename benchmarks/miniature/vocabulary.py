@@ -13,6 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
 from magicface_rt.export.tokenizer import (
     END,
     START,
@@ -21,8 +24,6 @@ from magicface_rt.export.tokenizer import (
     merges_text,
     vocabulary_text,
 )
-from tokenizers import Tokenizer
-from torch import Tensor
 
 MAX_LENGTH = 77
 BYTES = 512  # 256 bytes, and the same closing a word

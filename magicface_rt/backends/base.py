@@ -40,7 +40,7 @@ class GraphRunner(ABC):
     def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         """Run; inputs have been checked."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - not every runner holds something
         """Free what the runner holds. May be called twice."""
 
 

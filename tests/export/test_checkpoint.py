@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from magicface_rt.export.architectures import ARCHITECTURES, architecture
-from magicface_rt.export.checkpoint import Checkpoint
-from magicface_rt.export.random_weights import write_checkpoint, write_tokenizer
-from magicface_rt.export.tokenizer import build_tokenizer_json, clip_vocabulary
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 from magicface_rt.errors import CheckpointError, OptionError, OutputError
+from magicface_rt.export.architectures import ARCHITECTURES, architecture
+from magicface_rt.export.checkpoint import Checkpoint
+from magicface_rt.export.random_weights import write_checkpoint, write_tokenizer
+from magicface_rt.export.tokenizer import build_tokenizer_json, clip_vocabulary
 
 PROMPTS = (
     "",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from magicface_rt.errors import RecordingError
 from magicface_rt.export.recordings import Recording
 from magicface_rt.export.reference import MagicFaceReference
 from magicface_rt.export.replay import (
@@ -20,8 +22,6 @@ from magicface_rt.export.replay import (
     replay_free,
     replay_steps,
 )
-
-from magicface_rt.errors import RecordingError
 from magicface_rt.schedule import Schedule
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from magicface_rt.errors import CheckpointError, InputError
 from magicface_rt.export.recordings import load_unet
 from magicface_rt.export.reference import (
     LayerMaps,
@@ -31,8 +33,6 @@ from magicface_rt.export.reference import (
     stages_of,
     transformer_blocks,
 )
-
-from magicface_rt.errors import CheckpointError, InputError
 from magicface_rt.schedule import Schedule
 
 ROOT = Path(__file__).parents[2]

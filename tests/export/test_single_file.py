@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+from safetensors.torch import load_file, save_file
+
+from magicface_rt.errors import CheckpointError
 from magicface_rt.export.architectures import ARCHITECTURES
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.random_weights import write_checkpoint
 from magicface_rt.export.single_file import SingleFileCheckpoint
-from safetensors.torch import load_file, save_file
-
-from magicface_rt.errors import CheckpointError
 
 TINY = ARCHITECTURES["tiny"]
 State = dict[str, torch.Tensor]

@@ -232,6 +232,17 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         load_job(tmp_path / "job.json")
 
 
+def test_a_file_that_may_not_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = job_file(tmp_path, JOB)
+
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(JobError, match=r"cannot be read: .*Permission denied"):
+        load_job(path)
+
+
 def test_large_files_are_refused(tmp_path: Path) -> None:
     exact = json.dumps({"prompt": "a"})
     exact += " " * (MAX_JOB_BYTES - len(exact))

@@ -133,6 +133,7 @@ def test_words_beyond_ascii_are_found_with_all_their_tokens(prompt: str, word: s
         ("some supercalifragilistic", "listic"),
         ("a red, hat", "red hat"),
         ("the 4k", "k"),
+        ("the 4k", "4"),
         ("cafe\u0301", "cafe"),
         ("", "man"),
         ("a man", ""),
@@ -205,6 +206,14 @@ def test_start_and_end_are_found_by_name_without_a_post_processor() -> None:
     content["post_processor"] = None
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), pad_token_id=49407)
     assert tokenizer.encode("a cat").tolist() == CLIP.encode("a cat").tolist()
+
+
+def test_start_and_end_are_what_the_post_processor_says() -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[S]": 1, "[E]": 2}, unk_token="a"))
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[S] $A [E]", special_tokens=[("[S]", 1), ("[E]", 2)]
+    )
+    assert Tokenizer(words, pad_token_id=0, max_length=5).encode("a").tolist() == [1, 0, 2, 0, 0]
 
 
 def test_a_tokenizer_without_start_and_end_is_refused() -> None:

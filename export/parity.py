@@ -1,0 +1,234 @@
+"""`magicface-rt verify`: recordings replayed with PyTorch and with a bundle, and a bundle against its checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from magicface_rt.backends import Backend, open_backend
+from magicface_rt.bundle import Bundle, sha256
+from magicface_rt.denoiser import Denoiser, Guidance, ReferenceSet
+from magicface_rt.errors import ParityError
+from magicface_rt.regions import MaskedReference
+
+from .attention import SELF_ATTENTIONS
+from .checkpoint import Checkpoint
+from .exporter import ExportOptions, export_unet_bundle
+from .graph_parity import check_graph
+from .graphs import DenoiseStep, Form, ReferenceKV, TextEncoder, VaeDecoder, VaeEncoder
+from .recordings import Recording
+from .reference import MagicFaceReference
+from .replay import ReferenceStepRunner, ReplayReport, RunnerOutputs, replay_free, replay_steps
+from .trajectory import compare_trajectory
+
+Report = Callable[[str], object]
+
+ALL_OUTPUTS = (
+    "latents_out",
+    "region_label_out",
+    "eps",
+    "token_label",
+    "token_margin",
+    "foreground_margin",
+    "rate",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a verification: one or more reports, each with `passed`, `to_json` and `summary`."""
+
+    subject: str
+    reports: tuple[Any, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.reports) and all(report.passed for report in self.reports)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "subject": self.subject,
+            "passed": self.passed,
+            "reports": [report.to_json() for report in self.reports],
+        }
+
+    def summary(self) -> list[str]:
+        lines = [line for report in self.reports for line in report.summary()]
+        return [*lines, f"{self.subject}: {'passed' if self.passed else 'FAILED'}"]
+
+
+class BundleStepRunner:
+    """A bundle as a `StepRunner`: the recorded inputs in, one `denoise_step` a call, fed as Session feeds it."""
+
+    def __init__(self, recording: Recording, bundle: Bundle, backend: Backend) -> None:
+        self.name = f"bundle on {backend.name}"
+        self.recording = recording
+        self.bundle = bundle
+        self.denoiser = Denoiser(bundle, backend.load(bundle, "reference_kv"), backend.load(bundle, "denoise_step"))
+        inputs = recording.inputs
+        self.references = ReferenceSet.of(
+            bundle,
+            [
+                # A reference of no concept is seen in stage 1 only: its keys get a group that no cell ever has.
+                MaskedReference(mask.astype(np.uint8), len(recording.tokens) if concept < 0 else concept, weight)
+                for mask, concept, weight in zip(
+                    inputs.ref_masks, recording.concept_of_reference, recording.weights, strict=True
+                )
+            ],
+        )
+        self.guidance = Guidance(
+            text=np.stack([inputs.neg_embeds, inputs.target_embeds]),
+            tokens=recording.tokens,
+            ca_scale=recording.ca_scale,
+            scale=recording.guidance,
+            semantic=recording.semantic_guidance,
+            weight_mode="bias",
+        )
+        self.timesteps = recording.schedule.timesteps(recording.steps)
+        self.coefficients = recording.schedule.step_coefficients(recording.steps)
+
+    def run(self, step: int, latents: np.ndarray, regions: np.ndarray | None) -> RunnerOutputs:
+        """One step from `latents` [1,4,h,w] and the previous regions bool [N,h/2,w/2]."""
+        recording, timestep = self.recording, int(self.timesteps[step])
+        noised = recording.schedule.add_noise(recording.inputs.ref_z0, recording.inputs.ref_noise[step], timestep)
+        out = self.denoiser.step(
+            np.asarray(latents, np.float32),
+            timestep,
+            self.coefficients[step],
+            stage=recording.stage(step),
+            region_label=self._label(regions),
+            references=self.references,
+            reference_kv=self.denoiser.reference_kv(self.references, noised, timestep, recording.inputs.ref_embeds),
+            guidance=self.guidance,
+            outputs=ALL_OUTPUTS,
+        )
+        label, foreground = out["token_label"][0], out["foreground_margin"][0] > 0
+        labelled = foreground | (recording.ca_scale >= 0.9)
+        owned = [np.isin(label, list(tokens)) & labelled for tokens in recording.tokens]
+        return RunnerOutputs(
+            eps_u=out["eps"][0],
+            eps_c=out["eps"][1],
+            latents_out=out["latents_out"],
+            token_label=label,
+            regions=np.stack(owned) if owned else np.zeros((0, *label.shape), bool),
+            foreground=foreground,
+            rate=out["rate"][0],
+            margin=out["token_margin"][0],
+            fore_margin=np.abs(out["foreground_margin"][0]),
+        )
+
+    def _label(self, regions: np.ndarray | None) -> np.ndarray:
+        """The region label; where two regions overlap the later concept has the cell."""
+        label = np.zeros((1, self.bundle.rows // 2, self.bundle.columns // 2), np.int64)
+        for concept, region in enumerate(regions if regions is not None else ()):
+            label[0][np.asarray(region, bool)] = concept + 1
+        return label
+
+
+def verify_case(case: str | Path, *, work: Path | None = None, report: Report = lambda _: None) -> Verdict:
+    """Replay a recording with the PyTorch reference and with a bundle exported from the recording's own model.
+
+    Each step from the recorded latents and, where the case allows it, freely from the recorded noise. `work`: where
+    the bundle is written, and found again by a second call; a temporary folder otherwise.
+
+    Raises:
+        RecordingError: the recording cannot be read.
+        ExportError: its model could not be exported.
+    """
+    recording = Recording.load(case)
+    reference = ReferenceStepRunner(recording)
+    reports = _replays(recording, reference, report)
+    with tempfile.TemporaryDirectory(prefix="magicface-rt-") as temporary:
+        bundle = _case_bundle(recording, work or Path(temporary), report)
+        reports += _replays(recording, BundleStepRunner(recording, bundle, open_backend("onnxruntime-cpu")), report)
+    return Verdict(recording.name, tuple(reports))
+
+
+def _replays(recording: Recording, runner: Any, report: Report) -> list[ReplayReport]:
+    report(f"{recording.name}: {runner.name}, step by step")
+    reports = [replay_steps(recording, runner)]
+    if recording.free_run:
+        report(f"{recording.name}: {runner.name}, free run")
+        reports.append(replay_free(recording, runner))
+    return reports
+
+
+def _case_bundle(recording: Recording, work: Path, report: Report) -> Bundle:
+    layers = [layer for layer in recording.injection_layers if layer < SELF_ATTENTIONS]
+    rows, columns = recording.latent_size
+    weights = sha256(recording.model / "diffusion_pytorch_model.safetensors")[:12]
+    references = max(6, len(recording.inputs.ref_masks))
+    name = f"{weights}-{rows}x{columns}-references-{references}-layers-{'-'.join(map(str, layers))}"
+    if (work / name / "bundle.json").is_file():
+        return Bundle.open(work / name)
+    options = ExportOptions(
+        height=8 * rows,
+        width=8 * columns,
+        injection_layers=layers,
+        references=references,
+    )
+    return export_unet_bundle(
+        recording.load_unet, work / name, options, schedule=recording.schedule, report=report
+    )
+
+
+def verify_bundle(
+    bundle: str | Path,
+    checkpoint: str | Path,
+    *,
+    backend: str = "auto",
+    steps: int = 6,
+    report: Report = lambda _: None,
+) -> Verdict:
+    """Compare a bundle with PyTorch: graph by graph, step by step, and from noise to pixels.
+
+    Raises:
+        BundleError, CheckpointError, BackendMissingError: what was given cannot be used.
+        ParityError: the bundle was exported from another checkpoint.
+    """
+    opened, source = Bundle.open(bundle), Checkpoint.open(checkpoint)
+    runtime = open_backend(backend)
+    report("checkpoint: hashing")
+    if opened.checkpoint_hash != source.content_hash():
+        raise ParityError(
+            f"bundle {opened.path} was exported from a checkpoint with hash {opened.checkpoint_hash[:16]}..., and "
+            f"{source.path} has {source.content_hash()[:16]}.... Give the checkpoint it was made from."
+        )
+    reports: list[Any] = []
+    vocabulary = int(source.configs["text_encoder"]["vocab_size"])
+    for make in _modules(opened, source):
+        graph = make().eval().requires_grad_(False)
+        report(f"{graph.name}: comparing with PyTorch")
+        reports.append(check_graph(opened, graph, vocabulary, runtime))
+        del graph
+    report(f"{steps} steps: comparing with the PyTorch reference")
+    layers = [layer.index for layer in opened.injection_layers]
+    reference = MagicFaceReference(source.load_unet(torch.float32), injection_layers=tuple(layers))
+    reports += compare_trajectory(opened, runtime, reference, source, steps)
+    return Verdict(str(opened.path), tuple(reports))
+
+
+def _modules(bundle: Bundle, checkpoint: Checkpoint) -> Sequence[Callable[[], Any]]:
+    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[bundle.dtype]
+    form = Form(
+        height=bundle.height,
+        width=bundle.width,
+        vae_factor=bundle.vae_factor,
+        dtype=dtype,
+        text_width=bundle.text_width,
+        latent_channels=bundle.latent_channels,
+    )
+    layers = [layer.index for layer in bundle.injection_layers]
+    return (
+        lambda: TextEncoder(checkpoint.load_text_encoder(dtype), form),
+        lambda: VaeEncoder(checkpoint.load_vae(dtype), form),
+        lambda: VaeDecoder(checkpoint.load_vae(dtype), form),
+        lambda: ReferenceKV(checkpoint.load_unet(dtype), form, layers),
+        lambda: DenoiseStep(checkpoint.load_unet(dtype), form, layers),
+    )

@@ -1,0 +1,71 @@
+"""The command line, `magicface-rt`: one module for each verb, and nothing here that needs torch.
+
+    exit codes: 0 fine, 1 a failed check, 2 bad input, 3 a missing backend or extra, 130 interrupted
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from . import _command, checkpoint, demo, doctor, export, inspect, run, verify
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="magicface-rt",
+    help="MagicFace: pictures of several people and things from a prompt and masked reference images, no training.",
+    epilog="Exit codes: 0 fine, 1 a failed check, 2 bad input, 3 a missing backend or extra, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # brackets in help and messages are meant as brackets
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from magicface_rt import __version__
+
+        typer.echo(f"magicface-rt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    traceback: Annotated[
+        bool,
+        typer.Option(
+            "--traceback", envvar="MAGICFACE_RT_TRACEBACK", help="Show where an error comes from, and all warnings."
+        ),
+    ] = False,
+) -> None:
+    _command.show_traceback(traceback)
+
+
+for _verb in (demo.demo, checkpoint.checkpoint, export.export, run.run, verify.verify, inspect.inspect, doctor.doctor):
+    app.command()(_verb)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (that of the process, unless given) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text that a terminal can show
+    try:
+        return int(app(arguments, prog_name="magicface-rt", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        return _command.print_interrupted()
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer (or click) raises for a command line it cannot read
+            raise
+        return _command.print_usage_error(error, arguments)

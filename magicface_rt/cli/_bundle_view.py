@@ -1,0 +1,76 @@
+"""A bundle as JSON and as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from magicface_rt.bundle import Bundle
+
+
+def bundle_outcome(bundle: Bundle) -> dict[str, Any]:
+    """What there is to say about a bundle, as JSON can hold it."""
+    return {
+        "bundle": str(bundle.path),
+        "hash": bundle.hash,
+        "architecture": bundle.architecture,
+        "checkpoint_hash": bundle.checkpoint_hash,
+        "dtype": bundle.dtype,
+        "height": bundle.height,
+        "width": bundle.width,
+        "limits": asdict(bundle.limits),
+        "expected_mask_share": bundle.expected_mask_share,
+        "injection_layers": [asdict(layer) for layer in bundle.injection_layers],
+        "scheduler": bundle.schedule.to_config(),
+        "graphs": {
+            name: {
+                "inputs": [str(tensor) for tensor in graph.inputs],
+                "outputs": [str(tensor) for tensor in graph.outputs],
+                "files": dict(graph.files),
+            }
+            for name, graph in bundle.graphs.items()
+        },
+        "files": {name: dict(entry) for name, entry in bundle.files.items()},
+        "exporter": dict(bundle.exporter),
+        "parity": dict(bundle.parity),
+    }
+
+
+def parity_lines(bundle: Bundle) -> Iterator[str]:
+    """For each graph the error measured at export that comes nearest to its tolerance."""
+    for name, parity in bundle.parity.items():
+        worst, error, tolerance = worst_error(parity)
+        yield f"{name}: {worst} differs from PyTorch by {error:.1e}, tolerance {tolerance:.0e}"
+
+
+def worst_error(parity: Any) -> tuple[str, float, float]:
+    """Output, relative error, tolerance."""
+    errors, tolerances = parity["errors"], parity["tolerance"]
+
+    def share(output: str) -> float:
+        error = float(errors[output])
+        return error / float(tolerances[output]) if math.isfinite(error) else math.inf
+
+    worst = max(errors, key=share)
+    return worst, float(errors[worst]), float(tolerances[worst])
+
+
+def grid(title: str, *columns: str) -> Table:
+    """A plain table; a column whose name ends in > is aligned to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes for readers."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,248 @@
+"""What every verb shares: messages, warnings, `--json`, errors and their exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from rich.console import Console, RenderableType
+
+from magicface_rt.errors import BackendMissingError, MagicFaceError, OutputError
+from magicface_rt.images import MagicFaceWarning
+from magicface_rt.results import _check_replaceable
+
+INTERRUPTED = 130
+TRACEBACK_HINT = "Run `magicface-rt --traceback ...` (or set MAGICFACE_RT_TRACEBACK=1) to see where."
+
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Also write the outcome, or the error, as JSON; - for stdout."),
+]
+
+_tracebacks = False
+
+
+def show_traceback(wanted: bool) -> None:
+    """Whether errors are shown with their traceback, and warnings of other packages at all."""
+    global _tracebacks
+    _tracebacks = wanted
+
+
+class Command:
+    """A verb at work: what it says to the reader, and what it leaves as JSON.
+
+    `print` is for results (stdout, or stderr where `--json -` has stdout), `note` for what is being done (stderr).
+    `outcome` is what becomes JSON; `fail` makes the exit code 1.
+    """
+
+    def __init__(self, json_to: str | None) -> None:
+        self.json_to = json_to
+        self.outcome: dict[str, Any] = {}
+        self.exit_code = 0
+        self._shown: set[str] = set()
+
+    @property
+    def console(self) -> Console:
+        return Console(stderr=self.json_to == "-", highlight=False, markup=False, soft_wrap=True)
+
+    def print(self, what: RenderableType = "") -> None:
+        self.console.print(what)
+
+    def note(self, line: object) -> None:
+        print(_one_line(str(line)), file=sys.stderr, flush=True)
+
+    def fail(self, exit_code: int = 1) -> None:
+        self.exit_code = exit_code
+
+    def warn(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """Stands in for `warnings.showwarning`."""
+        text = str(message) if issubclass(category, MagicFaceWarning) else f"{filename}:{lineno}: {message}"
+        if text not in self._shown:
+            self._shown.add(text)
+            self.note(f"warning: {text}")
+
+
+@contextmanager
+def command(json_to: str | None) -> Iterator[Command]:
+    """Run the body of a verb. Whatever it raises becomes a line, JSON, and an exit code."""
+    verb = Command(json_to)
+    try:
+        _check_json_target(json_to)
+        with warnings.catch_warnings():
+            if not _tracebacks:
+                warnings.simplefilter("ignore")
+            warnings.simplefilter("always", MagicFaceWarning)
+            warnings.showwarning = verb.warn
+            yield verb
+        write_json(json_to, verb.outcome)
+    except typer.Exit:
+        raise
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader has gone; the interpreter flushes at its end
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(print_interrupted(json_to)) from None
+    except MagicFaceError as error:
+        raise typer.Exit(_print_error(error, str(error), error.exit_code, json_to)) from error
+    except OSError as error:
+        raise typer.Exit(_print_error(error, str(error), 2, json_to)) from error
+    except Exception as error:
+        text = f"unexpected {type(error).__name__}: {error}. {'' if _tracebacks else TRACEBACK_HINT}"
+        raise typer.Exit(_print_error(error, text, 1, json_to)) from error
+    if verb.exit_code:
+        raise typer.Exit(verb.exit_code)
+
+
+def print_interrupted(json_to: str | None = None) -> int:
+    text = "interrupted; nothing half written"
+    print(text, file=sys.stderr)
+    _write_error(json_to, "Interrupted", text)
+    return INTERRUPTED
+
+
+def print_usage_error(error: Any, arguments: Sequence[str]) -> int:
+    """A command line that typer cannot read: bad input. `--json` is looked for by hand, as nothing was parsed."""
+    text = _one_line(error.format_message())
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "magicface-rt"
+    if not text:  # no arguments at all: typer has shown the help
+        return int(error.exit_code)
+    print(f"error: {text} See `{path} --help`.", file=sys.stderr)
+    json_to = next((b for a, b in pairwise(arguments) if a == "--json"), None)
+    json_to = next((a.removeprefix("--json=") for a in arguments if a.startswith("--json=")), json_to)
+    _write_error(json_to, "UsageError", text)
+    return 2
+
+
+def write_json(to: str | None, content: Mapping[str, Any]) -> None:
+    """Write JSON to stdout for "-", or to a file, which appears complete or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if to is None:
+        return
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    if to == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    target = Path(to)
+    try:
+        if target.exists() and not target.is_file():  # /dev/stdout, a pipe
+            target.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            part = Path(scratch) / "part"
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
+            part.replace(target)
+    except OSError as error:
+        raise OutputError(f"JSON file {to!r} cannot be written: {error}.") from error
+
+
+def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """See before hours of work that a new folder can be put there.
+
+    Raises:
+        OutputError: it exists (with `overwrite`: and is not an earlier result), or cannot be made.
+    """
+    target = folder.absolute()
+    _check_replaceable(target.resolve() if target.is_symlink() else target, overwrite)
+    parent = next(place for place in target.parents if os.path.lexists(place))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "may not be written to" if parent.is_dir() else "is not a folder"
+        raise OutputError(f"output folder {str(folder)!r} cannot be made: {str(parent)!r} {why}.")
+
+
+def check_new_path(path: Path, what: str) -> None:
+    """As `check_output_folder`, for what is never replaced.
+
+    Raises:
+        OutputError: something is there already, or it cannot be made.
+    """
+    if os.path.lexists(path):
+        raise OutputError(f"{what} {str(path)!r} exists already. Give a new path, or remove it first.")
+    check_output_folder(path)
+
+
+def export_module(name: str) -> Any:
+    """A module of `magicface_rt.export`, which needs torch and its company.
+
+    Raises:
+        BackendMissingError: the extra is not installed.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return importlib.import_module(f"magicface_rt.export.{name}")
+    except ImportError as error:
+        raise BackendMissingError(
+            f"this needs the export extra, which is not installed or not whole ({error}). "
+            "Install it: pip install 'magicface_rt[export]'"
+        ) from error
+
+
+def _check_json_target(to: str | None) -> None:
+    if to in (None, "-"):
+        return
+    target = Path(str(to))
+    if target.is_dir() or not target.parent.is_dir():
+        why = "it is a folder" if target.is_dir() else f"there is no folder {str(target.parent)!r}"
+        raise OutputError(f"JSON file {to!r} cannot be written: {why}.")
+
+
+def _print_error(error: BaseException, text: str, exit_code: int, json_to: str | None) -> int:
+    if _tracebacks:
+        traceback.print_exception(error)
+    line = _one_line(text)
+    print(f"error: {line}", file=sys.stderr)
+    _write_error(json_to, type(error).__name__, line)
+    return exit_code
+
+
+def _write_error(json_to: str | None, kind: str, message: str) -> None:
+    try:
+        _check_json_target(json_to)
+        write_json(json_to, {"error": {"kind": kind, "message": message}})
+    except (OSError, OutputError) as error:
+        if not message.startswith("JSON file"):
+            print(f"error: {_one_line(str(error))}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    """On one line, and without what would steer a terminal."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii", "replace") for c in text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; they become text."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    if hasattr(value, "tolist"):  # numpy
+        return _finite(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

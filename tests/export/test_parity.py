@@ -1,0 +1,159 @@
+"""`verify`: bundles against recordings and against their checkpoints, and that a wrong bundle is noticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from magicface_rt import Bundle, BundleError, ExportError, OptionError, OutputError, ParityError
+from magicface_rt.backends import OnnxRuntime
+from magicface_rt.export.checkpoint import Checkpoint
+from magicface_rt.export.exporter import ExportOptions, export_bundle
+from magicface_rt.export.parity import BundleStepRunner, _case_bundle, verify_bundle, verify_case
+from magicface_rt.export.recordings import Recording
+from magicface_rt.export.replay import replay_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "tests" / "data" / "recordings" / "guidance-3"
+SHARED = ROOT.parent / "shared" / "goldens"
+CASES = sorted(path.parent for path in SHARED.glob("*/case.json")) if SHARED.is_dir() else []
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where bundles of the recordings' models are kept for a test run."""
+    return tmp_path_factory.mktemp("recordings")
+
+
+def test_a_bundle_reproduces_a_recording(work: Path) -> None:
+    verdict = verify_case(SHIPPED, work=work)
+    assert verdict.passed, "\n".join(verdict.summary())
+    bundle_steps = next(r for r in verdict.reports if r.runner.startswith("bundle") and r.mode == "steps")
+    assert bundle_steps.worst()["eps_c"][1].error < 1e-5
+    json.dumps(verdict.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": (6.0, 2.0)},
+        {"tokens": ((5,), (9,))},
+        {"guidance": 3.03},
+        {"ca_scale": 0.65},
+        {"inject_step": 4},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_bundle_fails_a_recording_with_another_setting(work: Path, change: dict) -> None:
+    recording = Recording.load(SHIPPED)
+    bundle = _case_bundle(recording, work, lambda _: None)
+    spoiled = replace(recording, **change)
+    runner = BundleStepRunner(spoiled, bundle, OnnxRuntime("cpu"))
+    assert not replay_steps(recording, runner, steps=range(min(6, recording.recorded_steps))).passed
+
+
+def test_a_bundle_fails_a_recording_with_its_references_swapped(work: Path) -> None:
+    recording = Recording.load(SHIPPED)
+    bundle = _case_bundle(recording, work, lambda _: None)
+    inputs = recording.inputs
+    swapped = replace(recording, inputs=replace(inputs, ref_z0=np.ascontiguousarray(inputs.ref_z0[::-1])))
+    assert not replay_steps(recording, BundleStepRunner(swapped, bundle, OnnxRuntime("cpu")), steps=range(2)).passed
+
+
+def test_a_bundle_is_what_its_checkpoint_is(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    verdict = verify_bundle(tiny_bundle, tiny_checkpoint, steps=3)
+    assert verdict.passed, "\n".join(verdict.summary())
+    assert len(verdict.reports) == 7
+
+
+def test_a_bundle_whose_graph_was_changed_is_noticed(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A graph that runs and is wrong: the scale of one attention doubled. The manifest is made to agree."""
+    broken = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    path = broken / "denoise_step.onnxruntime.onnx"
+    model = onnx.load(path, load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "RegionAttention")
+    next(a for a in node.attribute if a.name == "scale").f *= 2
+    onnx.save(model, path)
+    with pytest.raises(BundleError, match="denoise_step"):
+        verify_bundle(broken, tiny_checkpoint, steps=1)
+    manifest = json.loads((broken / "bundle.json").read_text())
+    from magicface_rt.bundle import sha256
+
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    (broken / "bundle.json").write_text(json.dumps(manifest))
+    verdict = verify_bundle(broken, tiny_checkpoint, steps=1)
+    assert not verdict.passed
+    assert [r.graph for r in verdict.reports if hasattr(r, "graph") and not r.passed] == ["denoise_step"]
+
+
+def test_a_bundle_of_another_checkpoint_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    from magicface_rt.export.random_weights import write_checkpoint
+
+    write_checkpoint("tiny", tmp_path / "other", seed=1)
+    with pytest.raises(ParityError, match="was exported from"):
+        verify_bundle(tiny_bundle, tmp_path / "other")
+
+
+def test_a_failed_export_leaves_nothing_behind(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ExportError("graph text_encoder: tracing failed")
+
+    monkeypatch.setattr("magicface_rt.export.exporter.trace", fail)
+    with pytest.raises(ExportError):
+        export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "out" / "bundle")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_existing_output_folder_is_not_touched(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept.txt").write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("height", 500), ("width", 0), ("dtype", "int8"), ("injection_layers", (16,)), ("concepts", 7), ("images", 0)],
+)
+def test_export_options_name_what_is_wrong(field: str, value: object) -> None:
+    with pytest.raises(OptionError, match=field):
+        ExportOptions(**{field: value})  # type: ignore[arg-type]
+
+
+def test_graph_files_hold_no_trace_of_the_machine_that_made_them(tiny_bundle: Path) -> None:
+    for path in tiny_bundle.glob("*.onnx"):
+        assert b"site-packages" not in path.read_bytes()
+        assert b".py" not in path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
+def test_every_recording_is_reproduced(case: Path, work: Path) -> None:
+    verdict = verify_case(case, work=work)
+    assert verdict.passed, "\n".join(verdict.summary())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width", "layers"), [(128, 192, range(16)), (320, 64, (0, 3, 6, 8, 15))])
+def test_other_sizes_and_injection_layers_hold_parity(
+    tiny_checkpoint: Path, tmp_path: Path, height: int, width: int, layers: range
+) -> None:
+    options = ExportOptions(height=height, width=width, injection_layers=tuple(layers))
+    bundle = export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "bundle", options)
+    assert Bundle.open(bundle.path).factors == (1, 2, 4, 8)
+    verdict = verify_bundle(bundle.path, tiny_checkpoint, steps=2)
+    assert verdict.passed, "\n".join(verdict.summary())
+
+
+@pytest.mark.slow
+def test_float16_holds_parity_within_twice_its_own_noise(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "bundle", ExportOptions(dtype="fp16"))
+    assert verify_bundle(bundle.path, tiny_checkpoint, steps=2).passed

@@ -1,0 +1,243 @@
+"""Session on a tiny bundle: what a request promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from magicface_rt import (
+    Cancelled,
+    Concept,
+    ConceptError,
+    MaskError,
+    OptionError,
+    PromptError,
+    Reference,
+    Session,
+    SessionClosedError,
+)
+from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
+from magicface_rt.bundle import Bundle
+
+PROMPT = "a man with a hat"
+
+
+def picture(seed: int) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((96, 96), Image.Resampling.BICUBIC)
+
+
+def disc(box: tuple[int, int, int, int]) -> Image.Image:
+    mask = Image.new("L", (96, 96))
+    ImageDraw.Draw(mask).ellipse(box, fill=255)
+    return mask
+
+
+MAN = Concept("man", Reference(picture(1), mask=disc((10, 20, 80, 90)), prompt="a man"), weight=2.5)
+HAT = Concept("hat", Reference(picture(2), mask=disc((20, 5, 90, 60)), prompt="a hat"), weight=2.0)
+
+
+@pytest.fixture(scope="module")
+def session(tiny_bundle: Path) -> Iterator[Session]:
+    with Session(tiny_bundle, backend="onnxruntime-cpu") as opened:
+        yield opened
+
+
+def latents(session: Session, concepts: tuple[Concept, ...] = (MAN, HAT), **settings: Any) -> np.ndarray:
+    return session.generate(PROMPT, concepts, **{"steps": 4, "seed": 7, **settings}).latents
+
+
+def test_a_request_gives_pictures_regions_and_timings(session: Session) -> None:
+    result = session.generate(PROMPT, [MAN, HAT], steps=4, images=2, seed=7)
+    assert [image.size for image in result.images] == [(256, 256)] * 2
+    assert result.regions.shape == (2, 16, 16)
+    assert set(np.unique(result.regions)) <= {0, 1, 2}
+    assert len(result.timings.steps) == 4
+    assert result.timings.denoising > 0
+    assert result.backend == "onnxruntime-cpu"
+
+
+def test_the_same_seed_gives_the_same_picture(session: Session) -> None:
+    assert np.array_equal(latents(session), latents(session))
+    assert not np.array_equal(latents(session), latents(session, seed=8))
+
+
+def test_an_image_does_not_depend_on_its_batch(session: Session) -> None:
+    alone = latents(session)
+    together = latents(session, images=3)
+    np.testing.assert_allclose(together[:1], alone, rtol=0, atol=2e-4 * np.abs(alone).max())
+
+
+def test_more_images_than_the_bundle_takes_at_once_are_made_in_turn(session: Session) -> None:
+    size = session.bundle.limits.images
+    assert len(latents(session, images=size + 1, steps=1)) == size + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"alpha": 1.0},
+        {"guidance": 5.0},
+        {"ca_scale": 0.95},
+        {"weight_mode": "scale"},
+        {"semantic_guidance": False},
+        {"reference_seed": 1},
+        {"negative_prompt": "rain"},
+        {"steps": 5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_setting_reaches_the_picture(session: Session, change: dict[str, Any]) -> None:
+    assert not np.array_equal(latents(session), latents(session, **change))
+
+
+def test_a_concepts_weight_image_mask_and_prompt_reach_the_picture(session: Session) -> None:
+    (reference,) = MAN.references
+    others = [
+        Concept("man", reference, weight=3.0),
+        Concept("man", Reference(picture(9), mask=reference.mask, prompt="a man"), weight=2.5),
+        Concept("man", Reference(reference.image, mask=disc((0, 0, 40, 40)), prompt="a man"), weight=2.5),
+        Concept("man", Reference(reference.image, mask=reference.mask, prompt="a dog"), weight=2.5),
+        Concept("man", reference, Reference(picture(4), mask=reference.mask, prompt="a man"), weight=2.5),
+    ]
+    base = latents(session)
+    for other in others:
+        assert not np.array_equal(base, latents(session, (other, HAT)))
+
+
+def test_a_concept_of_weight_zero_is_not_looked_at(session: Session) -> None:
+    (reference,) = MAN.references
+    hidden = [Concept("man", Reference(picture(s), mask=reference.mask, prompt="x"), weight=0) for s in (1, 2)]
+    first, second = (latents(session, (concept,)) for concept in hidden)
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-5)
+
+
+def test_without_concepts_it_is_plain_stable_diffusion(session: Session) -> None:
+    result = session.generate(PROMPT, steps=2, seed=7)
+    assert not result.regions.any()
+    assert np.isfinite(result.latents).all()
+
+
+def test_a_mask_may_be_the_alpha_channel(session: Session) -> None:
+    (reference,) = MAN.references
+    assert isinstance(reference.image, Image.Image)
+    cut_out = reference.image.copy()
+    cut_out.putalpha(reference.mask)
+    concept = Concept("man", Reference(cut_out, prompt="a man"), weight=2.5)
+    assert np.array_equal(latents(session), latents(session, (concept, HAT)))
+
+
+def test_the_authors_loader_is_reproduced_where_asked(session: Session) -> None:
+    (reference,) = MAN.references
+    as_authors = Reference(reference.image, mask=reference.mask, prompt="a man", mask_threshold=255, resample="nearest")
+    concept = Concept("man", as_authors, weight=2.5)
+    assert not np.array_equal(latents(session), latents(session, (concept, HAT)))
+
+
+def test_progress_tells_step_and_stage_and_can_cancel(session: Session) -> None:
+    seen = []
+    session.generate(PROMPT, [MAN], steps=5, alpha=0.4, progress=seen.append)
+    assert [p.step for p in seen] == [1, 2, 3, 4, 5]
+    assert [p.stage for p in seen] == ["rsa", "rsa", "rsa", "rba", "rba"]
+    before = latents(session)
+    with pytest.raises(Cancelled, match="after step 2 of 5"):
+        session.generate(PROMPT, [MAN], steps=5, progress=lambda p: p.step < 2)
+    assert np.array_equal(latents(session), before)
+
+
+def test_ctrl_c_leaves_the_session_usable(session: Session) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = latents(session)
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(PROMPT, [MAN], steps=5, progress=interrupt)
+    assert np.array_equal(latents(session), before)
+
+
+def test_threads_get_what_they_would_get_alone(session: Session) -> None:
+    expected = [latents(session, seed=seed, steps=2) for seed in range(4)]
+    found: dict[int, np.ndarray] = {}
+    threads = [
+        threading.Thread(target=lambda s=seed: found.update({s: latents(session, seed=s, steps=2)}))
+        for seed in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(found[seed], expected[seed]) for seed in range(4))
+
+
+def test_a_closed_session_says_so(tiny_bundle: Path) -> None:
+    session = Session(tiny_bundle, check_hashes=False)
+    session.close()
+    session.close()
+    with pytest.raises(SessionClosedError, match="open a new one"):
+        session.generate(PROMPT)
+
+
+def test_bad_requests_name_what_is_wrong(session: Session) -> None:
+    (reference,) = MAN.references
+    with pytest.raises(PromptError, match="dog"):
+        session.generate(PROMPT, [Concept("dog", reference)])
+    with pytest.raises(ConceptError, match="both stand on token"):
+        session.generate(PROMPT, [MAN, Concept("man", reference, name="other")])
+    with pytest.raises(ConceptError, match="at most 6"):
+        session.generate("a b c d e f g", [Concept(word, reference) for word in "abcdefg"])
+    with pytest.raises(PromptError, match="zebra"):
+        session.generate("word " * 80 + "zebra")
+    with pytest.raises(MaskError, match="mask"):
+        session.generate(PROMPT, [Concept("man", Reference(picture(1), mask=Image.new("L", (96, 96))))])
+    for bad in ({"steps": 0}, {"alpha": 1.5}, {"guidance": float("nan")}):
+        with pytest.raises(OptionError, match=next(iter(bad))):
+            session.generate(PROMPT, [MAN], **bad)
+
+
+def test_a_mask_of_another_shape_is_refused_and_of_another_size_warned_about(session: Session) -> None:
+    with pytest.raises(MaskError, match="mask"):
+        session.generate(PROMPT, [Concept("man", Reference(picture(1), mask=Image.new("L", (200, 60), 255)))], steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        session.generate(PROMPT, [Concept("man", Reference(picture(1), mask=Image.new("L", (48, 48), 255)))], steps=1)
+    assert any("48" in str(w.message) for w in caught)
+
+
+class _Counting(Backend):
+    """A backend of the caller's own: the interface is public."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.inner = OnnxRuntime("cpu")
+        self.loaded: list[str] = []
+
+    def load(self, bundle: Bundle, graph: str) -> GraphRunner:
+        self.loaded.append(graph)
+        return self.inner.load(bundle, graph)
+
+
+def test_a_backend_object_may_be_given_and_each_graph_is_loaded_once(tiny_bundle: Path) -> None:
+    backend = _Counting()
+    with Session(tiny_bundle, backend=backend, check_hashes=False) as session:
+        session.generate(PROMPT, [MAN], steps=1)
+        session.generate(PROMPT, [MAN], steps=1)
+    assert sorted(backend.loaded) == ["denoise_step", "reference_kv", "text_encoder", "vae_decoder", "vae_encoder"]
+
+
+def test_importing_the_runtime_loads_no_torch() -> None:
+    code = (
+        "import sys, magicface_rt, magicface_rt.cli\n"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'onnx') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
