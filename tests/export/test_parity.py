@@ -9,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from magicface_rt import Bundle, BundleError, ExportError, OptionError, OutputError, ParityError
 from magicface_rt.backends import OnnxRuntime
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
+from magicface_rt.export.graph_parity import relative_error
 from magicface_rt.export.parity import BundleStepRunner, _case_bundle, verify_bundle, verify_case
 from magicface_rt.export.recordings import Recording
 from magicface_rt.export.replay import replay_steps
+from magicface_rt.export.samples import sample_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "tests" / "data" / "recordings" / "guidance-3"
@@ -126,6 +129,22 @@ def test_an_existing_output_folder_is_not_touched(tiny_checkpoint: Path, tmp_pat
 def test_export_options_name_what_is_wrong(field: str, value: object) -> None:
     with pytest.raises(OptionError, match=field):
         ExportOptions(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("graph", ["reference_kv", "denoise_step"])
+def test_the_tensorrt_files_compute_the_same(tiny_bundle: Path, graph: str) -> None:
+    """Their bodies are plain ONNX, so that ONNX Runtime can run them; what TensorRT makes of them is not run here."""
+    bundle = Bundle.open(tiny_bundle, check_hashes=False)
+    contract = bundle.graph(graph)
+    sizes = {"B": 2, "R": 2, "K": 2, "M1": 40, "M2": 15}
+    inputs = sample_inputs(contract.inputs, sizes, seed=5)
+    names = ["eps", "latents_out", "rate"] if graph == "denoise_step" else [t.name for t in contract.outputs]
+    found = {}
+    for runtime, file in contract.files.items():
+        session = onnxruntime.InferenceSession(tiny_bundle / file, providers=["CPUExecutionProvider"])
+        found[runtime] = session.run(names, inputs)
+    for name, ours, theirs in zip(names, found["onnxruntime"], found["tensorrt"], strict=True):
+        assert relative_error(theirs, ours) < 2e-5, name
 
 
 def test_graph_files_hold_no_trace_of_the_machine_that_made_them(tiny_bundle: Path) -> None:

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from magicface_rt.cli import main
+from magicface_rt.cli.export import parse_layers
+from magicface_rt.errors import OptionError
+
+VERBS = ("demo", "checkpoint", "export", "run", "verify", "inspect", "doctor")
+
+
+@pytest.fixture
+def concept(tmp_path: Path) -> str:
+    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(tmp_path / "man.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return f"word=man,image={tmp_path / 'man.png'},mask={tmp_path / 'mask.png'},prompt=a man"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("magicface-rt ")
+
+
+def test_the_command_line_imports_no_torch() -> None:
+    heavy = ["torch", "diffusers", "transformers", "onnx", "onnxruntime", "magicface_rt.export"]
+    code = f"import sys, magicface_rt.cli; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "nowhere", "--prompt", "a man", "--out", "out"], "nowhere"),
+        (["run", "nowhere", "--out", "out"], "neither --job nor --prompt"),
+        (["run", "nowhere", "--job", "no.json", "--out", "out"], "no.json"),
+        (["run", "nowhere", "--prompt", "a", "--steps", "0", "--out", "out"], "steps is 0"),
+        (["run", "nowhere", "--prompt", "a", "--steps", "many", "--out", "out"], "many"),
+        (["run", "nowhere", "--prompt", "a"], "--out"),
+        (["inspect", "nowhere"], "nowhere"),
+        (["verify"], "neither a bundle nor --case"),
+        (["verify", "b", "--case", "c"], "both a bundle and --case"),
+        (["verify", "b"], "--checkpoint is missing"),
+        (["verify", "--case", "c", "--steps", "3"], "--steps"),
+        (["export", "nowhere", "--out", "b", "--layers", "5-x"], "5-x"),
+        (["demo", "--job", "no.json"], "no.json"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_bad_input_is_named_and_exits_2(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / "none"), "--json", "-"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "BundleError"
+    report = tmp_path / "report.json"
+    assert main(["inspect", "--json", str(report)]) == 2
+    assert json.loads(report.read_text())["error"]["kind"] == "UsageError"
+
+
+@pytest.mark.parametrize("verb", ["checkpoint", "export", "verify"])
+def test_a_missing_extra_exits_3(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("random_weights", "exporter", "checkpoint", "parity"):
+        monkeypatch.setitem(sys.modules, f"magicface_rt.export.{name}", None)
+    arguments = {"checkpoint": ["tiny", "--out", "c"], "export": ["c", "--out", "b"], "verify": ["--case", "c"]}
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, *arguments[verb]]) == 3
+    assert "pip install 'magicface_rt[export]'" in capsys.readouterr().err
+
+
+def test_interrupting_exits_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("magicface_rt.cli.run.Session", interrupted)
+    assert main(["run", "b", "--prompt", "a man", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing half written\n"
+
+
+def test_doctor_finds_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    assert main(["doctor", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["can_serve"]
+    assert {b["name"]: b["works"] for b in found["backends"]}["onnxruntime-cpu"]
+
+
+def test_doctor_without_a_runtime_exits_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["doctor"]) == 3
+    assert "magicface_rt[cpu]" in capsys.readouterr().err
+
+
+def test_run_writes_pictures_and_refuses_to_overwrite(
+    tiny_bundle: Path, concept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["run", str(tiny_bundle), "--prompt", "a man", "--concept", concept, "--steps", "2", "--out", str(out)]
+    assert main([*arguments, "--json", str(tmp_path / "run.json")]) == 0
+    assert {"image-0.png", "regions-0.png", "regions.npz", "run.json"} == {path.name for path in out.iterdir()}
+    assert json.loads((tmp_path / "run.json").read_text())["run"]["options"]["steps"] == 2
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_inspect_says_that_a_bundle_is_intact(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_bundle)]) == 0
+    assert "intact" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("10-12", (10, 11, 12)), ("10,12", (10, 12)), ("0-1, 15", (0, 1, 15)), ("3", (3,))]
+)
+def test_layers_are_read(text: str, layers: tuple[int, ...]) -> None:
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-", "-3", "5-3", "1,,2", "99999"])
+def test_other_layers_are_refused(text: str) -> None:
+    with pytest.raises(OptionError):
+        parse_layers(text)
