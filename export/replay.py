@@ -36,6 +36,7 @@ from .reference import (
 Array = npt.NDArray[Any]
 
 NEAR_TIE = 1e-4  # a margin under this may change its sign under other arithmetic
+# measured over 16 recordings, PyTorch on another version: rate 7e-7, margins 2.4e-5 (relative, 2-norm)
 RATE_TOLERANCE = 1e-4
 MARGIN_TOLERANCE = 1e-3
 CONSISTENCY_TOLERANCE = 1e-5  # between arrays of a recording that follow from one another
