@@ -134,7 +134,7 @@ class Result:
             target = target.resolve()
         part = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
         try:
-            _check_replaceable(target, overwrite)
+            check_replaceable(target, overwrite)
             target.parent.mkdir(parents=True, exist_ok=True)
             part.mkdir()
             self._write(part)
@@ -195,7 +195,8 @@ class Result:
         (folder / "run.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raise `OutputError` where `Result.save` would refuse this folder; asked before anything is computed."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():

@@ -21,7 +21,7 @@ from rich.console import Console, RenderableType
 
 from magicface_rt.errors import BackendMissingError, MagicFaceError, OutputError
 from magicface_rt.images import MagicFaceWarning
-from magicface_rt.results import _check_replaceable
+from magicface_rt.results import check_replaceable
 
 INTERRUPTED = 130
 TRACEBACK_HINT = "Run `magicface-rt --traceback ...` (or set MAGICFACE_RT_TRACEBACK=1) to see where."
@@ -127,7 +127,7 @@ def print_usage_error(error: Any, arguments: Sequence[str]) -> int:
     path = context.command_path if context else "magicface-rt"
     if not text:  # no arguments at all: typer has shown the help
         return int(error.exit_code)
-    print(f"error: {text} See `{path} --help`.", file=sys.stderr)
+    print(f"error: {text.rstrip('.')}. See `{path} --help`.", file=sys.stderr)
     json_to = next((b for a, b in pairwise(arguments) if a == "--json"), None)
     json_to = next((a.removeprefix("--json=") for a in arguments if a.startswith("--json=")), json_to)
     _write_error(json_to, "UsageError", text)
@@ -167,7 +167,7 @@ def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
         OutputError: it exists (with `overwrite`: and is not an earlier result), or cannot be made.
     """
     target = folder.absolute()
-    _check_replaceable(target.resolve() if target.is_symlink() else target, overwrite)
+    check_replaceable(target.resolve() if target.is_symlink() else target, overwrite)
     parent = next(place for place in target.parents if os.path.lexists(place))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "may not be written to" if parent.is_dir() else "is not a folder"

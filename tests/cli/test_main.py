@@ -50,7 +50,7 @@ def test_the_command_line_imports_no_torch() -> None:
         (["run", "nowhere", "--out", "out"], "neither --job nor --prompt"),
         (["run", "nowhere", "--job", "no.json", "--out", "out"], "no.json"),
         (["run", "nowhere", "--prompt", "a", "--steps", "0", "--out", "out"], "steps is 0"),
-        (["run", "nowhere", "--prompt", "a", "--steps", "many", "--out", "out"], "many"),
+        (["run", "nowhere", "--prompt", "a", "--steps", "many", "--out", "out"], "--steps"),
         (["run", "nowhere", "--prompt", "a"], "--out"),
         (["inspect", "nowhere"], "nowhere"),
         (["verify"], "neither a bundle nor --case"),

@@ -30,6 +30,8 @@ CASE = DATA / "guidance-3"
 SHARED = ROOT.parent / "shared" / "goldens"
 SWITCH = range(3, 5)  # of CASE: the last step of the first stage and the first of the second
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def recording() -> Recording:

@@ -38,6 +38,9 @@ from magicface_rt.schedule import Schedule
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "recordings"
 SHARED = ROOT.parent / "shared" / "goldens"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
