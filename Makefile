@@ -15,8 +15,8 @@ venv: $(STAMP)  ## make .venv with everything that the demo and the tests need
 
 # torch first and exactly: a looser requirement may bring another build with gigabytes of packages.
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' \
-	  || { echo "$(PYTHON) is too old: 3.10 or newer is needed. Name another: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "$(PYTHON) is not supported: 3.10 to 3.13 is needed. Name another: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install -qq -c constraints.txt -e '.[cpu,export,dev]'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -62,10 +63,14 @@ class WeightsFile:
     def flush(self) -> None:
         self._stream.flush()
 
-    def close(self) -> None:
-        if not self._stream.closed:
+    def close(self, *, keep: bool = True) -> None:
+        """Close the file, on disk for certain if it is to be kept. On a full disk only keeping it fails."""
+        if self._stream.closed:
+            return
+        if keep:
             self._stream.flush()
             os.fsync(self._stream.fileno())
+        with contextlib.suppress(OSError) if not keep else contextlib.nullcontext():
             self._stream.close()
 
 
@@ -91,8 +96,10 @@ class BundleWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.weights.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.weights.close(keep=False)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise OutputError(f"output folder {self.out}: writing the bundle failed: {error}.") from error
 

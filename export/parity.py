@@ -162,7 +162,8 @@ def _replays(recording: Recording, runner: Any, report: Report) -> list[ReplayRe
 def _case_bundle(recording: Recording, work: Path, report: Report) -> Bundle:
     layers = [layer for layer in recording.injection_layers if layer < SELF_ATTENTIONS]
     rows, columns = recording.latent_size
-    weights = sha256(recording.model / "diffusion_pytorch_model.safetensors")[:12]
+    model = recording.model
+    weights = sha256(model / "diffusion_pytorch_model.safetensors")[:12] + sha256(model / "config.json")[:8]
     references = max(6, len(recording.inputs.ref_masks))
     name = f"{weights}-{rows}x{columns}-references-{references}-layers-{'-'.join(map(str, layers))}"
     if (work / name / "bundle.json").is_file():

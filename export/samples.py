@@ -60,8 +60,10 @@ def _sample(
     for prefix, (low, high) in ranges.items():
         if name.startswith(prefix):
             return rng.uniform(low, high, shape).astype(np.float32)
-    if name in ("foreground_only", "semantic_guidance"):
+    if name == "foreground_only":
         return (np.arange(shape[0]) % 2 == 0).astype(np.float32)
+    if name == "semantic_guidance":
+        return (np.arange(shape[0]) < 2).astype(np.float32)
     if name == "ddim":
         return np.tile(np.array([1.02, -0.05], np.float32), (shape[0], 1))
     return rng.standard_normal(shape, dtype=np.float32)

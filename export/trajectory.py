@@ -31,6 +31,9 @@ END_TO_END_TOLERANCE = 2e-3
 """Relative 2-norm of the latents after a free run in float32 in which no label flipped: errors of 1e-6 a step grow.
 The picture, in 8-bit values that may round either way, is allowed twice that."""
 
+AFTER_A_FLIP = 2e-2
+"""Where the last regions differ. A near-tie that flips moves the latents by about 2e-3, a wrong setting by far more."""
+
 PROMPT = "a man with a hat"
 """Holds the words of `drawn_concepts`."""
 
@@ -96,9 +99,9 @@ def compare_trajectory(
         "latents": relative_error(result.latents, final.latents.numpy()),
         "picture": relative_error(np.asarray(result.images[0]), pixels),
     }
-    judged = bundle.dtype == "float32" and not flipped
-    note = (f"{flipped} cells end in another region: a near-tie flipped on the way",) if flipped else ()
-    tolerance = {"latents": END_TO_END_TOLERANCE, "picture": 2 * END_TO_END_TOLERANCE} if judged else {}
+    note = (f"{flipped} cells end in another region",) if flipped else ()
+    allowed = AFTER_A_FLIP if flipped else END_TO_END_TOLERANCE
+    tolerance = {"latents": allowed, "picture": 2 * allowed} if bundle.dtype == "float32" else {}
     end_to_end = TrajectoryReport(f"end to end, {steps} steps, 8-bit picture", errors, tolerance, notes=note)
     return [step_report, end_to_end]
 

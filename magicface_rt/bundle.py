@@ -197,12 +197,15 @@ def _from_manifest(folder: Path, digest: str, m: dict[str, Any]) -> Bundle:
         for name, g in m["graphs"].items()
     }
     files: dict[str, Mapping[str, Any]] = dict(m["files"])
-    for name in [*files, *(f for g in graphs.values() for f in g.files.values())]:
+    named = {f for g in graphs.values() for f in g.files.values()} | {"weights.bin"}
+    if "file" in m["tokenizer"]:
+        named.add(str(m["tokenizer"]["file"]))
+    for name in [*files, *named]:
         if not _FILE_NAME.fullmatch(name):
             raise BundleError(
                 f"bundle {folder}: {MANIFEST} names the file {name!r}; only plain file names are allowed."
             )
-    missing = {f for g in graphs.values() for f in g.files.values()} - files.keys()
+    missing = named - files.keys()
     if missing:
         raise BundleError(f"bundle {folder}: {MANIFEST} has no hash for {', '.join(sorted(missing))}.")
     limits = m["limits"]

@@ -68,7 +68,7 @@ class Result:
     token_indices  for each concept its token positions in the prompt
     timings        seconds by stage
     bundle_hash    names the exported model
-    backend        what ran it, such as `onnxruntime (CPUExecutionProvider)`
+    backend        what ran it, such as `onnxruntime-cpu`
     provenance     whether pictures say how they were made
     details        anything else worth writing into run.json; a mapping that JSON can hold
 

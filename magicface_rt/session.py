@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +19,16 @@ from .backends import Backend, GraphRunner, open_backend
 from .bundle import Bundle
 from .concept import Concept, PlacedConcept, place_concepts
 from .denoiser import Denoiser, Float32Array, Guidance, ReferenceSet
-from .errors import Cancelled, ConceptError, MaskError, SessionClosedError
-from .images import LoadedReference, layer_mask, load_reference, pixels_to_images
+from .errors import BundleError, Cancelled, ConceptError, MaskError, OptionError, SessionClosedError
+from .images import LoadedReference, MagicFaceWarning, layer_mask, load_reference, pixels_to_images
 from .options import Options
 from .regions import MaskedReference, Stage
 from .results import Result, Timings
 from .schedule import is_region_step, reference_noise, target_noise
 from .tokenizer import Tokenizer
+
+MAX_SCALE_WEIGHT = 10.0
+"""Forbidden keys stand 1000 below the others on the logits; a factor of 100 could lift them over that."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +86,25 @@ class Session:
         check_hashes: bool = True,
         provenance: bool = True,
     ) -> None:
+        for name, value, least in (("workers", workers, 1), ("threads", threads, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise OptionError(f"{name} is {value!r}, expected a whole number from {least}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, check_hashes=check_hashes)
         self.backend = backend if isinstance(backend, Backend) else open_backend(backend, threads=threads)
         self.provenance = provenance
+        if "text_encoder" not in self.bundle.graphs or "file" not in self.bundle.tokenizer:
+            raise BundleError(
+                f"bundle {self.bundle.path}: it holds a U-Net alone, with no text encoder or tokenizer. "
+                "Export a whole checkpoint to generate pictures."
+            )
         self.tokenizer = Tokenizer.from_file(
             self.bundle.path / self.bundle.tokenizer["file"],
             pad_token_id=int(self.bundle.tokenizer["pad_token_id"]),
             max_length=int(self.bundle.tokenizer["max_length"]),
         )
         self._workers = threading.BoundedSemaphore(workers)
+        self._running = 0
+        self._here = threading.local()
         self._loading = threading.Lock()
         self._runners: dict[str, GraphRunner] = {}
         self._closed = False
@@ -102,9 +116,16 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free the graphs. May be called twice; a request that is running fails with `SessionClosedError`."""
-        self._closed = True
+        """Free the graphs. May be called twice, and from any thread.
+
+        A request that is running ends with `SessionClosedError` at its next step; what it uses is freed when it has.
+        """
         with self._loading:
+            self._closed = True
+            self._free_if_idle()
+
+    def _free_if_idle(self) -> None:
+        if self._running == 0:
             for runner in self._runners.values():
                 runner.close()
             self._runners.clear()
@@ -143,9 +164,22 @@ class Session:
 
     @contextmanager
     def _worker(self) -> Iterator[None]:
+        if getattr(self._here, "busy", False):
+            raise OptionError("generate was called from within a progress callback of the same Session.")
         self._check_open()
         with self._workers:
-            yield
+            with self._loading:
+                self._check_open()
+                self._running += 1
+            self._here.busy = True
+            try:
+                yield
+            finally:
+                self._here.busy = False
+                with self._loading:
+                    self._running -= 1
+                    if self._closed:
+                        self._free_if_idle()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -169,8 +203,22 @@ class _Request:
         self.options = options
         self.progress = progress
         self.placed = place_concepts(prompt, concepts, session.tokenizer, self.bundle.limits.concepts)
+        self._check_early()
         self.seconds: dict[str, float] = {}
         self.step_seconds: list[float] = []
+
+    def _check_early(self) -> None:
+        """What would otherwise be refused only after minutes of work."""
+        self.bundle.schedule.timesteps(self.options.steps)
+        for text in (self.options.negative_prompt, *(r.prompt for p in self.placed for r in p.concept.references)):
+            self.session.tokenizer.encode(text)
+        for placed in self.placed:
+            weight = placed.concept.weight
+            if self.options.weight_mode == "scale" and abs(weight) > MAX_SCALE_WEIGHT:
+                raise ConceptError(
+                    f"concept {placed.concept.name!r}: weight is {weight:g}; with weight_mode='scale' it multiplies "
+                    f"logits, and is expected from -{MAX_SCALE_WEIGHT:g} to {MAX_SCALE_WEIGHT:g}."
+                )
 
     def run(self) -> Result:
         start = perf_counter()
@@ -216,9 +264,17 @@ class _Request:
         return loaded
 
     def _check_mask(self, loaded: LoadedReference) -> None:
-        """A mask may vanish on a coarse grid (the method then skips it there), but not on all of them."""
+        """A mask may vanish on a coarse grid (the method then skips it there, which is said), but not on all."""
         grids = [self.bundle.grid(factor) for factor in self.bundle.factors]
-        if not any(layer_mask(loaded.mask_grid, rows, columns).any() for rows, columns in grids):
+        empty = [grid for grid in grids if not layer_mask(loaded.mask_grid, *grid).any()]
+        if empty and len(empty) < len(grids):
+            where = " and ".join(f"{rows} x {columns}" for rows, columns in empty)
+            warnings.warn(
+                f"{loaded.name}: the mask vanishes on the {where} grid, and the layers there do not see it.",
+                MagicFaceWarning,
+                stacklevel=2,
+            )
+        if len(empty) == len(grids):
             finest = max(grids)
             raise MaskError(
                 f"{loaded.name}: the mask vanishes on every grid the injection layers work on (the finest is "

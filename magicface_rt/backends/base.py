@@ -103,5 +103,5 @@ def check_finite(graph: str, name: str, array: NDArray[Any]) -> None:
         bad = int(array.size - np.isfinite(array).sum())
         raise NonFiniteError(
             f"graph {graph}: {bad} of {array.size} values of {name} are NaN or infinite. The weights may not fit "
-            f"{array.dtype}; export the bundle in fp32 (or bf16) and compare with `magicface-rt verify`."
+            f"{array.dtype}; export the bundle in fp32 and compare with `magicface-rt verify`."
         )

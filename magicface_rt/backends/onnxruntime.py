@@ -53,6 +53,11 @@ class OnnxRuntime(Backend):
 
     def load(self, bundle: Bundle, graph: str) -> GraphRunner:
         contract = bundle.graph(graph)
+        if bundle.dtype == "bfloat16":
+            raise BackendError(
+                f"bundle {bundle.path} is in bf16, which {self.name} does not serve: numpy and ONNX Runtime's CPU "
+                "provider have no such type. Export it in fp32 (CPU) or fp16."
+            )
         path = bundle.path / contract.files["onnxruntime"]
         options = self._ort.SessionOptions()
         options.log_severity_level = 3

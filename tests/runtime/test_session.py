@@ -241,3 +241,32 @@ def test_importing_the_runtime_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_closing_during_a_request_ends_it_at_its_next_step(tiny_bundle: Path) -> None:
+    backend = _Counting()
+    session = Session(tiny_bundle, backend=backend, check_hashes=False)
+    with pytest.raises(SessionClosedError):
+        session.generate(PROMPT, [MAN], steps=5, progress=lambda p: session.close())
+    assert not session._runners
+
+
+def test_what_needs_no_computing_is_refused_before_any_graph_is_loaded(tiny_bundle: Path) -> None:
+    backend = _Counting()
+    (reference,) = MAN.references
+    wordy = Reference(reference.image, mask=reference.mask, prompt="word " * 90)
+    with Session(tiny_bundle, backend=backend, check_hashes=False) as session:
+        with pytest.raises(PromptError):
+            session.generate(PROMPT, [Concept("man", wordy)])
+        with pytest.raises(OptionError, match="steps"):
+            session.generate(PROMPT, [MAN], steps=1000)
+        with pytest.raises(ConceptError, match="weight_mode"):
+            session.generate(PROMPT, [Concept("man", reference, weight=50)], weight_mode="scale")
+    assert not backend.loaded
+    with pytest.raises(OptionError, match="workers"):
+        Session(tiny_bundle, workers=0)
+
+
+def test_generating_from_a_callback_is_refused_instead_of_waiting_for_ever(session: Session) -> None:
+    with pytest.raises(OptionError, match="callback"):
+        session.generate(PROMPT, [MAN], steps=2, progress=lambda p: session.generate(PROMPT, steps=1))
