@@ -89,15 +89,6 @@ def export_bundle(
     """
     options = options or ExportOptions()
     form = _form(checkpoint, options)
-    dtype = form.dtype
-
-    def components() -> Iterator[Callable[[], Graph]]:
-        yield lambda: TextEncoder(checkpoint.load_text_encoder(dtype), form)
-        yield lambda: VaeEncoder(checkpoint.load_vae(dtype), form)
-        yield lambda: VaeDecoder(checkpoint.load_vae(dtype), form)
-        yield lambda: ReferenceKV(checkpoint.load_unet(dtype), form, options.injection_layers)
-        yield lambda: DenoiseStep(checkpoint.load_unet(dtype), form, options.injection_layers)
-
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(checkpoint.configs["unet"]))
     manifest = {
@@ -114,7 +105,17 @@ def export_bundle(
     vocabulary = int(checkpoint.configs["text_encoder"]["vocab_size"])
     with BundleWriter(Path(out)) as writer:
         writer.add_file("tokenizer.json", checkpoint.tokenizer_json)
-        return _write(writer, components(), manifest, vocabulary, report)
+        return _write(writer, graph_makers(checkpoint, form, options.injection_layers), manifest, vocabulary, report)
+
+
+def graph_makers(checkpoint: Checkpoint, form: Form, layers: Sequence[int]) -> Iterator[Callable[[], Graph]]:
+    """The five graphs of a bundle, each loaded from the checkpoint when it is made, so that one is in memory."""
+    dtype = form.dtype
+    yield lambda: TextEncoder(checkpoint.load_text_encoder(dtype), form)
+    yield lambda: VaeEncoder(checkpoint.load_vae(dtype), form)
+    yield lambda: VaeDecoder(checkpoint.load_vae(dtype), form)
+    yield lambda: ReferenceKV(checkpoint.load_unet(dtype), form, layers)
+    yield lambda: DenoiseStep(checkpoint.load_unet(dtype), form, layers)
 
 
 def export_unet_bundle(

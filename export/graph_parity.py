@@ -23,6 +23,7 @@ from magicface_rt.errors import NonFiniteError, ParityError
 
 from .graphs import DenoiseStep, Graph
 from .guidance import SemanticGuidance
+from .replay import NEAR_TIE, relative_error
 from .samples import sample_inputs
 from .tracing import torch_inputs
 
@@ -34,9 +35,6 @@ MOST_ALLOWED = 0.1
 
 SAME_STEP_TOLERANCE = 1e-5
 """Guidance and the DDIM step, recomputed from the graph's own predictions and labels."""
-
-NEAR_TIE = 1e-4
-"""Cells whose margin is below this may have another label under other arithmetic."""
 
 PARITY_SIZES = {"B": 3, "R": 3, "K": 1, "M1": 37, "M2": 23, "M4": 13, "M8": 6}
 """Other sizes than the traced ones, so that nothing traced as a constant goes unseen."""
@@ -218,12 +216,6 @@ def _recomputed(expected: Expected, outputs: Arrays) -> Arrays:
 
 def _tolerances(expected: Expected, errors: Mapping[str, float]) -> dict[str, float]:
     return {name: min(FLOAT32_TOLERANCE + 2 * expected.floor.get(name, 0.0), MOST_ALLOWED) for name in errors}
-
-
-def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """2-norm of the difference over the 2-norm of what was expected, in float64."""
-    difference = np.linalg.norm(found.astype(np.float64).ravel() - expected.astype(np.float64).ravel())
-    return float(difference / max(np.linalg.norm(expected.astype(np.float64).ravel()), 1e-30))
 
 
 def _numpy(tensor: torch.Tensor) -> NDArray[Any]:

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from magicface_rt.bundle import Tensor
+from magicface_rt.bundle import Bundle, Tensor
 
 from .attention import (
     AttentionLayer,
@@ -46,6 +46,18 @@ class Form:
     dtype: torch.dtype
     text_width: int
     latent_channels: int = 4
+
+    @classmethod
+    def of(cls, bundle: Bundle, dtype: torch.dtype) -> Form:
+        """The form of an exported bundle, computed in `dtype`."""
+        return cls(
+            height=bundle.height,
+            width=bundle.width,
+            vae_factor=bundle.vae_factor,
+            dtype=dtype,
+            text_width=bundle.text_width,
+            latent_channels=bundle.latent_channels,
+        )
 
     @property
     def rows(self) -> int:

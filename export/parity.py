@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from magicface_rt.regions import MaskedReference
 
 from .attention import SELF_ATTENTIONS
 from .checkpoint import Checkpoint
-from .exporter import ExportOptions, export_unet_bundle
+from .exporter import ExportOptions, export_unet_bundle, graph_makers
 from .graph_parity import check_graph
-from .graphs import DenoiseStep, Form, ReferenceKV, TextEncoder, VaeDecoder, VaeEncoder
+from .graphs import Form
 from .recordings import Recording
 from .reference import MagicFaceReference
 from .replay import ReferenceStepRunner, ReplayReport, RunnerOutputs, replay_free, replay_steps
@@ -203,33 +203,14 @@ def verify_bundle(
         )
     reports: list[Any] = []
     vocabulary = int(source.configs["text_encoder"]["vocab_size"])
-    for make in _modules(opened, source):
+    layers = [layer.index for layer in opened.injection_layers]
+    dtype = getattr(torch, opened.dtype)
+    for make in graph_makers(source, Form.of(opened, dtype), layers):
         graph = make().eval().requires_grad_(False)
         report(f"{graph.name}: comparing with PyTorch")
         reports.append(check_graph(opened, graph, vocabulary, runtime))
         del graph
     report(f"{steps} steps: comparing with the PyTorch reference")
-    layers = [layer.index for layer in opened.injection_layers]
     reference = MagicFaceReference(source.load_unet(torch.float32), injection_layers=tuple(layers))
     reports += compare_trajectory(opened, runtime, reference, source, steps)
     return Verdict(str(opened.path), tuple(reports))
-
-
-def _modules(bundle: Bundle, checkpoint: Checkpoint) -> Sequence[Callable[[], Any]]:
-    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[bundle.dtype]
-    form = Form(
-        height=bundle.height,
-        width=bundle.width,
-        vae_factor=bundle.vae_factor,
-        dtype=dtype,
-        text_width=bundle.text_width,
-        latent_channels=bundle.latent_channels,
-    )
-    layers = [layer.index for layer in bundle.injection_layers]
-    return (
-        lambda: TextEncoder(checkpoint.load_text_encoder(dtype), form),
-        lambda: VaeEncoder(checkpoint.load_vae(dtype), form),
-        lambda: VaeDecoder(checkpoint.load_vae(dtype), form),
-        lambda: ReferenceKV(checkpoint.load_unet(dtype), form, layers),
-        lambda: DenoiseStep(checkpoint.load_unet(dtype), form, layers),
-    )

@@ -255,7 +255,11 @@ def replay_free(recording: Recording, runner: StepRunner, *, progress: Progress 
         latents, regions = np.asarray(outputs.latents_out, dtype=np.float32), np.asarray(outputs.regions, dtype=bool)
         flips = _flips(recording, i, outputs)
         resolved = bool(flips) and all(flip.near_tie for flip in flips)
+        own: tuple[TensorCheck, ...] = ()
         if resolved:
+            own_owners = owners_of(recording, outputs)
+            _, expected = guidance_of(recording, i, outputs, own_owners, outputs.foreground, latents=before)
+            own = (compare("own latents", latents, expected, recording.tolerance.latents),)
             owners = recorded_owners(recording, i)
             _, latents = guidance_of(recording, i, outputs, owners, recording.recorded.fore_mask[i], latents=before)
             regions = recording.recorded.concept_mask[i]
@@ -264,7 +268,7 @@ def replay_free(recording: Recording, runner: StepRunner, *, progress: Progress 
             step=i,
             timestep=_timestep(recording, i),
             stage=recording.stage(i),
-            tensors=(compare("latents", latents, expected, recording.free_run_latents),),
+            tensors=(*own, compare("latents", latents, expected, recording.free_run_latents)),
             flips=flips if resolved else (),
             recorded_regions_out=resolved,
         )

@@ -23,9 +23,10 @@ from magicface_rt.session import Session
 from magicface_rt.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint
-from .graph_parity import FLOAT32_TOLERANCE, NEAR_TIE, relative_error
+from .graph_parity import FLOAT32_TOLERANCE
 from .graphs import Form, VaeDecoder, VaeEncoder
 from .reference import MagicFaceReference, StepOutputs, generate_latents
+from .replay import NEAR_TIE, relative_error
 
 END_TO_END_TOLERANCE = 2e-3
 """Relative 2-norm of the latents after a free run in float32 in which no label flipped: errors of 1e-6 a step grow.
@@ -132,13 +133,7 @@ def run_pytorch(
     Returns every step's outputs, the picture's 8-bit values [H, W, 3], and the seconds spent outside the loop.
     """
     start = perf_counter()
-    form = Form(
-        height=bundle.height,
-        width=bundle.width,
-        vae_factor=bundle.vae_factor,
-        dtype=torch.float32,
-        text_width=bundle.text_width,
-    )
+    form = Form.of(bundle, torch.float32)
     prompts = [options.negative_prompt, PROMPT, *(c.references[0].prompt for c in concepts)]
     ids = torch.from_numpy(np.stack([tokenizer.encode(p) for p in prompts]))
     shape = (1, bundle.latent_channels, bundle.rows, bundle.columns)

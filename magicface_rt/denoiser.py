@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class Guidance:
     semantic: bool
     weight_mode: WeightMode
 
+    @cached_property
     def arrays(self) -> Arrays:
         """The `denoise_step` inputs that do not change from step to step."""
         images = self.text.shape[1]
@@ -106,7 +108,7 @@ class Denoiser:
         """
         images = len(latents)
         inputs = {
-            **guidance.arrays(),
+            **guidance.arrays,
             **reference_kv,
             **key_access(references.kept, stage, guidance.weight_mode),
             "latents": latents,

@@ -16,10 +16,9 @@ from magicface_rt import Bundle, BundleError, ExportError, OptionError, OutputEr
 from magicface_rt.backends import OnnxRuntime
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
-from magicface_rt.export.graph_parity import relative_error
 from magicface_rt.export.parity import BundleStepRunner, _case_bundle, verify_bundle, verify_case
 from magicface_rt.export.recordings import Recording
-from magicface_rt.export.replay import replay_steps
+from magicface_rt.export.replay import relative_error, replay_steps
 from magicface_rt.export.samples import sample_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +92,15 @@ def test_a_bundle_whose_graph_was_changed_is_noticed(tiny_bundle: Path, tiny_che
     verdict = verify_bundle(broken, tiny_checkpoint, steps=1)
     assert not verdict.passed
     assert [r.graph for r in verdict.reports if hasattr(r, "graph") and not r.passed] == ["denoise_step"]
+
+
+def test_a_session_that_drives_the_graphs_wrongly_is_noticed(
+    tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs and steps are right here; only the loop of Session never enters the second stage."""
+    monkeypatch.setattr("magicface_rt.session.is_region_step", lambda *_: False)
+    verdict = verify_bundle(tiny_bundle, tiny_checkpoint, steps=6)
+    assert [report.name for report in verdict.reports if not report.passed] == ["end to end, 6 steps, 8-bit picture"]
 
 
 def test_a_bundle_of_another_checkpoint_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:

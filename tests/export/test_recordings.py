@@ -279,6 +279,32 @@ def test_a_near_tie_does_not_excuse_wrong_latents_or_predictions(recording, unet
         assert not replay_steps(near, Playback(near, {2: {**changed, name: value}})).passed, name
 
 
+def test_a_free_run_goes_on_with_the_recorded_regions_where_only_near_ties_flipped(recording, unet):
+    row, col, changed = flip(recording, unet, 2)
+    near = with_margin(recording, 2, row, col, 5e-5)
+    runner = Playback(near, {2: changed})
+    report = replay_free(near, runner)
+    assert report.passed, "\n".join(report.summary())
+    assert report.steps[2].recorded_regions_out
+    assert np.array_equal(runner.regions_in[3], recording.recorded.concept_mask[2])
+    assert report.worst()["latents"][1].error < 1e-5
+
+
+def test_a_free_run_excuses_neither_other_flips_nor_latents_that_do_not_follow(recording, unet):
+    row, col, changed = flip(recording, unet, 2)
+    strict = replace(recording, free_run_latents=1e-6)
+    clear = with_margin(strict, 2, row, col, 2e-4)
+    report = replay_free(clear, Playback(clear, {2: changed}))
+    assert not report.passed
+    assert not report.steps[2].recorded_regions_out
+    near = with_margin(recording, 2, row, col, 5e-5)
+    for name, value in [
+        ("latents_out", changed["latents_out"] * np.float32(1.001)),
+        ("eps_c", recording.recorded.eps_c[2] * np.float32(1.01)),
+    ]:
+        assert not replay_free(near, Playback(near, {2: {**changed, name: value}})).passed, name
+
+
 def test_predictions_that_are_not_finite_fail(recording):
     broken = np.full_like(recording.recorded.eps_c[1], np.nan)
     report = replay_steps(recording, Playback(recording, {1: {"eps_c": broken}}))
