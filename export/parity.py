@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,10 @@ class BundleStepRunner:
 def verify_case(case: str | Path, *, work: Path | None = None, report: Report = lambda _: None) -> Verdict:
     """Replay a recording with the PyTorch reference and with a bundle exported from the recording's own model.
 
-    Each step from the recorded latents and, where the case allows it, freely from the recorded noise. `work`: where
-    the bundle is written, and found again by a second call; a temporary folder otherwise.
+    Each step from the recorded latents and, where the case allows it, freely from the recorded noise. Both sides run
+    on one thread, as the recordings were made: another number of threads sums in another order, a free run drifts by
+    other 1e-5s, and which of its cells flip would depend on the machine. `work`: where the bundle is written, and found
+    again by a second call; a temporary folder otherwise.
 
     Raises:
         RecordingError: the recording cannot be read.
@@ -143,11 +146,23 @@ def verify_case(case: str | Path, *, work: Path | None = None, report: Report = 
     """
     recording = Recording.load(case)
     reference = ReferenceStepRunner(recording)
-    reports = _replays(recording, reference, report)
+    with _one_torch_thread():
+        reports = _replays(recording, reference, report)
     with tempfile.TemporaryDirectory(prefix="magicface-rt-") as temporary:
         bundle = _case_bundle(recording, work or Path(temporary), report)
-        reports += _replays(recording, BundleStepRunner(recording, bundle, open_backend("onnxruntime-cpu")), report)
+        runner = BundleStepRunner(recording, bundle, open_backend("onnxruntime-cpu", threads=1))
+        reports += _replays(recording, runner, report)
     return Verdict(recording.name, tuple(reports))
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _replays(recording: Recording, runner: Any, report: Report) -> list[ReplayReport]:
