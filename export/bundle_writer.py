@@ -15,13 +15,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from magicface_rt.bundle import FORMAT, MANIFEST, RUNTIMES, Bundle, Tensor, sha256
+from magicface_rt.bundle import FORMAT, MANIFEST, RUNTIMES, WEIGHTS, Bundle, Tensor, sha256
 from magicface_rt.errors import ExportError, OutputError
 
 from .graphs import Graph
 from .operators import bind
 
-WEIGHTS = "weights.bin"
 _ALIGNMENT = 4096
 _INLINE_BYTES = 1024
 """Smaller tensors stay in the graph file: shapes and scalars that runtimes fold."""

@@ -35,6 +35,9 @@ The picture, in 8-bit values that may round either way, is allowed twice that.""
 AFTER_A_FLIP = 2e-2
 """Where the last regions differ. A near-tie that flips moves the latents by about 2e-3, a wrong setting by far more."""
 
+OTHER_STEPS = 2
+"""Steps of the second request: one in each stage."""
+
 PROMPT = "a man with a hat"
 """Holds the words of `drawn_concepts`."""
 
@@ -79,18 +82,33 @@ class TrajectoryReport:
 def compare_trajectory(
     bundle: Bundle, backend: Backend, reference: MagicFaceReference, checkpoint: Checkpoint, steps: int
 ) -> list[TrajectoryReport]:
-    """A request with two concepts, `steps` steps, alpha 0.4, so that both stages are met.
+    """Two requests with two concepts: the usual one over `steps` steps, and a short one with the switches turned.
 
     For a float32 bundle everything is judged. A 16-bit one is judged graph by graph, where its yardstick is measured;
     here its distances are reported.
     """
-    concepts = drawn_concepts()
-    options = Options(steps=steps, seed=7)
+    requests = {
+        "": Options(steps=steps, seed=7),
+        "weight mode scale, alpha 0, no semantic guidance, ": Options(
+            steps=OTHER_STEPS, seed=8, weight_mode="scale", alpha=0.0, semantic_guidance=False, ca_scale=0.9
+        ),
+    }
     with Session(bundle, backend=backend) as session:
-        loaded = [load_reference(c.references[0], name=c.name) for c in concepts]
-        recorded, pixels, _ = run_pytorch(bundle, reference, checkpoint, session.tokenizer, concepts, loaded, options)
-        step_report = _step_by_step(session, recorded, concepts, loaded, options)
-        result = session.generate(PROMPT, concepts, options=options)
+        return [
+            report
+            for name, options in requests.items()
+            for report in _compare_request(name, session, reference, checkpoint, options)
+        ]
+
+
+def _compare_request(
+    name: str, session: Session, reference: MagicFaceReference, checkpoint: Checkpoint, options: Options
+) -> list[TrajectoryReport]:
+    bundle, concepts = session.bundle, drawn_concepts()
+    loaded = [load_reference(c.references[0], name=c.name) for c in concepts]
+    recorded, pixels, _ = run_pytorch(bundle, reference, checkpoint, session.tokenizer, concepts, loaded, options)
+    step_report = _step_by_step(name, session, recorded, concepts, loaded, options)
+    result = session.generate(PROMPT, concepts, options=options)
     final = recorded[-1]
     labels = np.zeros_like(result.regions[0])
     for k, region in enumerate(final.regions.numpy()):
@@ -103,7 +121,8 @@ def compare_trajectory(
     note = (f"{flipped} cells end in another region",) if flipped else ()
     allowed = AFTER_A_FLIP if flipped else END_TO_END_TOLERANCE
     tolerance = {"latents": allowed, "picture": 2 * allowed} if bundle.dtype == "float32" else {}
-    end_to_end = TrajectoryReport(f"end to end, {steps} steps, 8-bit picture", errors, tolerance, notes=note)
+    title = f"{name}end to end, {options.steps} steps, 8-bit picture"
+    end_to_end = TrajectoryReport(title, errors, tolerance, notes=note)
     return [step_report, end_to_end]
 
 
@@ -159,6 +178,8 @@ def run_pytorch(
             ca_scale=options.effective_ca_scale(len(concepts)),
             alpha=options.alpha,
             guidance=options.guidance,
+            weight_mode=options.weight_mode,
+            semantic_guidance=options.semantic_guidance,
         )
     )
     start = perf_counter()
@@ -169,6 +190,7 @@ def run_pytorch(
 
 
 def _step_by_step(
+    request: str,
     session: Session,
     recorded: Sequence[StepOutputs],
     concepts: Sequence[Concept],
@@ -221,7 +243,7 @@ def _step_by_step(
         label = np.zeros_like(label)
         for k, region in enumerate(expected.regions.numpy()):
             label[0][region] = k + 1
-    name = f"step by step, {options.steps} steps"
+    name = f"{request}step by step, {options.steps} steps"
     if bundle.dtype != "float32":
         note = f"{flips} labels differ from float32 PyTorch's outside near-ties; judged graph by graph instead"
         return TrajectoryReport(name, worst, {}, near_ties=near_ties, notes=(note,))

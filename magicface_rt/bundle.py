@@ -18,6 +18,7 @@ from .schedule import Schedule
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+WEIGHTS = "weights.bin"
 RUNTIMES = ("onnxruntime", "tensorrt")
 MAX_MANIFEST_BYTES = 1 << 20
 
@@ -197,7 +198,7 @@ def _from_manifest(folder: Path, digest: str, m: dict[str, Any]) -> Bundle:
         for name, g in m["graphs"].items()
     }
     files: dict[str, Mapping[str, Any]] = dict(m["files"])
-    named = {f for g in graphs.values() for f in g.files.values()} | {"weights.bin"}
+    named = {f for g in graphs.values() for f in g.files.values()} | {WEIGHTS}
     if "file" in m["tokenizer"]:
         named.add(str(m["tokenizer"]["file"]))
     for name in [*files, *named]:

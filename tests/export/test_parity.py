@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +12,20 @@ import onnx
 import onnxruntime
 import pytest
 
-from magicface_rt import Bundle, BundleError, ExportError, OptionError, OutputError, ParityError
+from magicface_rt import BackendError, Bundle, BundleError, ExportError, OptionError, OutputError, ParityError
 from magicface_rt.backends import OnnxRuntime
+from magicface_rt.bundle import GraphContract, Tensor
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
 from magicface_rt.export.parity import BundleStepRunner, _case_bundle, verify_bundle, verify_case
 from magicface_rt.export.recordings import Recording
 from magicface_rt.export.replay import relative_error, replay_steps
 from magicface_rt.export.samples import sample_inputs
+from magicface_rt.export.widened import widen
+from tests.locations import DATA, GOLDENS
 
-ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ROOT / "tests" / "data" / "recordings" / "guidance-3"
-SHARED = ROOT.parent / "shared" / "goldens"
-CASES = sorted(path.parent for path in SHARED.glob("*/case.json")) if SHARED.is_dir() else []
+SHIPPED = DATA / "recordings" / "guidance-3"
+CASES = sorted(path.parent for path in GOLDENS.glob("*/case.json"))
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +72,7 @@ def test_a_bundle_fails_a_recording_with_its_references_swapped(work: Path) -> N
 def test_a_bundle_is_what_its_checkpoint_is(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     verdict = verify_bundle(tiny_bundle, tiny_checkpoint, steps=3)
     assert verdict.passed, "\n".join(verdict.summary())
-    assert len(verdict.reports) == 7
+    assert len(verdict.reports) == 9  # five graphs, and two requests step by step and end to end
 
 
 def test_a_bundle_whose_graph_was_changed_is_noticed(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -184,3 +185,69 @@ def test_other_sizes_and_injection_layers_hold_parity(
 def test_float16_holds_parity_within_twice_its_own_noise(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "bundle", ExportOptions(dtype="fp16"))
     assert verify_bundle(bundle.path, tiny_checkpoint, steps=2).passed
+
+
+@pytest.mark.slow
+def test_bfloat16_holds_parity_in_float32_arithmetic(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "bundle", ExportOptions(dtype="bf16"))
+    for name, parity in bundle.parity.items():
+        assert parity["passed"], name
+        assert parity["errors"]
+        assert "float32 arithmetic" in parity["note"]
+    with pytest.raises(BackendError, match="bf16"):
+        OnnxRuntime("cpu").load(bundle, "vae_decoder")
+
+
+def test_widening_keeps_every_value(tmp_path: Path) -> None:
+    """Weights in the shared file and in the graph, constants, casts and the types of inputs and outputs."""
+    stored = np.arange(-64, 64, dtype=np.float32).reshape(8, 16)
+    outside = onnx.TensorProto(name="outside", data_type=onnx.TensorProto.BFLOAT16, dims=stored.shape)
+    outside.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": "weights.bin", "offset": 64, "length": 256}.items():
+        outside.external_data.add(key=key, value=str(value))
+    half = (stored.view(np.uint32) >> 16).astype(np.uint16)
+    (tmp_path / "weights.bin").write_bytes(bytes(64) + half.tobytes())
+    inside = onnx.helper.make_tensor("inside", onnx.TensorProto.BFLOAT16, [1], [0.5])
+    constant = onnx.helper.make_tensor("constant", onnx.TensorProto.BFLOAT16, [1], [3.0])
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["c"], value=constant),
+        onnx.helper.make_node("Cast", ["x"], ["x16"], to=onnx.TensorProto.BFLOAT16),
+        onnx.helper.make_node("Mul", ["x16", "outside"], ["a"]),
+        onnx.helper.make_node("Add", ["a", "inside"], ["b"]),
+        onnx.helper.make_node("Mul", ["b", "c"], ["y"]),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, [8, 16])],
+        [value("y", onnx.TensorProto.BFLOAT16, [8, 16])],
+        [outside, inside],
+        value_info=[value("a", onnx.TensorProto.BFLOAT16, [8, 16])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save_model(model, str(tmp_path / "g.onnx"))
+    contract = GraphContract(
+        "g", (Tensor("x", "float32", (8, 16)),), (Tensor("y", "bfloat16", (8, 16)),), {"onnxruntime": "g.onnx"}
+    )
+    recorded = BundleStub(tmp_path, "bfloat16", {"g": contract})
+    out = tmp_path / "wide"
+    out.mkdir()
+    wide = widen(recorded, "g", out)  # type: ignore[arg-type]
+    assert wide.dtype == "float32"
+    assert wide.graph("g").outputs[0].dtype == "float32"
+    session = onnxruntime.InferenceSession(str(out / "g.onnx"), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], (x * stored + 0.5) * 3, rtol=1e-6)
+
+
+@dataclass(frozen=True)
+class BundleStub:
+    """What `widen` reads of a bundle."""
+
+    path: Path
+    dtype: str
+    graphs: dict[str, GraphContract]
+
+    def graph(self, name: str) -> GraphContract:
+        return self.graphs[name]

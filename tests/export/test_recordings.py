@@ -23,11 +23,10 @@ from magicface_rt.export.replay import (
     replay_steps,
 )
 from magicface_rt.schedule import Schedule
+from tests.locations import DATA, GOLDENS
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "tests" / "data" / "recordings"
-CASE = DATA / "guidance-3"
-SHARED = ROOT.parent / "shared" / "goldens"
+RECORDINGS = DATA / "recordings"
+CASE = RECORDINGS / "guidance-3"
 SWITCH = range(3, 5)  # of CASE: the last step of the first stage and the first of the second
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,8 +63,8 @@ def test_the_reference_reproduces_the_recording_from_its_noise(recording, unet):
 
 SHARED_CASES = [
     pytest.param(path.parent, id=path.parent.name, marks=pytest.mark.slow)
-    for path in sorted(SHARED.glob("*/case.json"))
-] or [pytest.param(None, marks=pytest.mark.skip(reason=f"{SHARED} is not there"), id="shared")]
+    for path in sorted(GOLDENS.glob("*/case.json"))
+] or [pytest.param(None, marks=pytest.mark.skip(reason=f"{GOLDENS} is not there"), id="shared")]
 
 
 @pytest.mark.parametrize("folder", SHARED_CASES)
@@ -330,7 +329,7 @@ def copy_case(folder: Path, **changes) -> Path:
     """A copy of the case in a folder of its own, with other values in its case.json; None takes a key out."""
     target = folder / "case"
     shutil.copytree(CASE, target)
-    case = json.loads((CASE / "case.json").read_text()) | {"model": str(DATA / "models" / "sd15-mini")} | changes
+    case = json.loads((CASE / "case.json").read_text()) | {"model": str(RECORDINGS / "models" / "sd15-mini")} | changes
     (target / "case.json").write_text(json.dumps({key: value for key, value in case.items() if value is not None}))
     return target
 
@@ -436,7 +435,7 @@ def test_a_missing_folder_and_pickled_weights_are_refused(tmp_path):
         Recording.load(tmp_path / "nowhere")
     model = tmp_path / "model"
     model.mkdir()
-    shutil.copy(DATA / "models" / "sd15-mini" / "config.json", model)
+    shutil.copy(RECORDINGS / "models" / "sd15-mini" / "config.json", model)
     (model / "diffusion_pytorch_model.bin").write_bytes(b"")
     with pytest.raises(RecordingError, match="safetensors: missing"):
         Recording.load(copy_case(tmp_path, model=str(model)))

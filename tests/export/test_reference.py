@@ -34,10 +34,9 @@ from magicface_rt.export.reference import (
     transformer_blocks,
 )
 from magicface_rt.schedule import Schedule
+from tests.locations import DATA, GOLDENS
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "tests" / "data" / "recordings"
-SHARED = ROOT.parent / "shared" / "goldens"
+RECORDINGS = DATA / "recordings"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,9 +45,9 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 def unit_files(pattern: str) -> list:
     """Recorded units of this repository, and of the larger set where it lies beside the repository."""
-    found = [pytest.param(path, id=path.stem) for path in sorted((DATA / "unit").glob(pattern))]
-    more = [pytest.param(path, id=f"shared-{path.stem}") for path in sorted((SHARED / "unit").glob(pattern))]
-    absent = pytest.param(None, marks=pytest.mark.skip(reason=f"{SHARED} is not there"), id="shared")
+    found = [pytest.param(path, id=path.stem) for path in sorted((RECORDINGS / "unit").glob(pattern))]
+    more = [pytest.param(path, id=f"shared-{path.stem}") for path in sorted((GOLDENS / "unit").glob(pattern))]
+    absent = pytest.param(None, marks=pytest.mark.skip(reason=f"{GOLDENS} is not there"), id="shared")
     return found + (more or [absent])
 
 
@@ -131,7 +130,7 @@ def test_guidance_rate(path):
 @pytest.mark.parametrize("path", unit_files("schedule.npz"))
 @pytest.mark.parametrize("steps", [50, 20, 7])
 def test_noise_and_ddim_step(path, steps):
-    if path is None or path.parent.parent == DATA:
+    if path is None or path.parent.parent == RECORDINGS:
         pytest.skip("not among the recordings of this repository")
     recorded = arrays(path)
     schedule = Schedule()
@@ -189,7 +188,7 @@ def test_stages_keep_step_0_and_the_step_at_alpha_in_the_first():
 
 @pytest.fixture(scope="module")
 def reference() -> MagicFaceReference:
-    return MagicFaceReference(load_unet(DATA / "models" / "sd15-mini"))
+    return MagicFaceReference(load_unet(RECORDINGS / "models" / "sd15-mini"))
 
 
 def step_inputs(reference: MagicFaceReference, h: int, w: int, references: int = 3, **changes) -> StepInputs:

@@ -28,10 +28,11 @@ from magicface_rt.images import (
     pixels_to_images,
     region_overlay,
 )
+from tests.locations import DATA, GOLDENS
 
-DATA = Path(__file__).parents[1] / "data" / "unit"
-SHARED = Path(__file__).parents[2].parent / "shared" / "goldens" / "unit"
-RECORDED = np.load(DATA / "images.npz")
+IMAGES = DATA / "unit" / "images"
+SHARED = GOLDENS / "unit"
+RECORDED = np.load(DATA / "unit" / "images.npz")
 needs_photographs = pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded photographs are not beside this tree")
 
 
@@ -49,13 +50,13 @@ def recorded_mask(path: Path) -> npt.NDArray[np.uint8]:
 
 @pytest.mark.parametrize("name", ["ramp", "odd"])
 def test_masks_at_threshold_255_equal_the_recorded_ones(name: str) -> None:
-    grid = recorded_mask(DATA / "images" / f"{name}.png")
+    grid = recorded_mask(IMAGES / f"{name}.png")
     assert grid.dtype == np.uint8
     np.testing.assert_array_equal(grid, RECORDED[f"mask_{name}"][0, 0])
 
 
 def test_nearest_pixels_equal_the_recorded_ones() -> None:
-    pixels = image_to_pixels(load_image(DATA / "images" / "odd3.png", name="odd3"), 512, 512, "nearest")
+    pixels = image_to_pixels(load_image(IMAGES / "odd3.png", name="odd3"), 512, 512, "nearest")
     assert pixels.shape == (1, 3, 512, 512)
     assert pixels.dtype == np.float32
     np.testing.assert_array_equal(pixels[:, :, ::8, ::8], RECORDED["image_odd3_every8th"])

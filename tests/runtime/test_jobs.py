@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from magicface_rt.errors import ConceptError, InputError, JobError, OptionError
 from magicface_rt.jobs import MAX_JOB_BYTES, load_job, parse_concept_option, parse_job
 from magicface_rt.options import Options
+from tests.locations import CASES
 
-CASES = Path(__file__).parents[2].parent / "shared" / "cases"
 MAN: dict[str, Any] = {
     "word": "man",
     "image": "image/man.jpg",

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ from hypothesis import strategies as st
 
 from magicface_rt.errors import CheckpointError, OptionError
 from magicface_rt.schedule import Schedule, is_region_step, reference_noise, target_noise
+from tests.locations import DATA
 
-RECORDED = np.load(Path(__file__).parents[1] / "data" / "unit" / "schedule.npz")
+RECORDED = np.load(DATA / "unit" / "schedule.npz")
 LENGTHS = (50, 20, 7)
 
 
