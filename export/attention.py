@@ -129,7 +129,7 @@ class _InjectProcessor(_Processor):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         heads, scale = attn.heads, attn.scale
-        probabilities = self._probabilities(q, k, heads, scale) if self.mapped else None  # [2B, H, n, m]
+        probabilities = self._probabilities(q, k, heads, scale).to(v.dtype) if self.mapped else None  # [2B, H, n, m]
         if probabilities is not None:
             self._collect(probabilities)
         if self.inject:
@@ -147,7 +147,9 @@ class _InjectProcessor(_Processor):
         return torch.softmax(torch.matmul(q, k.transpose(-1, -2)).float(), -1)  # [2B, H, n, m] float32
 
     def _collect(self, probabilities: torch.Tensor) -> None:
-        mean = probabilities.mean(1)  # [2B, n, m]
+        # The mean is taken of what the values are weighted with, in the bundle's dtype, and not of the float32 softmax:
+        # TensorRT puts the mean off to the end of the step, and would keep every layer's float32 maps until then.
+        mean = probabilities.float().mean(1)  # [2B, n, m] float32
         if not self.layer.is_cross:
             self.self_map = mean
             return
@@ -200,7 +202,7 @@ def _row(tensor: torch.Tensor, row: int) -> torch.Tensor:
 
 def _weighted_values(probabilities: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
     values = v.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, m, d]
-    return torch.matmul(probabilities.to(v.dtype), values).transpose(1, 2).flatten(2)  # [B, n, C]
+    return torch.matmul(probabilities, values).transpose(1, 2).flatten(2)  # [B, n, C]
 
 
 def capture_reference_keys(unet: UNet2DConditionModel, injection_layers: Sequence[int]) -> _State:

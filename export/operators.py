@@ -125,8 +125,9 @@ _REGION_ATTENTION = {
     out = com.microsoft.MultiHeadAttention<num_heads: int = @num_heads, scale: float = @scale>
         (q_joined, k_joined, v_all)
 }}""",
-    # Everything stays four-dimensional from the split to the join: one reshape to three dimensions in between and
-    # TensorRT decomposes the attention. v is padded to the width of q and k for the same reason.
+    # v is padded to the width of q and k, because TensorRT decomposes an attention whose v is narrower. The attention
+    # is written out and does not call TokenAttention: in a function that another function calls TensorRT's parser reads
+    # the attributes as 0.
     "tensorrt": f"""{_HEADER} {_REGION_SIGNATURE} {{
     {_HEAD_SHAPES}
     {_CODES}

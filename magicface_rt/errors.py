@@ -8,14 +8,21 @@
     │   ├── ImageError                 an image that cannot be read or used
     │   ├── MaskError                  a mask that is empty, vanishes, or does not fit its image
     │   ├── JobError                   a job file that cannot be read or does not have the expected form
-    │   └── OutputError                an output folder that exists or cannot be written
+    │   ├── OutputError                an output folder that exists or cannot be written
+    │   └── TargetError                an engine target that is not known, or that its flavour cannot build for
     ├── BundleError                    a bundle that is missing, incomplete, changed, or of another format version
     ├── CheckpointError                a checkpoint that cannot be read or is not of a supported architecture
     ├── RecordingError                 a recording (golden case) that cannot be read
     ├── ExportError                    tracing or writing the graphs failed
     │   └── ParityError                an exported graph does not compute what PyTorch computes
+    ├── EngineError                    TensorRT plans: making, keeping, finding them
+    │   ├── BuildError                 a graph could not be parsed or built
+    │   │   └── GateError              a plan was built, but lost its fused attentions or needs too much memory
+    │   ├── PlanError                  a plan that is missing, stale, damaged, or made for another GPU
+    │   └── StoreError                 an engine store that cannot be read or written
     ├── BackendError                   a runtime failed
     │   ├── BackendMissingError        no usable runtime, or an extra that is not installed
+    │   ├── DeviceError                no GPU, too old a driver, too little device memory, a failed CUDA call
     │   └── NonFiniteError             a graph produced NaN or infinity
     ├── SessionClosedError             a Session was used after close()
     └── Cancelled                      the progress callback returned False
@@ -28,11 +35,15 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BackendMissingError",
+    "BuildError",
     "BundleError",
     "Cancelled",
     "CheckpointError",
     "ConceptError",
+    "DeviceError",
+    "EngineError",
     "ExportError",
+    "GateError",
     "ImageError",
     "InputError",
     "JobError",
@@ -42,9 +53,12 @@ __all__ = [
     "OptionError",
     "OutputError",
     "ParityError",
+    "PlanError",
     "PromptError",
     "RecordingError",
     "SessionClosedError",
+    "StoreError",
+    "TargetError",
 ]
 
 
@@ -89,6 +103,10 @@ class OutputError(InputError):
     """An output folder exists already or cannot be written."""
 
 
+class TargetError(InputError):
+    """An engine target is not known, or its flavour cannot build for it."""
+
+
 class BundleError(MagicFaceError):
     """A bundle is missing, incomplete, changed, or of another format version."""
 
@@ -111,6 +129,28 @@ class ParityError(ExportError):
     """An exported graph does not compute what PyTorch computes."""
 
 
+class EngineError(MagicFaceError):
+    """A TensorRT plan could not be made, kept or found."""
+
+
+class BuildError(EngineError):
+    """A graph could not be parsed or built."""
+
+    exit_code = 1
+
+
+class GateError(BuildError):
+    """A plan was built, but an attention was decomposed in it or it needs too much memory; it was not kept."""
+
+
+class PlanError(EngineError):
+    """A plan is missing, stale, damaged, or was made for another GPU."""
+
+
+class StoreError(EngineError):
+    """An engine store cannot be read or written."""
+
+
 class BackendError(MagicFaceError):
     """A runtime failed."""
 
@@ -119,6 +159,10 @@ class BackendError(MagicFaceError):
 
 class BackendMissingError(BackendError):
     """No usable runtime, or an optional extra that is not installed."""
+
+
+class DeviceError(BackendError):
+    """No GPU, too old a driver, too little device memory, or a CUDA call that failed."""
 
 
 class NonFiniteError(BackendError):

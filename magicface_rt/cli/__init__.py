@@ -1,6 +1,6 @@
 """The command line, `magicface-rt`: one module for each verb, and nothing here that needs torch.
 
-    exit codes: 0 fine, 1 a failed check, 2 bad input, 3 a missing backend or extra, 130 interrupted
+exit codes: 0 fine, 1 a failed check, 2 bad input, 3 a missing backend or extra, 130 interrupted
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from . import _command, checkpoint, demo, doctor, export, inspect, run, verify
+from . import _command, build, checkpoint, demo, doctor, engines, export, inspect, run, verify
 
 __all__ = ["app", "main"]
 
@@ -51,8 +51,18 @@ def _global_options(
     _command.show_traceback(traceback)
 
 
-for _verb in (demo.demo, checkpoint.checkpoint, export.export, run.run, verify.verify, inspect.inspect, doctor.doctor):
+for _verb in (
+    demo.demo,
+    checkpoint.checkpoint,
+    export.export,
+    build.build,
+    run.run,
+    verify.verify,
+    inspect.inspect,
+    doctor.doctor,
+):
     app.command()(_verb)
+app.add_typer(engines.app, name="engines")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,290 @@
+"""From a bundle to plans: parse a graph, give it its profile and options, build it, pass the gate, keep it."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from magicface_rt.bundle import WEIGHTS, Bundle
+from magicface_rt.errors import BuildError, Cancelled, TargetError
+
+from . import gpu, timing_cache
+from .attentions import Attention, find_attentions
+from .flavour import Flavour
+from .gate import GateReport, agree, check_plan, inspect_engine
+from .log import LOGGER, Advance, progress_monitor, trt_logger
+from .plan_key import PlanKey, graph_hash
+from .profiles import profile
+from .store import EngineStore, Plan
+from .targets import Target
+
+Report = Callable[[str], object]
+
+GRAPH_RUNTIME = "tensorrt"
+STATE_OUTPUTS = {"denoise_step": ("latents_out", "region_label_out")}
+"""What a graph must give while it serves; its other outputs are read by `verify` alone."""
+
+_COMPATIBILITY = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
+
+
+def plan_key(bundle: Bundle, graph: str, flavour: Flavour, target: Target) -> PlanKey:
+    """What the plan of a graph must have been made from and for.
+
+    Raises:
+        BundleError: the bundle does not hold that graph.
+        TargetError: the target is for another flavour or precision.
+    """
+    contract = bundle.graph(graph)
+    target.check_precision(bundle.dtype)
+    if target.flavour != flavour.name:
+        raise TargetError(f"target {target.name} is for {target.flavour}, expected one for {flavour.name}.")
+    hashes = [str(bundle.files[name]["sha256"]) for name in (contract.files[GRAPH_RUNTIME], WEIGHTS)]
+    return PlanKey(
+        graph=graph,
+        graph_hash=graph_hash(*hashes),
+        flavour=flavour.name,
+        flavour_version=flavour.version,
+        precision=bundle.dtype,
+        compute_capabilities=target.compute_capabilities,
+        profile=profile(bundle, contract, target),
+        builder_options=asdict(target.builder),
+    )
+
+
+def build(
+    bundle: Bundle,
+    flavour: Flavour,
+    target: Target,
+    store: EngineStore,
+    *,
+    graphs: Sequence[str] | None = None,
+    report: Report = lambda _: None,
+    advance: Advance | None = None,
+) -> list[Plan]:
+    """A plan for each graph of the bundle, or of `graphs`; those that the store has already are left alone.
+
+    Raises: as `build_plan`. Plans that were built before an error stay.
+    """
+    names = list(bundle.graphs) if graphs is None else list(graphs)
+    return [build_plan(bundle, name, flavour, target, store, report=report, advance=advance) for name in names]
+
+
+def build_plan(
+    bundle: Bundle,
+    graph: str,
+    flavour: Flavour,
+    target: Target,
+    store: EngineStore,
+    *,
+    report: Report = lambda _: None,
+    advance: Advance | None = None,
+) -> Plan:
+    """The plan of a graph: the store's if it has it, else a new one.
+
+    `report` is told in words what is being done. `advance` is called with phase, steps done and steps of it, from a
+    thread of TensorRT's; when it returns False the build ends with `Cancelled`.
+
+    Raises:
+        BuildError: the graph could not be parsed or built; GateError: the plan was not fit to be kept.
+        TargetError: the target is for another flavour, precision or GPU.
+        StoreError: the store cannot be written.
+    """
+    key = plan_key(bundle, graph, flavour, target)
+
+    def make(path: Path) -> Mapping[str, Any]:
+        report(f"{graph}: building for {', '.join(key.compute_capabilities)} ({flavour.name} {flavour.version})")
+        return _make(bundle, key, flavour, target, store.root, path, advance)
+
+    return store.build(key, make, on_wait=lambda: report(f"{graph}: another process builds the same plan; waiting"))
+
+
+def _make(
+    bundle: Bundle, key: PlanKey, flavour: Flavour, target: Target, root: Path, path: Path, advance: Advance | None
+) -> Mapping[str, Any]:
+    gpu.check_target(flavour, target)
+    start = time.perf_counter()
+    build = _Build(bundle, key, flavour, target, advance)
+    try:
+        build.parse()
+        parsed = time.perf_counter()
+        build.write(root, path)
+        built = time.perf_counter()
+        gate = build.judge(path)
+    finally:
+        build.close()
+    LOGGER.log(logging.WARNING if gate.verdict == "unknown" else logging.INFO, "%s", gate)
+    return {
+        "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "bundle": str(bundle.hash),
+        "target": target.name,
+        "parse_seconds": round(parsed - start, 2),
+        "build_seconds": round(built - parsed, 2),
+        "gate": gate.to_dict(),
+    }
+
+
+class _Build:
+    """One graph on its way to a plan. The library's objects live until `close`."""
+
+    def __init__(self, bundle: Bundle, key: PlanKey, flavour: Flavour, target: Target, advance: Advance | None) -> None:
+        trt = self.trt = flavour.trt
+        self.bundle, self.key, self.flavour, self.target = bundle, key, flavour, target
+        self.graph = key.graph
+        self.logger = trt_logger(trt)
+        self.monitor = progress_monitor(trt, advance) if advance is not None else None
+        self.builder = trt.Builder(self.logger)
+        if self.builder is None:
+            raise BuildError(f"graph {self.graph}: {flavour.name} made no builder. {self._said()}")
+        self.network = self.builder.create_network(_network_flags(trt))
+        self.config: Any = None
+        self.attentions: tuple[Attention, ...] = ()
+
+    def close(self) -> None:
+        """Free the library's objects now. A cancelled build has threads that still call the monitor; they end here,
+        and must not outlive the interpreter."""
+        self.config = self.network = self.builder = None
+
+    def parse(self) -> None:
+        """The network of the graph file, with the outputs that are wanted."""
+        contract = self.bundle.graph(self.graph)
+        path = self.bundle.path / contract.files[GRAPH_RUNTIME]
+        parser = self.trt.OnnxParser(self.network, self.logger)
+        if not parser.parse_from_file(str(path)):
+            raise BuildError(f"graph {self.graph}: {self.flavour.name} cannot parse {path.name}: {_errors(parser)}")
+        self._check_contract(path)
+        wanted = STATE_OUTPUTS.get(self.graph)
+        if wanted is not None and not self.target.builder.parity_outputs:
+            for tensor in [self.network.get_output(i) for i in range(self.network.num_outputs)]:
+                if tensor.name not in wanted:
+                    self.network.unmark_output(tensor)
+        largest = {name: shapes[2] for name, shapes in self.key.profile.items()}
+        regions = len(self.bundle.injection_layers) if self.graph == "denoise_step" else 0
+        self.attentions = find_attentions(self.network, largest, self.graph, regions)
+
+    def _check_contract(self, path: Path) -> None:
+        contract = self.bundle.graph(self.graph)
+        network = self.network
+        found = {network.get_input(i).name for i in range(network.num_inputs)}
+        outputs = {network.get_output(i).name for i in range(network.num_outputs)}
+        if found != {t.name for t in contract.inputs} or outputs != {t.name for t in contract.outputs}:
+            raise BuildError(
+                f"graph {self.graph}: {path.name} has inputs {sorted(found)} and outputs {sorted(outputs)}, which are "
+                "not those of the bundle's contract. Export the bundle again."
+            )
+
+    def write(self, root: Path, path: Path) -> None:
+        """Build the plan into a file."""
+        self.config = self._config(root)
+        plan = self.builder.build_serialized_network(self.network, self.config)
+        if self.monitor is not None and self.monitor.failure is not None:
+            raise self.monitor.failure
+        if plan is None:
+            if self.monitor is not None and self.monitor.cancelled:
+                raise Cancelled(f"building the plan of {self.graph} was cancelled.")
+            raise BuildError(f"graph {self.graph}: {self.flavour.name} could not build it. {self._said()}")
+        if not self.flavour.builds_without_gpu:
+            timing_cache.save(root, self.flavour, self.config.get_timing_cache())
+        with path.open("wb") as stream:
+            stream.write(memoryview(plan))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _config(self, root: Path) -> Any:
+        trt, options = self.trt, self.target.builder
+        config = self.builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the gate reads the names of layers and kernels
+        config.builder_optimization_level = options.optimization_level
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+        if self.monitor is not None:
+            config.progress_monitor = self.monitor
+        _switch(config, trt.BuilderFlag.TF32, options.tf32)
+        _switch(config, trt.BuilderFlag.VERSION_COMPATIBLE, options.version_compatible)
+        if self.flavour.builds_without_gpu:
+            capabilities = self.key.compute_capabilities
+            config.num_compute_capabilities = len(capabilities)
+            for i, capability in enumerate(capabilities):
+                config.set_compute_capability(_capability(trt, capability), i)
+        else:
+            if options.hardware_compatibility != "none":
+                level = getattr(trt.HardwareCompatibilityLevel, _COMPATIBILITY[options.hardware_compatibility])
+                config.hardware_compatibility_level = level
+            timing_cache.load(root, self.flavour, config)
+        self._add_profile(config)
+        return config
+
+    def _add_profile(self, config: Any) -> None:
+        if not self.key.profile:
+            return
+        profile = self.builder.create_optimization_profile()
+        for name, (smallest, best, largest) in self.key.profile.items():
+            profile.set_shape(name, smallest, best, largest)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(
+                f"graph {self.graph}: {self.flavour.name} refused the optimisation profile "
+                f"{dict(self.key.profile)}. {self._said()}"
+            )
+
+    def judge(self, path: Path) -> GateReport:
+        """The gate over the written plan; with a GPU that can load it, over the engine too.
+
+        Raises:
+            GateError: it is closed.
+        """
+        limit = self.target.scratch_limit(self.graph)
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            gate = check_plan(self.graph, plan, self.attentions, limit)
+        if gpu.can_load(self.key.compute_capabilities):
+            runtime = self.trt.Runtime(self.logger)
+            engine = runtime.deserialize_cuda_engine(path.read_bytes())
+            if engine is None:
+                raise BuildError(f"graph {self.graph}: the plan that was built cannot be loaded here. {self._said()}")
+            gate = agree(gate, inspect_engine(engine, self.trt), self.attentions)
+        gate.raise_if_closed()
+        return gate
+
+    def _said(self) -> str:
+        if not self.logger.errors:
+            return f"It gave no reason; set the log level of {LOGGER.name} to DEBUG."
+        return "It said: " + " | ".join(self.logger.errors[-3:])
+
+
+def _network_flags(trt: Any) -> int:
+    """Strongly typed, where that is a choice: TensorRT-RTX and TensorRT 11 know nothing else."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _switch(config: Any, flag: Any, on: bool) -> None:
+    if on:
+        config.set_flag(flag)
+    else:
+        config.clear_flag(flag)
+
+
+def _capability(trt: Any, capability: str) -> Any:
+    name = "SM" + capability.replace(".", "")
+    try:
+        return getattr(trt.ComputeCapability, name)
+    except AttributeError:
+        offered = [c for c in dir(trt.ComputeCapability) if c.startswith("SM")]
+        raise TargetError(
+            f"this version of the library does not build for compute capability {capability}; it offers "
+            f"{', '.join(offered)}. Use another target, or flavour tensorrt on such a GPU."
+        ) from None
+
+
+def _errors(parser: Any) -> str:
+    said = []
+    for i in range(parser.num_errors):
+        error = parser.get_error(i)
+        where = [f"node {error.node_name()!r} ({error.node_operator()})"]
+        where += [f"in {name}" for name in error.local_function_stack()]
+        said.append(f"{' '.join(where)}: {error.desc()}")
+    return "; ".join(said[:3]) or "it gave no reason"

@@ -1,0 +1,42 @@
+"""Is there a GPU here, and is it the one that a plan is for?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from magicface_rt.backends.device import Device
+from magicface_rt.errors import BackendMissingError, DeviceError, TargetError
+
+from .flavour import Flavour
+from .targets import Target
+
+
+def capability_here() -> str | None:
+    """The compute capability of the first GPU, such as "8.9"; None without one that can be used."""
+    try:
+        return Device(0).compute_capability
+    except (BackendMissingError, DeviceError):
+        return None
+
+
+def can_load(capabilities: Sequence[str]) -> bool:
+    """Whether the first GPU is one of those that a plan is for."""
+    return capability_here() in capabilities
+
+
+def check_target(flavour: Flavour, target: Target) -> None:
+    """`tensorrt` tries out kernels while it builds, so it builds on the GPU that will serve.
+
+    Raises:
+        DeviceError, BackendMissingError: no GPU can be used, and the flavour needs one.
+        TargetError: the GPU is another one than the target's.
+    """
+    if flavour.builds_without_gpu:
+        return
+    found = Device(0).compute_capability
+    if found not in target.compute_capabilities:
+        raise TargetError(
+            f"target {target.name} is for compute capability {', '.join(target.compute_capabilities)}, and the GPU "
+            f"here has {found}. {flavour.name} builds on the GPU that it builds for: run this there, or name this GPU's "
+            "target."
+        )

@@ -1,0 +1,148 @@
+"""Places in an engine store, and what may be done to them without knowing what a plan is.
+
+    DIR/<flavour>/<first two digits>/<digest of the key>/    a plan and its manifest (engines/manifest.py)
+                                     .<digest>.<id>.part/    a plan being written, or being removed
+                                     .<digest>.lock          held while a plan is built or removed, else not there
+
+A `.part` folder belongs to the holder of its plan's lock; whoever gets the lock removes what it finds. A plan's last
+use is the modification time of its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from magicface_rt.errors import StoreError
+
+_SHARD = re.compile(r"[0-9a-f]{2}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LEFTOVER = re.compile(r"\.([0-9a-f]{64})\.([0-9a-f]{32}\.part|lock)")
+
+
+def place(root: Path, flavour: str, digest: str) -> Path:
+    """The folder of a plan."""
+    return root / flavour / digest[:2] / digest
+
+
+def lock_path(folder: Path) -> Path:
+    """The lock file of a plan's folder."""
+    return folder.parent / f".{folder.name}.lock"
+
+
+def new_part(folder: Path) -> Path:
+    """A temporary place beside a plan's folder, not made yet."""
+    return folder.parent / f".{folder.name}.{uuid.uuid4().hex}.part"
+
+
+def make_parents(root: Path, folder: Path) -> None:
+    """Make the folders above a plan's, for their owner only; those that exist keep their permissions.
+
+    Raises:
+        OSError: that failed.
+        StoreError: something else stands there.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    for above in (root, folder.parent.parent, folder.parent):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(above, 0o700)
+        if not above.is_dir() or (above != root and above.is_symlink()):
+            raise StoreError(f"engine store {root}: {above} is not a folder of the store's own. Remove it.")
+
+
+def linked_parent(folder: Path) -> Path | None:
+    """A folder of the store above a plan's that is a symbolic link, if there is one."""
+    return next((above for above in (folder.parent, folder.parent.parent) if os.path.islink(above)), None)
+
+
+def plan_folders(root: Path) -> list[Path]:
+    """Everything that stands in a plan's place, whatever it is."""
+    return [path for shard in _shards(root) for path in _listed(shard, links=True) if _DIGEST.fullmatch(path.name)]
+
+
+def leftovers(root: Path) -> list[Path]:
+    """The plan folders beside which there are temporary folders or a lock file, owned by a live process or not."""
+    return sorted(
+        {
+            shard / match[1]
+            for shard in _shards(root)
+            for match in map(_LEFTOVER.fullmatch, (path.name for path in _listed(shard)))
+            if match
+        }
+    )
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the temporary folders of a plan; the caller holds its lock."""
+    for path in folder.parent.glob(f".{folder.name}.*.part"):
+        _remove(path)
+
+
+def keep_only(folder: Path, name: str) -> None:
+    """Remove everything in a folder but one file."""
+    for path in folder.iterdir():
+        if path.name != name:
+            _remove(path)
+
+
+def bytes_of(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 for what is no folder."""
+    if os.path.islink(folder):
+        return 0
+    return sum(size for path in _listed(folder, links=True) if (size := _size(path)))
+
+
+def mark_used(folder: Path) -> None:
+    """Set the time of last use to now; nothing of the plan is rewritten. A read-only store stays as it is."""
+    now = time.time_ns()
+    with contextlib.suppress(OSError):
+        os.utime(folder, ns=(now, now))
+
+
+def last_used(folder: Path) -> float:
+    """Seconds since the epoch; 0 when the folder is gone."""
+    try:
+        return os.lstat(folder).st_mtime_ns / 1e9
+    except OSError:
+        return 0.0
+
+
+def _shards(root: Path) -> Iterator[Path]:
+    for flavour in _listed(root):
+        for shard in _listed(flavour):
+            if _SHARD.fullmatch(shard.name):
+                yield shard
+
+
+def _listed(folder: Path, *, links: bool = False) -> list[Path]:
+    """What a folder holds, by name; without symbolic links unless asked, so that no walk leaves the store."""
+    try:
+        found = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise StoreError(
+            f"engine store: {folder} cannot be read ({error.strerror}). Only the user who made a store can read it; "
+            "name another one with --store DIR."
+        ) from error
+    return [path for path in found if links or not os.path.islink(path)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.lstat(path).st_size
+    except OSError:
+        return 0

@@ -1,0 +1,91 @@
+"""What TensorRT says, in Python's logging; and how far a build is, for a progress bar."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+LOGGER = logging.getLogger("magicface_rt.tensorrt")
+
+_NOISE = (
+    # Every inlined call of a function repeats the names of its nodes; the layers' metadata tells them apart.
+    "already exists, the output tensors of this new instance will not be queryable",
+    "Make sure input",
+    "Make sure output",
+)
+_KEPT_ERRORS = 8
+
+
+def trt_logger(trt: Any) -> Any:
+    """An ILogger of a flavour that writes to LOGGER; `errors` holds its last error messages."""
+    levels = {
+        trt.ILogger.INTERNAL_ERROR: logging.CRITICAL,
+        trt.ILogger.ERROR: logging.ERROR,
+        trt.ILogger.WARNING: logging.WARNING,
+        trt.ILogger.INFO: logging.INFO,
+        trt.ILogger.VERBOSE: logging.DEBUG,
+    }
+
+    class PythonLogger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels.get(severity, logging.INFO)
+            if level >= logging.ERROR:
+                self.errors = [*self.errors, message][-_KEPT_ERRORS:]
+                level = logging.DEBUG  # it becomes an exception, which the caller sees
+            elif any(part in message for part in _NOISE):
+                level = logging.DEBUG
+            LOGGER.log(level, "%s", message)
+
+    return PythonLogger()
+
+
+Advance = Callable[[str, int, int], object]
+"""Called with a phase's name, steps done, and steps of it; returning False cancels the build."""
+
+
+def progress_monitor(trt: Any, advance: Advance) -> Any:
+    """An IProgressMonitor that reports the outermost phases. TensorRT calls it from threads of its own."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._lock = threading.Lock()
+            self._steps: dict[str, int] = {}
+            self.cancelled = False
+            self.failure: BaseException | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                with self._lock:
+                    self._steps[phase_name] = num_steps
+                self._tell(phase_name, 0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return self._tell(phase_name, step + 1)
+
+        def phase_finish(self, phase_name: str) -> None:
+            with self._lock:
+                steps = self._steps.get(phase_name)
+            if steps is not None:
+                self._tell(phase_name, steps)
+
+        def _tell(self, phase: str, done: int) -> bool:
+            with self._lock:
+                steps = self._steps.get(phase)
+            if self.cancelled:
+                return False
+            if steps is None:
+                return True
+            try:
+                self.cancelled = advance(phase, done, steps) is False
+            except BaseException as error:  # raised again by the builder: it must not pass through C++
+                self.failure, self.cancelled = error, True
+            return not self.cancelled
+
+    return Monitor()

@@ -1,0 +1,349 @@
+"""The engine store: plans by what they were made from and for. Its folders are drawn in engines/layout.py.
+
+A plan appears by one rename and goes by one rename, so a reader finds it whole or not at all and needs no lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from magicface_rt.errors import PlanError, StoreError
+
+from . import layout, manifest
+from .locking import FileLock, Lease, unused
+from .manifest import PLAN, Damaged, Plan
+from .plan_key import FieldDifference, PlanKey
+
+__all__ = ["Damaged", "EngineStore", "Lease", "Plan"]
+
+Entry = Plan | Damaged
+Make = Callable[[Path], Mapping[str, Any]]
+
+_SHOWN_DIFFERENCES = 4
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class EngineStore:
+    """A folder of plans. Making the object touches nothing; safe to use from several threads and processes.
+
+    `size_limit`: bytes of all plans together, kept after each build by removing the least recently used.
+    """
+
+    def __init__(self, root: Path | str, *, size_limit: int | None = None) -> None:
+        self.root = Path(root).absolute()
+        self.size_limit = size_limit
+
+    # Finding and reading
+
+    def find(self, key: PlanKey) -> Plan | None:
+        """The plan of a key, or None when there is none that can be used. The plan file itself is not read.
+
+        Raises:
+            StoreError: the store cannot be looked at.
+        """
+        found = self._load(key)
+        return found if isinstance(found, Plan) else None
+
+    def get(self, key: PlanKey) -> Plan:
+        """The plan of a key.
+
+        Raises:
+            PlanError: it is damaged or missing. The message names the fields by which the closest plan is stale.
+            StoreError: the store cannot be looked at.
+        """
+        found = self._load(key)
+        if isinstance(found, Plan):
+            return found
+        if isinstance(found, Damaged):
+            raise self._damaged(found, key)
+        raise PlanError(
+            f"engine store {self.root}: no plan for graph {key.graph} ({key.flavour} {key.flavour_version}, "
+            f"{key.precision}). {self._closest(key)} Build it: {self._command(key)}"
+        )
+
+    def read(self, plan: Plan) -> bytes:
+        """The bytes of a plan, after all of them were compared with the manifest. Marks the plan as used now.
+
+        Raises:
+            PlanError: the plan is gone, or a byte of it or of its manifest was changed.
+            StoreError: the store cannot be looked at.
+        """
+        # Everything is looked at anew: the plan may have been found long ago.
+        found = self._load(plan.key)
+        try:
+            if found is None:
+                raise PlanError("it is missing")
+            if isinstance(found, Damaged):
+                raise PlanError(found.reason)
+            data = manifest.read_checked(found)
+        except PlanError as error:
+            if not os.path.lexists(plan.folder):
+                raise self._gone(plan) from error
+            raise self._damaged(Damaged(plan.folder, str(error)), plan.key) from error
+        layout.mark_used(plan.folder)
+        return data
+
+    def in_use(self, plan: Plan) -> Lease:
+        """A lease: as long as it is open, in this process or another, `prune` leaves the plan alone.
+
+        A context manager; or keep it and `close` it. It ends with its process in any case. Needs no write access.
+
+        Raises:
+            PlanError: the plan is gone.
+            StoreError: the plan file cannot be opened.
+        """
+        try:
+            lease = Lease.take(plan.path)
+        except OSError as error:
+            raise StoreError(f"engine store: {plan.path} cannot be opened ({error.strerror}).") from error
+        if lease is None:
+            raise self._gone(plan)
+        layout.mark_used(plan.folder)
+        return lease
+
+    # Listing and explaining
+
+    def entries(self) -> list[Entry]:
+        """Everything that stands in a plan's place, by folder: plans, and what is damaged.
+
+        Raises:
+            StoreError: the store cannot be looked at.
+        """
+        found = [manifest.load(folder) for folder in layout.plan_folders(self.root)]
+        return [self._placed(entry) for entry in found if entry is not None]
+
+    def plans(self) -> list[Plan]:
+        """The plans that are not known to be damaged; their files are not read."""
+        return [entry for entry in self.entries() if isinstance(entry, Plan)]
+
+    def why(self, key: PlanKey) -> list[tuple[Plan, list[FieldDifference]]]:
+        """Every plan of the same graph with the fields in which it differs from a key, the closest first."""
+        candidates = [plan for plan in self.plans() if plan.key.graph == key.graph]
+        pairs = [(plan, plan.key.differences(key)) for plan in candidates]
+        return sorted(pairs, key=lambda pair: (len(pair[1]), -self.last_used(pair[0])))
+
+    def verify(self) -> list[tuple[Entry, str | None]]:
+        """Every entry with what is wrong with it, None for a sound plan. Reads every plan once."""
+        checked = [(entry, _fault(entry)) for entry in self.entries()]
+        # A plan may have been pruned while the others were read.
+        return [(entry, fault) for entry, fault in checked if fault is None or os.path.lexists(entry.folder)]
+
+    def size(self, entry: Entry) -> int:
+        """Bytes that an entry takes."""
+        return layout.bytes_of(entry.folder)
+
+    def last_used(self, entry: Entry) -> float:
+        """When an entry was built, read or leased last, in seconds since the epoch; 0 when it is gone."""
+        return layout.last_used(entry.folder)
+
+    # Building
+
+    def build(
+        self,
+        key: PlanKey,
+        make: Make,
+        *,
+        timeout: float | None = None,
+        on_wait: Callable[[], object] | None = None,
+    ) -> Plan:
+        """The plan of a key: the one that stands there if it is sound, else a new one in its place.
+
+        `make(path)` writes the plan file to `path`, the only file that is kept, and returns facts for the manifest.
+        Of several callers, in any process, one makes the plan and the others wait for it: at most `timeout` seconds
+        (None: as long as it takes). `on_wait` is called once, before the first wait. Whatever ends `make`, nothing
+        half written is left. Then the store's size limit is applied, to other plans than this one.
+
+        Raises:
+            StoreError: the store cannot be written, or the wait was too long.
+            whatever `make` raises.
+        """
+        found = self._sound(key)
+        if found is not None:
+            return found
+        folder = self._folder(key)
+        with self._writing(folder.parent):
+            layout.make_parents(self.root, folder)
+        with self._lock(folder, timeout, on_wait):
+            # Another process may have built it while this one waited.
+            found = self._sound(key)
+            if found is None:
+                found = self._build(key, folder, make)
+        self.prune(keep=[key])
+        return found
+
+    def _build(self, key: PlanKey, folder: Path, make: Make) -> Plan:
+        """Make, describe and place a plan; the caller holds its lock."""
+        part = layout.new_part(folder)
+        try:
+            with self._writing(folder):
+                layout.remove_parts(folder)
+                os.mkdir(part, 0o700)
+            facts = self._make(make, part / PLAN)
+            with self._writing(folder):
+                layout.keep_only(part, PLAN)
+                manifest.write_manifest(part, key, facts)
+                if os.path.lexists(folder):
+                    os.rename(folder, layout.new_part(folder))  # damaged
+                os.rename(part, folder)
+                manifest.sync(folder.parent)
+        finally:
+            layout.remove_parts(folder)
+        layout.mark_used(folder)
+        placed = manifest.load(folder)
+        if not isinstance(placed, Plan):
+            raise StoreError(f"engine store {self.root}: {folder} was changed by another program while it was written.")
+        return placed
+
+    def _make(self, make: Make, path: Path) -> Mapping[str, Any]:
+        try:
+            return make(path)
+        except OSError as error:
+            # Only what is about the store's disk: `make` reads other files too.
+            if error.errno in _FULL | {errno.EROFS} or str(error.filename or "").startswith(str(path.parent)):
+                raise self._unwritable(path, error) from error
+            raise
+
+    # Removing
+
+    def prune(self, limit: int | None = None, keep: Iterable[PlanKey] = ()) -> list[Entry]:
+        """Remove what killed processes left, then entries until all take at most `limit` bytes; returns the removed.
+
+        Damaged entries go first, then the least recently used. Plans in use, plans being built and those of `keep`
+        stay, even over the limit. Without a limit here, that of the store counts; without any, no entry is removed.
+
+        Raises:
+            StoreError: the store cannot be read or written.
+        """
+        self._sweep()
+        limit = self.size_limit if limit is None else limit
+        if limit is None:
+            return []
+        spared = {self._folder(key) for key in keep}
+        entries = [(entry, self.size(entry)) for entry in self.entries()]
+        total = sum(size for _, size in entries)
+        removed: list[Entry] = []
+        for entry, size in sorted(entries, key=lambda pair: (isinstance(pair[0], Plan), self.last_used(pair[0]))):
+            if total <= limit:
+                break
+            if entry.folder not in spared and self.remove(entry):
+                removed.append(entry)
+                total -= size
+        return removed
+
+    def remove(self, entry: Entry) -> bool:
+        """Remove an entry, unless it is in use, being built, repaired, or gone; says whether it was removed.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        folder = entry.folder
+        if not os.path.isdir(folder.parent):
+            return False
+        with self._writing(folder):
+            lock = FileLock.acquire(layout.lock_path(folder), timeout=0)
+            if lock is None:
+                return False
+            with lock:
+                found = manifest.load(folder)
+                if found is None or (isinstance(entry, Damaged) and isinstance(self._placed(found), Plan)):
+                    return False
+                with unused(entry.path) as free:
+                    if not free:
+                        return False
+                    os.rename(folder, layout.new_part(folder))
+                layout.remove_parts(folder)
+        return True
+
+    def _sweep(self) -> None:
+        """Remove temporary folders and lock files that no live process owns."""
+        for folder in layout.leftovers(self.root):
+            with self._writing(folder.parent):
+                lock = FileLock.acquire(layout.lock_path(folder), timeout=0)
+                if lock is not None:
+                    with lock:
+                        layout.remove_parts(folder)
+
+    # Places
+
+    def _folder(self, key: PlanKey) -> Path:
+        return layout.place(self.root, key.flavour, key.digest)
+
+    def _load(self, key: PlanKey) -> Entry | None:
+        folder = self._folder(key)
+        link = layout.linked_parent(folder)
+        if link is not None:
+            return Damaged(folder, f"{link} is a symbolic link, expected a folder of the store's own")
+        found = manifest.load(folder)
+        return found if found is None else self._placed(found)
+
+    def _placed(self, entry: Entry) -> Entry:
+        if isinstance(entry, Plan) and entry.folder != self._folder(entry.key):
+            return Damaged(entry.folder, f"it belongs into {self._folder(entry.key).parent}")
+        return entry
+
+    def _sound(self, key: PlanKey) -> Plan | None:
+        found = self.find(key)
+        return None if found is None or _fault(found) else found
+
+    def _lock(self, folder: Path, timeout: float | None, on_wait: Callable[[], object] | None) -> FileLock:
+        path = layout.lock_path(folder)
+        with self._writing(path):
+            lock = FileLock.acquire(path, timeout=timeout, on_wait=on_wait)
+        if lock is None:
+            raise StoreError(
+                f"engine store {self.root}: another process builds the same plan and did not end within {timeout:g} s "
+                f"(it holds {path}). Wait longer, or end that process: its lock ends with it."
+            )
+        return lock
+
+    # Messages
+
+    def _closest(self, key: PlanKey) -> str:
+        stale = [differences for plan, differences in self.why(key) if plan.key.flavour == key.flavour]
+        if not stale:
+            return "The store holds no plan of this graph and flavour."
+        shown = [str(difference) for difference in stale[0][:_SHOWN_DIFFERENCES]]
+        more = len(stale[0]) - len(shown)
+        return f"The closest one is stale: {'; '.join(shown)}{f'; and {more} more' if more else ''}."
+
+    def _command(self, key: PlanKey) -> str:
+        return f"`magicface-rt build BUNDLE --flavour {key.flavour} --store {shlex.quote(str(self.root))}`"
+
+    def _gone(self, plan: Plan) -> PlanError:
+        return PlanError(f"plan {plan.folder}: it was removed from the store. Build it: {self._command(plan.key)}")
+
+    def _damaged(self, entry: Damaged, key: PlanKey) -> PlanError:
+        return PlanError(f"plan {entry.folder}: {entry.reason}. Build it again: {self._command(key)}")
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._unwritable(path, error) from error
+
+    def _unwritable(self, path: Path, error: OSError) -> StoreError:
+        advice = "Look at the disk, or name another folder with --store DIR."
+        if error.errno in _FULL:
+            prune = f"magicface-rt engines prune --store {shlex.quote(str(self.root))}"
+            advice = f"Free some space (for instance with `{prune}`), or name another folder with --store DIR."
+        elif error.errno in _REFUSED:
+            advice = "Make the store writable for this user, or name another folder with --store DIR."
+        return StoreError(f"engine store {self.root}: {path} cannot be written ({error.strerror or error}). {advice}")
+
+
+def _fault(entry: Entry) -> str | None:
+    if isinstance(entry, Damaged):
+        return entry.reason
+    try:
+        manifest.check(entry)
+    except PlanError as error:
+        return str(error)
+    return None

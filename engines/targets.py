@@ -1,0 +1,240 @@
+"""Targets: what a plan is built for. One small TOML file each in `engines/targets`; adding a GPU is adding a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from magicface_rt.errors import TargetError
+
+from .flavour import FLAVOURS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parent / "targets"
+DEFAULT = {"tensorrt-rtx": "rtx-portable"}
+"""`tensorrt` has no default: it builds for the GPU that it runs on, and that GPU chooses the target."""
+
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""What TensorRT-RTX 1.7 builds for."""
+TURING = "7.5"
+
+
+@dataclass(frozen=True)
+class Span:
+    """How many of something a plan is tuned for, and how many it takes at most; the least is 1."""
+
+    optimum: int
+    maximum: int
+
+
+@dataclass(frozen=True)
+class BuilderOptions:
+    """Part of a plan's key: another value makes another plan.
+
+    workspace_mib           memory that the builder may let one layer use, MiB
+    optimization_level      0..5, how long the builder searches
+    tf32                    fp32 products in TF32; off, because they differ from PyTorch by 1e-3
+    hardware_compatibility  `tensorrt` only: "none", "ampere_plus" or "same_compute_capability"
+    version_compatible      the plan loads in later versions of the library
+    parity_outputs          the outputs that only `verify` reads stay in the plan
+    """
+
+    workspace_mib: int = 4096
+    optimization_level: int = 3
+    tf32: bool = False
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    parity_outputs: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan is built for.
+
+    `compute_capabilities`: of the GPUs that may load it, such as "8.9"; `precisions`: dtypes of bundles that it takes;
+    `images` and `references`: of one request, within the bundle's own limits. `full_masks`: so many references may be
+    kept whole; more fit where their masks are smaller. `scratch_limits_mib`: by graph, and for `others`; a plan that
+    needs more is refused.
+    """
+
+    name: str
+    flavour: str
+    compute_capabilities: tuple[str, ...]
+    precisions: tuple[str, ...]
+    full_masks: int
+    images: Span
+    references: Span
+    scratch_limits_mib: Mapping[str, int]
+    builder: BuilderOptions = field(default_factory=BuilderOptions)
+
+    def with_parity_outputs(self) -> Target:
+        """The same target, for plans that `verify` can judge output by output."""
+        return replace(self, builder=replace(self.builder, parity_outputs=True))
+
+    def scratch_limit(self, graph: str) -> int:
+        """Bytes of scratch that a graph's plan may need."""
+        return self.scratch_limits_mib.get(graph, self.scratch_limits_mib["others"]) << 20
+
+    def check_precision(self, dtype: str) -> None:
+        """Raises TargetError where a bundle's dtype is not one that this target serves."""
+        if dtype not in self.precisions:
+            raise TargetError(
+                f"target {self.name}: the bundle is in {dtype}, expected {' or '.join(self.precisions)}. "
+                "Export it again with another --dtype, or choose another target."
+            )
+
+
+def target_names() -> list[str]:
+    """The targets that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_target(name: str | Path, flavour: str | None = None) -> Target:
+    """A target by name, or from a TOML file of the user's own (anything that ends in .toml).
+
+    `flavour`: the one that is wanted, if it is to be checked.
+
+    Raises:
+        TargetError: no such target, a file of another form, or a target that its flavour cannot build for.
+    """
+    own = str(name).endswith(".toml")
+    path = Path(name) if own else FOLDER / f"{name}.toml"
+    if not own and str(name) not in target_names():
+        raise TargetError(f"target {str(name)!r} is not known; there are {', '.join(target_names())}.")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TargetError(f"target file {path}: it cannot be read as TOML ({error}).") from error
+    target = _parse(path.stem, path, values)
+    _check_capabilities(target)
+    if flavour is not None and flavour != target.flavour:
+        raise TargetError(
+            f"target {target.name} is for {target.flavour}, and {flavour} was asked for. "
+            f"Targets of {flavour}: {', '.join(targets_of(flavour)) or 'none'}."
+        )
+    return target
+
+
+def targets_of(flavour: str) -> list[str]:
+    """The names of a flavour's targets."""
+    return [name for name in target_names() if load_target(name).flavour == flavour]
+
+
+def target_for(flavour: str, capability: str | None) -> Target:
+    """The target that serves a GPU of this compute capability, None for no GPU: the narrowest that names it.
+
+    Raises:
+        TargetError: there is none.
+    """
+    known = [load_target(name) for name in targets_of(flavour)]
+    if capability is None and flavour in DEFAULT:
+        return load_target(DEFAULT[flavour])
+    fitting = sorted((t for t in known if capability in t.compute_capabilities), key=_narrowness)
+    if fitting:
+        return fitting[0]
+    if capability is None:
+        raise TargetError(
+            f"{flavour} builds for the GPU that it runs on, and there is none here. Name what to build for with "
+            f"--target ({', '.join(targets_of(flavour))}) on a machine with that GPU."
+        )
+    other = next((f for f in FLAVOURS if f != flavour and targets_serving(f, capability)), None)
+    advice = f"Use --flavour {other}." if other else "Write a target file (engines/targets holds examples)."
+    raise TargetError(f"{flavour} has no target for compute capability {capability}. {advice}")
+
+
+def targets_serving(flavour: str, capability: str) -> list[str]:
+    """The targets of a flavour that a GPU can load."""
+    return [name for name in targets_of(flavour) if capability in load_target(name).compute_capabilities]
+
+
+def _narrowness(target: Target) -> tuple[int, str]:
+    return len(target.compute_capabilities), target.name
+
+
+def _parse(name: str, path: Path, values: Mapping[str, Any]) -> Target:
+    known = {f.name for f in fields(Target)} - {"name"}
+    unknown, missing = sorted(set(values) - known), sorted(known - set(values) - {"builder"})
+    if unknown or missing:
+        raise TargetError(
+            f"target file {path}: unknown {unknown}, missing {missing}; expected {', '.join(sorted(known))}."
+        )
+    builder = values.get("builder", {})
+    types = {f.name: type(f.default) for f in fields(BuilderOptions)}
+    if not isinstance(builder, Mapping) or not all(type(v) is types.get(k) for k, v in builder.items()):
+        raise TargetError(
+            f"target file {path}: [builder] is {builder!r}, expected "
+            f"{', '.join(f'{option} ({kind.__name__})' for option, kind in types.items())}."
+        )
+    return Target(
+        name=name,
+        flavour=_word(path, "flavour", values["flavour"]),
+        compute_capabilities=_words(path, "compute_capabilities", values["compute_capabilities"]),
+        precisions=_words(path, "precisions", values["precisions"]),
+        full_masks=_count(path, "full_masks", values["full_masks"]),
+        images=_span(path, "images", values["images"]),
+        references=_span(path, "references", values["references"]),
+        scratch_limits_mib=_limits(path, values["scratch_limits_mib"]),
+        builder=BuilderOptions(**builder),
+    )
+
+
+def _word(path: Path, key: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TargetError(f"target file {path}: {key} is {value!r}, expected text.")
+    return value
+
+
+def _words(path: Path, key: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise TargetError(f"target file {path}: {key} is {value!r}, expected a list of text.")
+    return tuple(_word(path, key, entry) for entry in value)
+
+
+def _count(path: Path, key: str, value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise TargetError(f"target file {path}: {key} is {value!r}, expected a whole number from 1.")
+    return value
+
+
+def _span(path: Path, key: str, value: object) -> Span:
+    sizes = value if isinstance(value, Mapping) else {}
+    optimum, maximum = sizes.get("optimum"), sizes.get("maximum")
+    if type(optimum) is not int or type(maximum) is not int or not 1 <= optimum <= maximum or len(sizes) != 2:
+        raise TargetError(f"target file {path}: [{key}] is {value!r}, expected 1 <= optimum <= maximum.")
+    return Span(optimum, maximum)
+
+
+def _limits(path: Path, value: object) -> dict[str, int]:
+    limits = dict(value) if isinstance(value, Mapping) else {}
+    if "others" not in limits or not all(type(mib) is int and mib >= 1 for mib in limits.values()):
+        raise TargetError(
+            f"target file {path}: [scratch_limits_mib] is {value!r}, expected MiB by graph's name, and for `others`."
+        )
+    return limits
+
+
+def _check_capabilities(target: Target) -> None:
+    if target.flavour not in FLAVOURS:
+        raise TargetError(
+            f"target {target.name}: flavour {target.flavour!r} is not known; there are {', '.join(FLAVOURS)}."
+        )
+    if target.flavour != "tensorrt-rtx":
+        return
+    refused = [c for c in target.compute_capabilities if c not in RTX_CAPABILITIES]
+    if refused:
+        raise TargetError(
+            f"target {target.name}: tensorrt-rtx does not offer compute capability {', '.join(refused)}, only "
+            f"{', '.join(RTX_CAPABILITIES)} (no H100, H200 or B200). Use flavour tensorrt on such a GPU."
+        )
+    if TURING in target.compute_capabilities and len(target.compute_capabilities) > 1:
+        raise TargetError(
+            f"target {target.name}: {TURING} stands beside other compute capabilities, and would drag them all down "
+            "to Turing's kernels. Give it a target of its own."
+        )

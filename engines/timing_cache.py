@@ -1,0 +1,54 @@
+"""What `tensorrt` measured of its kernels, kept between builds: the next build of a similar graph takes a fraction.
+
+A file of each store, for each version of the library and each GPU. It is a hint and no part of a plan, so whatever is
+wrong with it costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from .flavour import Flavour
+from .gpu import capability_here
+from .log import LOGGER
+
+
+def place(root: Path, flavour: Flavour) -> Path:
+    """The file for this library on this GPU."""
+    return root / "timing-caches" / f"{flavour.name}-{flavour.version}-{capability_here() or 'none'}.bin"
+
+
+def load(root: Path, flavour: Flavour, config: Any) -> None:
+    """Give a builder's configuration the kept cache, or an empty one."""
+    path = place(root, flavour)
+    kept = b""
+    try:
+        kept = path.read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        LOGGER.warning("timing cache %s cannot be read (%s); building without it", path, error)
+    cache = config.create_timing_cache(kept)
+    if not (cache is not None and config.set_timing_cache(cache, False)):
+        LOGGER.warning("timing cache %s is not usable with %s %s; starting anew", path, flavour.name, flavour.version)
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def save(root: Path, flavour: Flavour, cache: Any) -> None:
+    """Keep a cache. Of two builds that end together one's measurements are kept."""
+    if cache is None:
+        return
+    path = place(root, flavour)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part.write_bytes(memoryview(cache.serialize()))
+        os.replace(part, path)
+    except OSError as error:
+        LOGGER.warning("timing cache %s cannot be written (%s)", path, error)
+        with contextlib.suppress(OSError):
+            part.unlink()

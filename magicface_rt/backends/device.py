@@ -1,0 +1,321 @@
+"""A thin layer over CUDA's runtime (cuda-bindings): a device, memory, streams, events, captured graphs.
+
+Every failed call is a `DeviceError` that names the call. What is allocated here is freed by `free` or `close`, which
+may be called twice and never raise: they run while something else has gone wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BackendMissingError, DeviceError
+
+MEGABYTE = 1_000_000
+ALIGNMENT = 256
+_NO_DEVICE = 100
+_OLD_DRIVER = 35
+_OUT_OF_MEMORY = 2
+
+logger = logging.getLogger("magicface_rt.device")
+
+
+def import_cuda() -> Any:
+    """The module `cuda.bindings.runtime`.
+
+    Raises:
+        BackendMissingError: cuda-bindings is not installed or does not load.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendMissingError(
+            f"cuda-bindings is not installed or does not load ({type(error).__name__}: {error}). Install it with the "
+            "backend that needs it: pip install 'magicface_rt[tensorrt]' or 'magicface_rt[tensorrt-rtx]'"
+        ) from error
+
+
+class CudaCallError(DeviceError):
+    """A call of CUDA's runtime failed. `code`: its status."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @property
+    def may_be_of_earlier_work(self) -> bool:
+        """CUDA reports what failed on the device at whatever call comes next; only a lack of memory is the call's."""
+        return self.code != _OUT_OF_MEMORY
+
+
+class Device:
+    """One GPU, by its ordinal. `cuda`: the module `cuda.bindings.runtime`, or a stand-in for it.
+
+    Raises:
+        BackendMissingError: cuda-bindings is not installed.
+        DeviceError: there is no GPU, no such GPU, or the driver is too old.
+    """
+
+    def __init__(self, ordinal: int = 0, *, cuda: Any = None) -> None:
+        self.cuda = cuda if cuda is not None else import_cuda()
+        self.ordinal = ordinal
+        self._logged_code = 0
+        count = self._count()
+        if isinstance(ordinal, bool) or not isinstance(ordinal, int) or not 0 <= ordinal < count:
+            there_are = "there is one, 0" if count == 1 else f"there are {count}, 0 to {count - 1}"
+            raise DeviceError(f"device {ordinal!r} does not exist; {there_are}. CUDA_VISIBLE_DEVICES may hide others.")
+        self.use()
+
+    def __str__(self) -> str:
+        return f"device {self.ordinal} (compute capability {self.compute_capability})"
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a function of CUDA's runtime; returns its result, or a tuple of several, without the status.
+
+        Raises:
+            DeviceError: the call failed.
+        """
+        status, *results = getattr(self.cuda, name)(*arguments)
+        if int(status) != 0:
+            raise self._failed(name, status)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def use(self) -> None:
+        """Make this the calling thread's device; other code in the thread may have chosen another one."""
+        self.call("cudaSetDevice", self.ordinal)
+
+    @property
+    def compute_capability(self) -> str:
+        """For example "8.9"."""
+        attribute = self.cuda.cudaDeviceAttr
+        major = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, self.ordinal)
+        minor = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, self.ordinal)
+        return f"{int(major)}.{int(minor)}"
+
+    @property
+    def driver_version(self) -> str:
+        """The newest CUDA version that the installed driver supports, for example "13.0"."""
+        return _version(self.call("cudaDriverGetVersion"))
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes."""
+        self.use()
+        free, total = self.call("cudaMemGetInfo")
+        return int(free), int(total)
+
+    def require(self, nbytes: int, what: str) -> None:
+        """Raises DeviceError where less than `nbytes` are free; `what` will hold them. Allocates nothing."""
+        free, total = self.memory()
+        if nbytes > free:
+            raise DeviceError(
+                f"{what} needs {_megabytes(nbytes)} more, and {_megabytes(free)} of {_megabytes(total)} are free on "
+                f"device {self.ordinal}. Ask for fewer images or references, use a smaller bundle, or free the device."
+            )
+
+    def _count(self) -> int:
+        status, *results = self.cuda.cudaGetDeviceCount()
+        if int(status) == 0 and int(results[0]) > 0:
+            return int(results[0])
+        if int(status) in (0, _NO_DEVICE):
+            raise DeviceError(
+                "no NVIDIA GPU was found. Look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES, or use a CPU backend: "
+                "backend='onnxruntime-cpu'."
+            )
+        if int(status) == _OLD_DRIVER:
+            found = self.driver_version
+            needed = _version(self.call("cudaRuntimeGetVersion")).split(".")[0] + ".0"
+            driver = "no NVIDIA driver was found" if found == "0.0" else f"the NVIDIA driver supports CUDA {found} only"
+            raise DeviceError(
+                f"{driver}, and CUDA {needed} or newer is needed. Install a newer driver, or use a CPU backend: "
+                "backend='onnxruntime-cpu'."
+            )
+        raise self._failed("cudaGetDeviceCount", status)
+
+    def _failed(self, name: str, status: Any) -> CudaCallError:
+        code = int(status)
+        words = []
+        for function in ("cudaGetErrorName", "cudaGetErrorString"):
+            _, text = getattr(self.cuda, function)(status)
+            words.append(text.decode() if isinstance(text, bytes) else str(text))
+        hint = " Free the device's memory, or ask for fewer images or references." if code == _OUT_OF_MEMORY else ""
+        return CudaCallError(
+            f"CUDA call {name} failed on device {self.ordinal} with error {code} ({': '.join(words)}).{hint}", code
+        )
+
+    def release(self, name: str, *arguments: Any) -> None:
+        """As `call`, for what frees something: a failure is logged, because the cause of it was raised before."""
+        try:
+            self.call(name, *arguments)
+        except CudaCallError as error:
+            # After some failures every call fails; one line says enough.
+            level = logging.DEBUG if error.code == self._logged_code else logging.WARNING
+            self._logged_code = error.code
+            logger.log(level, "%s", error)
+
+
+class Buffer:
+    """Device memory. `address` is valid until `free`."""
+
+    def __init__(self, device: Device, nbytes: int) -> None:
+        self.device = device
+        self.nbytes = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        self.address = int(device.call("cudaMalloc", self.nbytes))
+        self.freed = False
+
+    def free(self) -> None:
+        if not self.freed:
+            self.freed = True
+            self.device.release("cudaFree", self.address)
+
+
+class Staging:
+    """Page-locked host memory through which one input goes up, so that its upload does not stop the host."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._address = 0
+        self._nbytes = 0
+        self._copied = Event(device)
+        self._in_flight = False
+
+    def upload(self, array: NDArray[Any], to: Buffer, stream: Stream) -> None:
+        """Enqueue a copy of the array; it may be changed as soon as this returns."""
+        if array.nbytes > to.nbytes:
+            raise ValueError(f"{array.nbytes} bytes do not fit into a buffer of {to.nbytes}.")
+        if self._in_flight:
+            self._copied.wait()
+        if array.nbytes > self._nbytes:
+            self._free_memory()
+            self._address = int(self._device.call("cudaHostAlloc", array.nbytes, 0))
+            self._nbytes = array.nbytes
+        pinned = (ctypes.c_ubyte * array.nbytes).from_address(self._address)
+        np.frombuffer(memoryview(pinned), np.uint8)[:] = array.reshape(-1).view(np.uint8)
+        kind = self._device.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._device.call("cudaMemcpyAsync", to.address, self._address, array.nbytes, kind, stream.handle)
+        self._copied.record(stream)
+        self._in_flight = True
+
+    def free(self) -> None:
+        if self._in_flight:
+            self._in_flight = False
+            self._device.release("cudaEventSynchronize", self._copied.handle)
+        self._copied.destroy()
+        self._free_memory()
+
+    def _free_memory(self) -> None:
+        if self._address:
+            address, self._address, self._nbytes = self._address, 0, 0
+            self._device.release("cudaFreeHost", address)
+
+
+class Stream:
+    """An order of work on the device."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.handle = device.call("cudaStreamCreateWithFlags", device.cuda.cudaStreamNonBlocking)
+        self._destroyed = False
+
+    def synchronize(self) -> None:
+        self.device.call("cudaStreamSynchronize", self.handle)
+
+    def download(self, buffer: Buffer, into: NDArray[Any]) -> None:
+        """Copy to the host, after what was enqueued before; returns when it is there."""
+        if into.nbytes > buffer.nbytes or not into.flags.c_contiguous:
+            raise ValueError(f"{into.nbytes} bytes cannot be read from a buffer of {buffer.nbytes}.")
+        kind = self.device.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.device.call("cudaMemcpyAsync", into.ctypes.data, buffer.address, into.nbytes, kind, self.handle)
+        self.synchronize()
+
+    def destroy(self) -> None:
+        if not self._destroyed:
+            self._destroyed = True
+            self.device.release("cudaStreamDestroy", self.handle)
+
+
+class Event:
+    """A point in a stream's work, with its time."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.handle = device.call("cudaEventCreateWithFlags", device.cuda.cudaEventDefault)
+        self._destroyed = False
+
+    def record(self, stream: Stream) -> None:
+        self.device.call("cudaEventRecord", self.handle, stream.handle)
+
+    def wait(self) -> None:
+        self.device.call("cudaEventSynchronize", self.handle)
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Both must have passed."""
+        return float(self.device.call("cudaEventElapsedTime", earlier.handle, self.handle)) / 1000
+
+    def destroy(self) -> None:
+        if not self._destroyed:
+            self._destroyed = True
+            self.device.release("cudaEventDestroy", self.handle)
+
+
+class CapturedGraph:
+    """Work that was recorded once and is launched as one thing."""
+
+    def __init__(self, device: Device, executable: Any) -> None:
+        self.device = device
+        self._executable = executable
+        self._destroyed = False
+
+    def launch(self, stream: Stream) -> None:
+        self.device.call("cudaGraphLaunch", self._executable, stream.handle)
+
+    def destroy(self) -> None:
+        if not self._destroyed:
+            self._destroyed = True
+            self.device.release("cudaGraphExecDestroy", self._executable)
+
+
+class Capture:
+    """What `capture` gives: after the block, `graph` holds what was enqueued in it."""
+
+    graph: CapturedGraph
+
+
+@contextmanager
+def capture(stream: Stream) -> Iterator[Capture]:
+    """Record what the block enqueues on the stream instead of doing it.
+
+    Raises:
+        DeviceError: something in the block cannot be recorded. The stream is usable again.
+    """
+    device, made = stream.device, Capture()
+    # Thread-local: what other threads allocate meanwhile does not spoil the recording.
+    device.call(
+        "cudaStreamBeginCapture", stream.handle, device.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    )
+    try:
+        yield made
+    except BaseException:
+        _, *graphs = device.cuda.cudaStreamEndCapture(stream.handle)
+        if graphs and graphs[0] is not None and int(graphs[0]):
+            device.release("cudaGraphDestroy", graphs[0])
+        raise
+    graph = device.call("cudaStreamEndCapture", stream.handle)
+    try:
+        made.graph = CapturedGraph(device, device.call("cudaGraphInstantiate", graph, 0))
+    finally:
+        device.release("cudaGraphDestroy", graph)
+
+
+def _version(number: Any) -> str:
+    return f"{int(number) // 1000}.{int(number) % 1000 // 10}"
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / MEGABYTE:,.1f} MB"
