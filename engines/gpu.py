@@ -37,6 +37,6 @@ def check_target(flavour: Flavour, target: Target) -> None:
     if found not in target.compute_capabilities:
         raise TargetError(
             f"target {target.name} is for compute capability {', '.join(target.compute_capabilities)}, and the GPU "
-            f"here has {found}. {flavour.name} builds on the GPU that it builds for: run this there, or name this GPU's "
-            "target."
+            f"here has {found}. {flavour.name} builds on the GPU that it builds for: run this there, or name the "
+            "target of this GPU."
         )

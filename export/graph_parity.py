@@ -23,8 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from magicface_rt.backends import Backend, OnnxRuntime
+from magicface_rt.backends.checks import Limits
+from magicface_rt.backends.host import BFLOAT16, from_bfloat16, to_bfloat16
 from magicface_rt.bundle import Bundle
-from magicface_rt.errors import NonFiniteError, ParityError
+from magicface_rt.errors import BackendError, NonFiniteError, ParityError
 
 from .graphs import DenoiseStep, Graph
 from .guidance import SemanticGuidance
@@ -33,6 +35,7 @@ from .samples import sample_inputs
 from .tracing import torch_inputs
 from .widened import widen
 
+CPU = "onnxruntime-cpu"
 IN_FLOAT32 = "compared in float32 arithmetic: ONNX Runtime's CPU provider has no bfloat16 kernels"
 
 FLOAT32_TOLERANCE = 5e-5
@@ -112,9 +115,12 @@ class GraphParity:
         }
 
 
-def expected_outputs(graph: Graph, vocabulary: int) -> Expected:
-    """Run a module on seeded inputs. A 16-bit module is turned into float32 on the way and stays so."""
-    sizes = dict(PARITY_SIZES) if not isinstance(graph, DenoiseStep) else {**PARITY_SIZES, "K": 3}
+def expected_outputs(graph: Graph, vocabulary: int, limits: Limits | None = None) -> Expected:
+    """Run a module on seeded inputs. A 16-bit module is turned into float32 on the way and stays so.
+
+    `limits`: by input the shapes that the runtime takes, where it does not take any.
+    """
+    sizes = _sizes(graph, limits or {})
     inputs = sample_inputs(graph.inputs, sizes, seed=1, vocabulary=vocabulary)
     names = [tensor.name for tensor in graph.outputs]
     # Inputs that enter in 16 bits are rounded first, so that both runs see the same.
@@ -139,6 +145,19 @@ def expected_outputs(graph: Graph, vocabulary: int) -> Expected:
                     floor[name] = relative_error(array, outputs[name])
     step = graph.guidance if isinstance(graph, DenoiseStep) else None
     return Expected(graph.name, inputs, outputs, floor, step)
+
+
+def _sizes(graph: Graph, limits: Limits) -> dict[str, int]:
+    """PARITY_SIZES, or the nearest that a runtime takes."""
+    sizes = dict(PARITY_SIZES)
+    for tensor in graph.inputs:
+        if tensor.name in limits:
+            for symbol, least, most in zip(tensor.shape, *limits[tensor.name], strict=True):
+                if isinstance(symbol, str):
+                    sizes[symbol] = min(max(sizes[symbol], least), most)
+    if isinstance(graph, DenoiseStep):
+        sizes["K"] = sizes["B"]  # each image has reference keys of its own
+    return sizes
 
 
 @contextmanager
@@ -166,15 +185,24 @@ def compare_graph(bundle: Bundle, expected: Expected, backend: Backend | None = 
         BackendError: the runtime refused the graph.
     """
     backend = backend or OnnxRuntime("cpu")
-    if bundle.dtype == "bfloat16" and backend.name == "onnxruntime-cpu":
+    if bundle.dtype == BFLOAT16 and backend.name == CPU:
         with tempfile.TemporaryDirectory(prefix="magicface-rt-") as folder:
             wide = widen(bundle, expected.graph, Path(folder))
             found = compare_graph(wide, expected, backend)
         return dataclasses.replace(found, note=IN_FLOAT32)
-    contract = bundle.graph(expected.graph)
-    inputs = {t.name: expected.inputs[t.name].astype(t.dtype) for t in contract.inputs}
+    runner = backend.load(bundle, expected.graph)
+    missing = sorted(expected.outputs.keys() - {t.name for t in runner.contract.outputs})
+    if missing:
+        raise BackendError(
+            f"graph {expected.graph}: {backend.name} has no outputs {', '.join(missing)}, which are compared. "
+            "Build plans with them: magicface-rt build BUNDLE --parity"
+        )
+    inputs = {t.name: _stored(expected.inputs[t.name], t.dtype) for t in runner.contract.inputs}
     try:
-        outputs = backend.load(bundle, expected.graph).run(inputs)
+        outputs = {
+            t.name: from_bfloat16(array) if t.dtype == BFLOAT16 else array
+            for t, array in zip(runner.contract.outputs, runner.run(inputs).values(), strict=True)
+        }
     except NonFiniteError as error:
         raise ParityError(str(error)) from error
     return _judge_step(expected, outputs) if expected.step is not None else _judge(expected, outputs)
@@ -182,7 +210,8 @@ def compare_graph(bundle: Bundle, expected: Expected, backend: Backend | None = 
 
 def check_graph(bundle: Bundle, graph: Graph, vocabulary: int, backend: Backend) -> GraphParity:
     """`expected_outputs` and `compare_graph` in one."""
-    return compare_graph(bundle, expected_outputs(graph, vocabulary), backend)
+    limits = {} if bundle.dtype == BFLOAT16 and backend.name == CPU else backend.load(bundle, graph.name).limits
+    return compare_graph(bundle, expected_outputs(graph, vocabulary, limits), backend)
 
 
 def _judge(expected: Expected, outputs: Arrays) -> GraphParity:
@@ -233,6 +262,10 @@ def _tolerances(expected: Expected, errors: Mapping[str, float]) -> dict[str, fl
 
 def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _stored(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    return to_bfloat16(array) if dtype == BFLOAT16 else array.astype(dtype)
 
 
 def _tuple(outputs: Any) -> tuple[Any, ...]:

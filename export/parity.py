@@ -198,18 +198,20 @@ def verify_bundle(
     bundle: str | Path,
     checkpoint: str | Path,
     *,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     steps: int = 6,
     report: Report = lambda _: None,
 ) -> Verdict:
     """Compare a bundle with PyTorch: graph by graph, step by step, and from noise to pixels.
+
+    A TensorRT backend needs plans with the outputs that are compared; see `Target.with_parity_outputs`.
 
     Raises:
         BundleError, CheckpointError, BackendMissingError: what was given cannot be used.
         ParityError: the bundle was exported from another checkpoint.
     """
     opened, source = Bundle.open(bundle), Checkpoint.open(checkpoint)
-    runtime = open_backend(backend)
+    runtime = open_backend(backend) if isinstance(backend, str) else backend
     report("checkpoint: hashing")
     if opened.checkpoint_hash != source.content_hash():
         raise ParityError(

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends.base import Arrays, GraphRunner
+from .backends.binding import Binding
+from .backends.host import host_dtype
 from .bundle import Bundle
 from .regions import KeptTokens, MaskedReference, Stage, WeightMode, cell_groups, kept_tokens, key_access, token_arrays
 
@@ -53,6 +55,11 @@ class ReferenceSet:
     masked: tuple[MaskedReference, ...]
     kept: Mapping[int, KeptTokens]
 
+    @property
+    def arrays(self) -> Arrays:
+        """The `reference_kv` inputs that do not change from step to step, but the text."""
+        return {f"kept_{factor}": tokens.index for factor, tokens in self.kept.items()}
+
     @classmethod
     def of(cls, bundle: Bundle, masked: Sequence[MaskedReference]) -> ReferenceSet:
         """The kept tokens on the grids of the bundle's injection layers."""
@@ -74,19 +81,17 @@ class Denoiser:
 
         latents: noised, float32 [R, 4, h, w]; text: [R, 77, D].
         """
-        rows = len(references.masked)
-        kept = {f"kept_{factor}": tokens.index for factor, tokens in references.kept.items()}
-        inputs: Arrays = {"latents": latents, "timestep": np.full(rows, timestep, np.int64), "text": text, **kept}
+        inputs: Arrays = {
+            "latents": latents,
+            "timestep": _timesteps(timestep, len(references.masked)),
+            "text": text,
+            **references.arrays,
+        }
         return {name: array[None] for name, array in self._reference_kv.run(inputs).items()}
 
     def no_references(self) -> Arrays:
         """The stand-in of `reference_kv` for a request without references: one padding key a layer."""
-        dtype = np.dtype(self.bundle.dtype)
-        return {
-            f"{kind}_ref_{layer.index}": np.zeros((1, 1, layer.width), dtype)
-            for layer in self.bundle.injection_layers
-            for kind in "kv"
-        }
+        return no_references(self.bundle)
 
     def step(
         self,
@@ -112,8 +117,113 @@ class Denoiser:
             **reference_kv,
             **key_access(references.kept, stage, guidance.weight_mode),
             "latents": latents,
-            "timestep": np.full(images, timestep, np.int64),
+            "timestep": _timesteps(timestep, images),
             "region_label": cell_groups(stage, region_label),
-            "ddim": np.tile(coefficients, (images, 1)),
+            "ddim": _ddim(coefficients, images),
         }
         return self._denoise_step.run(inputs, outputs)
+
+
+class DenoisingLoop:
+    """A batch of B images on their way from noise to latents, over bindings of the two graphs.
+
+    What the next step needs stays where the backend computes: keys and values go from `reference_kv` to
+    `denoise_step`, latents and region labels from a step to the next. Up go the noised references and a few numbers
+    per step, and what else changed. A step is done when `wait` returns; until then it may only be enqueued.
+
+    latents: the noise, float32 [B, 4, h, w]; reference_text: [R, 77, D], not read without references.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        reference_kv: Binding,
+        denoise_step: Binding,
+        *,
+        latents: Float32Array,
+        references: ReferenceSet,
+        reference_text: NDArray[Any],
+        guidance: Guidance,
+    ) -> None:
+        self._kv = reference_kv
+        self._step = denoise_step
+        self._references = references
+        self._guidance = guidance
+        self._images = len(latents)
+        self._no_label = np.zeros((self._images, bundle.rows // 2, bundle.columns // 2), np.int64)
+        self._stage: Stage | None = None
+        for name, array in guidance.arrays.items():
+            denoise_step.set(name, array)
+        denoise_step.set("latents", latents)
+        if references.masked:
+            reference_kv.set("text", reference_text)
+            for name, array in references.arrays.items():
+                reference_kv.set(name, array)
+        else:
+            for name, array in no_references(bundle).items():
+                denoise_step.set(name, array)
+
+    def step(self, timestep: int, coefficients: Float32Array, stage: Stage, noised: Float32Array | None = None) -> None:
+        """Start a step.
+
+        coefficients: the schedule's row for it, float32 [2]; noised: the references' latents at its timestep,
+        float32 [R, 4, h, w], None without references.
+        """
+        if noised is not None:
+            self._kv.set("latents", noised)
+            self._kv.set("timestep", _timesteps(timestep, len(noised)))
+            self._kv.run()
+            for name in self._kv.outputs:
+                self._step.link(name, self._kv, name)
+        self._set_stage(stage)
+        self._step.set("timestep", _timesteps(timestep, self._images))
+        self._step.set("ddim", _ddim(coefficients, self._images))
+        self._step.run()
+        self._step.feed_back("latents", "latents_out")
+
+    def _set_stage(self, stage: Stage) -> None:
+        first, changed = self._stage is None, stage != self._stage
+        self._stage = stage
+        if stage == "rba" and not first:
+            self._step.feed_back("region_label", "region_label_out")
+        elif changed:
+            self._step.set("region_label", cell_groups(stage, self._no_label))
+        if changed:
+            for name, array in key_access(self._references.kept, stage, self._guidance.weight_mode).items():
+                self._step.set(name, array)
+
+    def wait(self) -> float:
+        """Wait for the step; returns the seconds of its reference pass, without what it waited for.
+
+        Raises:
+            DeviceError: a graph failed on the device.
+        """
+        self._step.wait()
+        return self._kv.seconds if self._references.masked else 0.0
+
+    def check(self) -> None:
+        """Raises NonFiniteError, naming the graph, where the last step or its keys and values are not finite."""
+        if self._references.masked:
+            self._kv.check()
+        self._step.check()
+
+    def read(self) -> tuple[Float32Array, NDArray[np.int64]]:
+        """Latents [B, 4, h, w] and region labels [B, h/2, w/2] after the last step."""
+        return self._step.read("latents_out"), self._step.read("region_label_out")
+
+
+def no_references(bundle: Bundle) -> Arrays:
+    """Keys and values for a request without references: one padding key a layer, [1, 1, C]."""
+    return {
+        f"{kind}_ref_{layer.index}": np.zeros((1, 1, layer.width), host_dtype(bundle.dtype))
+        for layer in bundle.injection_layers
+        for kind in "kv"
+    }
+
+
+def _timesteps(timestep: int, rows: int) -> NDArray[np.int64]:
+    return np.full(rows, timestep, np.int64)
+
+
+def _ddim(coefficients: Float32Array, images: int) -> Float32Array:
+    return np.tile(coefficients, (images, 1))

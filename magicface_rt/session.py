@@ -16,16 +16,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import Backend, GraphRunner, open_backend
+from .backends.checks import check_finite
+from .backends.tensorrt import PlanStore
 from .bundle import Bundle
 from .concept import Concept, PlacedConcept, place_concepts
-from .denoiser import Denoiser, Float32Array, Guidance, ReferenceSet
-from .errors import BundleError, Cancelled, ConceptError, MaskError, OptionError, SessionClosedError
+from .denoiser import DenoisingLoop, Float32Array, Guidance, ReferenceSet
+from .errors import (
+    BundleError,
+    Cancelled,
+    ConceptError,
+    MaskError,
+    NonFiniteError,
+    OptionError,
+    SessionClosedError,
+)
 from .images import LoadedReference, MagicFaceWarning, layer_mask, load_reference, pixels_to_images
 from .options import Options
 from .regions import MaskedReference, Stage
 from .results import Result, Timings
 from .schedule import is_region_step, reference_noise, target_noise
 from .tokenizer import Tokenizer
+from .workplace import Workplace, Workplaces
 
 MAX_SCALE_WEIGHT = 10.0
 """Forbidden keys stand 1000 below the others on the logits; a factor of 100 could lift them over that."""
@@ -65,15 +76,22 @@ class Session:
             result.images[0].save("out.png")
 
     bundle     folder made by `magicface-rt export`
-    backend    "auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda", or a `Backend` object
-    workers    how many requests may compute at the same time; more wait
-    threads    threads of one request's computation, 0 for the runtime's own choice
+    backend    a name of `backends.BACKENDS`, or a `Backend` object, which stays the caller's to close; "auto" takes the
+               fastest that works here
+    workers    how many requests may compute at the same time; more wait. On a GPU each has memory of its own
+    threads    threads of one request's computation on the CPU, 0 for the runtime's own choice
     check_hashes    read every file once and compare it with the manifest
     provenance      pictures say how they were made (PNG text and XMP)
+    device          the GPU's ordinal
+    store           engine store that holds the bundle's plans; "tensorrt" and "tensorrt-rtx" need it
+    build_missing   build plans that the store does not hold; else a missing plan is an error
+    target          what missing plans are built for, None for this GPU
+    cuda_graphs     on a GPU, capture a step's work once and launch it as one thing afterwards
 
     A Session may be used by many threads. An error, a cancelled request or Ctrl-C leaves it usable.
 
-    Raises `BundleError` for a folder that is no intact bundle, `BackendMissingError` where the backend is not there.
+    Raises `BundleError` for a folder that is no intact bundle, `BackendMissingError` where the backend is not there,
+    `DeviceError` where the GPU is not. Plans are read when a graph is first needed, see `warm_up`.
     """
 
     def __init__(
@@ -85,13 +103,16 @@ class Session:
         threads: int = 0,
         check_hashes: bool = True,
         provenance: bool = True,
+        device: int = 0,
+        store: PlanStore | Path | str | None = None,
+        build_missing: bool = False,
+        target: Any = None,
+        cuda_graphs: bool = True,
     ) -> None:
-        for name, value, least in (("workers", workers, 1), ("threads", threads, 0)):
+        for name, value, least in (("workers", workers, 1), ("threads", threads, 0), ("device", device, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{name} is {value!r}, expected a whole number from {least}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, check_hashes=check_hashes)
-        self.backend = backend if isinstance(backend, Backend) else open_backend(backend, threads=threads)
-        self.provenance = provenance
         if "text_encoder" not in self.bundle.graphs or "file" not in self.bundle.tokenizer:
             raise BundleError(
                 f"bundle {self.bundle.path}: it holds a U-Net alone, with no text encoder or tokenizer. "
@@ -102,11 +123,28 @@ class Session:
             pad_token_id=int(self.bundle.tokenizer["pad_token_id"]),
             max_length=int(self.bundle.tokenizer["max_length"]),
         )
+        self.provenance = provenance
+        self._owns_backend = not isinstance(backend, Backend)
+        self.backend: Backend
+        if isinstance(backend, Backend):
+            self.backend = backend
+        else:
+            self.backend = open_backend(
+                backend,
+                threads=threads,
+                store=store,
+                device=device,
+                build_missing=build_missing,
+                target=target,
+                cuda_graphs=cuda_graphs,
+                bundle=self.bundle,
+            )
         self._workers = threading.BoundedSemaphore(workers)
         self._running = 0
         self._here = threading.local()
         self._loading = threading.Lock()
         self._runners: dict[str, GraphRunner] = {}
+        self._workplaces = Workplaces(self.runner)
         self._closed = False
 
     def __enter__(self) -> Session:
@@ -126,9 +164,21 @@ class Session:
 
     def _free_if_idle(self) -> None:
         if self._running == 0:
+            self._workplaces.close()
             for runner in self._runners.values():
                 runner.close()
             self._runners.clear()
+            if self._owns_backend:
+                self.backend.close()
+
+    def warm_up(self, prompt: str = "", concepts: Sequence[Concept] = (), **settings: Any) -> None:
+        """Load every graph and run a few steps, so that the first request does not wait for that.
+
+        GPU backends compile and capture for shapes; give the concepts and settings of a typical request.
+
+        Raises what `generate` raises.
+        """
+        self.generate(prompt, concepts, **{"steps": 4, **settings})
 
     def generate(
         self,
@@ -152,7 +202,9 @@ class Session:
         """
         chosen = Options(**{**(options.to_dict() if options else {}), **settings})
         with self._worker():
-            return _Request(self, prompt, tuple(concepts), chosen, progress).run()
+            request = _Request(self, prompt, tuple(concepts), chosen, progress)
+            with self._workplaces.take() as place:
+                return request.run(place)
 
     def runner(self, graph: str) -> GraphRunner:
         """A graph of the bundle, loaded on first use."""
@@ -220,8 +272,9 @@ class _Request:
                     f"logits, and is expected from -{MAX_SCALE_WEIGHT:g} to {MAX_SCALE_WEIGHT:g}."
                 )
 
-    def run(self) -> Result:
+    def run(self, place: Workplace) -> Result:
         start = perf_counter()
+        self.place = place
         with self._timed("loading"):
             loaded = self._load_references()
         with self._timed("text_encoding"):
@@ -284,7 +337,11 @@ class _Request:
     def _encode_text(self, prompts: Sequence[str]) -> NDArray[Any]:
         """Prompts to embeddings [n, 77, D]."""
         ids = np.stack([self.session.tokenizer.encode(prompt) for prompt in prompts])
-        return self.session.runner("text_encoder").run({"token_ids": ids})["text"]
+        encoder = self.place.binding("text_encoder")
+        size = encoder.largest("B") or len(ids)
+        return np.concatenate(
+            [encoder.once({"token_ids": ids[i : i + size]})["text"] for i in range(0, len(ids), size)]
+        )
 
     def _prepare(self, loaded: Sequence[tuple[PlacedConcept, LoadedReference, str]]) -> _Prepared:
         concepts = [placed.concept for placed in self.placed]
@@ -306,13 +363,13 @@ class _Request:
 
     def _encode_image(self, loaded: LoadedReference) -> Float32Array:
         pixels = loaded.pixels(self.bundle.height, self.bundle.width)
-        return self.session.runner("vae_encoder").run({"pixels": pixels})["latents"]
+        return self.place.binding("vae_encoder").once({"pixels": pixels})["latents"]
 
     # -------------------------------------------------------------------------------------------------- the loop
 
     def _denoise_batches(self, prepared: _Prepared, text: NDArray[Any]) -> tuple[Float32Array, NDArray[np.int64]]:
-        """All images of the request, at most `limits.images` of them together."""
-        size = self.bundle.limits.images
+        """All images of the request, as many of them together as the bundle and its plan take."""
+        size = min(self.bundle.limits.images, self.place.binding("denoise_step").largest("B") or self.options.images)
         indices = range(self.options.images)
         batches = [indices[i : i + size] for i in range(0, len(indices), size)]
         made = [self._denoise(prepared, text, batch, (n, len(batches))) for n, batch in enumerate(batches)]
@@ -321,47 +378,64 @@ class _Request:
     def _denoise(
         self, prepared: _Prepared, text: NDArray[Any], images: Sequence[int], place: tuple[int, int]
     ) -> tuple[Float32Array, NDArray[np.int64]]:
-        """The denoising loop: latents [B, 4, h, w] and the last region labels [B, h/2, w/2]."""
-        bundle, options, schedule = self.bundle, self.options, self.bundle.schedule
-        denoiser = Denoiser(bundle, self.session.runner("reference_kv"), self.session.runner("denoise_step"))
-        shape = (1, bundle.latent_channels, bundle.rows, bundle.columns)
-        latents = np.concatenate([target_noise(options.seed, index, shape) for index in images])
-        label = np.zeros((len(images), bundle.rows // 2, bundle.columns // 2), np.int64)
-        guidance = Guidance(
-            text=np.repeat(text[:, None], len(images), axis=1),
-            tokens=prepared.tokens,
-            ca_scale=options.effective_ca_scale(len(prepared.tokens)),
-            scale=options.guidance,
-            semantic=options.semantic_guidance,
-            weight_mode=options.weight_mode,
+        """Latents [B, 4, h, w] and the last region labels [B, h/2, w/2] of some of the images."""
+        latents, labels = self._steps(prepared, text, images, place)
+        try:
+            check_finite("denoise_step", "latents_out", latents)
+        except NonFiniteError:
+            # On a device the steps went unseen: go through them again, until the first graph that made them is found.
+            self._steps(prepared, text, images, None)
+            raise
+        return latents, labels
+
+    def _steps(
+        self, prepared: _Prepared, text: NDArray[Any], images: Sequence[int], place: tuple[int, int] | None
+    ) -> tuple[Float32Array, NDArray[np.int64]]:
+        """The denoising loop. Without a `place` every step is checked, and none is timed or reported."""
+        options, schedule = self.options, self.bundle.schedule
+        shape = (1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns)
+        loop = DenoisingLoop(
+            self.bundle,
+            self.place.binding("reference_kv"),
+            self.place.binding("denoise_step"),
+            latents=np.concatenate([target_noise(options.seed, index, shape) for index in images]),
+            references=prepared.references,
+            reference_text=prepared.text,
+            guidance=Guidance(
+                text=np.repeat(text[:, None], len(images), axis=1),
+                tokens=prepared.tokens,
+                ca_scale=options.effective_ca_scale(len(prepared.tokens)),
+                scale=options.guidance,
+                semantic=options.semantic_guidance,
+                weight_mode=options.weight_mode,
+            ),
         )
-        timesteps, coefficients = schedule.timesteps(options.steps), schedule.step_coefficients(options.steps)
-        for i, timestep in enumerate(map(int, timesteps)):
+        timesteps = [int(t) for t in schedule.timesteps(options.steps)]
+        coefficients = schedule.step_coefficients(options.steps)
+
+        def noised(i: int) -> Float32Array | None:
+            if not len(prepared.latents) or i == options.steps:
+                return None
+            noise = reference_noise(options.reference_seed, i, shape)
+            return schedule.add_noise(prepared.latents, noise, timesteps[i])
+
+        ahead = noised(0)
+        for i, timestep in enumerate(timesteps):
             start = perf_counter()
             stage: Stage = "rba" if is_region_step(i, options.steps, options.alpha) else "rsa"
-            with self._timed("reference_pass"):
-                if len(prepared.latents):
-                    noised = schedule.add_noise(
-                        prepared.latents, reference_noise(options.reference_seed, i, shape), timestep
-                    )
-                    kv = denoiser.reference_kv(prepared.references, noised, timestep, prepared.text)
-                else:
-                    kv = denoiser.no_references()
-            with self._timed("denoising"):
-                state = denoiser.step(
-                    latents,
-                    timestep,
-                    coefficients[i],
-                    stage=stage,
-                    region_label=label,
-                    references=prepared.references,
-                    reference_kv=kv,
-                    guidance=guidance,
-                )
-            latents, label = state["latents_out"], state["region_label_out"]
-            self.step_seconds.append(perf_counter() - start)
+            loop.step(timestep, coefficients[i], stage, ahead)
+            ahead = noised(i + 1)  # while the device works
+            reference_seconds = loop.wait()
+            if place is None:
+                loop.check()
+                self.session._check_open()
+                continue
+            seconds = perf_counter() - start
+            self._spent("reference_pass", reference_seconds)
+            self._spent("denoising", seconds - reference_seconds)
+            self.step_seconds.append(seconds)
             self._report(Progress(i + 1, options.steps, stage, *place))
-        return latents, label
+        return loop.read()
 
     def _report(self, progress: Progress) -> None:
         self.session._check_open()
@@ -371,11 +445,14 @@ class _Request:
     # --------------------------------------------------------------------------------------------- after the loop
 
     def _decode(self, latents: Float32Array) -> Sequence[Any]:
-        pixels = self.session.runner("vae_decoder").run({"latents": latents})["pixels"]
+        pixels = self.place.binding("vae_decoder").once({"latents": latents})["pixels"]
         return pixels_to_images(pixels)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = perf_counter()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
+        self._spent(stage, perf_counter() - start)
+
+    def _spent(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

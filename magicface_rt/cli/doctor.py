@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-import numpy as np
-
-from magicface_rt.backends.onnxruntime import PROVIDERS, import_onnxruntime
-from magicface_rt.errors import BackendMissingError
+from magicface_rt.backends import BACKENDS, why_not
+from magicface_rt.backends.device import Device, import_cuda
+from magicface_rt.backends.onnxruntime import import_onnxruntime
+from magicface_rt.errors import BackendMissingError, DeviceError
 
 from ._bundle_view import grid
 from ._command import JsonOption, command
@@ -23,18 +24,20 @@ PACKAGES = (
     "onnxruntime-gpu",
     "tensorrt",
     "tensorrt-rtx",
+    "cuda-bindings",
 )
 EXPORT_EXTRA = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
-INSTALL = {
-    "onnxruntime-cpu": "pip install 'magicface_rt[cpu]'",
-    "onnxruntime-cuda": "pip uninstall onnxruntime; pip install 'magicface_rt[gpu]'",
-}
-NOT_SERVED = ("tensorrt", "tensorrt-rtx")
+CONCRETE = tuple(name for name in BACKENDS if name not in ("auto", "onnxruntime"))
+DRIVER = "install NVIDIA's driver on a machine with a GPU; nvidia-smi shows whether it is there"
+ORT_GPU = "pip uninstall onnxruntime; pip install 'magicface_rt[gpu]'"
+ORT_RTX = "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13"
+NO_RTX_PLAN = ("9.0", "10.0", "10.3")
+"""Compute capabilities that TensorRT-RTX offers no plan for: H100, H200, B200, B300."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether a backend works here; if not, why, and the command that would make it work."""
+    """Whether something works here; if not, why, and the command that would make it work."""
 
     name: str
     works: bool
@@ -45,21 +48,24 @@ class Finding:
 def doctor(json_to: JsonOption = None) -> None:
     """Say for each backend whether it works here, and how to make it work. Exit code 3 where none does."""
     with command(json_to) as verb:
-        backends = [_try_onnxruntime(provider) for provider in PROVIDERS] + [_not_served(name) for name in NOT_SERVED]
-        extra = _export_extra()
+        backends = [_backend(name) for name in CONCRETE]
+        others = [_builds_plans(), _export_extra()]
+        gpu = _gpu()
         versions = {"python": platform.python_version(), "magicface_rt": _version("magicface_rt")}
         versions |= {name: _version(name) for name in PACKAGES}
         both = versions["onnxruntime"] is not None and versions["onnxruntime-gpu"] is not None
         verb.outcome = {
             "can_serve": any(backend.works for backend in backends),
             "backends": [asdict(backend) for backend in backends],
-            "export": asdict(extra),
+            "build": asdict(others[0]),
+            "export": asdict(others[1]),
+            "gpu": gpu,
             "providers": _providers(),
             "versions": versions | {name: _version(name) for name in EXPORT_EXTRA},
         }
 
         table = grid("backends", "backend", "works", "found", "what to do")
-        for finding in [*backends, extra]:
+        for finding in [*backends, *others]:
             table.add_row(finding.name, "yes" if finding.works else "no", finding.found, finding.command)
         verb.print(table)
         verb.print()
@@ -67,6 +73,8 @@ def doctor(json_to: JsonOption = None) -> None:
         for name, found in versions.items():
             table.add_row(name, found or "not installed")
         table.add_row("onnxruntime providers", ", ".join(_providers()) or "none")
+        for name, found in gpu.items():
+            table.add_row(f"GPU: {name}", found)
         verb.print(table)
         if both:
             verb.note(
@@ -78,34 +86,83 @@ def doctor(json_to: JsonOption = None) -> None:
             verb.fail(3)
 
 
-def _try_onnxruntime(provider: str) -> Finding:
-    """Compute one sum there: a provider that is listed may still lack its libraries or its device."""
-    name = f"onnxruntime-{provider}"
+def _backend(name: str) -> Finding:
+    """A provider that is listed, or a library that is installed, may still lack its libraries or its device."""
+    reason = why_not(name)
+    if not reason:
+        reason = _no_plan_for_this_gpu(name)
+    if reason:
+        return Finding(name, False, reason, _cure(name))
+    package = name if not name.startswith("onnxruntime") else "onnxruntime"
+    found = _version(package) or (_version("onnxruntime-gpu") if package == "onnxruntime" else None)
+    return Finding(name, True, f"{package} {found or ''}".strip())
+
+
+def _no_plan_for_this_gpu(name: str) -> str:
+    if not name.endswith("tensorrt-rtx"):
+        return ""
+    capability = Device().compute_capability
+    if capability in NO_RTX_PLAN:
+        return f"TensorRT-RTX offers no plan for compute capability {capability}"
+    return ""
+
+
+def _cure(name: str) -> str:
+    """The command that a backend lacks; the first one where it lacks several."""
+    if name == "onnxruntime-cpu":
+        return "pip install 'magicface_rt[cpu]'"
+    if name == "onnxruntime-nv-tensorrt-rtx":
+        lacks, install = "NvTensorRTRTXExecutionProvider" not in _providers(), ORT_RTX
+    elif name.startswith("onnxruntime-"):
+        lacks, install = "CUDAExecutionProvider" not in _providers(), ORT_GPU
+    else:
+        lacks, install = not _imports(name.replace("-", "_")) or not _has_cuda(), f"pip install 'magicface_rt[{name}]'"
+    if lacks:
+        return install
     try:
-        ort = import_onnxruntime()
-        wanted = PROVIDERS[provider]
-        if wanted not in ort.get_available_providers():
-            return Finding(name, False, f"onnxruntime {ort.__version__} has no {wanted}", INSTALL[name])
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        session = ort.InferenceSession(_sum_model(), options, providers=[wanted])
-        if session.get_providers()[0] != wanted:
-            todo = "install NVIDIA's driver and the CUDA and cuDNN libraries that this onnxruntime names"
-            return Finding(name, False, f"onnxruntime {ort.__version__} could not start {wanted}", todo)
-        (total,) = session.run(None, {"x": np.ones(1, np.float32)})
-        works = bool(total[0] == 2)
-        return Finding(name, works, f"onnxruntime {ort.__version__}" + ("" if works else " says that 1 + 1 is not 2"))
+        capability = Device().compute_capability
+    except (BackendMissingError, DeviceError):
+        return DRIVER
+    if name.endswith("tensorrt-rtx") and capability in NO_RTX_PLAN:
+        return "pip install 'magicface_rt[tensorrt]', and use --backend tensorrt"
+    return "install the CUDA and cuDNN libraries that the message names"
+
+
+def _builds_plans() -> Finding:
+    name = "build (TensorRT-RTX plans, without a GPU)"
+    if not _imports("tensorrt_rtx"):
+        return Finding(name, False, "tensorrt-rtx is not installed", "pip install 'magicface_rt[tensorrt-rtx]'")
+    return Finding(name, True, f"tensorrt-rtx {_version('tensorrt-rtx')}")
+
+
+def _gpu() -> dict[str, str]:
+    """What the driver says of the first GPU; only why not, where there is none."""
+    try:
+        device = Device()
+        free, total = device.memory()
+        return {
+            "compute capability": device.compute_capability,
+            "driver supports CUDA": device.driver_version,
+            "memory": f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free",
+        }
+    except (BackendMissingError, DeviceError) as error:
+        return {"none": str(error)}
+
+
+def _has_cuda() -> bool:
+    try:
+        import_cuda()
     except BackendMissingError:
-        return Finding(name, False, "onnxruntime is not installed", INSTALL[name])
-    except Exception as error:
-        return Finding(name, False, str(error).strip().split("\n")[0] or type(error).__name__, INSTALL[name])
+        return False
+    return True
 
 
-def _not_served(name: str) -> Finding:
-    found = _version(name)
-    installed = f"{name} {found} is installed" if found else f"{name} is not installed"
-    cure = "nothing helps; use an onnxruntime backend"
-    return Finding(name, False, f"not served by this release ({installed})", cure)
+def _imports(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _export_extra() -> Finding:
@@ -127,20 +184,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _sum_model() -> bytes:
-    """The ONNX model y = x + x for float32 [1], written out as protobuf, since the onnx package may not be here."""
-
-    def field(number: int, content: bytes | int) -> bytes:
-        if isinstance(content, int):
-            return bytes([number << 3, content])
-        return bytes([number << 3 | 2, len(content)]) + content
-
-    def tensor(name: bytes) -> bytes:
-        shape = field(1, field(1, 1))  # one dimension, of 1
-        return field(1, name) + field(2, field(1, field(1, 1) + field(2, shape)))  # element type 1: float32
-
-    node = field(1, b"x") + field(1, b"x") + field(2, b"y") + field(4, b"Add")
-    graph = field(1, node) + field(2, b"sum") + field(11, tensor(b"x")) + field(12, tensor(b"y"))
-    return field(1, 8) + field(7, graph) + field(8, field(2, 13))  # IR version 8, operator set 13

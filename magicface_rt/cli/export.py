@@ -17,9 +17,7 @@ from ._command import JsonOption, check_new_path, command, export_module
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A diffusers folder or a single-file .safetensors checkpoint.")],
     out: Annotated[Path, typer.Option(metavar="BUNDLE", help="The folder to write; it must not exist.")],
-    dtype: Annotated[
-        str, typer.Option(metavar="fp32|fp16|bf16", help="fp32 for a CPU, the others for GPUs.")
-    ] = "fp32",
+    dtype: Annotated[str, typer.Option(metavar="fp32|fp16|bf16", help="fp32 for a CPU, the others for GPUs.")] = "fp32",
     height: Annotated[int | None, typer.Option(metavar="PX", help="A multiple of 64; else the checkpoint's.")] = None,
     width: Annotated[int | None, typer.Option(metavar="PX", help="A multiple of 64; else the checkpoint's.")] = None,
     layers: Annotated[

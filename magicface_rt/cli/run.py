@@ -17,6 +17,7 @@ from magicface_rt import OptionError, Options, Progress, Result, Session
 from magicface_rt.jobs import Job, load_job, parse_concept_option
 from magicface_rt.session import ProgressCallback
 
+from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._command import Command, JsonOption, check_output_folder, command
 
 STAGES = {"rsa": "stage 1, all references (RSA)", "rba": "stage 2, by region (RBA)"}
@@ -51,7 +52,11 @@ def run(
     seed: Annotated[int | None, typer.Option(metavar="N", help="Noise of the pictures; 0.")] = None,
     images: Annotated[int | None, typer.Option(metavar="N", help="Pictures to make; 1.")] = None,
     reference_seed: Annotated[int | None, typer.Option(metavar="N", help="Noise of the references; 0.")] = None,
-    backend: Annotated[str, typer.Option(metavar="NAME", help="See `magicface-rt doctor`.")] = "auto",
+    backend: BackendOption = "auto",
+    store: StoreOption = None,
+    device: DeviceOption = 0,
+    target: TargetOption = None,
+    build_missing: BuildMissingOption = False,
     threads: Annotated[int, typer.Option(metavar="N", help="Threads to compute with; 0: the runtime's choice.")] = 0,
     provenance: Annotated[
         bool, typer.Option("--provenance/--no-provenance", help="Let pictures say how they were made.")
@@ -78,7 +83,16 @@ def run(
         }
         request = request_of(job, prompt, concept or [], settings)
         with (
-            Session(bundle, backend=backend, threads=threads, provenance=provenance) as session,
+            Session(
+                bundle,
+                backend=backend,
+                threads=threads,
+                provenance=provenance,
+                device=device,
+                store=store,
+                target=target,
+                build_missing=build_missing,
+            ) as session,
             progress_bar(request.options) as progress,
         ):
             result = session.generate(request.prompt, request.concepts, options=request.options, progress=progress)

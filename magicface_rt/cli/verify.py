@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from magicface_rt.backends import Backend, open_backend
 from magicface_rt.errors import OptionError
 
+from ._backend_options import BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._command import JsonOption, command, export_module
 
 
@@ -22,6 +24,10 @@ def verify(
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Denoising steps to compare a bundle for; 6 by default.")
     ] = None,
+    store: StoreOption = None,
+    device: DeviceOption = 0,
+    target: TargetOption = None,
+    build_missing: BuildMissingOption = False,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the case's bundle here, for another time.")
     ] = None,
@@ -30,18 +36,32 @@ def verify(
     """Check a bundle against PyTorch, or PyTorch and a bundle against a recording. Exit code 1 where they differ."""
     with command(json_to) as verb:
         _check_arguments(bundle, case, checkpoint, backend, steps, work)
+        if case is not None and (store is not None or build_missing):
+            raise OptionError("--store was given with --case, where it means nothing: a case is replayed on the CPU.")
         parity = export_module("parity")
         if case is not None:
             verdict = parity.verify_case(case, work=work, report=verb.note)
         else:
-            verdict = parity.verify_bundle(
-                bundle, checkpoint, backend=backend or "auto", steps=steps or 6, report=verb.note
-            )
+            runtime = _runtime(backend or "auto", store, device, target, build_missing)
+            verdict = parity.verify_bundle(bundle, checkpoint, backend=runtime, steps=steps or 6, report=verb.note)
+            runtime.close()
         verb.outcome = verdict.to_json()
         for line in verdict.summary():
             verb.print(line)
         if not verdict.passed:
             verb.fail()
+
+
+def _runtime(name: str, store: Path | None, device: int, target: str | None, build_missing: bool) -> Backend:
+    """The backend; a TensorRT flavour with plans that have every output."""
+    if name not in ("tensorrt", "tensorrt-rtx"):
+        return open_backend(name, device=device)
+    from magicface_rt.engines import gpu, targets
+
+    chosen = targets.load_target(target, name) if target else targets.target_for(name, gpu.capability_here())
+    return open_backend(
+        name, store=store, device=device, target=chosen.with_parity_outputs(), build_missing=build_missing
+    )
 
 
 def _check_arguments(

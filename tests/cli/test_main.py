@@ -13,7 +13,7 @@ from magicface_rt.cli import main
 from magicface_rt.cli.export import parse_layers
 from magicface_rt.errors import OptionError
 
-VERBS = ("demo", "checkpoint", "export", "run", "verify", "inspect", "doctor")
+VERBS = ("demo", "checkpoint", "export", "build", "run", "verify", "inspect", "doctor")
 
 
 @pytest.fixture

@@ -1,0 +1,41 @@
+"""How tensors look on the host. numpy has no bfloat16: such a tensor is held as its 16 bits, in a uint16 array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BFLOAT16 = "bfloat16"
+
+
+def host_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype that holds a contract's dtype."""
+    return np.dtype(np.uint16) if dtype == BFLOAT16 else np.dtype(dtype)
+
+
+def holds(array: NDArray[Any], dtype: str) -> bool:
+    """Whether the array is of a contract's dtype; for bfloat16 also one of ml_dtypes."""
+    return array.dtype.name == dtype or array.dtype == host_dtype(dtype)
+
+
+def from_bfloat16(bits: NDArray[Any]) -> NDArray[np.float32]:
+    """Exact: the bits become the upper half of a float32."""
+    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(array: NDArray[Any]) -> NDArray[np.uint16]:
+    """The bits of the nearest bfloat16, ties to even; a NaN stays one."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(array), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def non_finite(array: NDArray[Any], dtype: str) -> int:
+    """How many values are NaN or infinite; 0 for a dtype that has none."""
+    if dtype == BFLOAT16:
+        return int(np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80))
+    if array.dtype.kind != "f":
+        return 0
+    return int(array.size - np.isfinite(array).sum())

@@ -1,0 +1,93 @@
+"""What the bindings of one worker share: a stream, and scratch memory, which only one of them uses at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from ..errors import DeviceError
+from .device import Buffer, CudaCallError, Device, Stream
+
+
+class Slot:
+    """Device memory that grows when more is asked for than there is. Growing loses what it held, and moves it."""
+
+    def __init__(self) -> None:
+        self.buffer: Buffer | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes if self.buffer else 0
+
+    def free(self) -> None:
+        if self.buffer:
+            self.buffer.free()
+            self.buffer = None
+
+
+class Lane:
+    """Made by the first binding of a worker; freed when the last one has left."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.stream: Stream
+        self.scratch = Slot()
+        self._users = 0
+        self._enqueued: list[str] = []
+
+    def join(self) -> None:
+        """Raises DeviceError where no stream can be made; then nobody has joined."""
+        if self._users == 0:
+            self.device.use()
+            self.stream = Stream(self.device)
+        self._users += 1
+
+    def leave(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self.device.release("cudaSetDevice", self.device.ordinal)
+            self.device.release("cudaStreamSynchronize", self.stream.handle)
+            self.scratch.free()
+            self.stream.destroy()
+
+    def enqueued(self, graph: str) -> None:
+        """Remember for the error message: CUDA reports a failure at some later call."""
+        if graph not in self._enqueued:
+            self._enqueued.append(graph)
+
+    @contextmanager
+    def naming(self, graph: str) -> Iterator[None]:
+        """Failures of CUDA calls in the block name the graphs that may have caused them: the block is `graph`'s."""
+        try:
+            yield
+        except CudaCallError as error:
+            before = error.may_be_of_earlier_work and self._enqueued
+            which = f"graph {' or '.join(self._enqueued)} failed on the device" if before else f"graph {graph}"
+            self._enqueued = []
+            raise DeviceError(f"{which}: {error}") from error
+
+    def wait(self, graph: str) -> None:
+        """Wait for all that was enqueued.
+
+        Raises:
+            DeviceError: something failed there; the message names the graphs that it may have been.
+        """
+        with self.naming(graph):
+            self.stream.synchronize()
+        self._enqueued = []
+
+    def reserve(self, needs: Mapping[Slot, int], graph: str, what: str = "") -> bool:
+        """Grow the slots that are too small; returns whether any moved.
+
+        Raises:
+            DeviceError: the device has not enough memory; nothing was allocated.
+        """
+        small = {slot: nbytes for slot, nbytes in needs.items() if slot.nbytes < nbytes}
+        if not small:
+            return False
+        self.device.require(sum(small.values()) - sum(slot.nbytes for slot in small), f"graph {graph}{what}")
+        self.wait(graph)  # what is enqueued may still use the old memory
+        for slot, nbytes in small.items():
+            slot.free()
+            slot.buffer = Buffer(self.device, nbytes)
+        return True

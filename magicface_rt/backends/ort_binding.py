@@ -1,0 +1,184 @@
+"""A binding for ONNX Runtime's GPU providers: tensors are OrtValues on the device, bound by IOBinding."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import GraphContract, Tensor
+from ..errors import BackendError
+from .binding import Binding
+from .checks import Shape, output_shape
+from .device import Device
+from .host import BFLOAT16, host_dtype
+
+logger = logging.getLogger("magicface_rt.onnxruntime")
+
+ONNX_BFLOAT16 = 16
+MAX_GRAPHS = 8
+"""CUDA graphs that a session may capture. ONNX Runtime frees them with the session only, so their number is limited."""
+
+
+OrtDevice = tuple[str, int] | tuple[str, int, int]
+
+
+class GraphIds:
+    """Numbers for a session's CUDA graphs, by what they were captured for. "-1" means: run without."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def disable(self) -> None:
+        """No more graphs, and those that there are are not used."""
+        self._enabled = False
+
+    def of(self, key: tuple[Any, ...]) -> str:
+        if not self._enabled or (key not in self._known and len(self._known) >= MAX_GRAPHS):
+            return "-1"
+        return str(self._known.setdefault(key, len(self._known) + 1))
+
+
+class OrtBinding(Binding):
+    """`device`: as ONNX Runtime names it, ("cuda", ordinal), ("cpu", 0), or ("gpu", ordinal, vendor) for a provider
+    that came as a plugin. A run is done when it returns.
+    """
+
+    def __init__(
+        self,
+        contract: GraphContract,
+        ort: Any,
+        session: Any,
+        device: OrtDevice,
+        graph_ids: GraphIds,
+        outputs: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(contract, outputs)
+        self._ort = ort
+        self._session = session
+        self._device = device
+        self._graph_ids = graph_ids
+        self._values: dict[str, Any] = {}
+        self._binding = session.io_binding()
+        self._bound: dict[str, Any] = {}
+        self._run_shapes: tuple[Shape, ...] | None = None
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds
+
+    def _put(self, tensor: Tensor, array: NDArray[Any]) -> None:
+        value = self._value(tensor, array.shape)
+        value.update_inplace(np.ascontiguousarray(array.view(host_dtype(tensor.dtype))))
+
+    def _execute(self, shapes: Mapping[str, Shape]) -> None:
+        # Ping-pong: what was written last is read now, and what was read last is written over.
+        for name, output in self._fed_back.items():
+            self._values[name], self._values[output] = self._values[output], self._values.get(name)
+        for name, tensor in self._inputs.items():
+            self._bind_input(tensor, shapes[name])
+        for name in self.outputs:
+            tensor = self._outputs[name]
+            value = self._value(tensor, output_shape(tensor, self._sizes))
+            if self._bound.get(name) is not value:
+                self._binding.bind_ortvalue_output(name, value)
+                self._bound[name] = value
+        graph_id = self._graph_id(shapes)
+        start = perf_counter()
+        try:
+            self._run(graph_id)
+        except Exception as error:
+            if graph_id == "-1":
+                raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {first_line(error)}") from error
+            self._graph_ids.disable()
+            logger.warning("graph %s: no CUDA graph, it runs without: %s", self.contract.name, first_line(error))
+            try:
+                self._run("-1")
+            except Exception as error:
+                raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {first_line(error)}") from error
+        self._seconds = perf_counter() - start
+
+    def _run(self, graph_id: str) -> None:
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", graph_id)
+        self._session.run_with_iobinding(self._binding, options)
+
+    def _graph_id(self, shapes: Mapping[str, Shape]) -> str:
+        """A captured graph holds addresses, and is final only after a run with the same shapes."""
+        key = tuple(shapes[name] for name in self._inputs)
+        warm, self._run_shapes = self._run_shapes == key, key
+        if not warm:
+            return "-1"
+        return self._graph_ids.of((key, tuple((name, v.data_ptr()) for name, v in sorted(self._bound.items()))))
+
+    def _value(self, tensor: Tensor, shape: Shape) -> Any:
+        """Memory of that shape for a tensor; it moves only when the shape changes."""
+        value = self._values.get(tensor.name)
+        if value is None or tuple(value.shape()) != shape:
+            try:
+                value = self._ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _element(tensor), *self._device)
+            except Exception as error:
+                raise BackendError(
+                    f"graph {self.contract.name}: no memory for {tensor} of shape {list(shape)} on "
+                    f"{self._device[0]} {self._device[1]}: {first_line(error)}"
+                ) from error
+            self._values[tensor.name] = value
+        return value
+
+    def _bind_input(self, tensor: Tensor, shape: Shape) -> None:
+        """Bind the input's own memory, or that of the output it is linked to, in the shape of the input."""
+        name, value = tensor.name, self._values.get(tensor.name)
+        if name in self._links:
+            source, output = self._links[name]
+            assert isinstance(source, OrtBinding)
+            value = source._values[output]
+        if self._bound.get(name) is value:
+            return
+        assert value is not None
+        if tuple(value.shape()) == shape:
+            self._binding.bind_ortvalue_input(name, value)
+        elif len(self._device) == 2:
+            self._binding.bind_input(name, *self._device, _element(tensor), list(shape), value.data_ptr())
+        else:  # the public method takes no vendor
+            where = self._ort.OrtDevice.make(*self._device)._get_c_device()
+            self._binding._iobinding.bind_input(name, where, _element(tensor), list(shape), value.data_ptr())
+        self._bound[name] = value
+
+    def _get(self, tensor: Tensor) -> NDArray[Any]:
+        value = self._values[tensor.name]
+        if tensor.dtype != BFLOAT16:
+            return np.array(value.numpy())
+        bits = np.empty(tuple(value.shape()), np.uint16)
+        if self._device[0] == "cpu":
+            ctypes.memmove(bits.ctypes.data, value.data_ptr(), bits.nbytes)
+            return bits
+        device = Device(self._device[1])
+        kind = device.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        device.call("cudaMemcpy", bits.ctypes.data, value.data_ptr(), bits.nbytes, kind)
+        return bits
+
+    def _can_link(self, source: Binding) -> bool:
+        return isinstance(source, OrtBinding) and source._device == self._device
+
+    def close(self) -> None:
+        super().close()
+        self._bound.clear()
+        self._values.clear()
+        self._binding = None
+        self._session = None
+
+
+def _element(tensor: Tensor) -> Any:
+    return ONNX_BFLOAT16 if tensor.dtype == BFLOAT16 else np.dtype(tensor.dtype).type
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

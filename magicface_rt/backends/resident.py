@@ -1,0 +1,276 @@
+"""A binding whose tensors live on the device, for a runtime that takes addresses and enqueues on a stream."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import GraphContract, Tensor
+from ..errors import BackendError, DeviceError
+from .binding import Binding
+from .checks import Limits, Shape, output_shape
+from .device import Buffer, CapturedGraph, Event, Staging, capture, logger
+from .host import host_dtype
+from .lane import Lane, Slot
+
+MAX_CAPTURED = 8
+"""Captured graphs kept for one binding: 2 to 4 for each set of shapes, and the oldest goes first."""
+
+
+class Executor(ABC):
+    """A graph as the runtime runs it: shapes and addresses are set, then it is enqueued."""
+
+    outputs: Sequence[str]
+    limits: Limits
+
+    @property
+    @abstractmethod
+    def scratch_bytes(self) -> int:
+        """Memory for intermediate results that `use_scratch` must bring."""
+
+    @abstractmethod
+    def set_shape(self, name: str, shape: Shape) -> None: ...
+
+    @abstractmethod
+    def set_address(self, name: str, address: int) -> None: ...
+
+    @abstractmethod
+    def use_scratch(self, address: int, nbytes: int) -> None: ...
+
+    @abstractmethod
+    def enqueue(self, stream: int) -> None: ...
+
+    @abstractmethod
+    def can_be_captured(self, stream: int) -> bool:
+        """Whether a CUDA graph of it would be complete and final, now that it has run with these shapes."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+def check_produced(graph: str, wanted: Sequence[str], produced: Sequence[str]) -> None:
+    """Raises BackendError where a plan was built without an output that is wanted."""
+    missing = sorted(set(wanted) - set(produced))
+    if missing:
+        raise BackendError(
+            f"graph {graph}: the plan does not have the outputs {missing}, only {sorted(produced)}. Build a plan with "
+            "all outputs."
+        )
+
+
+@dataclass
+class _Captured:
+    graph: CapturedGraph
+    buffers: tuple[Buffer, ...]
+
+
+_Key = tuple[tuple[Shape, ...], tuple[int, ...]]
+
+
+class ResidentBinding(Binding):
+    """`make` gives the executor; what it needs is freed again if it or anything else here fails."""
+
+    def __init__(
+        self,
+        contract: GraphContract,
+        make: Callable[[], Executor],
+        lane: Lane,
+        outputs: Sequence[str] | None = None,
+        *,
+        cuda_graphs: bool = True,
+    ) -> None:
+        super().__init__(contract, outputs)
+        self.lane = lane
+        self._cuda_graphs = cuda_graphs
+        self._slots: dict[str, Slot] = {t.name: Slot() for t in (*contract.inputs, *contract.outputs)}
+        self._staging: dict[str, Staging] = {}
+        self._events: list[Event] = []
+        self._captured: dict[_Key, _Captured] = {}
+        self._executor: Executor | None = None
+        self._given_shapes: dict[str, Shape] = {}
+        self._given_buffers: dict[str, Buffer] = {}
+        self._given_scratch: Buffer | None = None
+        self._warm: dict[str, Shape] | None = None
+        lane.join()
+        try:
+            self._executor = executor = make()
+            self.limits = executor.limits
+            self._produced = tuple(executor.outputs)
+            check_produced(contract.name, outputs or (), self._produced)
+            self.outputs = self._produced if outputs is None else tuple(outputs)
+            lane.reserve({lane.scratch: executor.scratch_bytes}, contract.name)
+            self._events = [Event(lane.device) for _ in range(2)]
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------------------------------------------ inputs
+
+    def _can_link(self, source: Binding) -> bool:
+        return isinstance(source, ResidentBinding) and source.lane is self.lane
+
+    def _put(self, tensor: Tensor, array: NDArray[Any]) -> None:
+        with self.lane.naming(self.contract.name):
+            self.lane.device.use()
+            slot = self._slots[tensor.name]
+            self.lane.reserve({slot: array.nbytes}, self.contract.name, f": input {tensor.name}")
+            assert slot.buffer
+            if tensor.name not in self._staging:
+                self._staging[tensor.name] = Staging(self.lane.device)
+            self._staging[tensor.name].upload(np.ascontiguousarray(array), slot.buffer, self.lane.stream)
+
+    # --------------------------------------------------------------------------------------------------------- run
+
+    def _execute(self, shapes: Mapping[str, Shape]) -> None:
+        with self.lane.naming(self.contract.name):
+            self._start(shapes)
+
+    def _start(self, shapes: Mapping[str, Shape]) -> None:
+        self.lane.device.use()
+        # Ping-pong: what was written last is read now, and what was read last is written over.
+        for name, output in self._fed_back.items():
+            self._slots[name], self._slots[output] = self._slots[output], self._slots[name]
+        self._reserve()
+        before, after = self._events
+        before.record(self.lane.stream)
+        self.lane.enqueued(self.contract.name)
+        self._launch({name: shapes[name] for name in self._inputs})
+        after.record(self.lane.stream)
+
+    def _reserve(self) -> None:
+        """Memory for outputs and scratch, all of it or none."""
+        assert self._executor
+        needs = {self.lane.scratch: self._executor.scratch_bytes}
+        for name in self._produced:
+            tensor = self._outputs[name]
+            needs[self._slots[name]] = math.prod(self._shape_of(tensor)) * host_dtype(tensor.dtype).itemsize
+        self.lane.reserve(needs, self.contract.name)
+
+    def _shape_of(self, tensor: Tensor) -> Shape:
+        return output_shape(tensor, self._sizes)
+
+    def _launch(self, shapes: dict[str, Shape]) -> None:
+        buffers = self._buffers()
+        self._drop_stale()
+        key = (tuple(shapes.values()), tuple(b.address for b in buffers.values()))
+        captured = self._captured.pop(key, None)
+        if captured is None and self._may_capture(shapes):
+            captured = self._capture(shapes, buffers)
+        if captured is None:
+            self._enqueue(shapes, buffers)
+            self._warm = shapes
+            return
+        self._captured[key] = captured  # the most recently used stands last
+        while len(self._captured) > MAX_CAPTURED:
+            self._captured.pop(next(iter(self._captured))).graph.destroy()
+        captured.graph.launch(self.lane.stream)
+
+    def _buffers(self) -> dict[str, Buffer]:
+        """The memory of every tensor, and of the scratch under the name ""."""
+        found = {}
+        for name in (*self._inputs, *self._produced):
+            source, output = self._links.get(name, (self, name))
+            assert isinstance(source, ResidentBinding)
+            buffer = source._slots[output].buffer
+            if buffer is None:
+                raise BackendError(f"graph {self.contract.name}: there is no memory for {name}; set it again.")
+            found[name] = buffer
+        if self.lane.scratch.buffer:
+            found[""] = self.lane.scratch.buffer
+        return found
+
+    def _may_capture(self, shapes: dict[str, Shape]) -> bool:
+        """Only after a run with these shapes: the first one may compile, allocate and upload."""
+        assert self._executor
+        warm = self._warm == shapes
+        return self._cuda_graphs and warm and self._executor.can_be_captured(int(self.lane.stream.handle))
+
+    def _capture(self, shapes: dict[str, Shape], buffers: dict[str, Buffer]) -> _Captured | None:
+        self._hand_over(shapes, buffers)
+        assert self._executor
+        try:
+            with capture(self.lane.stream) as made:
+                self._executor.enqueue(int(self.lane.stream.handle))
+        except DeviceError as error:
+            # The picture can be made without it, so this is said once and not raised.
+            self._cuda_graphs = False
+            logger.warning("graph %s: no CUDA graph could be captured, it runs without: %s", self.contract.name, error)
+            return None
+        return _Captured(made.graph, tuple(buffers.values()))
+
+    def _enqueue(self, shapes: dict[str, Shape], buffers: dict[str, Buffer]) -> None:
+        self._hand_over(shapes, buffers)
+        assert self._executor
+        self._executor.enqueue(int(self.lane.stream.handle))
+
+    def _hand_over(self, shapes: dict[str, Shape], buffers: dict[str, Buffer]) -> None:
+        """Tell the executor what changed since the last time."""
+        assert self._executor
+        for name, shape in shapes.items():
+            if self._given_shapes.get(name) != shape:
+                self._executor.set_shape(name, shape)
+                self._given_shapes[name] = shape
+        scratch = buffers.get("")
+        if scratch is not None and self._given_scratch is not scratch:
+            self._executor.use_scratch(scratch.address, scratch.nbytes)
+            self._given_scratch = scratch
+        for name, buffer in buffers.items():
+            if name and self._given_buffers.get(name) is not buffer:
+                self._executor.set_address(name, buffer.address)
+                self._given_buffers[name] = buffer
+
+    def _drop_stale(self) -> None:
+        """Destroy the captured graphs that use memory which has moved since."""
+        for key in [k for k, c in self._captured.items() if any(b.freed for b in c.buffers)]:
+            self._captured.pop(key).graph.destroy()
+
+    # ----------------------------------------------------------------------------------------------------- outputs
+
+    def wait(self) -> None:
+        self._check_open()
+        with self.lane.naming(self.contract.name):
+            self.lane.device.use()
+            self.lane.wait(self.contract.name)
+
+    @property
+    def seconds(self) -> float:
+        before, after = self._events
+        return after.seconds_since(before) if self._has_run else 0.0
+
+    def _get(self, tensor: Tensor) -> NDArray[Any]:
+        self.wait()
+        array = np.empty(self._shape_of(tensor), host_dtype(tensor.dtype))
+        buffer = self._slots[tensor.name].buffer
+        assert buffer
+        with self.lane.naming(self.contract.name):
+            self.lane.stream.download(buffer, array)
+        return array
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        super().close()
+        device = self.lane.device
+        device.release("cudaSetDevice", device.ordinal)
+        device.release("cudaStreamSynchronize", self.lane.stream.handle)
+        for captured in self._captured.values():
+            captured.graph.destroy()
+        self._captured.clear()
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+        self._given_buffers.clear()
+        for staging in self._staging.values():
+            staging.free()
+        self._staging.clear()
+        for slot in self._slots.values():
+            slot.free()
+        for event in self._events:
+            event.destroy()
+        self.lane.leave()

@@ -1,0 +1,409 @@
+"""TensorRT and TensorRT-RTX, which share one API: plans out of an engine store, run over device memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from ..bundle import Bundle, GraphContract
+from ..errors import BackendError, DeviceError, PlanError, TargetError
+from .base import Arrays, Backend, GraphRunner
+from .binding import Binding
+from .checks import Limits, Shape
+from .device import Device
+from .host import BFLOAT16
+from .lane import Lane
+from .resident import Executor, ResidentBinding, check_produced
+from .runtime_cache import RuntimeCache, cache_path
+
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": BFLOAT16, "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+
+
+class PlanKey(Protocol):
+    """What is used here of `magicface_rt.engines.plan_key.PlanKey`."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def flavour_version(self) -> str: ...
+
+    @property
+    def compute_capabilities(self) -> Sequence[str]: ...
+
+
+class Plan(Protocol):
+    """What is used here of `magicface_rt.engines.store.Plan`."""
+
+    @property
+    def key(self) -> PlanKey: ...
+
+
+class PlanStore(Protocol):
+    """What is used here of `magicface_rt.engines.store.EngineStore`."""
+
+    root: Path
+
+    def find(self, key: Any) -> Any: ...
+
+    def get(self, key: Any) -> Any: ...
+
+    def read(self, plan: Any) -> bytes: ...
+
+    def in_use(self, plan: Any) -> Any: ...
+
+
+class TensorRT(Backend):
+    """Both flavours.
+
+    flavour        "tensorrt" or "tensorrt-rtx"
+    store          the engine store, or its folder
+    device         the GPU's ordinal
+    build_missing  build a plan that the store does not hold; else that is an error
+    target         a target of magicface_rt.engines, by name or as it is; None for what this GPU can load
+    cuda_graphs    capture a graph's work once and launch it as one thing afterwards
+    report         called with a line of text as a missing plan is built
+
+    Raises:
+        BackendMissingError: the flavour or cuda-bindings is not installed.
+        DeviceError: no GPU, no such GPU, or too old a driver.
+    """
+
+    def __init__(
+        self,
+        flavour: str = "tensorrt",
+        *,
+        store: PlanStore | Path | str,
+        device: int | Device = 0,
+        build_missing: bool = False,
+        target: Any = None,
+        cuda_graphs: bool = True,
+        report: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        self.flavour = _engines("flavour").load_flavour(flavour)
+        self.name: str = self.flavour.name
+        self.device = device if isinstance(device, Device) else Device(device)
+        self.store: PlanStore = _engines("store").EngineStore(store) if isinstance(store, (str, Path)) else store
+        self._build_missing = build_missing
+        self._target = target
+        self._cuda_graphs = cuda_graphs
+        self._report = report
+        self._runtime: Any = None
+        self._logger: Any = None
+        self._opening = threading.Lock()
+
+    def load(self, bundle: Bundle, graph: str) -> GraphRunner:
+        """Read a graph's plan and make it ready.
+
+        Raises:
+            BundleError: the bundle does not hold that graph.
+            PlanError: the store has no such plan, or it is damaged, or made for another GPU or bundle.
+            DeviceError: the plan does not fit into the device's free memory.
+        """
+        contract = bundle.graph(graph)
+        plan = self._plan(bundle, graph)
+        lease = self.store.in_use(plan)
+        try:
+            data = self.store.read(plan)
+            self.device.use()
+            self.device.require(len(data), f"plan of graph {graph}")
+            engine = self._deserialize(graph, plan, data)
+            return _Runner(self, contract, engine, plan, lease)
+        except BaseException:
+            lease.close()
+            raise
+
+    def close(self) -> None:
+        self._runtime = None
+
+    def find(self, bundle: Bundle, graph: str) -> Plan:
+        """The plan of a graph in the store; it is neither read nor built.
+
+        Without a target of its own, the backend takes a plan for any target that this GPU can load.
+
+        Raises:
+            PlanError: there is none that can be used; the message says why.
+            TargetError: no target is for this GPU and the bundle's precision.
+        """
+        first, *others = keys = self._keys(bundle, graph)
+        for key in keys if others else ():
+            found: Plan | None = self.store.find(key)
+            if found is not None:
+                return found
+        only: Plan = self.store.get(first)
+        return only
+
+    def _keys(self, bundle: Bundle, graph: str) -> list[Any]:
+        """The keys of the plans that would do, the one to be built first."""
+        plan_key = _engines("builder").plan_key
+        if self._target is not None:
+            return [plan_key(bundle, graph, self.flavour, self._chosen_target())]
+        targets, chosen = _engines("targets"), self._chosen_target()
+        names = targets.targets_serving(self.name, self.device.compute_capability)
+        keys = [plan_key(bundle, graph, self.flavour, chosen)]
+        for name in names:
+            if name != chosen.name:
+                with contextlib.suppress(TargetError):  # it does not serve the bundle's precision
+                    keys.append(plan_key(bundle, graph, self.flavour, targets.load_target(name)))
+        return keys
+
+    def _chosen_target(self) -> Any:
+        """What was given, by name or as it is; else the narrowest target for this GPU."""
+        targets = _engines("targets")
+        if self._target is None:
+            return targets.target_for(self.name, self.device.compute_capability)
+        if isinstance(self._target, (str, Path)):
+            return targets.load_target(self._target, self.name)
+        return self._target
+
+    def _plan(self, bundle: Bundle, graph: str) -> Plan:
+        if not self._build_missing:
+            return self.find(bundle, graph)
+        with contextlib.suppress(PlanError):
+            return self.find(bundle, graph)
+        self.device.use()
+        built: Plan = _engines("builder").build_plan(
+            bundle, graph, self.flavour, self._chosen_target(), self.store, report=self._report
+        )
+        return built
+
+    def _deserialize(self, graph: str, plan: Plan, data: bytes) -> Any:
+        with self._opening:
+            if self._runtime is None:
+                self._logger = _engines("log").trt_logger(self.flavour.trt)
+                self._runtime = self.flavour.trt.Runtime(self._logger)
+            engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            made_for = ", ".join(plan.key.compute_capabilities)
+            raise PlanError(
+                f"plan of graph {graph}: {self.name} {self.flavour.version} did not take it. It was made by "
+                f"{plan.key.flavour_version} for GPUs of compute capability {made_for}, and {self.device} is used. "
+                f"{self.said()} Build the plan for this GPU: magicface-rt build"
+            )
+        return engine
+
+    def said(self) -> str:
+        """The library's last errors, for an error message."""
+        errors = getattr(self._logger, "errors", [])
+        if not errors:
+            return "It gave no reason; set the log level of magicface_rt.tensorrt to DEBUG."
+        return "It said: " + " | ".join(errors[-3:])
+
+
+class _Runner(GraphRunner):
+    """A deserialised plan. `run` is for single runs, one at a time; `bind` makes contexts of their own."""
+
+    def __init__(self, backend: TensorRT, contract: GraphContract, engine: Any, plan: Plan, lease: Any) -> None:
+        self._inputs, self._outputs = _compare(contract, engine, backend.flavour.trt)
+        # `run` returns all outputs unless told otherwise: all that the plan has.
+        super().__init__(replace(contract, outputs=tuple(t for t in contract.outputs if t.name in self._outputs)))
+        self._whole = contract
+        self.plan = plan
+        self._lease = lease
+        self._backend = backend
+        self._engine = engine
+        self._runtime_cache: RuntimeCache | None = None
+        self._making = threading.Lock()
+        self._running = threading.Lock()
+        self._own: Binding | None = None
+        self._limits = _limits(engine, self._inputs)
+
+    def bind(self, outputs: Sequence[str] | None = None, *, beside: Binding | None = None) -> Binding:
+        if self._engine is None:
+            raise BackendError(f"graph {self.contract.name}: it was closed; load it again.")
+        device = self._backend.device
+        if beside is None:
+            lane = Lane(device)
+        elif isinstance(beside, ResidentBinding) and beside.lane.device.ordinal == device.ordinal:
+            lane = beside.lane
+        else:
+            raise BackendError(
+                f"graph {self.contract.name}: it cannot be bound beside graph {beside.contract.name} of another "
+                "backend or device."
+            )
+        return ResidentBinding(self._whole, self._executor, lane, outputs, cuda_graphs=self._backend._cuda_graphs)
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
+        check_produced(self.contract.name, outputs, self._outputs)
+        with self._running:
+            if self._own is None:
+                self._own = self.bind()
+            try:
+                for name, array in inputs.items():
+                    self._own.set(name, array)
+                self._own.run()
+                return {name: self._own.read(name) for name in outputs}
+            except DeviceError:
+                self._own.close()
+                self._own = None
+                raise
+
+    def close(self) -> None:
+        with self._running:
+            if self._own is not None:
+                self._own.close()
+                self._own = None
+        if self._runtime_cache is not None:
+            self._backend.device.release("cudaSetDevice", self._backend.device.ordinal)
+            self._runtime_cache.save()
+            self._runtime_cache = None
+        self._engine = None
+        self._lease.close()
+
+    def _executor(self) -> Executor:
+        return _ContextExecutor(
+            self.contract.name,
+            self._context(),
+            self._engine,
+            self._inputs,
+            self._outputs,
+            self._limits,
+            self._backend.said,
+        )
+
+    def _context(self) -> Any:
+        """An execution context whose scratch memory we bring."""
+        trt = self._backend.flavour.trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        with self._making:
+            if hasattr(trt, "IRuntimeCache"):
+                context = self._engine.create_execution_context(self._rtx_config(trt, strategy))
+            else:
+                context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise BackendError(
+                f"graph {self.contract.name}: {self._backend.name} could not make an execution context. "
+                f"{self._backend.said()}"
+            )
+        return context
+
+    def _rtx_config(self, trt: Any, strategy: Any) -> Any:
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # We capture CUDA graphs ourselves. With LAZY a captured graph could hold the slow kernels that stand in until
+        # those for the shape are compiled; with EAGER the warm-up run compiles them, and the runtime cache keeps them.
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        kinds = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if self._backend._cuda_graphs else kinds.LAZY
+        if self._runtime_cache is None:
+            device, backend = self._backend.device, self._backend
+            path = cache_path(
+                backend.store.root,
+                self.plan.key.digest,
+                device.compute_capability,
+                device.driver_version,
+                backend.flavour.version,
+            )
+            self._runtime_cache = RuntimeCache(path, config.create_runtime_cache())
+            self._runtime_cache.load()
+        config.set_runtime_cache(self._runtime_cache.cache)
+        return config
+
+
+class _ContextExecutor(Executor):
+    """An `IExecutionContext`, with what it refuses turned into errors that name the graph."""
+
+    def __init__(
+        self,
+        graph: str,
+        context: Any,
+        engine: Any,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        limits: Limits,
+        said: Callable[[], str],
+    ) -> None:
+        self._graph = graph
+        self._said = said
+        self._context = context
+        self._taken = {*inputs, *outputs}
+        self._scratch = int(engine.get_device_memory_size_for_profile_v2(0))
+        self.outputs = tuple(outputs)
+        self.limits = limits
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._scratch
+
+    def set_shape(self, name: str, shape: Shape) -> None:
+        # A plan lacks the inputs that none of its outputs depends on.
+        if name in self._taken and not self._context.set_input_shape(name, tuple(shape)):
+            raise BackendError(
+                f"graph {self._graph}: the plan refused shape {list(shape)} for input {name}. {self._said()}"
+            )
+
+    def set_address(self, name: str, address: int) -> None:
+        if name in self._taken and not self._context.set_tensor_address(name, address):
+            raise BackendError(f"graph {self._graph}: the plan refused the memory for {name}. {self._said()}")
+
+    def use_scratch(self, address: int, nbytes: int) -> None:
+        self._context.set_device_memory(address, nbytes)
+
+    def enqueue(self, stream: int) -> None:
+        if not self._context.execute_async_v3(stream):
+            raise DeviceError(f"graph {self._graph}: it could not be enqueued. {self._said()}")
+
+    def can_be_captured(self, stream: int) -> bool:
+        asked = getattr(self._context, "is_stream_capturable", None)
+        return True if asked is None else bool(asked(stream))
+
+    def close(self) -> None:
+        self._context = None
+
+
+def _engines(module: str) -> Any:
+    """A module of `magicface_rt.engines`, loaded when a plan is wanted and not before."""
+    return importlib.import_module(f"magicface_rt.engines.{module}")
+
+
+def _compare(contract: GraphContract, engine: Any, trt: Any) -> tuple[list[str], list[str]]:
+    """Names of the plan's inputs and outputs, after they were compared with the contract.
+
+    A plan may lack outputs that exist only to be compared, and inputs that nothing depends on.
+
+    Raises:
+        PlanError: a tensor that the contract does not have, or of another dtype, or to be kept on the host.
+    """
+    known = {
+        trt.TensorIOMode.INPUT: {t.name: t for t in contract.inputs},
+        trt.TensorIOMode.OUTPUT: {t.name: t for t in contract.outputs},
+    }
+    found: dict[Any, list[str]] = {mode: [] for mode in known}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        mode = engine.get_tensor_mode(name)
+        dtype = _DTYPES.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name)
+        tensor = known[mode].get(name)
+        if tensor is None or tensor.dtype != dtype or engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
+            expected = tensor or f"one of {', '.join(known[mode])}"
+            raise PlanError(
+                f"plan of graph {contract.name}: it has {name} {dtype}, and the bundle's contract {expected} on the "
+                "device. The plan is of another bundle; build it again."
+            )
+        found[mode].append(name)
+    inputs, outputs = found[trt.TensorIOMode.INPUT], found[trt.TensorIOMode.OUTPUT]
+    if not outputs:
+        raise PlanError(f"plan of graph {contract.name}: it has no outputs; build it again.")
+    return inputs, outputs
+
+
+def _limits(engine: Any, inputs: Sequence[str]) -> dict[str, tuple[Shape, Shape]]:
+    """The range of the plan's one profile, for the inputs of which a size may vary."""
+    limits = {}
+    for name in inputs:
+        if -1 not in tuple(engine.get_tensor_shape(name)):
+            continue
+        least, _, most = engine.get_tensor_profile_shape(name, 0)
+        limits[name] = (tuple(int(d) for d in least), tuple(int(d) for d in most))
+    return limits

@@ -1,0 +1,20 @@
+"""The options by which verbs that compute name what they compute with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BackendOption = Annotated[str, typer.Option(metavar="NAME", help="See `magicface-rt doctor`.")]
+StoreOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="The engine store, for the TensorRT backends; `build` fills it.")
+]
+DeviceOption = Annotated[int, typer.Option(metavar="N", min=0, help="The GPU's ordinal.")]
+TargetOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="What plans were built for; else what this GPU can load.")
+]
+BuildMissingOption = Annotated[
+    bool, typer.Option("--build-missing", help="Build plans that the store does not hold; else that is an error.")
+]

@@ -1,0 +1,68 @@
+"""What one worker of a Session computes with: the bundle's graphs, bound beside each other."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from .backends import Binding, GraphRunner
+from .denoiser import STATE
+from .errors import BackendError
+
+_OUTPUTS = {"denoise_step": STATE}
+"""Outputs that are used; the others of this graph exist to be compared."""
+
+
+class Workplace:
+    """Bindings that take turns on one stream and share scratch memory. For one thread at a time."""
+
+    def __init__(self, runner: Callable[[str], GraphRunner]) -> None:
+        self._runner = runner
+        self._bindings: dict[str, Binding] = {}
+        self.closed = False
+
+    def binding(self, graph: str) -> Binding:
+        """A graph of the bundle, bound on first use."""
+        if graph not in self._bindings:
+            beside = next(iter(self._bindings.values()), None)
+            self._bindings[graph] = self._runner(graph).bind(_OUTPUTS.get(graph), beside=beside)
+        return self._bindings[graph]
+
+    def close(self) -> None:
+        """Free what the bindings hold. May be called twice."""
+        self.closed = True
+        for binding in self._bindings.values():
+            binding.close()
+        self._bindings.clear()
+
+
+class Workplaces:
+    """Workplaces to be used again, one for each worker that computes at the same time. Thread-safe."""
+
+    def __init__(self, runner: Callable[[str], GraphRunner]) -> None:
+        self._runner = runner
+        self._free: list[Workplace] = []
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[Workplace]:
+        """A workplace for the block. One in which a runtime failed is freed and not used again."""
+        with self._lock:
+            place = self._free.pop() if self._free else Workplace(self._runner)
+        try:
+            yield place
+        except BackendError:
+            place.close()
+            raise
+        finally:
+            with self._lock:
+                if not place.closed:
+                    self._free.append(place)
+
+    def close(self) -> None:
+        """Free those that nobody uses."""
+        with self._lock:
+            places, self._free = self._free, []
+        for place in places:
+            place.close()

@@ -1,0 +1,138 @@
+"""`build` and `engines`: plans of the tiny bundle's smallest graph, from the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tensorrt_rtx")
+
+from magicface_rt.cli import main
+from magicface_rt.cli._sizes import parse_size
+from magicface_rt.errors import OptionError
+
+TARGET = ["--target", "rtx-4090"]
+
+
+@pytest.fixture(scope="module")
+def built(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A store with a plan of the text encoder, and what `build` said of it."""
+    folder = tmp_path_factory.mktemp("engines")
+    said = folder / "build.json"
+    arguments = ["build", str(tiny_bundle), "--store", str(folder / "store"), "--graph", "text_encoder", *TARGET]
+    assert main([*arguments, "--json", str(said)]) == 0
+    return folder / "store", json.loads(said.read_text())
+
+
+@pytest.fixture
+def store(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built[0], tmp_path / "store"))
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    code = main([*arguments, "--json", "-"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_build_says_what_it_made(built: tuple[Path, dict[str, Any]]) -> None:
+    store, said = built
+    (plan,) = said["plans"]
+    assert said["target"] == "rtx-4090"
+    assert plan["graph"] == "text_encoder"
+    assert plan["compute_capabilities"] == ["8.9"]
+    assert Path(plan["path"]).stat().st_size == plan["bytes"]
+    assert Path(plan["path"]).is_relative_to(store)
+    assert plan["facts"]["gate"]["verdict"] == "fine"
+    assert plan["facts"]["gate"]["scratch_bytes"] > 0
+    assert said["peak_host_bytes"] > 10**7
+
+
+def test_list_verify_and_why(store: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, listed = outcome(capsys, "engines", "list", "--store", str(store))
+    assert code == 0
+    assert [plan["graph"] for plan in listed["plans"]] == ["text_encoder"]
+    assert outcome(capsys, "engines", "verify", "--store", str(store))[0] == 0
+    code, said = outcome(capsys, "engines", "why", str(tiny_bundle), "--store", str(store), *TARGET)
+    assert code == 1  # the other graphs have no plan
+    assert said["graphs"]["text_encoder"]["serves"]
+    assert said["graphs"]["denoise_step"]["serves"] is None
+
+
+def test_why_names_the_field_by_which_a_plan_is_stale(
+    store: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["engines", "why", str(tiny_bundle), "--store", str(store), "--target", "turing"]) == 1
+    said = capsys.readouterr().out
+    assert 'compute_capabilities (made for other GPUs): found ["8.9"], expected ["7.5"]' in said
+    assert "magicface-rt build" in said
+
+
+def test_a_damaged_plan_is_told_and_pruned(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = next(store.rglob("plan"))
+    content = bytearray(plan.read_bytes())
+    content[len(content) // 2] ^= 1
+    plan.write_bytes(content)
+    code, said = outcome(capsys, "engines", "verify", "--store", str(store))
+    assert code == 1
+    assert said["entries"][0]["fault"]
+    code, said = outcome(capsys, "engines", "prune", "--store", str(store), "--limit", "0")
+    assert code == 0
+    assert len(said["removed"]) == 1
+    assert said["bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["engines", "list", "--store", "{}/nowhere"], 2, "no such folder"),
+        (["engines", "prune", "--store", "{}", "--limit", "much"], 2, "'much', expected a size"),
+        (["build", "{}/nowhere", "--store", "{}/s"], 2, "no such folder"),
+        (["build", "{}", "--store", "{}/s", "--flavour", "tensorflow"], 2, "expected tensorrt or tensorrt-rtx"),
+        (["build", "{}", "--store", "{}/s", "--target", "rtx-5090"], 2, "'rtx-5090' is not known"),
+        (["build", "{}", "--store", "{}/s", "--target", "h100"], 2, "h100 is for tensorrt"),
+        (["build", "{}", "--store", "{}/s", "--limit", "-1"], 2, "--limit is '-1'"),
+    ],
+)
+def test_what_cannot_be_used_is_told(
+    tmp_path: Path, arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argument.format(tmp_path) for argument in arguments]) == code
+    found = capsys.readouterr().err
+    assert said in found
+    assert found.startswith("error: ")
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_unknown_graph_is_told_before_anything_is_built(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["build", str(tiny_bundle), "--store", str(tmp_path / "s"), "--graph", "denoiser"]
+    assert main(arguments) == 2
+    assert "no graph 'denoiser'" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    assert [parse_size(text, "--limit") for text in ("1024", "4GiB", "1.5 kB", "2mb")] == [
+        1024,
+        4 << 30,
+        1500,
+        2 * 10**6,
+    ]
+    for text in ("", "GiB", "4 apples", "-4GiB"):
+        with pytest.raises(OptionError, match="--limit"):
+            parse_size(text, "--limit")
+
+
+def test_doctor_says_that_plans_can_be_built_here(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = outcome(capsys, "doctor")
+    assert code == 0
+    assert found["build"]["works"]
+    assert found["versions"]["tensorrt-rtx"]
+    for backend in found["backends"]:
+        assert backend["works"] or (backend["found"] and backend["command"]), backend

@@ -1,0 +1,467 @@
+"""What all backends share: bindings, names, and the choice of the fastest. ONNX Runtime's bindings run on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from magicface_rt.backends import BACKENDS, Binding, GraphRunner, OnnxRuntime, open_backend, why_not
+from magicface_rt.backends import onnxruntime as onnxruntime_module
+from magicface_rt.backends.host import from_bfloat16, host_dtype, non_finite, to_bfloat16
+from magicface_rt.backends.onnxruntime import DeviceRunner, import_onnxruntime
+from magicface_rt.backends.ort_binding import MAX_GRAPHS, GraphIds, OrtBinding
+from magicface_rt.backends.probe import sum_model
+from magicface_rt.bundle import GraphContract, Tensor
+from magicface_rt.errors import BackendError, BackendMissingError, NonFiniteError, OptionError
+from tests.runtime.fake_world import SOURCE, STEP, SmallBundle, World, small_recipes, source, step
+
+Make = Callable[[GraphContract], GraphRunner]
+
+
+class HostRunner(GraphRunner):
+    """A runtime that implements no more than it must."""
+
+    def _run(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        compute = {"source": source, "step": step}[self.contract.name]
+        results = compute(**inputs)
+        return {name: results[name] for name in outputs}
+
+
+def ort_runner(contract: GraphContract) -> GraphRunner:
+    """The graph as an ONNX model, with its tensors in OrtValues."""
+    from onnx import parser
+
+    bodies = {
+        "source": "(float[M,2] x, float[1] gain) => (float[M,2] k) { k = Mul(x, gain) }",
+        "step": """(float[B,3] state, float[K,M,2] k, float[B] bias, int64[B] label)
+            => (float[B,3] state_out, int64[B] label_out, float[B] seen)
+            <int64[1] one = {1}, float two = {2.0}> {
+                seen = Mul(bias, two)
+                label_out = Add(label, one)
+                total = ReduceSum<keepdims = 0>(k)
+                number = Cast<to = 1>(label)
+                sum = Add(bias, number)
+                column = Unsqueeze(sum, one)
+                all = Add(column, total)
+                state_out = Add(state, all)
+            }""",
+        "turn": "(bfloat16[B] a) => (bfloat16[B] b) { b = Identity(a) }",
+    }
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> {contract.name} {bodies[contract.name]}')
+    ort = import_onnxruntime()
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return DeviceRunner(contract, session, ort, ("cpu", 0), GraphIds(True))
+
+
+@pytest.fixture(params=[HostRunner, ort_runner], ids=["host", "ort"])
+def make(request: pytest.FixtureRequest) -> Make:
+    chosen: Make = request.param
+    return chosen
+
+
+class Pair:
+    """`source` and `step`, bound beside each other and ready to run."""
+
+    def __init__(self, make: Make, images: int = 2) -> None:
+        self.source = make(SOURCE).bind()
+        self.step = make(STEP).bind(["state_out", "label_out"], beside=self.source)
+        self.x = np.arange(6, dtype=np.float32).reshape(3, 2)
+        self.bias = np.arange(images, dtype=np.float32)
+        self.state, self.label = np.zeros((images, 3), np.float32), np.arange(images)
+        self.source.set("x", self.x)
+        for name in ("state", "label", "bias"):
+            self.step.set(name, getattr(self, name))
+
+    def run(self, gain: float) -> None:
+        self.source.set("gain", np.array([gain], np.float32))
+        self.source.run()
+        self.step.link("k", self.source, "k")
+        self.step.run()
+        self.step.feed_back("state", "state_out")
+        self.step.feed_back("label", "label_out")
+        results = step(self.state, (self.x * gain)[None], self.bias, self.label)
+        self.state, self.label = results["state_out"], results["label_out"]
+
+    def check(self) -> None:
+        self.step.wait()
+        np.testing.assert_allclose(self.step.read("state_out"), self.state)
+        np.testing.assert_array_equal(self.step.read("label_out"), self.label)
+
+
+def test_a_binding_runs_a_loop(make: Make) -> None:
+    pair = Pair(make)
+    for number in range(5):
+        pair.run(float(number))
+    pair.check()
+    assert pair.step.seconds > 0
+
+
+def test_an_input_has_one_source_at_a_time(make: Make) -> None:
+    pair = Pair(make)
+    pair.run(1.0)
+    pair.step.set("state", pair.state * 0 + 7)  # instead of what was fed back
+    pair.step.set("k", np.zeros((1, 1, 2), np.float32))  # instead of the other graph's output
+    pair.step.run()
+    expected = step(pair.state * 0 + 7, np.zeros((1, 1, 2)), pair.bias, pair.label)["state_out"]
+    np.testing.assert_allclose(pair.step.read("state_out"), expected)
+    pair.step.feed_back("state", "state_out")
+    pair.step.link("k", pair.source, "k")
+    pair.step.run()
+    again = step(expected, pair.x[None], pair.bias, pair.label + 1)["state_out"]
+    np.testing.assert_allclose(pair.step.read("state_out"), again)
+
+
+def test_what_was_set_may_be_changed_by_the_caller(make: Make) -> None:
+    pair = Pair(make)
+    pair.run(1.0)
+    bias = np.full(2, 3.0, np.float32)
+    pair.step.set("bias", bias)
+    pair.bias = bias.copy()
+    bias[:] = -100
+    pair.run(2.0)
+    pair.check()
+
+
+def test_what_was_read_stays_as_it_was(make: Make) -> None:
+    pair = Pair(make)
+    pair.run(1.0)
+    first = pair.step.read("state_out")
+    before = first.copy()
+    for _ in range(3):
+        pair.run(2.0)
+    np.testing.assert_array_equal(first, before)
+
+
+def test_shapes_may_change_between_runs(make: Make) -> None:
+    pair = Pair(make)
+    pair.run(1.0)
+    pair.x = np.ones((9, 2), np.float32)
+    pair.source.set("x", pair.x)
+    pair.run(1.0)
+    pair.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda b, o: b.set("other", np.zeros(1)), "unknown input 'other'"),
+        (lambda b, o: b.set("bias", np.zeros(2)), "input bias is float64"),
+        (lambda b, o: b.set("bias", np.zeros((2, 1), np.float32)), r"float32\[2, 1\], expected bias float32\[B\]"),
+        (lambda b, o: b.set("state", np.zeros((2, 4), np.float32)), r"input state is float32\[2, 4\]"),
+        (lambda b, o: b.link("k", o, "x"), "cannot read x of graph source in place"),
+        (lambda b, o: b.link("label", o, "k"), "cannot read output k float32"),
+        (lambda b, o: b.feed_back("state", "label_out"), "cannot be fed back"),
+        (lambda b, o: b.feed_back("state", "seen"), "no seen of a run before"),
+        (lambda b, o: b.read("seen"), "no seen of a run before"),
+        (lambda b, o: (b.set("label", np.zeros(1, np.int64)), b.run()), "expected label .* with B = 2"),
+    ],
+)
+def test_wrong_use_is_named(make: Make, change: Callable[[Binding, Binding], object], found: str) -> None:
+    pair = Pair(make)
+    pair.run(1.0)
+    with pytest.raises(BackendError, match=found):
+        change(pair.step, pair.source)
+
+
+def test_before_a_run_there_is_nothing_to_read_or_feed_back(make: Make) -> None:
+    pair = Pair(make)
+    for use in (lambda: pair.step.read("state_out"), lambda: pair.step.feed_back("state", "state_out")):
+        with pytest.raises(BackendError, match="state_out of a run before"):
+            use()
+    with pytest.raises(BackendError, match=r"missing inputs \['k'\]"):
+        pair.step.run()
+    with pytest.raises(BackendError, match=r"no outputs \['eps'\]"):
+        make(STEP).bind(["eps"])
+
+
+def test_a_closed_binding_says_so(make: Make) -> None:
+    pair = Pair(make)
+    pair.run(1.0)
+    pair.source.close()
+    pair.source.close()
+    pair.step.close()
+    for use in (pair.step.run, lambda: pair.step.read("state_out"), lambda: pair.step.set("bias", pair.bias)):
+        with pytest.raises(BackendError, match="binding was closed"):
+            use()
+
+
+def test_once_checks_inputs_and_outputs(make: Make) -> None:
+    binding = make(SOURCE).bind()
+    x = np.ones((2, 2), np.float32)
+    np.testing.assert_array_equal(binding.once({"x": x, "gain": np.array([3], np.float32)})["k"], x * 3)
+    with pytest.raises(BackendError, match=r"missing inputs \['gain'\]"):
+        binding.once({"x": x})
+    with pytest.raises(NonFiniteError, match="graph source: 4 of 4 values of k"):
+        binding.once({"x": x, "gain": np.array([np.inf], np.float32)})
+
+
+# ------------------------------------------------------------------------------------------------- ONNX Runtime's GPUs
+
+
+def addresses(binding: Binding) -> dict[str, int]:
+    assert isinstance(binding, OrtBinding)
+    return {name: value.data_ptr() for name, value in binding._bound.items()}
+
+
+def test_ort_values_ping_pong_and_are_read_in_place() -> None:
+    pair = Pair(ort_runner)
+    seen = []
+    for number in range(5):
+        pair.run(float(number))
+        seen.append(addresses(pair.step))
+    assert seen[0]["k"] == addresses(pair.source)["k"]
+    for before, after in pairwise(seen):
+        assert (after["state"], after["state_out"]) == (before["state_out"], before["state"])
+        assert all(after[name] == before[name] for name in ("k", "bias"))
+
+
+def test_ort_graphs_are_captured_by_shape_and_address_after_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(ort_runner)
+    assert isinstance(pair.step, OrtBinding)
+    ids: list[str] = []
+    original = pair.step._graph_id
+
+    def spy(shapes: Any) -> str:
+        ids.append(original(shapes))
+        return ids[-1]
+
+    monkeypatch.setattr(pair.step, "_graph_id", spy)
+    for number in range(6):
+        pair.run(float(number))
+    pair.x = np.ones((9, 2), np.float32)
+    pair.source.set("x", pair.x)
+    for number in range(3):
+        pair.run(float(number))
+    pair.check()
+    assert ids == ["-1", "1", "2", "1", "2", "1", "-1", "3", "4"]
+
+
+def test_ort_runs_on_where_a_graph_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = Pair(ort_runner)
+    assert isinstance(pair.step, OrtBinding)
+    session, ids, broken = pair.step._session, [], False
+
+    def run(binding: Any, options: Any) -> None:
+        ids.append(options.get_run_config_entry("gpu_graph_id"))
+        if ids[-1] != "-1" or broken:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        session.run_with_iobinding(binding, options)
+
+    monkeypatch.setattr(pair.step, "_session", SimpleNamespace(run_with_iobinding=run))
+    for number in range(4):
+        pair.run(float(number))
+    pair.check()
+    assert ids == ["-1", "1", "-1", "-1", "-1"]
+    assert "graph step: no CUDA graph" in caplog.text
+    broken = True
+    with pytest.raises(BackendError, match="graph step: onnxruntime failed: operation not permitted"):
+        pair.run(1.0)
+
+
+def test_ort_graphs_are_limited_in_number_and_can_be_off() -> None:
+    on, off = GraphIds(True), GraphIds(False)
+    assert [on.of((n,)) for n in range(MAX_GRAPHS + 2)] == [*map(str, range(1, MAX_GRAPHS + 1)), "-1", "-1"]
+    assert on.of((0,)) == "1"
+    assert off.of((0,)) == "-1"
+
+
+def test_sixteen_bits_that_numpy_lacks_travel_through_ort() -> None:
+    contract = GraphContract("turn", (Tensor("a", "bfloat16", ("B",)),), (Tensor("b", "bfloat16", ("B",)),), {})
+    bits = to_bfloat16(np.array([1.0, -2.5, 1e30], np.float32))
+    found = ort_runner(contract).run({"a": bits})["b"]
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found, bits)
+
+
+def test_bfloat16_is_held_as_its_bits() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * 1e3
+    values[:5] = [0, -0.0, np.inf, -np.inf, 1 + 2**-8]
+    expected = values.astype(ml_dtypes.bfloat16)
+    bits = to_bfloat16(values)
+    assert host_dtype("bfloat16") == bits.dtype == np.uint16
+    np.testing.assert_array_equal(bits, expected.view(np.uint16))
+    np.testing.assert_array_equal(from_bfloat16(bits), expected.astype(np.float32))
+    assert non_finite(bits, "bfloat16") == 2
+    assert np.isnan(from_bfloat16(to_bfloat16(np.array([np.nan], np.float32))))
+
+
+class FakeOrt:
+    """The parts of the onnxruntime module that a provider is started with."""
+
+    __version__ = "1.32"
+
+    def __init__(self, *providers: str, devices: Sequence[Any] = (), refuse: str = "", fall_back: bool = False) -> None:
+        self.providers, self.devices, self.refuse, self.fall_back = list(providers), list(devices), refuse, fall_back
+        self.opened: list[dict[str, Any]] = []
+        self.registered: list[tuple[str, str]] = []
+
+    def get_available_providers(self) -> list[str]:
+        return self.providers
+
+    def SessionOptions(self) -> Any:  # noqa: N802
+        return SimpleNamespace(
+            add_provider_for_devices=lambda devices, options: self.opened.append(
+                {"devices": devices, "options": options}
+            )
+        )
+
+    def InferenceSession(self, model: Any, options: Any, providers: Any = None) -> Any:  # noqa: N802
+        if providers is not None:
+            self.opened.append({"model": model, "providers": providers})
+            if self.refuse in providers[0][1]:
+                raise RuntimeError(f"{self.refuse}: not all nodes are on the GPU")
+            names = ["CPUExecutionProvider"] if self.fall_back else [name for name, _ in providers]
+        else:
+            names = ["NvTensorRTRTXExecutionProvider"]
+        return SimpleNamespace(get_providers=lambda: names, io_binding=lambda: None)
+
+    def get_ep_devices(self) -> list[Any]:
+        return self.devices if self.registered else []
+
+    def register_execution_provider_library(self, name: str, path: str) -> None:
+        self.registered.append((name, path))
+
+
+@pytest.fixture
+def bundle() -> Any:
+    made: Any = SmallBundle()
+    files = {"onnxruntime": "step.onnxruntime.onnx", "tensorrt": "step.tensorrt.onnx"}
+    made.graphs = {"step": GraphContract("step", STEP.inputs, STEP.outputs, files)}
+    return made
+
+
+def use(monkeypatch: pytest.MonkeyPatch, ort: FakeOrt) -> FakeOrt:
+    monkeypatch.setattr(onnxruntime_module, "import_onnxruntime", lambda: ort)
+    return ort
+
+
+CUDA, TRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+
+def test_the_cuda_provider_gets_its_options(monkeypatch: pytest.MonkeyPatch, bundle: Any) -> None:
+    ort = use(monkeypatch, FakeOrt(CUDA, "CPUExecutionProvider", refuse="nothing"))
+    runner = OnnxRuntime("cuda", device=3).load(bundle, "step")
+    assert isinstance(runner, DeviceRunner)
+    assert runner._device == ("cuda", 3)
+    (opened,) = ort.opened
+    assert opened["providers"] == [(CUDA, {"device_id": "3", "enable_cuda_graph": "1", "use_tf32": "0"})]
+    assert opened["model"].endswith("step.onnxruntime.onnx")
+
+
+def test_without_cuda_graph_where_the_provider_cannot(monkeypatch: pytest.MonkeyPatch, bundle: Any) -> None:
+    ort = use(monkeypatch, FakeOrt(CUDA, refuse="enable_cuda_graph"))
+    runner = OnnxRuntime("cuda").load(bundle, "step")
+    assert [len(o["providers"][0][1]) for o in ort.opened] == [3, 2]
+    assert isinstance(runner, DeviceRunner)
+    assert runner._graph_ids.of((1,)) == "-1"
+    use(monkeypatch, FakeOrt(CUDA, refuse="device_id"))
+    with pytest.raises(BackendError, match=r"onnxruntime-cuda refused step\.onnxruntime\.onnx \(float32\): device_id"):
+        OnnxRuntime("cuda").load(bundle, "step")
+    use(monkeypatch, FakeOrt(CUDA, refuse="nothing", fall_back=True))
+    with pytest.raises(BackendError, match="fell back to CPUExecutionProvider"):
+        OnnxRuntime("cuda").load(bundle, "step")
+
+
+def test_providers_that_compile_take_tensorrts_body_and_a_cache(
+    monkeypatch: pytest.MonkeyPatch, bundle: Any, tmp_path: Path
+) -> None:
+    ort = use(monkeypatch, FakeOrt(TRT, CUDA, refuse="nothing"))
+    bundle.dtype = "float16"
+    OnnxRuntime("tensorrt", cache=tmp_path).load(bundle, "step")
+    (opened,) = ort.opened
+    (name, options), second = opened["providers"]
+    assert (name, second[0]) == (TRT, CUDA)
+    assert (options["trt_fp16_enable"], options["trt_bf16_enable"], options["trt_cuda_graph_enable"]) == ("1", "0", "1")
+    assert options["trt_engine_cache_path"] == str(tmp_path / "small")
+    assert opened["model"].endswith("step.tensorrt.onnx")
+    assert (tmp_path / "small").stat().st_mode & 0o77 == 0
+    (tmp_path / "file").write_text("")
+    OnnxRuntime("tensorrt", cache=tmp_path / "file").load(bundle, "step")
+    assert "trt_engine_cache_enable" not in ort.opened[-1]["providers"][0][1]
+
+
+def test_the_rtx_provider_comes_as_a_plugin(monkeypatch: pytest.MonkeyPatch, bundle: Any) -> None:
+    name = "NvTensorRTRTXExecutionProvider"
+    ort = use(monkeypatch, FakeOrt("CPUExecutionProvider", devices=[SimpleNamespace(ep_name=name)]))
+    with pytest.raises(BackendMissingError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
+        OnnxRuntime("nv-tensorrt-rtx")
+    plugin = SimpleNamespace(get_ep_name=lambda: name, get_library_path=lambda: "/lib/rtx.so")
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)
+    runner = OnnxRuntime("nv-tensorrt-rtx").load(bundle, "step")
+    assert ort.registered == [(name, "/lib/rtx.so")]
+    assert ort.opened[0]["options"] == {"enable_cuda_graph": "1"}
+    assert isinstance(runner, DeviceRunner)
+    assert runner._device == ("gpu", 0, 0x10DE)
+    OnnxRuntime("nv-tensorrt-rtx")
+    assert len(ort.registered) == 1
+    with pytest.raises(BackendMissingError, match="offers 1 devices, and device 1"):
+        OnnxRuntime("nv-tensorrt-rtx", device=1)
+
+
+def test_bf16_is_refused_by_the_cpu_provider_only(monkeypatch: pytest.MonkeyPatch, bundle: Any) -> None:
+    bundle.dtype = "bfloat16"
+    with pytest.raises(BackendError, match="is in bf16, which onnxruntime-cpu does not serve"):
+        OnnxRuntime("cpu").load(bundle, "step")
+    use(monkeypatch, FakeOrt(CUDA, refuse="nothing"))
+    assert OnnxRuntime("cuda").load(bundle, "step")
+
+
+# ------------------------------------------------------------------------------------------------- names and the choice
+
+
+def test_unknown_and_missing_backends_say_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(BackendMissingError, match="'cuda' is not known; there are auto, onnxruntime"):
+        open_backend("cuda")
+    with pytest.raises(OptionError, match="an engine store, and none was named"):
+        open_backend("tensorrt-rtx")
+    with pytest.raises(BackendMissingError, match="provider 'rocm' is not known"):
+        OnnxRuntime("rocm")
+
+
+def test_a_probe_computes_and_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_not("onnxruntime-cpu") == ""
+    for name in (n for n in BACKENDS if n not in ("auto", "onnxruntime", "onnxruntime-cpu")):
+        assert isinstance(why_not(name), str)
+    assert "not known" in why_not("onnxruntime-rocm")
+    assert "not known" in why_not("tensorflow")
+    monkeypatch.setattr(OnnxRuntime, "run_model", lambda *_: [np.array([3.0])])
+    assert "1 + 1 is 3.0" in why_not("onnxruntime-cpu")
+    monkeypatch.setattr(OnnxRuntime, "run_model", lambda *_: 1 / 0)
+    assert "ZeroDivisionError" in why_not("onnxruntime-cpu")
+    assert len(sum_model()) < 100
+
+
+def test_auto_takes_a_flavour_only_with_a_gpu_the_library_and_all_plans(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(monkeypatch, tmp_path)
+    bundle: Any = SmallBundle()
+
+    def chosen(**options: Any) -> str:
+        backend = open_backend("auto", **{"store": world.store, "bundle": bundle, **options})
+        backend.close()
+        return backend.name
+
+    recipes = small_recipes()
+    cpu = open_backend("onnxruntime").name
+    assert chosen() == cpu
+    world.build(bundle, "source", recipes["source"])
+    assert chosen() == cpu, "one plan is missing"
+    assert "tensorrt-rtx is not used: engine store" in caplog.text
+    world.build(bundle, "step", recipes["step"])
+    assert chosen() == "tensorrt-rtx"
+    assert chosen(store=str(world.store.root)) == "tensorrt-rtx"
+    assert chosen(store=None) == cpu
+    assert chosen(device=1) == cpu, "there is no such GPU"
+    world.cuda.count_status = 35
+    assert chosen() == cpu, "the driver is too old"
+    assert world.nothing_left()
