@@ -47,8 +47,7 @@ def main() -> None:
             )
             seconds["pytorch"].append(time.perf_counter() - start - decoding)
             drift = np.linalg.norm(result.latents - outputs[-1].latents.numpy()) / np.linalg.norm(result.latents)
-            print(f"session {seconds['session'][-1]:.2f} s, "
-                  f"pytorch {seconds['pytorch'][-1]:.2f} s, drift {drift:.1e}")
+            print(f"session {seconds['session'][-1]:.2f} s, pytorch {seconds['pytorch'][-1]:.2f} s, drift {drift:.1e}")
     ours, theirs = (statistics.median(values) for values in (seconds["session"], seconds["pytorch"]))
     print(f"median of {arguments.rounds}: session {ours:.2f} s, pytorch reference {theirs:.2f} s")
     print(f"ratio pytorch / session: {theirs / ours:.2f}")

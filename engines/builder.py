@@ -65,6 +65,7 @@ def build(
     store: EngineStore,
     *,
     graphs: Sequence[str] | None = None,
+    device: int = 0,
     report: Report = lambda _: None,
     advance: Advance | None = None,
 ) -> list[Plan]:
@@ -73,7 +74,10 @@ def build(
     Raises: as `build_plan`. Plans that were built before an error stay.
     """
     names = list(bundle.graphs) if graphs is None else list(graphs)
-    return [build_plan(bundle, name, flavour, target, store, report=report, advance=advance) for name in names]
+    return [
+        build_plan(bundle, name, flavour, target, store, device=device, report=report, advance=advance)
+        for name in names
+    ]
 
 
 def build_plan(
@@ -83,11 +87,13 @@ def build_plan(
     target: Target,
     store: EngineStore,
     *,
+    device: int = 0,
     report: Report = lambda _: None,
     advance: Advance | None = None,
 ) -> Plan:
     """The plan of a graph: the store's if it has it, else a new one.
 
+    `device`: ordinal of the GPU that `tensorrt` builds on and that the gate asks, where there is one.
     `report` is told in words what is being done. `advance` is called with phase, steps done and steps of it, from a
     thread of TensorRT's; when it returns False the build ends with `Cancelled`.
 
@@ -100,18 +106,15 @@ def build_plan(
 
     def make(path: Path) -> Mapping[str, Any]:
         report(f"{graph}: building for {', '.join(key.compute_capabilities)} ({flavour.name} {flavour.version})")
-        return _make(bundle, key, flavour, target, store.root, path, advance)
+        return _make(_Build(bundle, key, flavour, target, device, advance), store.root, path)
 
     return store.build(key, make, on_wait=lambda: report(f"{graph}: another process builds the same plan; waiting"))
 
 
-def _make(
-    bundle: Bundle, key: PlanKey, flavour: Flavour, target: Target, root: Path, path: Path, advance: Advance | None
-) -> Mapping[str, Any]:
-    gpu.check_target(flavour, target)
+def _make(build: _Build, root: Path, path: Path) -> Mapping[str, Any]:
     start = time.perf_counter()
-    build = _Build(bundle, key, flavour, target, advance)
     try:
+        build.start()
         build.parse()
         parsed = time.perf_counter()
         build.write(root, path)
@@ -122,8 +125,8 @@ def _make(
     LOGGER.log(logging.WARNING if gate.verdict == "unknown" else logging.INFO, "%s", gate)
     return {
         "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "bundle": str(bundle.hash),
-        "target": target.name,
+        "bundle": build.bundle.hash,
+        "target": build.target.name,
         "parse_seconds": round(parsed - start, 2),
         "build_seconds": round(built - parsed, 2),
         "gate": gate.to_dict(),
@@ -133,18 +136,26 @@ def _make(
 class _Build:
     """One graph on its way to a plan. The library's objects live until `close`."""
 
-    def __init__(self, bundle: Bundle, key: PlanKey, flavour: Flavour, target: Target, advance: Advance | None) -> None:
+    def __init__(
+        self, bundle: Bundle, key: PlanKey, flavour: Flavour, target: Target, device: int, advance: Advance | None
+    ) -> None:
         trt = self.trt = flavour.trt
-        self.bundle, self.key, self.flavour, self.target = bundle, key, flavour, target
+        self.bundle, self.key, self.flavour, self.target, self.device = bundle, key, flavour, target, device
         self.graph = key.graph
         self.logger = trt_logger(trt)
         self.monitor = progress_monitor(trt, advance) if advance is not None else None
-        self.builder = trt.Builder(self.logger)
-        if self.builder is None:
-            raise BuildError(f"graph {self.graph}: {flavour.name} made no builder. {self._said()}")
-        self.network = self.builder.create_network(_network_flags(trt))
+        self.builder: Any = None
+        self.network: Any = None
         self.config: Any = None
         self.attentions: tuple[Attention, ...] = ()
+
+    def start(self) -> None:
+        """A builder, on the GPU that it needs."""
+        gpu.check_target(self.flavour, self.target, self.device)
+        self.builder = self.trt.Builder(self.logger)
+        if self.builder is None:
+            raise BuildError(f"graph {self.graph}: {self.flavour.name} made no builder. {self._said()}")
+        self.network = self.builder.create_network(_network_flags(self.trt))
 
     def close(self) -> None:
         """Free the library's objects now. A cancelled build has threads that still call the monitor; they end here,
@@ -190,7 +201,7 @@ class _Build:
                 raise Cancelled(f"building the plan of {self.graph} was cancelled.")
             raise BuildError(f"graph {self.graph}: {self.flavour.name} could not build it. {self._said()}")
         if not self.flavour.builds_without_gpu:
-            timing_cache.save(root, self.flavour, self.config.get_timing_cache())
+            timing_cache.save(root, self.flavour, self.device, self.config.get_timing_cache())
         with path.open("wb") as stream:
             stream.write(memoryview(plan))
             stream.flush()
@@ -215,7 +226,7 @@ class _Build:
             if options.hardware_compatibility != "none":
                 level = getattr(trt.HardwareCompatibilityLevel, _COMPATIBILITY[options.hardware_compatibility])
                 config.hardware_compatibility_level = level
-            timing_cache.load(root, self.flavour, config)
+            timing_cache.load(root, self.flavour, self.device, config)
         self._add_profile(config)
         return config
 
@@ -240,7 +251,7 @@ class _Build:
         limit = self.target.scratch_limit(self.graph)
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             gate = check_plan(self.graph, plan, self.attentions, limit)
-        if gpu.can_load(self.key.compute_capabilities):
+        if gpu.can_load(self.key.compute_capabilities, self.device):
             runtime = self.trt.Runtime(self.logger)
             engine = runtime.deserialize_cuda_engine(path.read_bytes())
             if engine is None:

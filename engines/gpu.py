@@ -11,20 +11,20 @@ from .flavour import Flavour
 from .targets import Target
 
 
-def capability_here() -> str | None:
-    """The compute capability of the first GPU, such as "8.9"; None without one that can be used."""
+def capability_here(device: int = 0) -> str | None:
+    """The compute capability of a GPU by its ordinal, such as "8.9"; None without one that can be used."""
     try:
-        return Device(0).compute_capability
+        return Device(device).compute_capability
     except (BackendMissingError, DeviceError):
         return None
 
 
-def can_load(capabilities: Sequence[str]) -> bool:
-    """Whether the first GPU is one of those that a plan is for."""
-    return capability_here() in capabilities
+def can_load(capabilities: Sequence[str], device: int = 0) -> bool:
+    """Whether the GPU is one of those that a plan is for."""
+    return capability_here(device) in capabilities
 
 
-def check_target(flavour: Flavour, target: Target) -> None:
+def check_target(flavour: Flavour, target: Target, device: int = 0) -> None:
     """`tensorrt` tries out kernels while it builds, so it builds on the GPU that will serve.
 
     Raises:
@@ -33,7 +33,7 @@ def check_target(flavour: Flavour, target: Target) -> None:
     """
     if flavour.builds_without_gpu:
         return
-    found = Device(0).compute_capability
+    found = Device(device).compute_capability
     if found not in target.compute_capabilities:
         raise TargetError(
             f"target {target.name} is for compute capability {', '.join(target.compute_capabilities)}, and the GPU "

@@ -17,14 +17,14 @@ from .gpu import capability_here
 from .log import LOGGER
 
 
-def place(root: Path, flavour: Flavour) -> Path:
+def place(root: Path, flavour: Flavour, device: int) -> Path:
     """The file for this library on this GPU."""
-    return root / "timing-caches" / f"{flavour.name}-{flavour.version}-{capability_here() or 'none'}.bin"
+    return root / "timing-caches" / f"{flavour.name}-{flavour.version}-{capability_here(device) or 'none'}.bin"
 
 
-def load(root: Path, flavour: Flavour, config: Any) -> None:
+def load(root: Path, flavour: Flavour, device: int, config: Any) -> None:
     """Give a builder's configuration the kept cache, or an empty one."""
-    path = place(root, flavour)
+    path = place(root, flavour, device)
     kept = b""
     try:
         kept = path.read_bytes()
@@ -38,11 +38,11 @@ def load(root: Path, flavour: Flavour, config: Any) -> None:
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
-def save(root: Path, flavour: Flavour, cache: Any) -> None:
+def save(root: Path, flavour: Flavour, device: int, cache: Any) -> None:
     """Keep a cache. Of two builds that end together one's measurements are kept."""
     if cache is None:
         return
-    path = place(root, flavour)
+    path = place(root, flavour, device)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

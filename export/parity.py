@@ -189,9 +189,7 @@ def _case_bundle(recording: Recording, work: Path, report: Report) -> Bundle:
         injection_layers=layers,
         references=references,
     )
-    return export_unet_bundle(
-        recording.load_unet, work / name, options, schedule=recording.schedule, report=report
-    )
+    return export_unet_bundle(recording.load_unet, work / name, options, schedule=recording.schedule, report=report)
 
 
 def verify_bundle(

@@ -170,7 +170,13 @@ class TensorRT(Backend):
             return self.find(bundle, graph)
         self.device.use()
         built: Plan = _engines("builder").build_plan(
-            bundle, graph, self.flavour, self._chosen_target(), self.store, report=self._report
+            bundle,
+            graph,
+            self.flavour,
+            self._chosen_target(),
+            self.store,
+            device=self.device.ordinal,
+            report=self._report,
         )
         return built
 

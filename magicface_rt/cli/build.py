@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import Cancelled, OptionError
 
+from ._backend_options import DeviceOption
 from ._bundle_view import grid, size
 from ._command import Command, JsonOption, command
 from ._sizes import parse_size
@@ -40,6 +41,7 @@ def build(
     parity: Annotated[
         bool, typer.Option("--parity", help="Keep the outputs that only `verify` reads; these plans serve slower.")
     ] = False,
+    device: DeviceOption = 0,
     limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Keep the store under this size, such as 20GiB.")
     ] = None,
@@ -51,7 +53,7 @@ def build(
         from magicface_rt.engines.store import EngineStore
 
         size_limit = None if limit is None else parse_size(limit, "--limit")
-        chosen, library = choose_target(flavour, target)
+        chosen, library = choose_target(flavour, target, device)
         if parity:
             chosen = chosen.with_parity_outputs()
         opened = Bundle.open(bundle)
@@ -70,7 +72,7 @@ def build(
             start = perf_counter()
 
             def make(advance: Callable[[str, int, int], object], name: str = name) -> Plan:
-                return build_plan(opened, name, library, chosen, kept, report=verb.note, advance=advance)
+                return build_plan(opened, name, library, chosen, kept, device=device, report=verb.note, advance=advance)
 
             plan = _watched(name, make)
             verb.outcome["plans"].append(plan_outcome(plan) | {"seconds": perf_counter() - start})
@@ -78,7 +80,7 @@ def build(
         _print(verb)
 
 
-def choose_target(flavour: str, target: str | None) -> tuple[Any, Any]:
+def choose_target(flavour: str, target: str | None, device: int) -> tuple[Any, Any]:
     """The target of that name, or that of the GPU here; and the flavour's library.
 
     Raises:
@@ -92,7 +94,7 @@ def choose_target(flavour: str, target: str | None) -> tuple[Any, Any]:
     if target is not None:
         chosen = targets.load_target(target, flavour)
     else:
-        chosen = targets.target_for(flavour, None if flavour in targets.DEFAULT else gpu.capability_here())
+        chosen = targets.target_for(flavour, None if flavour in targets.DEFAULT else gpu.capability_here(device))
     return chosen, load_flavour(flavour)
 
 

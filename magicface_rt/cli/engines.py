@@ -12,6 +12,7 @@ from magicface_rt.bundle import Bundle
 from magicface_rt.engines.store import EngineStore, Plan
 from magicface_rt.errors import StoreError
 
+from ._backend_options import DeviceOption
 from ._bundle_view import grid, size
 from ._command import JsonOption, command
 from ._sizes import parse_size
@@ -63,6 +64,7 @@ def why(
     flavour: FlavourOption = "tensorrt-rtx",
     target: TargetOption = None,
     parity: Annotated[bool, typer.Option("--parity", help="Look for plans with the outputs for `verify`.")] = False,
+    device: DeviceOption = 0,
     json_to: JsonOption = None,
 ) -> None:
     """Which plans serve a bundle, and by which fields the others are stale. Exit code 1 where a graph has none."""
@@ -70,7 +72,7 @@ def why(
         from magicface_rt.engines.builder import plan_key
 
         kept = _open(store)
-        chosen, library = choose_target(flavour, target)
+        chosen, library = choose_target(flavour, target, device)
         opened = Bundle.open(bundle)
         if parity:
             chosen = chosen.with_parity_outputs()

@@ -58,7 +58,7 @@ def _runtime(name: str, store: Path | None, device: int, target: str | None, bui
         return open_backend(name, device=device)
     from magicface_rt.engines import gpu, targets
 
-    chosen = targets.load_target(target, name) if target else targets.target_for(name, gpu.capability_here())
+    chosen = targets.load_target(target, name) if target else targets.target_for(name, gpu.capability_here(device))
     return open_backend(
         name, store=store, device=device, target=chosen.with_parity_outputs(), build_missing=build_missing
     )

@@ -112,9 +112,7 @@ def test_doctor_finds_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert {b["name"]: b["works"] for b in found["backends"]}["onnxruntime-cpu"]
 
 
-def test_doctor_without_a_runtime_exits_3(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_without_a_runtime_exits_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main(["doctor"]) == 3
     assert "magicface_rt[cpu]" in capsys.readouterr().err

@@ -22,9 +22,7 @@ SCALE = (WIDTH // HEADS) ** -0.5
 def session(body: str, dtype: int = TensorProto.FLOAT) -> onnxruntime.InferenceSession:
     value = helper.make_tensor_value_info
     names = ["q", "k", "v", "k_ref", "v_ref", "query_group", "key_group", "key_bias"]
-    node = helper.make_node(
-        "RegionAttention", names, ["out"], domain=operators.DOMAIN, num_heads=HEADS, scale=SCALE
-    )
+    node = helper.make_node("RegionAttention", names, ["out"], domain=operators.DOMAIN, num_heads=HEADS, scale=SCALE)
     inputs = [value(n, dtype, ["B", "n", WIDTH]) for n in "qkv"]
     inputs += [value(n, dtype, ["K", "M", WIDTH]) for n in ("k_ref", "v_ref")]
     inputs += [value("query_group", TensorProto.INT64, ["B", "n"]), value("key_group", TensorProto.INT64, ["K", "M"])]

@@ -78,8 +78,17 @@ class World:
         self.store.build(key, make)
 
     def _build_plan(
-        self, bundle: Any, graph: str, flavour: Any, target: Target, store: Any, *, report: Callable[[str], object]
+        self,
+        bundle: Any,
+        graph: str,
+        flavour: Any,
+        target: Target,
+        store: Any,
+        *,
+        device: int,
+        report: Callable[[str], object],
     ) -> Any:
+        assert device == 0
         report(f"building {graph}")
         self.built.append(graph)
         self.build(bundle, graph, bundle_recipe(bundle, graph), target)
