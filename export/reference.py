@@ -155,6 +155,12 @@ class LayerMaps:
     rows: int
     cols: int
 
+    def evidence(self, row: int) -> Tensor:
+        """(S C + 3 S S C) / 4, [n, 77]. The authors add the second power of S three times and no higher ones."""
+        s, c = self.self_map[row], self.cross_map[row]  # (n, n), (n, 77)
+        sc = s @ c  # (n, 77)
+        return (sc + 3 * (s @ sc)) / 4
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -171,14 +177,8 @@ class Segmentation:
 
 
 def token_images(maps: LayerMaps, row: int, rows: int, cols: int) -> Tensor:
-    """One layer's evidence for each of the 77 tokens: (S C + 3 S S C) / 4, enlarged to [77, rows, cols].
-
-    The authors add the second power of S three times and no higher ones.
-    """
-    s, c = maps.self_map[row], maps.cross_map[row]  # (n, n), (n, 77)
-    sc = s @ c  # (n, 77)
-    evidence = (sc + 3 * (s @ sc)) / 4  # (n, 77)
-    images = evidence.T.reshape(1, -1, maps.rows, maps.cols)  # (1, 77, layer rows, layer cols)
+    """One layer's evidence for each of the 77 tokens, enlarged to [77, rows, cols]."""
+    images = maps.evidence(row).T.reshape(1, -1, maps.rows, maps.cols)  # (1, 77, layer rows, layer cols)
     return functional.interpolate(images, (rows, cols), mode="bilinear", align_corners=False)[0]  # (77, rows, cols)
 
 
