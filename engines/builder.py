@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from magicface_rt.bundle import WEIGHTS, Bundle
-from magicface_rt.errors import BuildError, Cancelled, TargetError
+from magicface_rt.denoiser import SERVED_OUTPUTS
+from magicface_rt.errors import BuildError, Cancelled, GateError, TargetError
 
 from . import gpu, timing_cache
 from .attentions import Attention, find_attentions
@@ -28,9 +29,6 @@ from .targets import Target
 Report = Callable[[str], object]
 
 GRAPH_RUNTIME = "tensorrt"
-STATE_OUTPUTS = {"denoise_step": ("latents_out", "region_label_out")}
-"""What a graph must give while it serves; its other outputs are read by `verify` alone."""
-
 _COMPATIBILITY = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
 
 
@@ -108,7 +106,20 @@ def build_plan(
         report(f"{graph}: building for {', '.join(key.compute_capabilities)} ({flavour.name} {flavour.version})")
         return _make(_Build(bundle, key, flavour, target, device, advance), store.root, path)
 
-    return store.build(key, make, on_wait=lambda: report(f"{graph}: another process builds the same plan; waiting"))
+    plan = store.build(key, make, on_wait=lambda: report(f"{graph}: another process builds the same plan; waiting"))
+    _check_scratch(plan, target)
+    return plan
+
+
+def _check_scratch(plan: Plan, target: Target) -> None:
+    """Limits are no part of a key, so a plan may have been built under another one."""
+    graph, scratch = plan.key.graph, plan.facts.get("gate", {}).get("scratch_bytes")
+    if scratch is not None and scratch > target.scratch_limit(graph):
+        raise GateError(
+            f"graph {graph}: the plan in the store needs {scratch / 1e6:.1f} MB of scratch, and target {target.name} "
+            f"allows {target.scratch_limit(graph) / 1e6:.1f} MB. Raise its [scratch_limits_mib], or build for fewer "
+            "images and fewer full masks."
+        )
 
 
 def _make(build: _Build, root: Path, path: Path) -> Mapping[str, Any]:
@@ -170,7 +181,7 @@ class _Build:
         if not parser.parse_from_file(str(path)):
             raise BuildError(f"graph {self.graph}: {self.flavour.name} cannot parse {path.name}: {_errors(parser)}")
         self._check_contract(path)
-        wanted = STATE_OUTPUTS.get(self.graph)
+        wanted = SERVED_OUTPUTS.get(self.graph)  # the others are read by `verify` alone
         if wanted is not None and not self.target.builder.parity_outputs:
             for tensor in [self.network.get_output(i) for i in range(self.network.num_outputs)]:
                 if tensor.name not in wanted:
@@ -216,7 +227,6 @@ class _Build:
         if self.monitor is not None:
             config.progress_monitor = self.monitor
         _switch(config, trt.BuilderFlag.TF32, options.tf32)
-        _switch(config, trt.BuilderFlag.VERSION_COMPATIBLE, options.version_compatible)
         if self.flavour.builds_without_gpu:
             capabilities = self.key.compute_capabilities
             config.num_compute_capabilities = len(capabilities)

@@ -10,9 +10,10 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from magicface_rt.backends.tensorrt import FLAVOURS
 from magicface_rt.errors import BackendMissingError
 
-FLAVOURS = ("tensorrt", "tensorrt-rtx")
+__all__ = ["FLAVOURS", "Flavour", "load_flavour"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from magicface_rt.errors import PlanError, StoreError
 
-from . import layout, manifest
+from . import caches, layout, manifest
 from .locking import FileLock, Lease, unused
 from .manifest import PLAN, Damaged, Plan
 from .plan_key import FieldDifference, PlanKey
@@ -33,7 +33,7 @@ _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 class EngineStore:
     """A folder of plans. Making the object touches nothing; safe to use from several threads and processes.
 
-    `size_limit`: bytes of all plans together, kept after each build by removing the least recently used.
+    `size_limit`: bytes of all plans and caches together, kept after each build by removing the least recently used.
     """
 
     def __init__(self, root: Path | str, *, size_limit: int | None = None) -> None:
@@ -51,8 +51,8 @@ class EngineStore:
         found = self._load(key)
         return found if isinstance(found, Plan) else None
 
-    def get(self, key: PlanKey) -> Plan:
-        """The plan of a key.
+    def get(self, key: PlanKey, command: str | None = None) -> Plan:
+        """The plan of a key. `command`: what builds it, for the message.
 
         Raises:
             PlanError: it is damaged or missing. The message names the fields by which the closest plan is stale.
@@ -65,7 +65,7 @@ class EngineStore:
             raise self._damaged(found, key)
         raise PlanError(
             f"engine store {self.root}: no plan for graph {key.graph} ({key.flavour} {key.flavour_version}, "
-            f"{key.precision}). {self._closest(key)} Build it: {self._command(key)}"
+            f"{key.precision}). {self._closest(key)} Build it: {f'`{command}`' if command else self._command(key)}"
         )
 
     def read(self, plan: Plan) -> bytes:
@@ -215,7 +215,8 @@ class EngineStore:
     def prune(self, limit: int | None = None, keep: Iterable[PlanKey] = ()) -> list[Entry]:
         """Remove what killed processes left, then entries until all take at most `limit` bytes; returns the removed.
 
-        Damaged entries go first, then the least recently used. Plans in use, plans being built and those of `keep`
+        Caches go first (those of plans that are gone always), then damaged entries, then the least recently used
+        plans. Plans in use, plans being built and those of `keep`
         stay, even over the limit. Without a limit here, that of the store counts; without any, no entry is removed.
 
         Raises:
@@ -223,11 +224,13 @@ class EngineStore:
         """
         self._sweep()
         limit = self.size_limit if limit is None else limit
-        if limit is None:
-            return []
         spared = {self._folder(key) for key in keep}
         entries = [(entry, self.size(entry)) for entry in self.entries()]
-        total = sum(size for _, size in entries)
+        plans = sum(size for _, size in entries)
+        self._prune_caches([entry.folder.name for entry, _ in entries], None if limit is None else limit - plans)
+        if limit is None:
+            return []
+        total = plans + self.cache_size()
         removed: list[Entry] = []
         for entry, size in sorted(entries, key=lambda pair: (isinstance(pair[0], Plan), self.last_used(pair[0]))):
             if total <= limit:
@@ -236,6 +239,18 @@ class EngineStore:
                 removed.append(entry)
                 total -= size
         return removed
+
+    def cache_size(self) -> int:
+        """Bytes of the caches that stand beside the plans."""
+        return caches.size(caches.cache_files(self.root))
+
+    def _prune_caches(self, digests: list[str], limit: int | None) -> None:
+        with self._writing(self.root):
+            for path in caches.orphans(self.root, digests):
+                caches.remove(path)
+            files = caches.cache_files(self.root)
+            while limit is not None and files and caches.size(files) > max(limit, 0):
+                caches.remove(files.pop(0))
 
     def remove(self, entry: Entry) -> bool:
         """Remove an entry, unless it is in use, being built, repaired, or gone; says whether it was removed.

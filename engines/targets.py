@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -21,9 +22,15 @@ FOLDER = Path(__file__).parent / "targets"
 DEFAULT = {"tensorrt-rtx": "rtx-portable"}
 """`tensorrt` has no default: it builds for the GPU that it runs on, and that GPU chooses the target."""
 
+PRECISIONS = ("float16", "bfloat16", "float32")
+GRAPHS = ("text_encoder", "vae_encoder", "vae_decoder", "reference_kv", "denoise_step")
+COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
+
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT-RTX 1.7 builds for."""
 TURING = "7.5"
+
+_CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,6 @@ class BuilderOptions:
     optimization_level      0..5, how long the builder searches
     tf32                    fp32 products in TF32; off, because they differ from PyTorch by 1e-3
     hardware_compatibility  `tensorrt` only: "none", "ampere_plus" or "same_compute_capability"
-    version_compatible      the plan loads in later versions of the library
     parity_outputs          the outputs that only `verify` reads stay in the plan
     """
 
@@ -50,7 +56,6 @@ class BuilderOptions:
     optimization_level: int = 3
     tf32: bool = False
     hardware_compatibility: str = "none"
-    version_compatible: bool = False
     parity_outputs: bool = False
 
 
@@ -58,7 +63,8 @@ class BuilderOptions:
 class Target:
     """What a plan is built for.
 
-    `compute_capabilities`: of the GPUs that may load it, such as "8.9"; `precisions`: dtypes of bundles that it takes;
+    `compute_capabilities`: of the GPUs that may load it, such as "8.9"; `precisions`: dtypes of bundles that it takes
+    (float32 is for small models: the gate refuses a full-size one, because its attention is not fused);
     `images` and `references`: of one request, within the bundle's own limits. `full_masks`: so many references may be
     kept whole; more fit where their masks are smaller. `scratch_limits_mib`: by graph, and for `others`; a plan that
     needs more is refused.
@@ -172,16 +178,18 @@ def _parse(name: str, path: Path, values: Mapping[str, Any]) -> Target:
             f"target file {path}: [builder] is {builder!r}, expected "
             f"{', '.join(f'{option} ({kind.__name__})' for option, kind in types.items())}."
         )
+    options = BuilderOptions(**builder)
+    _check_options(path, options, str(values["flavour"]))
     return Target(
         name=name,
         flavour=_word(path, "flavour", values["flavour"]),
-        compute_capabilities=_words(path, "compute_capabilities", values["compute_capabilities"]),
-        precisions=_words(path, "precisions", values["precisions"]),
+        compute_capabilities=_words(path, "compute_capabilities", values["compute_capabilities"], _CAPABILITY),
+        precisions=_words(path, "precisions", values["precisions"], re.compile("|".join(PRECISIONS))),
         full_masks=_count(path, "full_masks", values["full_masks"]),
         images=_span(path, "images", values["images"]),
         references=_span(path, "references", values["references"]),
         scratch_limits_mib=_limits(path, values["scratch_limits_mib"]),
-        builder=BuilderOptions(**builder),
+        builder=options,
     )
 
 
@@ -191,10 +199,27 @@ def _word(path: Path, key: str, value: object) -> str:
     return value
 
 
-def _words(path: Path, key: str, value: object) -> tuple[str, ...]:
+def _words(path: Path, key: str, value: object, form: re.Pattern[str]) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise TargetError(f"target file {path}: {key} is {value!r}, expected a list of text.")
-    return tuple(_word(path, key, entry) for entry in value)
+    wrong = [entry for entry in value if not form.fullmatch(_word(path, key, entry))]
+    if wrong:
+        raise TargetError(f"target file {path}: {key} holds {wrong[0]!r}, expected text of the form {form.pattern}.")
+    return tuple(value)
+
+
+def _check_options(path: Path, options: BuilderOptions, flavour: str) -> None:
+    compatibility = COMPATIBILITY if flavour == "tensorrt" else ("none",)
+    for name, fine, expected in (
+        ("workspace_mib", options.workspace_mib >= 1, "a whole number from 1"),
+        ("optimization_level", 0 <= options.optimization_level <= 5, "0 to 5"),
+        ("hardware_compatibility", options.hardware_compatibility in compatibility, " or ".join(compatibility)),
+    ):
+        if not fine:
+            raise TargetError(
+                f"target file {path}: [builder] {name} is {getattr(options, name)!r}, expected {expected}"
+                f" for {flavour}."
+            )
 
 
 def _count(path: Path, key: str, value: object) -> int:
@@ -213,9 +238,11 @@ def _span(path: Path, key: str, value: object) -> Span:
 
 def _limits(path: Path, value: object) -> dict[str, int]:
     limits = dict(value) if isinstance(value, Mapping) else {}
-    if "others" not in limits or not all(type(mib) is int and mib >= 1 for mib in limits.values()):
+    known = {*GRAPHS, "others"}
+    if "others" not in limits or not all(k in known and type(mib) is int and mib >= 1 for k, mib in limits.items()):
         raise TargetError(
-            f"target file {path}: [scratch_limits_mib] is {value!r}, expected MiB by graph's name, and for `others`."
+            f"target file {path}: [scratch_limits_mib] is {value!r}, expected whole MiB from 1 for `others`, and for "
+            f"any of {', '.join(GRAPHS)}."
         )
     return limits
 

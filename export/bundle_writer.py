@@ -14,10 +14,12 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import torch
 
-from magicface_rt.bundle import FORMAT, MANIFEST, RUNTIMES, WEIGHTS, Bundle, Tensor, sha256
+from magicface_rt.bundle import CUDA_RUNTIME, FORMAT, MANIFEST, RUNTIMES, WEIGHTS, Bundle, Tensor, sha256
 from magicface_rt.errors import ExportError, OutputError
 
+from .fusion import Fused, fuse
 from .graphs import Graph
 from .operators import bind
 
@@ -35,10 +37,10 @@ class WeightsFile:
         self._places: dict[tuple[bytes, int], int] = {}
 
     def externalize(self, model: ir.Model) -> None:
-        """Move the model's large initializers into the file, in place."""
+        """Move the model's large initializers into the file, in place; those that are there already stay."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor is None or tensor.nbytes < _INLINE_BYTES:
+            if tensor is None or tensor.nbytes < _INLINE_BYTES or isinstance(tensor, ir.ExternalTensor):
                 continue
             content = tensor.tobytes()
             value.const_value = ir.ExternalTensor(
@@ -102,8 +104,11 @@ class BundleWriter:
         if isinstance(error, OSError):
             raise OutputError(f"output folder {self.out}: writing the bundle failed: {error}.") from error
 
-    def add_graph(self, graph: Graph, model: ir.Model) -> None:
-        """Write a traced graph: its weights into the shared file, one graph file for each runtime's bodies."""
+    def add_graph(self, graph: Graph, model: ir.Model) -> Fused:
+        """Write a traced graph: its weights into the shared file, one graph file for each runtime's bodies.
+
+        Where the CUDA provider has better kernels for the graph there is a file for them as well; `model` ends as that.
+        """
         _strip_traces(model)
         self.weights.externalize(model)
         self.weights.flush()
@@ -114,11 +119,27 @@ class BundleWriter:
             name = f"{graph.name}.{runtime}.onnx"
             onnx.save_model(proto, str(self.folder / name))
             files[runtime] = name
+        fused = fuse(model)
+        if fused.nodes:
+            files[CUDA_RUNTIME] = f"{graph.name}.{CUDA_RUNTIME}.onnx"
+            self._add_cuda_file(files[CUDA_RUNTIME], model, half=next(graph.parameters()).dtype == torch.float16)
         self.graphs[graph.name] = {
             "inputs": [_entry(tensor) for tensor in graph.inputs],
             "outputs": [_entry(tensor) for tensor in graph.outputs],
             "files": files,
         }
+        return fused
+
+    def _add_cuda_file(self, name: str, model: ir.Model, *, half: bool) -> None:
+        self.weights.externalize(model)
+        self.weights.flush()
+        proto = ir.to_proto(model)
+        bind(proto, "onnxruntime-cuda" if half else "onnxruntime")
+        onnx.save_model(proto, str(self.folder / name))
+
+    def drop_cuda_file(self, graph: str) -> None:
+        """Take back a graph's file for the CUDA provider, which then gets that of `onnxruntime`."""
+        (self.folder / self.graphs[graph]["files"].pop(CUDA_RUNTIME)).unlink()
 
     def add_file(self, name: str, text: str) -> None:
         """Write another file of the bundle."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from magicface_rt.bundle import Bundle
-from magicface_rt.errors import OptionError, ParityError
+from magicface_rt.bundle import CUDA_RUNTIME, Bundle
+from magicface_rt.errors import BackendError, OptionError, ParityError
 from magicface_rt.schedule import Schedule
 
 from .attention import DEFAULT_INJECTION_LAYERS, SELF_ATTENTIONS
 from .bundle_writer import BundleWriter
 from .checkpoint import Checkpoint
+from .fusion.defined import DefinedCuda
 from .graph_parity import Expected, GraphParity, compare_graph, expected_outputs
 from .graphs import DenoiseStep, Form, Graph, ReferenceKV, TextEncoder, VaeDecoder, VaeEncoder, injected
 from .operators import GROUPS
@@ -72,6 +74,15 @@ class ExportOptions:
                 raise OptionError(f"{name} is {getattr(self, name)}, expected 1 to {high}.")
         if not 0 < self.expected_mask_share <= 1:
             raise OptionError(f"expected_mask_share is {self.expected_mask_share}, expected above 0, up to 1.")
+
+
+def exporter_versions() -> dict[str, str]:
+    """What a bundle is made with: releases, and a hash of the sources, which change between releases too."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        sources.update(path.read_bytes())
+    releases = {name: version(name) for name in ("magicface_rt", "torch", "diffusers", "onnx", "onnxscript")}
+    return {**releases, "sources": sources.hexdigest()[:16]}
 
 
 def export_bundle(
@@ -163,20 +174,33 @@ def _write(
     for make in components:
         graph = make().eval().requires_grad_(False)
         report(f"{graph.name}: tracing")
-        writer.add_graph(graph, trace(graph))
+        fused = writer.add_graph(graph, trace(graph))
+        for what in fused.missed:
+            report(f"{graph.name}: warning: {what} was traced in a form that is not known, and stays slow on CUDA")
         report(f"{graph.name}: running in PyTorch")
         expected.append(expected_outputs(graph, vocabulary))
         del graph, make
         gc.collect()
     hidden = writer.write_manifest({**manifest, "parity": {}})
-    parity: dict[str, GraphParity] = {}
+    parity: dict[str, dict[str, Any]] = {}
     for one in expected:
         report(f"{one.graph}: comparing with PyTorch")
-        parity[one.graph] = found = compare_graph(hidden, one)
-        if not found.passed:
-            raise ParityError(f"graph {one.graph}: not what PyTorch computes: {'; '.join(found.failures())}.")
-    writer.write_manifest({**manifest, "parity": {name: p.to_json() for name, p in parity.items()}})
+        parity[one.graph] = _passed(compare_graph(hidden, one)).to_json()
+        if CUDA_RUNTIME in hidden.graph(one.graph).files:
+            report(f"{one.graph}: comparing the form for CUDA with PyTorch")
+            try:
+                parity[one.graph][CUDA_RUNTIME] = _passed(compare_graph(hidden, one, DefinedCuda())).to_json()
+            except (ParityError, BackendError) as error:  # the plain form has passed, and CUDA can serve it as well
+                report(f"warning: without the form for CUDA: {error}")
+                writer.drop_cuda_file(one.graph)
+    writer.write_manifest({**manifest, "parity": parity})
     return writer.finish()
+
+
+def _passed(found: GraphParity) -> GraphParity:
+    if not found.passed:
+        raise ParityError(f"graph {found.graph}: not what PyTorch computes: {'; '.join(found.failures())}.")
+    return found
 
 
 def _form(checkpoint: Checkpoint, options: ExportOptions) -> Form:
@@ -214,5 +238,5 @@ def _manifest(unet: UNet2DConditionModel, form: Form, options: ExportOptions, sc
         },
         "expected_mask_share": options.expected_mask_share,
         "scheduler": schedule.to_config(),
-        "exporter": {name: version(name) for name in ("magicface_rt", "torch", "diffusers", "onnx", "onnxscript")},
+        "exporter": exporter_versions(),
     }

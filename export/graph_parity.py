@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicface_rt.backends import Backend, OnnxRuntime
+from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
 from magicface_rt.backends.checks import Limits
-from magicface_rt.backends.host import BFLOAT16, from_bfloat16, to_bfloat16
+from magicface_rt.backends.host import BFLOAT16, from_bfloat16, stored
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import BackendError, NonFiniteError, ParityError
 
@@ -177,8 +177,12 @@ def _rounded_layers(graph: Graph, dtype: torch.dtype) -> Iterator[None]:
             handle.remove()
 
 
-def compare_graph(bundle: Bundle, expected: Expected, backend: Backend | None = None) -> GraphParity:
+def compare_graph(
+    bundle: Bundle, expected: Expected, backend: Backend | None = None, runner: GraphRunner | None = None
+) -> GraphParity:
     """Run a graph of a bundle (on ONNX Runtime's CPU provider unless told otherwise) and compare.
+
+    `runner`: the graph, loaded already; it stays the caller's to close.
 
     Raises:
         ParityError: an output is not finite; the message names the graph and the output.
@@ -190,14 +194,16 @@ def compare_graph(bundle: Bundle, expected: Expected, backend: Backend | None = 
             wide = widen(bundle, expected.graph, Path(folder))
             found = compare_graph(wide, expected, backend)
         return dataclasses.replace(found, note=IN_FLOAT32)
-    runner = backend.load(bundle, expected.graph)
+    if runner is None:
+        with closing(backend.load(bundle, expected.graph)) as loaded:
+            return compare_graph(bundle, expected, backend, loaded)
     missing = sorted(expected.outputs.keys() - {t.name for t in runner.contract.outputs})
     if missing:
         raise BackendError(
             f"graph {expected.graph}: {backend.name} has no outputs {', '.join(missing)}, which are compared. "
             "Build plans with them: magicface-rt build BUNDLE --parity"
         )
-    inputs = {t.name: _stored(expected.inputs[t.name], t.dtype) for t in runner.contract.inputs}
+    inputs = {t.name: stored(expected.inputs[t.name], t.dtype) for t in runner.contract.inputs}
     try:
         outputs = {
             t.name: from_bfloat16(array) if t.dtype == BFLOAT16 else array
@@ -210,8 +216,10 @@ def compare_graph(bundle: Bundle, expected: Expected, backend: Backend | None = 
 
 def check_graph(bundle: Bundle, graph: Graph, vocabulary: int, backend: Backend) -> GraphParity:
     """`expected_outputs` and `compare_graph` in one."""
-    limits = {} if bundle.dtype == BFLOAT16 and backend.name == CPU else backend.load(bundle, graph.name).limits
-    return compare_graph(bundle, expected_outputs(graph, vocabulary, limits), backend)
+    if bundle.dtype == BFLOAT16 and backend.name == CPU:
+        return compare_graph(bundle, expected_outputs(graph, vocabulary), backend)
+    with closing(backend.load(bundle, graph.name)) as runner:
+        return compare_graph(bundle, expected_outputs(graph, vocabulary, runner.limits), backend, runner)
 
 
 def _judge(expected: Expected, outputs: Arrays) -> GraphParity:
@@ -262,10 +270,6 @@ def _tolerances(expected: Expected, errors: Mapping[str, float]) -> dict[str, fl
 
 def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _stored(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    return to_bfloat16(array) if dtype == BFLOAT16 else array.astype(dtype)
 
 
 def _tuple(outputs: Any) -> tuple[Any, ...]:

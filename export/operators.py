@@ -36,8 +36,11 @@ GROUPS = 7
 
 NEGATIVE_BIAS = -1000.0
 
-Runtime = Literal["onnxruntime", "tensorrt", "select"]
-"""Whose body: the runtimes' own, or `select`, the exact masked form that the tests compare the others with."""
+Runtime = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt", "select"]
+"""Whose body: the runtimes' own, or `select`, the exact masked form that the tests compare the others with.
+
+`onnxruntime-cuda` is for 16 bits: flash attention, which ONNX Runtime's CUDA provider has in 16 bits only.
+"""
 
 _HEADER = f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}, "com.microsoft": 1, "{DOMAIN}": 1]>'
 
@@ -125,6 +128,32 @@ _REGION_ATTENTION = {
     out = com.microsoft.MultiHeadAttention<num_heads: int = @num_heads, scale: float = @scale>
         (q_joined, k_joined, v_all)
 }}""",
+    # v is padded to the width of q and k: the provider takes its flash attention only where both widths are one.
+    "onnxruntime-cuda": f"""{_HEADER} {_REGION_SIGNATURE} {{
+    {_HEAD_SHAPES}
+    {_CODES}
+    two = Constant<value_ints = [2]>()
+    per_head = Concat<axis = 0>(one, one, heads, one)
+    k_ref_batch = Expand(k_ref, batch) v_ref_batch = Expand(v_ref, batch) key_code_batch = Expand(key_code, batch)
+    k_all = Concat<axis = 1>(k, k_ref_batch)
+    v_all = Concat<axis = 1>(v, v_ref_batch)
+    code_all = Concat<axis = 1>(own_code, key_code_batch)
+    q_heads = Reshape(q, split) k_heads = Reshape(k_all, split) v_heads = Reshape(v_all, split)
+    query_code4 = Unsqueeze(query_code, two) query_code_heads = Expand(query_code4, per_head)
+    key_code4 = Unsqueeze(code_all, two) key_code_heads = Expand(key_code4, per_head)
+    v_zeros = Sub(key_code_heads, key_code_heads)
+    q_wide = Concat<axis = 3>(q_heads, query_code_heads)
+    k_wide = Concat<axis = 3>(k_heads, key_code_heads)
+    v_wide = Concat<axis = 3>(v_heads, v_zeros)
+    q_joined = Reshape(q_wide, join) k_joined = Reshape(k_wide, join) v_joined = Reshape(v_wide, join)
+    out_wide = com.microsoft.MultiHeadAttention<num_heads: int = @num_heads, scale: float = @scale>
+        (q_joined, k_joined, v_joined)
+    out_split = Reshape(out_wide, split)
+    start = Constant<value_ints = [0]>() end = Constant<value_ints = [{-(GROUPS + 1)}]>()
+    channels = Constant<value_ints = [3]>()
+    out_heads = Slice(out_split, start, end, channels)
+    out = Reshape(out_heads, join)
+}}""",
     # v is padded to the width of q and k, because TensorRT decomposes an attention whose v is narrower. The attention
     # is written out and does not call TokenAttention: in a function that another function calls TensorRT's parser reads
     # the attributes as 0.
@@ -196,6 +225,7 @@ _REGION_ATTENTION = {
     out = Reshape(out_heads, join)
 }}""",
 }
+_TOKEN_ATTENTION["onnxruntime-cuda"] = _TOKEN_ATTENTION["onnxruntime"]
 _TOKEN_ATTENTION["select"] = _TOKEN_ATTENTION["tensorrt"]
 
 
@@ -210,7 +240,9 @@ def bind(model: onnx.ModelProto, runtime: Runtime) -> None:
     del model.functions[:]
     model.functions.extend(f for f in functions(runtime) if f.name in used)
     known = {entry.domain for entry in model.opset_import}
-    wanted = ({DOMAIN} if used else set()) | ({"com.microsoft"} if used and runtime == "onnxruntime" else set())
+    wanted = ({DOMAIN} if used else set()) | (
+        {"com.microsoft"} if used and runtime.startswith("onnxruntime") else set()
+    )
     for domain in sorted(wanted - known):
         model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,36 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from magicface_rt.backends import Backend, open_backend
 from magicface_rt.bundle import Bundle, sha256
-from magicface_rt.denoiser import Denoiser, Guidance, ReferenceSet
-from magicface_rt.errors import ParityError
-from magicface_rt.regions import MaskedReference
+from magicface_rt.errors import BundleError, ParityError
 
 from .attention import SELF_ATTENTIONS
+from .bundle_runner import BundleStepRunner
 from .checkpoint import Checkpoint
-from .exporter import ExportOptions, export_unet_bundle, graph_makers
+from .exporter import ExportOptions, export_unet_bundle, exporter_versions, graph_makers
 from .graph_parity import check_graph
 from .graphs import Form
 from .recordings import Recording
 from .reference import MagicFaceReference
-from .replay import ReferenceStepRunner, ReplayReport, RunnerOutputs, replay_free, replay_steps
+from .replay import ReferenceStepRunner, ReplayReport, replay_free, replay_steps
 from .trajectory import compare_trajectory
 
 Report = Callable[[str], object]
-
-ALL_OUTPUTS = (
-    "latents_out",
-    "region_label_out",
-    "eps",
-    "token_label",
-    "token_margin",
-    "foreground_margin",
-    "rate",
-)
 
 
 @dataclass(frozen=True)
@@ -62,74 +51,6 @@ class Verdict:
     def summary(self) -> list[str]:
         lines = [line for report in self.reports for line in report.summary()]
         return [*lines, f"{self.subject}: {'passed' if self.passed else 'FAILED'}"]
-
-
-class BundleStepRunner:
-    """A bundle as a `StepRunner`: the recorded inputs in, one `denoise_step` a call, fed as Session feeds it."""
-
-    def __init__(self, recording: Recording, bundle: Bundle, backend: Backend) -> None:
-        self.name = f"bundle on {backend.name}"
-        self.recording = recording
-        self.bundle = bundle
-        self.denoiser = Denoiser(bundle, backend.load(bundle, "reference_kv"), backend.load(bundle, "denoise_step"))
-        inputs = recording.inputs
-        self.references = ReferenceSet.of(
-            bundle,
-            [
-                # A reference of no concept is seen in stage 1 only: its keys get a group that no cell ever has.
-                MaskedReference(mask.astype(np.uint8), len(recording.tokens) if concept < 0 else concept, weight)
-                for mask, concept, weight in zip(
-                    inputs.ref_masks, recording.concept_of_reference, recording.weights, strict=True
-                )
-            ],
-        )
-        self.guidance = Guidance(
-            text=np.stack([inputs.neg_embeds, inputs.target_embeds]),
-            tokens=recording.tokens,
-            ca_scale=recording.ca_scale,
-            scale=recording.guidance,
-            semantic=recording.semantic_guidance,
-            weight_mode="bias",
-        )
-        self.timesteps = recording.schedule.timesteps(recording.steps)
-        self.coefficients = recording.schedule.step_coefficients(recording.steps)
-
-    def run(self, step: int, latents: np.ndarray, regions: np.ndarray | None) -> RunnerOutputs:
-        """One step from `latents` [1,4,h,w] and the previous regions bool [N,h/2,w/2]."""
-        recording, timestep = self.recording, int(self.timesteps[step])
-        noised = recording.schedule.add_noise(recording.inputs.ref_z0, recording.inputs.ref_noise[step], timestep)
-        out = self.denoiser.step(
-            np.asarray(latents, np.float32),
-            timestep,
-            self.coefficients[step],
-            stage=recording.stage(step),
-            region_label=self._label(regions),
-            references=self.references,
-            reference_kv=self.denoiser.reference_kv(self.references, noised, timestep, recording.inputs.ref_embeds),
-            guidance=self.guidance,
-            outputs=ALL_OUTPUTS,
-        )
-        label, foreground = out["token_label"][0], out["foreground_margin"][0] > 0
-        labelled = foreground | (recording.ca_scale >= 0.9)
-        owned = [np.isin(label, list(tokens)) & labelled for tokens in recording.tokens]
-        return RunnerOutputs(
-            eps_u=out["eps"][0],
-            eps_c=out["eps"][1],
-            latents_out=out["latents_out"],
-            token_label=label,
-            regions=np.stack(owned) if owned else np.zeros((0, *label.shape), bool),
-            foreground=foreground,
-            rate=out["rate"][0],
-            margin=out["token_margin"][0],
-            fore_margin=np.abs(out["foreground_margin"][0]),
-        )
-
-    def _label(self, regions: np.ndarray | None) -> np.ndarray:
-        """The region label; where two regions overlap the later concept has the cell."""
-        label = np.zeros((1, self.bundle.rows // 2, self.bundle.columns // 2), np.int64)
-        for concept, region in enumerate(regions if regions is not None else ()):
-            label[0][np.asarray(region, bool)] = concept + 1
-        return label
 
 
 def verify_case(case: str | Path, *, work: Path | None = None, report: Report = lambda _: None) -> Verdict:
@@ -181,8 +102,9 @@ def _case_bundle(recording: Recording, work: Path, report: Report) -> Bundle:
     weights = sha256(model / "diffusion_pytorch_model.safetensors")[:12] + sha256(model / "config.json")[:8]
     references = max(6, len(recording.inputs.ref_masks))
     name = f"{weights}-{rows}x{columns}-references-{references}-layers-{'-'.join(map(str, layers))}"
-    if (work / name / "bundle.json").is_file():
-        return Bundle.open(work / name)
+    kept = _kept_bundle(work / name)
+    if kept is not None:
+        return kept
     options = ExportOptions(
         height=8 * rows,
         width=8 * columns,
@@ -190,6 +112,19 @@ def _case_bundle(recording: Recording, work: Path, report: Report) -> Bundle:
         references=references,
     )
     return export_unet_bundle(recording.load_unet, work / name, options, schedule=recording.schedule, report=report)
+
+
+def _kept_bundle(folder: Path) -> Bundle | None:
+    """The bundle of an earlier call, if this exporter made it and it is intact; else what stands there is removed."""
+    try:
+        kept = Bundle.open(folder)
+        if kept.exporter == exporter_versions():
+            return kept
+    except BundleError:
+        if not (folder / "bundle.json").is_file():
+            return None  # nothing there, or nothing of ours
+    shutil.rmtree(folder)
+    return None
 
 
 def verify_bundle(

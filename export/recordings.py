@@ -193,7 +193,7 @@ class Recording:
             ca_scale=case.number("ca_scale"),
             semantic_guidance=case.flag("use_rate"),
             # the authors' code compares layer numbers, so one that no layer has does nothing
-            injection_layers=tuple(sorted({n for n in case.whole_numbers("layer_idx") if 0 <= n < LAYERS})),
+            injection_layers=_layers(case),
             tokens=tuple((token,) for token in tokens),
             weights=tuple(weights[:count]),
             schedule=schedule,
@@ -335,6 +335,14 @@ _STEPS = {
     "fore_margin": ("T H W", "float"),
     "rate": ("T h w", "float"),
 }
+
+
+def _layers(case: _Case) -> tuple[int, ...]:
+    """The original silently ignores numbers beyond the last layer."""
+    layers = {n for n in case.whole_numbers("layer_idx") if 0 <= n < LAYERS}
+    if not layers:
+        raise case.refused("layer_idx", case["layer_idx"], f"at least one number 0..{LAYERS - 1}")
+    return tuple(sorted(layers))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

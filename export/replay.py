@@ -27,6 +27,7 @@ from .reference import (
     CONSTRAINED_BELOW,
     MagicFaceReference,
     StepInputs,
+    WeightMode,
     ddim_step,
     guidance_rate,
     guide,
@@ -492,9 +493,16 @@ class ReferenceStepRunner:
 
     name = "PyTorch reference"
 
-    def __init__(self, recording: Recording, reference: MagicFaceReference | None = None) -> None:
+    def __init__(
+        self,
+        recording: Recording,
+        reference: MagicFaceReference | None = None,
+        *,
+        weight_mode: WeightMode = "bias",
+    ) -> None:
         """`reference`: one of the recording's own model and injection layers; made from its folder if not given."""
         self.recording = recording
+        self.weight_mode: WeightMode = weight_mode
         if reference is None:
             reference = MagicFaceReference(recording.load_unet(), injection_layers=recording.injection_layers)
         if reference.injection_layers != recording.injection_layers:
@@ -526,6 +534,7 @@ class ReferenceStepRunner:
             guidance=recording.guidance,
             coefficients=self.coefficients[step],
             semantic_guidance=recording.semantic_guidance,
+            weight_mode=self.weight_mode,
         )
 
     def run(self, step: int, latents: Array, regions: Array | None) -> RunnerOutputs:

@@ -1,10 +1,15 @@
-"""A bundle beside the PyTorch reference over a whole request: step by step from the same latents, and end to end."""
+"""A bundle beside the PyTorch reference over a whole request: step by step, and from noise to pixels.
+
+The request is made a recording in memory (what PyTorch computes, from the bundle's own encodings), and replayed with
+the bundle as a recording of the original is. Then the bundle's free run is compared with what a Session made of the
+request: the same graphs by two ways, which must agree to the last bits, whatever labels do. So a graph that is wrong
+fails the replay, and a Session that drives it wrongly fails the comparison with the free run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from time import perf_counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,28 +17,30 @@ import torch
 from PIL import Image, ImageDraw
 
 from magicface_rt.backends import Backend
+from magicface_rt.backends.host import BFLOAT16, from_bfloat16
 from magicface_rt.bundle import Bundle
 from magicface_rt.concept import Concept, Reference
-from magicface_rt.denoiser import Denoiser, Guidance, ReferenceSet
-from magicface_rt.images import LoadedReference, load_reference, pixels_to_images
+from magicface_rt.images import load_reference, pixels_to_images
 from magicface_rt.options import Options
-from magicface_rt.regions import MaskedReference
 from magicface_rt.schedule import is_region_step, reference_noise, target_noise
 from magicface_rt.session import Session
-from magicface_rt.tokenizer import Tokenizer
 
+from .bundle_runner import BundleStepRunner
 from .checkpoint import Checkpoint
 from .graph_parity import FLOAT32_TOLERANCE
-from .graphs import Form, VaeDecoder, VaeEncoder
-from .reference import MagicFaceReference, StepOutputs, generate_latents
-from .replay import NEAR_TIE, relative_error
+from .graphs import Form, VaeDecoder
+from .recordings import RecordedInputs, RecordedSteps, Recording, Tolerance
+from .reference import MagicFaceReference, StepOutputs
+from .replay import ReferenceStepRunner, relative_error, replay_steps
 
-END_TO_END_TOLERANCE = 2e-3
-"""Relative 2-norm of the latents after a free run in float32 in which no label flipped: errors of 1e-6 a step grow.
-The picture, in 8-bit values that may round either way, is allowed twice that."""
+SAME_GRAPHS = 1e-5
+"""Between a Session and the plain loop over the same graphs. On one machine and backend the two were bit-equal."""
 
-AFTER_A_FLIP = 2e-2
-"""Where the last regions differ. A near-tie that flips moves the latents by about 2e-3, a wrong setting by far more."""
+END_TO_END_TOLERANCE = 1e-4
+"""Between a Session and PyTorch after a free run in which no cell changed hands; 2e-6 to 5e-6 was seen. Where one did,
+trajectories part by a thousand times that, and nothing is judged here. The picture's 8-bit values may round either
+way."""
+PICTURE_TOLERANCE = 2e-3
 
 OTHER_STEPS = 2
 """Steps of the second request: one in each stage."""
@@ -44,19 +51,16 @@ PROMPT = "a man with a hat"
 
 @dataclass(frozen=True)
 class TrajectoryReport:
-    """`errors` and `tolerance` by name; a name without a tolerance is reported, not judged. `flips`: labels that
-    differ in cells that are no near-ties."""
+    """`errors` and `tolerance` by name; a name without a tolerance is reported, not judged."""
 
     name: str
     errors: dict[str, float]
     tolerance: dict[str, float]
-    flips: int = 0
-    near_ties: int = 0
     notes: tuple[str, ...] = field(default=())
 
     @property
     def passed(self) -> bool:
-        return not self.flips and all(self.errors[name] <= limit for name, limit in self.tolerance.items())
+        return all(self.errors[name] <= limit for name, limit in self.tolerance.items())
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -64,32 +68,28 @@ class TrajectoryReport:
             "passed": self.passed,
             "errors": self.errors,
             "tolerance": self.tolerance,
-            "flips": self.flips,
-            "near_ties": self.near_ties,
             "notes": list(self.notes),
         }
 
     def summary(self) -> list[str]:
-        lines = [f"  {self.name}: {'passed' if self.passed else 'FAILED'}"]
+        lines = [f"{self.name}: {'passed' if self.passed else 'FAILED'}"]
         for name, error in self.errors.items():
             limit = f"of {self.tolerance[name]:.1e} allowed" if name in self.tolerance else "(reported, not judged)"
-            lines.append(f"    {name:<8} {error:.1e} {limit}")
-        if self.flips or self.near_ties:
-            lines.append(f"    labels: {self.flips} differ, and {self.near_ties} near-ties")
-        return [*lines, *(f"    {note}" for note in self.notes)]
+            lines.append(f"  {name:<24} {error:.1e} {limit}")
+        return [*lines, *(f"  {note}" for note in self.notes)]
 
 
 def compare_trajectory(
     bundle: Bundle, backend: Backend, reference: MagicFaceReference, checkpoint: Checkpoint, steps: int
-) -> list[TrajectoryReport]:
+) -> list[Any]:
     """Two requests with two concepts: the usual one over `steps` steps, and a short one with the switches turned.
 
-    For a float32 bundle everything is judged. A 16-bit one is judged graph by graph, where its yardstick is measured;
-    here its distances are reported.
+    A 16-bit bundle is judged graph by graph, where its yardstick is measured; here its distances from PyTorch are
+    reported. That a Session drives the graphs rightly is judged for every bundle.
     """
     requests = {
-        "": Options(steps=steps, seed=7),
-        "weight mode scale, alpha 0, no semantic guidance, ": Options(
+        "usual request": Options(steps=steps, seed=7),
+        "other switches": Options(
             steps=OTHER_STEPS, seed=8, weight_mode="scale", alpha=0.0, semantic_guidance=False, ca_scale=0.9
         ),
     }
@@ -103,27 +103,27 @@ def compare_trajectory(
 
 def _compare_request(
     name: str, session: Session, reference: MagicFaceReference, checkpoint: Checkpoint, options: Options
-) -> list[TrajectoryReport]:
+) -> list[Any]:
     bundle, concepts = session.bundle, drawn_concepts()
-    loaded = [load_reference(c.references[0], name=c.name) for c in concepts]
-    recorded, pixels, _ = run_pytorch(bundle, reference, checkpoint, session.tokenizer, concepts, loaded, options)
-    step_report = _step_by_step(name, session, recorded, concepts, loaded, options)
+    recording, final = record(name, session, concepts, options, reference)
+    runner = BundleStepRunner(
+        recording, bundle, session.backend, weight_mode=options.weight_mode, runner=session.runner
+    )
     result = session.generate(PROMPT, concepts, options=options)
-    final = recorded[-1]
-    labels = np.zeros_like(result.regions[0])
-    for k, region in enumerate(final.regions.numpy()):
-        labels[region] = k + 1
-    flipped = int((labels != result.regions[0]).sum())
-    errors = {
-        "latents": relative_error(result.latents, final.latents.numpy()),
-        "picture": relative_error(np.asarray(result.images[0]), pixels),
-    }
-    note = (f"{flipped} cells end in another region",) if flipped else ()
-    allowed = AFTER_A_FLIP if flipped else END_TO_END_TOLERANCE
-    tolerance = {"latents": allowed, "picture": 2 * allowed} if bundle.dtype == "float32" else {}
-    title = f"{name}end to end, {options.steps} steps, 8-bit picture"
-    end_to_end = TrajectoryReport(title, errors, tolerance, notes=note)
-    return [step_report, end_to_end]
+    own_latents, own_regions = _free_run(recording, runner)
+    same = TrajectoryReport(
+        f"{name}: Session beside the plain loop over the same graphs, {options.steps} steps",
+        {
+            "latents": relative_error(result.latents, own_latents),
+            "cells in other regions": float((_label(own_regions) != result.regions[0]).sum()),
+        },
+        {"latents": SAME_GRAPHS, "cells in other regions": 0.0},
+    )
+    return [
+        _steps_report(name, bundle, recording, runner),
+        same,
+        _end_to_end(name, bundle, checkpoint, final, result.latents, result.regions[0], result.images[0]),
+    ]
 
 
 def drawn_concepts() -> list[Concept]:
@@ -138,113 +138,143 @@ def drawn_concepts() -> list[Concept]:
     return concepts
 
 
-def run_pytorch(
-    bundle: Bundle,
-    reference: MagicFaceReference,
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    concepts: Sequence[Concept],
-    loaded: Sequence[LoadedReference],
-    options: Options,
-) -> tuple[list[StepOutputs], np.ndarray, float]:
-    """The request in PyTorch alone.
+def record(
+    name: str, session: Session, concepts: list[Concept], options: Options, reference: MagicFaceReference
+) -> tuple[Recording, StepOutputs]:
+    """What PyTorch computes at every step of a request, as a recording; and its last step.
 
-    Returns every step's outputs, the picture's 8-bit values [H, W, 3], and the seconds spent outside the loop.
+    Text and images are encoded by the bundle: the encoders have been compared by themselves.
     """
-    start = perf_counter()
-    form = Form.of(bundle, torch.float32)
-    prompts = [options.negative_prompt, PROMPT, *(c.references[0].prompt for c in concepts)]
-    ids = torch.from_numpy(np.stack([tokenizer.encode(p) for p in prompts]))
-    shape = (1, bundle.latent_channels, bundle.rows, bundle.columns)
-    with torch.no_grad():
-        text = checkpoint.load_text_encoder(torch.float32)(input_ids=ids).last_hidden_state  # [2 + R, 77, D]
-        pixels = torch.from_numpy(np.concatenate([x.pixels(bundle.height, bundle.width) for x in loaded]))
-        z0 = VaeEncoder(checkpoint.load_vae(torch.float32), form).eval()(pixels)  # [R, 4, h, w]
-    noise = np.stack([np.repeat(reference_noise(0, i, shape), len(z0), 0) for i in range(options.steps)])
-    outside = perf_counter() - start
-    outputs = list(
-        generate_latents(
-            reference,
-            x_T=torch.from_numpy(target_noise(options.seed, 0, shape)),
-            text=text[:2],
-            z0=z0,
-            noise=torch.from_numpy(noise),
-            reference_text=text[2:],
-            reference_masks=torch.from_numpy(np.stack([x.mask_grid for x in loaded]).astype(bool)),
-            weights=torch.tensor([c.weight for c in concepts]),
-            concept_of_reference=range(len(concepts)),
-            tokens=[tokenizer.find_word(PROMPT, c.word) for c in concepts],
-            schedule=checkpoint.schedule,
-            ca_scale=options.effective_ca_scale(len(concepts)),
-            alpha=options.alpha,
-            guidance=options.guidance,
-            weight_mode=options.weight_mode,
-            semantic_guidance=options.semantic_guidance,
-        )
-    )
-    start = perf_counter()
-    with torch.no_grad():
-        decoded = VaeDecoder(checkpoint.load_vae(torch.float32), form).eval()(outputs[-1].latents)
-    picture = np.asarray(pixels_to_images(decoded.numpy())[0], np.float32)
-    return outputs, picture, outside + perf_counter() - start
-
-
-def _step_by_step(
-    request: str,
-    session: Session,
-    recorded: Sequence[StepOutputs],
-    concepts: Sequence[Concept],
-    loaded: Sequence[LoadedReference],
-    options: Options,
-) -> TrajectoryReport:
-    """Every step of the bundle from PyTorch's latents and PyTorch's regions of the step before."""
     bundle, tokenizer = session.bundle, session.tokenizer
-    denoiser = Denoiser(bundle, session.runner("reference_kv"), session.runner("denoise_step"))
-    masked = [MaskedReference(x.mask_grid, k, concepts[k].weight) for k, x in enumerate(loaded)]
-    references = ReferenceSet.of(bundle, masked)
+    loaded = [load_reference(c.references[0], name=c.name) for c in concepts]
     prompts = [options.negative_prompt, PROMPT, *(c.references[0].prompt for c in concepts)]
-    text = session.runner("text_encoder").run({"token_ids": np.stack([tokenizer.encode(p) for p in prompts])})["text"]
-    pixels = np.concatenate([x.pixels(bundle.height, bundle.width) for x in loaded])
-    z0 = session.runner("vae_encoder").run({"pixels": pixels})["latents"]
-    guidance = Guidance(
-        text=text[:2, None],
-        tokens=[tokenizer.find_word(PROMPT, c.word) for c in concepts],
-        ca_scale=options.effective_ca_scale(len(concepts)),
-        scale=options.guidance,
-        semantic=options.semantic_guidance,
-        weight_mode=options.weight_mode,
-    )
+    ids = np.stack([tokenizer.encode(p) for p in prompts])
+    text = np.concatenate([_encoded(session, "text_encoder", {"token_ids": row[None]}, "text") for row in ids])
+    pixels = [x.pixels(bundle.height, bundle.width) for x in loaded]
+    z0 = np.concatenate([_encoded(session, "vae_encoder", {"pixels": p}, "latents") for p in pixels])
     shape = (1, bundle.latent_channels, bundle.rows, bundle.columns)
-    latents = target_noise(options.seed, 0, shape)
-    label = np.zeros((1, bundle.rows // 2, bundle.columns // 2), np.int64)
-    worst = {"eps_u": 0.0, "eps_c": 0.0}
-    flips = near_ties = 0
-    coefficients = bundle.schedule.step_coefficients(options.steps)
-    for i, timestep in enumerate(map(int, bundle.schedule.timesteps(options.steps))):
-        noised = bundle.schedule.add_noise(z0, reference_noise(options.reference_seed, i, shape), timestep)
-        out = denoiser.step(
-            latents,
-            timestep,
-            coefficients[i],
-            stage="rba" if is_region_step(i, options.steps, options.alpha) else "rsa",
-            region_label=label,
-            references=references,
-            reference_kv=denoiser.reference_kv(references, noised, timestep, text[2:]),
-            guidance=guidance,
-            outputs=("eps", "token_label"),
-        )
-        expected = recorded[i]
-        worst["eps_u"] = max(worst["eps_u"], relative_error(out["eps"][0], expected.eps_u.numpy()))
-        worst["eps_c"] = max(worst["eps_c"], relative_error(out["eps"][1], expected.eps_c.numpy()))
-        differs = out["token_label"][0] != expected.token_label.numpy()
-        near = differs & (expected.margin.numpy() < NEAR_TIE)
-        flips, near_ties = flips + int((differs & ~near).sum()), near_ties + int(near.sum())
-        latents = expected.latents.numpy()
-        label = np.zeros_like(label)
-        for k, region in enumerate(expected.regions.numpy()):
-            label[0][region] = k + 1
-    name = f"{request}step by step, {options.steps} steps"
-    if bundle.dtype != "float32":
-        note = f"{flips} labels differ from float32 PyTorch's outside near-ties; judged graph by graph instead"
-        return TrajectoryReport(name, worst, {}, near_ties=near_ties, notes=(note,))
-    return TrajectoryReport(name, worst, dict.fromkeys(worst, FLOAT32_TOLERANCE), flips, near_ties)
+    inputs = RecordedInputs(
+        x_T=target_noise(options.seed, 0, shape),
+        neg_embeds=text[:1],
+        target_embeds=text[1:2],
+        ref_embeds=text[2:],
+        ref_z0=z0,
+        ref_noise=np.stack(
+            [np.repeat(reference_noise(options.reference_seed, i, shape), len(z0), 0) for i in range(options.steps)]
+        ),
+        ref_masks=np.stack([x.mask_grid for x in loaded]).astype(bool),
+    )
+    recording = Recording(
+        name=name,
+        folder=Path(),
+        model=Path(),
+        steps=options.steps,
+        inject_step=sum(not is_region_step(i, options.steps, options.alpha) for i in range(options.steps)) - 1,
+        start_step=0,
+        end_step=options.steps,
+        guidance=options.guidance,
+        ca_scale=options.effective_ca_scale(len(concepts)),
+        semantic_guidance=options.semantic_guidance,
+        injection_layers=reference.injection_layers,
+        tokens=tuple(tuple(tokenizer.find_word(PROMPT, c.word)) for c in concepts),
+        weights=tuple(c.weight for c in concepts),
+        schedule=bundle.schedule,
+        tolerance=Tolerance(eps_u=FLOAT32_TOLERANCE, eps_c=FLOAT32_TOLERANCE, latents=FLOAT32_TOLERANCE),
+        free_run_latents=None,
+        inputs=inputs,
+        recorded=_no_steps(),
+    )
+    runner = ReferenceStepRunner(recording, reference, weight_mode=options.weight_mode)
+    return _with_steps(recording, runner)
+
+
+def _encoded(session: Session, graph: str, inputs: dict[str, Any], output: str) -> np.ndarray:
+    """Float32, whatever the bundle holds."""
+    runner = session.runner(graph)
+    array = runner.run(inputs, [output])[output]
+    dtype = next(t.dtype for t in runner.contract.outputs if t.name == output)
+    return from_bfloat16(array) if dtype == BFLOAT16 else array.astype(np.float32)
+
+
+def _no_steps() -> RecordedSteps:
+    nothing = np.zeros(0)
+    return RecordedSteps(**dict.fromkeys(RecordedSteps.__dataclass_fields__, nothing))
+
+
+def _with_steps(recording: Recording, runner: ReferenceStepRunner) -> tuple[Recording, StepOutputs]:
+    """The request run freely by the reference."""
+    latents, regions = recording.inputs.x_T, None
+    entered, outputs = [], []
+    for i in range(recording.steps):
+        entered.append(latents)
+        one = runner.reference.step(runner.step_inputs(i, latents, regions))
+        outputs.append(one)
+        latents, regions = one.latents.numpy(), one.regions.numpy()
+    names = {
+        "eps_u": "eps_u",
+        "eps_c": "eps_c",
+        "eps_guided": "eps_guided",
+        "latents_out": "latents",
+        "label": "token_label",
+        "concept_mask": "regions",
+        "fore_mask": "foreground",
+        "margin": "margin",
+        "fore_margin": "fore_margin",
+        "rate": "rate",
+    }
+    arrays = {k: np.stack([getattr(one, v).numpy() for one in outputs]) for k, v in names.items()}
+    steps = RecordedSteps(
+        timesteps=recording.schedule.timesteps(recording.steps), latents_in=np.stack(entered), **arrays
+    )
+    return replace(recording, recorded=steps), outputs[-1]
+
+
+def _free_run(recording: Recording, runner: BundleStepRunner) -> tuple[np.ndarray, np.ndarray]:
+    latents, regions = recording.inputs.x_T, None
+    for i in range(recording.steps):
+        outputs = runner.run(i, latents, regions)
+        latents, regions = outputs.latents_out, outputs.regions
+    assert regions is not None
+    return latents, regions
+
+
+def _steps_report(name: str, bundle: Bundle, recording: Recording, runner: BundleStepRunner) -> Any:
+    """Every step from PyTorch's latents; judged for a float32 bundle, reported for another."""
+    replay = replay_steps(recording, runner)
+    if bundle.dtype == "float32":
+        return replay
+    errors = {key: check.error for key, (_, check) in replay.worst().items()}
+    note = f"{len(replay.wrong_cells)} cells differ from float32 PyTorch's, and {len(replay.near_ties)} near-ties"
+    return TrajectoryReport(f"{name}: step by step, {recording.steps} steps", errors, {}, (note,))
+
+
+def _end_to_end(
+    name: str,
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    final: StepOutputs,
+    latents: np.ndarray,
+    regions: np.ndarray,
+    picture: Image.Image,
+) -> TrajectoryReport:
+    """From the noise to the 8-bit picture."""
+    with torch.no_grad():
+        decoder = VaeDecoder(checkpoint.load_vae(torch.float32), Form.of(bundle, torch.float32)).eval()
+        expected = pixels_to_images(decoder(final.latents).numpy())[0]
+    errors = {
+        "latents": relative_error(latents, final.latents.numpy()),
+        "picture": relative_error(np.asarray(picture), np.asarray(expected, np.float32)),
+    }
+    moved = int((_label(final.regions.numpy()) != regions).sum())
+    judged = bundle.dtype == "float32" and not moved
+    tolerance = {"latents": END_TO_END_TOLERANCE, "picture": PICTURE_TOLERANCE} if judged else {}
+    note = (f"{moved} cells end in another region: trajectories parted at a near-tie",) if moved else ()
+    return TrajectoryReport(f"{name}: end to end with PyTorch", errors, tolerance, note)
+
+
+def _label(regions: np.ndarray) -> np.ndarray:
+    """Regions bool [N, h/2, w/2] as labels; where two overlap the later concept has the cell."""
+    label = np.zeros(regions.shape[1:], np.int64)
+    for k, region in enumerate(regions):
+        label[region] = k + 1
+    return label

@@ -21,6 +21,7 @@ onnx = pytest.importorskip("onnx")
 from magicface_rt.bundle import Bundle  # noqa: E402
 from magicface_rt.engines import gpu, timing_cache  # noqa: E402
 from magicface_rt.engines.builder import build, build_plan, plan_key  # noqa: E402
+from magicface_rt.engines.finding import build_command, target_with_plans  # noqa: E402
 from magicface_rt.engines.flavour import Flavour, load_flavour  # noqa: E402
 from magicface_rt.engines.profiles import profile, symbol_ranges  # noqa: E402
 from magicface_rt.engines.store import EngineStore, Plan  # noqa: E402
@@ -145,6 +146,29 @@ def test_plans_that_are_there_are_not_built_again(
     again = build(bundle, flavour, target, store, report=said.append)
     assert [plan.key.digest for plan in again] == [plan.key.digest for plan in plans]
     assert said == []
+
+
+def test_a_limit_that_was_tightened_holds_for_plans_that_are_there(
+    bundle: Bundle, flavour: Flavour, target: Target, store: EngineStore, plans: list[Plan]
+) -> None:
+    with pytest.raises(GateError, match=r"text_encoder: the plan in the store needs .* of scratch"):
+        build_plan(bundle, QUICK, flavour, replace(target, scratch_limits_mib={"others": 1}), store)
+
+
+def test_the_target_whose_plans_are_there_is_found(
+    bundle: Bundle, flavour: Flavour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU of capability 8.9 has a target of its own; plans for the portable one serve it as well."""
+    one = replace(bundle, graphs={QUICK: bundle.graph(QUICK)})
+    kept = EngineStore(tmp_path)
+    assert target_with_plans(one, "tensorrt-rtx", None, kept, "8.9").name == "rtx-4090"
+    build(one, flavour, load_target("rtx-portable"), kept)
+    assert target_with_plans(one, "tensorrt-rtx", None, kept, "8.9").name == "rtx-portable"
+    assert target_with_plans(one, "tensorrt-rtx", "rtx-4090", kept, "8.9").name == "rtx-4090"
+    with_outputs = target_with_plans(one, "tensorrt-rtx", None, kept, "8.9", parity=True)
+    assert with_outputs.builder.parity_outputs
+    command = build_command(one, with_outputs, kept.root)
+    assert f"--target {with_outputs.name} --store {kept.root} --parity" in command
 
 
 def test_outputs_for_parity_are_left_out_unless_wanted(bundle: Bundle, flavour: Flavour, target: Target) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -389,3 +390,39 @@ def test_damaged_entries_go_before_sound_ones(store: EngineStore) -> None:
     assert isinstance(removed, Damaged)
     assert removed.folder == plans[1].folder
     assert store.plans() == [plans[0]]
+
+
+# Caches beside the plans
+
+
+def cache(store: EngineStore, name: str, count: int, age: float = 0) -> Path:
+    path = store.root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(count))
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_a_runtime_cache_goes_with_its_plan(store: EngineStore) -> None:
+    plan = store.build(sample_key(), writer(seconds=0))
+    mine = cache(store, f"runtime-cache/{plan.key.digest[:32]}-sm89.cache", 10)
+    orphan = cache(store, f"runtime-cache/{'0' * 32}-sm89.cache", 10)
+    store.prune()
+    assert mine.exists()
+    assert not orphan.exists()
+    store.prune(0)
+    store.prune()
+    assert not mine.exists()
+
+
+def test_caches_count_and_go_before_plans(store: EngineStore) -> None:
+    plan = store.build(sample_key(), writer(seconds=0))
+    old = cache(store, "onnxruntime-tensorrt/old.engine", 1000, age=100)
+    new = cache(store, "timing-caches/new.bin", 1000)
+    assert store.cache_size() == 2000
+    assert store.prune(store.size(plan) + 1500) == []
+    assert not old.exists()
+    assert new.exists()
+    assert store.prune(store.size(plan)) == []
+    assert not new.exists()
+    assert store.find(plan.key) is not None

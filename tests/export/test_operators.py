@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper
 
 from magicface_rt.export import operators
 
-BODIES = ("onnxruntime", "tensorrt", "select")
+BODIES = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "select")
 HEADS, WIDTH = 2, 16
 SCALE = (WIDTH // HEADS) ** -0.5
 
@@ -119,3 +120,23 @@ def test_binding_again_replaces_the_bodies() -> None:
     operators.bind(model, "tensorrt")
     assert [f.name for f in model.functions] == ["TokenAttention"]
     assert not any(node.op_type == "MultiHeadAttention" for node in model.functions[0].node)
+
+
+def test_flash_attention_gets_one_width() -> None:
+    """ONNX Runtime's CUDA provider takes its flash attention only where v is as wide as q and k, a multiple of 8."""
+    value = helper.make_tensor_value_info
+    names = ["q", "k", "v", "k_ref", "v_ref", "query_group", "key_group", "key_bias"]
+    node = helper.make_node("RegionAttention", names, ["out"], domain=operators.DOMAIN, num_heads=HEADS, scale=SCALE)
+    dtypes = [TensorProto.FLOAT] * 5 + [TensorProto.INT64] * 2 + [TensorProto.FLOAT]
+    inputs = [value(name, dtype, None) for name, dtype in zip(names, dtypes, strict=True)]
+    graph = helper.make_graph([node], "g", inputs, [value("out", TensorProto.FLOAT, None)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", operators.OPSET)], ir_version=10)
+    operators.bind(model, "onnxruntime-cuda")
+    model = onnx.inliner.inline_local_functions(model)
+    (attention,) = [n for n in model.graph.node if n.op_type == "MultiHeadAttention"]
+    model.graph.output.extend(value(name, TensorProto.FLOAT, None) for name in attention.input)
+    one = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feed = feed_for(4, 2, True, 2, 5, 3, [1.0])
+    out, *wide = one.run(None, feed)
+    assert [a.shape for a in wide] == [(2, n, WIDTH + HEADS * 8) for n in (5, 8, 8)]
+    assert (out.shape, np.abs(out - explicit(feed)).max() < 1e-5) == ((2, 5, WIDTH), True)

@@ -15,12 +15,14 @@ import pytest
 from magicface_rt import BackendError, Bundle, BundleError, ExportError, OptionError, OutputError, ParityError
 from magicface_rt.backends import OnnxRuntime
 from magicface_rt.bundle import GraphContract, Tensor
+from magicface_rt.export.bundle_runner import BundleStepRunner
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
-from magicface_rt.export.parity import BundleStepRunner, _case_bundle, verify_bundle, verify_case
+from magicface_rt.export.parity import _case_bundle, verify_bundle, verify_case
 from magicface_rt.export.recordings import Recording
 from magicface_rt.export.replay import relative_error, replay_steps
 from magicface_rt.export.samples import sample_inputs
+from magicface_rt.export.trajectory import TrajectoryReport
 from magicface_rt.export.widened import widen
 from tests.locations import DATA, GOLDENS
 
@@ -72,7 +74,7 @@ def test_a_bundle_fails_a_recording_with_its_references_swapped(work: Path) -> N
 def test_a_bundle_is_what_its_checkpoint_is(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     verdict = verify_bundle(tiny_bundle, tiny_checkpoint, steps=3)
     assert verdict.passed, "\n".join(verdict.summary())
-    assert len(verdict.reports) == 9  # five graphs, and two requests step by step and end to end
+    assert len(verdict.reports) == 11  # five graphs; two requests, each step by step, in a Session, and end to end
 
 
 def test_a_bundle_whose_graph_was_changed_is_noticed(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -99,9 +101,12 @@ def test_a_session_that_drives_the_graphs_wrongly_is_noticed(
     tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Graphs and steps are right here; only the loop of Session never enters the second stage."""
-    monkeypatch.setattr("magicface_rt.session.is_region_step", lambda *_: False)
+    monkeypatch.setattr("magicface_rt.work.is_region_step", lambda *_: False)
     verdict = verify_bundle(tiny_bundle, tiny_checkpoint, steps=6)
-    assert [report.name for report in verdict.reports if not report.passed] == ["end to end, 6 steps, 8-bit picture"]
+    failed = [report for report in verdict.reports if not report.passed]
+    assert failed
+    assert all(isinstance(report, TrajectoryReport) for report in failed)
+    assert "Session beside the plain loop" in failed[0].name
 
 
 def test_a_bundle_of_another_checkpoint_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -149,8 +154,9 @@ def test_the_tensorrt_files_compute_the_same(tiny_bundle: Path, graph: str) -> N
     inputs = sample_inputs(contract.inputs, sizes, seed=5)
     names = ["eps", "latents_out", "rate"] if graph == "denoise_step" else [t.name for t in contract.outputs]
     found = {}
-    for runtime, file in contract.files.items():
-        session = onnxruntime.InferenceSession(tiny_bundle / file, providers=["CPUExecutionProvider"])
+    for runtime in ("onnxruntime", "tensorrt"):
+        path = tiny_bundle / contract.files[runtime]
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found[runtime] = session.run(names, inputs)
     for name, ours, theirs in zip(names, found["onnxruntime"], found["tensorrt"], strict=True):
         assert relative_error(theirs, ours) < 2e-5, name

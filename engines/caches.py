@@ -1,0 +1,67 @@
+"""Caches that stand in a store beside the plans: compiled kernels and measurements. All of it can be made again.
+
+DIR/runtime-cache/       what TensorRT-RTX compiled on a GPU, a file for each plan (backends/runtime_cache.py)
+DIR/timing-caches/       what TensorRT measured while it built (engines/timing_cache.py)
+DIR/onnxruntime-*/       engines that ONNX Runtime's TensorRT providers compiled
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+RUNTIME = "runtime-cache"
+FOLDERS = (RUNTIME, "timing-caches", "onnxruntime-*")
+DIGEST_CHARACTERS = 32
+"""Of a plan's digest, with which the name of its runtime cache begins."""
+
+
+def cache_files(root: Path) -> list[Path]:
+    """Every file of a cache, least recently written first."""
+    files = [
+        path
+        for pattern in FOLDERS
+        for folder in root.glob(pattern)
+        if not folder.is_symlink()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    ]
+    return sorted(files, key=_written)
+
+
+def size(files: Collection[Path]) -> int:
+    """Bytes of the files that are still there."""
+    total = 0
+    for path in files:
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_size
+    return total
+
+
+def orphans(root: Path, digests: Collection[str]) -> list[Path]:
+    """Runtime caches of plans that are not among these digests."""
+    known = {digest[:DIGEST_CHARACTERS] for digest in digests}
+    return [
+        path
+        for path in cache_files(root)
+        if path.parent == root / RUNTIME and path.name[:DIGEST_CHARACTERS] not in known
+    ]
+
+
+def remove(path: Path) -> None:
+    """Remove a file; one that is gone is no error.
+
+    Raises:
+        OSError: it could not be removed.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return 0.0

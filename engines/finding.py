@@ -1,0 +1,53 @@
+"""Which target's plans serve a bundle here, and the command that builds what is missing."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from magicface_rt.bundle import Bundle
+from magicface_rt.errors import TargetError
+
+from .builder import plan_key
+from .flavour import load_flavour
+from .store import EngineStore
+from .targets import Target, load_target, target_for, targets_serving
+
+
+def target_with_plans(
+    bundle: Bundle,
+    flavour: str,
+    name: str | Path | None,
+    store: EngineStore,
+    capability: str | None,
+    *,
+    parity: bool = False,
+) -> Target:
+    """The target `name`; without one, the narrowest that serves this GPU and has all plans of the bundle in the store.
+
+    If none has, the one to build for: the narrowest that serves the GPU. `parity`: plans with the outputs for `verify`.
+
+    Raises:
+        TargetError: no such target, or none for this GPU.
+    """
+    if name is not None:
+        chosen = load_target(name, flavour)
+        return chosen.with_parity_outputs() if parity else chosen
+    first = target_for(flavour, capability)
+    others = [load_target(n) for n in targets_serving(flavour, capability or "") if n != first.name]
+    library = load_flavour(flavour)
+    candidates = [t.with_parity_outputs() if parity else t for t in (first, *others)]
+    for target in candidates:
+        try:
+            if all(store.find(plan_key(bundle, graph, library, target)) for graph in bundle.graphs):
+                return target
+        except TargetError:  # it does not serve the bundle's precision
+            continue
+    return candidates[0]
+
+
+def build_command(bundle: Bundle, target: Target, root: Path) -> str:
+    """What to type for the plans of a bundle that a target needs."""
+    parts = ["magicface-rt", "build", str(bundle.path), "--flavour", target.flavour, "--target", target.name]
+    parts += ["--store", str(root), *(["--parity"] if target.builder.parity_outputs else [])]
+    return shlex.join(parts)

@@ -1,0 +1,58 @@
+"""The graphs for the CUDA provider, run on the CPU by the definitions of their operators.
+
+What is compared is the rewriting: attributes, layouts, the order of inputs, which tensors meet where. The CUDA kernels
+themselves are not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+
+from magicface_rt.backends import Backend, GraphRunner
+from magicface_rt.backends.base import Arrays
+from magicface_rt.backends.onnxruntime import import_onnxruntime
+from magicface_rt.bundle import CUDA_RUNTIME, Bundle, GraphContract
+from magicface_rt.errors import BackendError
+
+from .definitions import define
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+class DefinedCuda(Backend):
+    """ONNX Runtime's CPU provider over the `onnxruntime-cuda` files; their operators that only CUDA has are defined."""
+
+    name = "onnxruntime-cuda-defined"
+
+    def load(self, bundle: Bundle, graph: str) -> GraphRunner:
+        contract = bundle.graph(graph)
+        if CUDA_RUNTIME not in contract.files:
+            raise BackendError(f"graph {graph} of bundle {bundle.path}: there is no file for {CUDA_RUNTIME}.")
+        model = onnx.load_model(str(bundle.path / contract.files[CUDA_RUNTIME]), load_external_data=False)
+        define(model)
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path))
+        try:
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BackendError(f"graph {graph} of bundle {bundle.path}: {self.name} refused it: {error}") from error
+        return _Runner(contract, session)
+
+
+class _Runner(GraphRunner):
+    def __init__(self, contract: GraphContract, session: Any) -> None:
+        super().__init__(contract)
+        self._session = session
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
+        try:
+            results = self._session.run(list(outputs), dict(inputs))
+        except Exception as error:
+            raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {error}") from error
+        return dict(zip(outputs, results, strict=True))

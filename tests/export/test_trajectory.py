@@ -1,0 +1,116 @@
+"""Does `verify` notice a wrong graph, and a Session that drives right graphs wrongly?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from magicface_rt import Concept, Options, Result, Session
+from magicface_rt.export import reference as oracle
+from magicface_rt.export import trajectory
+from magicface_rt.export.checkpoint import Checkpoint
+from magicface_rt.export.reference import MagicFaceReference
+from magicface_rt.export.trajectory import drawn_concepts
+
+STEPS = Options(steps=3, seed=7)
+
+
+class Changed(Session):
+    """A Session that makes something else of every request."""
+
+    change: dict[str, Any]
+
+    def generate(self, prompt: str, concepts: Any = (), **given: Any) -> Result:  # type: ignore[override]
+        options = given.pop("options")
+        concepts = [replace(c, weight=c.weight * self.change.get("weights", 1.0)) for c in concepts]
+        if self.change.get("swapped"):
+            first, second = concepts
+            concepts = [replace(first, references=second.references), replace(second, references=first.references)]
+        settings = {k: v for k, v in self.change.items() if k not in ("weights", "swapped")}
+        return super().generate(prompt, concepts, options=options, **settings)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
+    return Checkpoint.open(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Checkpoint) -> MagicFaceReference:
+    return MagicFaceReference(checkpoint.load_unet(torch.float32))
+
+
+@pytest.fixture(scope="module")
+def session(tiny_bundle: Path) -> Iterator[Changed]:
+    with Changed(tiny_bundle, backend="onnxruntime-cpu", threads=1) as opened:
+        opened.change = {}
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("change", "passes"),
+    [
+        ({}, True),
+        ({"weights": 1.05}, False),
+        ({"guidance": 7.6}, False),
+        ({"alpha": 0.7}, False),
+        ({"swapped": True}, False),
+        ({"reference_seed": 1}, False),
+        ({"semantic_guidance": False}, False),
+        ({"seed": 8}, False),
+    ],
+    ids=str,
+)
+def test_a_session_that_does_something_else_is_noticed(
+    session: Changed, reference: MagicFaceReference, checkpoint: Checkpoint, change: dict[str, Any], passes: bool
+) -> None:
+    session.change = change
+    steps, same, _ = trajectory._compare_request("request", session, reference, checkpoint, STEPS)
+    assert steps.passed, "\n".join(steps.summary())
+    assert same.passed is passes, "\n".join(same.summary())
+
+
+def rate_times(factor: float, plain: Any = oracle.guidance_rate) -> Any:
+    return lambda *a, **k: plain(*a, **k) * factor
+
+
+def rate_smoothed_twice(plain: Any = oracle.guidance_rate) -> Any:
+    return lambda *a, **k: oracle.smooth(plain(*a, **k)[None])[0]
+
+
+def rate_clamped_higher(plain: Any = oracle.guidance_rate) -> Any:
+    return lambda *a, **k: plain(*a, **k).clamp(min=0.85)
+
+
+@pytest.mark.parametrize(
+    "rate", [rate_times(1.002), rate_smoothed_twice(), rate_clamped_higher()], ids=["factor", "twice", "clamp"]
+)
+def test_guidance_that_differs_a_little_from_pytorch_is_noticed(
+    session: Changed, reference: MagicFaceReference, monkeypatch: pytest.MonkeyPatch, rate: Any
+) -> None:
+    """Which of the two sides is wrong does not matter, so the oracle is spoiled: it needs no other bundle."""
+    from magicface_rt.export.bundle_runner import BundleStepRunner
+    from magicface_rt.export.replay import replay_steps
+
+    monkeypatch.setattr(oracle, "guidance_rate", rate)
+    concepts: list[Concept] = drawn_concepts()
+    recording, _ = trajectory.record("request", session, concepts, STEPS, reference)
+    monkeypatch.undo()
+    runner = BundleStepRunner(recording, session.bundle, session.backend, runner=session.runner)
+    report = replay_steps(recording, runner)
+    assert not report.passed
+    assert any(check.name in ("rate", "latents") and not check.passed for _, check in report.worst().values())
+
+
+def test_a_concept_that_has_no_region_changes_nothing_in_the_verdict(
+    session: Changed, reference: MagicFaceReference, checkpoint: Checkpoint
+) -> None:
+    session.change = {}
+    options = replace(STEPS, ca_scale=1.0)  # every other word competes fully, so regions shrink
+    reports = trajectory._compare_request("request", session, reference, checkpoint, options)
+    assert all(report.passed for report in reports), [line for r in reports for line in r.summary()]
