@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PIP    := $(VENV)/bin/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint types clean
+.PHONY: help venv demo test test-all lint types bench bench-full clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt
 	  || { echo "$(PYTHON) is not supported: 3.10 to 3.13 is needed. Name another: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -qq -c constraints.txt -e '.[cpu,export,tensorrt-rtx,dev]'
+	$(PIP) install -qq -c constraints.txt -e '.[cpu,export,tensorrt-rtx,bench,dev]'
 	@touch $(STAMP)
 
 demo: venv  ## the whole chain on a small random model: checkpoint, export, picture, parity
@@ -31,12 +31,40 @@ test: lint types  ## lint, types and the quick tests
 test-all: lint types  ## all tests that need no GPU: every recording, the full-size network, the slow properties
 	$(VENV)/bin/python -m pytest -q -m "not gpu"
 
-lint: venv  ## ruff
+lint: venv  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet benchmarks engines export magicface_rt tests
 
 types: venv  ## mypy, strict on the runtime
 	$(VENV)/bin/mypy
 
+# What is measured, and how to read it: benchmarks/README.md.
+BENCH := .cache/bench
+
+bench: $(BENCH)/tiny/bundle/bundle.json  ## time the SDK beside PyTorch on a small random model, into bench-out
+	$(VENV)/bin/magicface-rt bench $(BENCH)/tiny/bundle --checkpoint $(BENCH)/tiny/checkpoint --out bench-out \
+	  --concepts 0,1,3 --steps 4 --rounds 3 --requests 1
+
+# One-step measurements of the full-size network: 24 GB of memory, and hours on two cores. (a) runs alone.
+# BUNDLE and CHECKPOINT name a float32 bundle and what it was made from; without them random ones are made.
+BUNDLE       ?= $(BENCH)/sd15/bundle
+CHECKPOINT   ?= $(BENCH)/sd15/checkpoint
+CONCEPTS     ?= 0,1,2,3,4
+CONTENDERS   ?= authors,strong,plain,kept
+ROUNDS       ?= 5
+ALONE_ROUNDS ?= 3
+
+bench-full: $(BUNDLE)/bundle.json  ## the same with the full-size network, single steps
+	$(VENV)/bin/magicface-rt bench $(BUNDLE) --checkpoint $(CHECKPOINT) --out bench-out/full \
+	  --contenders $(CONTENDERS) --concepts $(CONCEPTS) --mask-share 30 --steps 50 --requests 0 \
+	  --rounds $(ROUNDS) --parity-steps 2 --oracle strong --alone authors --alone-rounds $(ALONE_ROUNDS)
+
+$(BENCH)/%/bundle/bundle.json: | $(STAMP)
+	rm -rf $(BENCH)/$*
+	mkdir -p $(BENCH)/$*
+	$(VENV)/bin/magicface-rt checkpoint $* --out $(BENCH)/$*/checkpoint --seed 0
+	$(VENV)/bin/magicface-rt export $(BENCH)/$*/checkpoint --out $(BENCH)/$*/bundle --dtype fp32
+
 clean:  ## remove .venv and everything that was made here
-	rm -rf $(VENV) build dist demo-out .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-out bench-out .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

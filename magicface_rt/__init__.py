@@ -19,6 +19,7 @@ from .concept import Concept, Reference
 from .errors import (
     BackendError,
     BackendMissingError,
+    BudgetError,
     BuildError,
     BundleError,
     Cancelled,
@@ -31,6 +32,7 @@ from .errors import (
     ImageError,
     InputError,
     JobError,
+    KeptConceptError,
     MagicFaceError,
     MaskError,
     NonFiniteError,
@@ -44,9 +46,10 @@ from .errors import (
     StoreError,
     TargetError,
 )
+from .kept import KeptConcept, MemoryPlan
 from .options import Options
 from .results import Result, Timings
-from .session import Progress, Session
+from .session import Progress, Request, Session
 
 try:
     __version__ = version("magicface_rt")
@@ -56,6 +59,7 @@ except PackageNotFoundError:  # running from a source tree that was not installe
 __all__ = [
     "BackendError",
     "BackendMissingError",
+    "BudgetError",
     "BuildError",
     "Bundle",
     "BundleError",
@@ -70,8 +74,11 @@ __all__ = [
     "ImageError",
     "InputError",
     "JobError",
+    "KeptConcept",
+    "KeptConceptError",
     "MagicFaceError",
     "MaskError",
+    "MemoryPlan",
     "NonFiniteError",
     "OptionError",
     "Options",
@@ -82,6 +89,7 @@ __all__ = [
     "PromptError",
     "RecordingError",
     "Reference",
+    "Request",
     "Result",
     "Session",
     "SessionClosedError",

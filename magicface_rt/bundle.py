@@ -20,6 +20,11 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.bin"
 RUNTIMES = ("onnxruntime", "tensorrt")
+"""Every graph has a file for each of these."""
+
+CUDA_RUNTIME = "onnxruntime-cuda"
+"""A graph may have a file of its own for ONNX Runtime's CUDA provider, which takes that of `onnxruntime` otherwise."""
+
 MAX_MANIFEST_BYTES = 1 << 20
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -193,7 +198,7 @@ def _from_manifest(folder: Path, digest: str, m: dict[str, Any]) -> Bundle:
             name,
             tuple(_tensor(t) for t in g["inputs"]),
             tuple(_tensor(t) for t in g["outputs"]),
-            {runtime: str(g["files"][runtime]) for runtime in RUNTIMES},
+            _graph_files(g["files"]),
         )
         for name, g in m["graphs"].items()
     }
@@ -240,6 +245,13 @@ def _from_manifest(folder: Path, digest: str, m: dict[str, Any]) -> Bundle:
         exporter=m["exporter"],
         parity=m["parity"],
     )
+
+
+def _graph_files(entry: Mapping[str, Any]) -> dict[str, str]:
+    files = {runtime: str(entry[runtime]) for runtime in RUNTIMES}
+    if CUDA_RUNTIME in entry:
+        files[CUDA_RUNTIME] = str(entry[CUDA_RUNTIME])
+    return files
 
 
 def _tensor(entry: dict[str, Any]) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from .errors import ConceptError, ImageError, OptionError, PromptError
 from .images import ImageSource, Resample
 
-__all__ = ["MAX_WEIGHT", "Concept", "PlacedConcept", "Reference", "place_concepts"]
+__all__ = ["MAX_WEIGHT", "Concept", "NamedConcept", "PlacedConcept", "Reference", "place_concepts"]
 
 MAX_WEIGHT = 100.0  # e^100 already drowns every other key; more only endangers 16-bit arithmetic
 
@@ -54,7 +54,33 @@ class Reference:
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class Concept:
+class NamedConcept:
+    """What a request says about a concept, whether its references are images or kept keys; see `Concept`.
+
+    Raises `ConceptError` for a field that cannot be used.
+    """
+
+    word: str
+    weight: float
+    token_index: tuple[int, ...] | None
+    name: str
+    references: tuple[Any, ...]
+
+    def __init__(
+        self, word: str, weight: float, token_index: int | Sequence[int] | None = None, name: str | None = None
+    ) -> None:
+        if not isinstance(word, str) or not word.strip():
+            raise ConceptError(f"a concept's word is {word!r}, expected a word of the prompt.")
+        if name is not None and (not isinstance(name, str) or not name.strip()):
+            raise ConceptError(f"concept {word!r}: name is {name!r}, expected text, or nothing to use the word.")
+        object.__setattr__(self, "word", word)
+        object.__setattr__(self, "weight", _checked_weight(word, weight))
+        object.__setattr__(self, "token_index", _checked_token_index(word, token_index))
+        object.__setattr__(self, "name", word if name is None else name)
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Concept(NamedConcept):
     """A thing to carry over: a word of the prompt, a weight, and one or more references.
 
         Concept("man", Reference("man.jpg", mask="man-mask.png", prompt="a man"), weight=2.5)
@@ -70,11 +96,7 @@ class Concept:
     Raises `ConceptError` for a field that cannot be used.
     """
 
-    word: str
     references: tuple[Reference, ...]
-    weight: float
-    token_index: tuple[int, ...] | None
-    name: str
 
     def __init__(
         self,
@@ -85,22 +107,15 @@ class Concept:
         token_index: int | Sequence[int] | None = None,
         name: str | None = None,
     ) -> None:
-        if not isinstance(word, str) or not word.strip():
-            raise ConceptError(f"a concept's word is {word!r}, expected a word of the prompt.")
-        if name is not None and (not isinstance(name, str) or not name.strip()):
-            raise ConceptError(f"concept {word!r}: name is {name!r}, expected text, or nothing to use the word.")
-        object.__setattr__(self, "word", word)
+        super().__init__(word, weight, token_index, name)
         object.__setattr__(self, "references", _checked_references(word, (*reference, *references)))
-        object.__setattr__(self, "weight", _checked_weight(word, weight))
-        object.__setattr__(self, "token_index", _checked_token_index(word, token_index))
-        object.__setattr__(self, "name", word if name is None else name)
 
 
 @dataclass(frozen=True)
 class PlacedConcept:
     """A concept and its token positions in the encoded prompt, rising, each 1..76."""
 
-    concept: Concept
+    concept: NamedConcept
     tokens: tuple[int, ...]
 
 
@@ -113,7 +128,7 @@ class _Tokenizer(Protocol):
 
 
 def place_concepts(
-    prompt: str, concepts: Sequence[Concept], tokenizer: _Tokenizer, limit: int
+    prompt: str, concepts: Sequence[NamedConcept], tokenizer: _Tokenizer, limit: int
 ) -> tuple[PlacedConcept, ...]:
     """Find every concept's tokens in the prompt; the order of the concepts is kept.
 
@@ -122,8 +137,10 @@ def place_concepts(
     """
     concepts = tuple(concepts)
     for position, concept in enumerate(concepts):
-        if not isinstance(concept, Concept):
-            raise ConceptError(f"concepts[{position}] is a {type(concept).__name__}, expected a Concept.")
+        if not isinstance(concept, NamedConcept):
+            raise ConceptError(
+                f"concepts[{position}] is a {type(concept).__name__}, expected a Concept or a KeptConcept."
+            )
     if len(concepts) > limit:
         names = ", ".join(repr(concept.name) for concept in concepts)
         raise ConceptError(
@@ -132,7 +149,7 @@ def place_concepts(
         )
     tokens = tokenizer.tokens(prompt)
     placed: list[PlacedConcept] = []
-    owner: dict[int, Concept] = {}
+    owner: dict[int, NamedConcept] = {}
     for concept in concepts:
         positions = _positions(prompt, concept, tokenizer, tokens)
         for position in positions:
@@ -147,7 +164,7 @@ def place_concepts(
     return tuple(placed)
 
 
-def _positions(prompt: str, concept: Concept, tokenizer: _Tokenizer, tokens: tuple[str, ...]) -> tuple[int, ...]:
+def _positions(prompt: str, concept: NamedConcept, tokenizer: _Tokenizer, tokens: tuple[str, ...]) -> tuple[int, ...]:
     if concept.token_index is None:
         try:
             return tokenizer.find_word(prompt, concept.word)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ Float32Array = NDArray[np.float32]
 
 STATE = ("latents_out", "region_label_out")
 """The outputs that the next step needs; the others exist to be compared."""
+
+SERVED_OUTPUTS = {"denoise_step": STATE}
+"""By graph, what it must give while it serves; where none are named, all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +39,15 @@ class Guidance:
     semantic: bool
     weight_mode: WeightMode
 
+    @property
+    def images(self) -> int:
+        """B."""
+        return int(self.text.shape[1])
+
     @cached_property
     def arrays(self) -> Arrays:
         """The `denoise_step` inputs that do not change from step to step."""
-        images = self.text.shape[1]
+        images = self.images
         return {
             "text": self.text,
             **token_arrays(self.tokens, self.ca_scale, images),
@@ -124,73 +132,89 @@ class Denoiser:
         return self._denoise_step.run(inputs, outputs)
 
 
+class Keys(Protocol):
+    """Brings the reference keys of each step; see `magicface_rt.kept.feed.KeyFeed`."""
+
+    def access(self, stages: Sequence[Stage], weight_modes: Sequence[WeightMode]) -> Arrays: ...
+
+    def start(self, step: int) -> None: ...
+
+    def prepare(self, step: int) -> None: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    def check(self) -> None: ...
+
+
 class DenoisingLoop:
-    """A batch of B images on their way from noise to latents, over bindings of the two graphs.
+    """A batch of B images on their way from noise to latents, over a binding of `denoise_step`.
 
-    What the next step needs stays where the backend computes: keys and values go from `reference_kv` to
-    `denoise_step`, latents and region labels from a step to the next. Up go the noised references and a few numbers
-    per step, and what else changed. A step is done when `wait` returns; until then it may only be enqueued.
+    What the next step needs stays where the backend computes: latents and region labels go from a step to the next, and
+    `keys` sees to the reference keys. Up go a few numbers per step, and what else changed. A step is done when `wait`
+    returns; until then it may only be enqueued.
 
-    latents: the noise, float32 [B, 4, h, w]; reference_text: [R, 77, D], not read without references.
+    latents: the noise, float32 [B, 4, h, w]; guidance: of one image or several in turn, B in all. Keys have one row for
+    all images, which needs one stage and weight mode for all, or a row for each.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        reference_kv: Binding,
         denoise_step: Binding,
         *,
         latents: Float32Array,
-        references: ReferenceSet,
-        reference_text: NDArray[Any],
-        guidance: Guidance,
+        guidance: Sequence[Guidance],
+        keys: Keys,
     ) -> None:
-        self._kv = reference_kv
         self._step = denoise_step
-        self._references = references
-        self._guidance = guidance
+        self._keys = keys
         self._images = len(latents)
+        self._sizes = [one.images for one in guidance]
+        self._weight_modes: list[WeightMode] = [one.weight_mode for one in guidance]
         self._no_label = np.zeros((self._images, bundle.rows // 2, bundle.columns // 2), np.int64)
-        self._stage: Stage | None = None
-        for name, array in guidance.arrays.items():
-            denoise_step.set(name, array)
+        self._stages: tuple[Stage, ...] | None = None
+        for name in guidance[0].arrays:
+            joined = [one.arrays[name] for one in guidance]
+            denoise_step.set(name, np.concatenate(joined, axis=1 if name == "text" else 0))
         denoise_step.set("latents", latents)
-        if references.masked:
-            reference_kv.set("text", reference_text)
-            for name, array in references.arrays.items():
-                reference_kv.set(name, array)
-        else:
-            for name, array in no_references(bundle).items():
-                denoise_step.set(name, array)
 
-    def step(self, timestep: int, coefficients: Float32Array, stage: Stage, noised: Float32Array | None = None) -> None:
-        """Start a step.
-
-        coefficients: the schedule's row for it, float32 [2]; noised: the references' latents at its timestep,
-        float32 [R, 4, h, w], None without references.
-        """
-        if noised is not None:
-            self._kv.set("latents", noised)
-            self._kv.set("timestep", _timesteps(timestep, len(noised)))
-            self._kv.run()
-            for name in self._kv.outputs:
-                self._step.link(name, self._kv, name)
-        self._set_stage(stage)
+    def step(self, step: int, timestep: int, coefficients: Float32Array, stages: Sequence[Stage]) -> None:
+        """Start a step. coefficients: the schedule's row for it, float32 [2]; stages: one for each `guidance`."""
+        self._keys.start(step)
+        self._set_stages(tuple(stages))
         self._step.set("timestep", _timesteps(timestep, self._images))
         self._step.set("ddim", _ddim(coefficients, self._images))
         self._step.run()
         self._step.feed_back("latents", "latents_out")
 
-    def _set_stage(self, stage: Stage) -> None:
-        first, changed = self._stage is None, stage != self._stage
-        self._stage = stage
-        if stage == "rba" and not first:
+    def _set_stages(self, stages: tuple[Stage, ...]) -> None:
+        before, self._stages = self._stages, stages
+        if before is not None and all(stage == "rba" for stage in stages):
             self._step.feed_back("region_label", "region_label_out")
-        elif changed:
-            self._step.set("region_label", cell_groups(stage, self._no_label))
-        if changed:
-            for name, array in key_access(self._references.kept, stage, self._guidance.weight_mode).items():
+        elif before is not None and "rba" in stages:
+            # Images in different stages: the labels of some count, and those of the others do not.
+            self._step.set("region_label", self._cell_groups(stages, self._step.read("region_label_out")))
+        elif stages != before:
+            self._step.set("region_label", self._cell_groups(stages, self._no_label))
+        if stages != before:
+            shared = self._keys.rows == 1
+            sizes = [1] if shared else self._sizes
+            of_rows = [stage for stage, size in zip(stages, sizes, strict=False) for _ in range(size)]
+            modes = [mode for mode, size in zip(self._weight_modes, sizes, strict=False) for _ in range(size)]
+            for name, array in self._keys.access(of_rows, modes).items():
                 self._step.set(name, array)
+
+    def _cell_groups(self, stages: Sequence[Stage], label: NDArray[np.int64]) -> NDArray[np.int64]:
+        parts = np.split(label, np.cumsum(self._sizes)[:-1])
+        return np.concatenate([cell_groups(stage, part) for stage, part in zip(stages, parts, strict=True)])
+
+    def prepare(self, step: int) -> None:
+        """Get ready for a step while the device works on the one before."""
+        self._keys.prepare(step)
 
     def wait(self) -> float:
         """Wait for the step; returns the seconds of its reference pass, without what it waited for.
@@ -199,12 +223,11 @@ class DenoisingLoop:
             DeviceError: a graph failed on the device.
         """
         self._step.wait()
-        return self._kv.seconds if self._references.masked else 0.0
+        return self._keys.seconds
 
     def check(self) -> None:
         """Raises NonFiniteError, naming the graph, where the last step or its keys and values are not finite."""
-        if self._references.masked:
-            self._kv.check()
+        self._keys.check()
         self._step.check()
 
     def read(self) -> tuple[Float32Array, NDArray[np.int64]]:

@@ -5,6 +5,8 @@
     │   ├── OptionError                an option outside its range
     │   ├── PromptError                a prompt longer than the text encoder takes; a word that it does not hold
     │   ├── ConceptError               a concept that cannot be placed: weight, token, number of concepts
+    │   ├── KeptConceptError           a kept concept of another bundle, schedule or form, or a damaged file of one
+    │   ├── BudgetError                too little memory was allowed for the reference keys
     │   ├── ImageError                 an image that cannot be read or used
     │   ├── MaskError                  a mask that is empty, vanishes, or does not fit its image
     │   ├── JobError                   a job file that cannot be read or does not have the expected form
@@ -35,6 +37,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BackendMissingError",
+    "BudgetError",
     "BuildError",
     "BundleError",
     "Cancelled",
@@ -47,6 +50,7 @@ __all__ = [
     "ImageError",
     "InputError",
     "JobError",
+    "KeptConceptError",
     "MagicFaceError",
     "MaskError",
     "NonFiniteError",
@@ -85,6 +89,14 @@ class PromptError(InputError):
 
 class ConceptError(InputError):
     """A concept cannot be placed: its weight, its tokens, or the number of concepts."""
+
+
+class KeptConceptError(InputError):
+    """A kept concept is of another bundle, schedule, number of steps or format, or its file is damaged."""
+
+
+class BudgetError(InputError):
+    """The memory that was allowed for the reference keys is too little for what was asked."""
 
 
 class ImageError(InputError):

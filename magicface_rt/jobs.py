@@ -89,8 +89,12 @@ def load_job(path: str | os.PathLike[str]) -> Job:
     path = Path(path)
     name = repr(os.fspath(path))
     try:
-        if not path.is_file():
-            raise JobError(f"job {name} does not exist or is not a file.")
+        is_file = path.is_file()
+    except ValueError:  # a NUL in the name
+        is_file = False
+    if not is_file:
+        raise JobError(f"job {name} does not exist or is not a file.")
+    try:
         with path.open("rb") as file:
             raw = file.read(MAX_JOB_BYTES + 1)
     except (OSError, ValueError) as error:

@@ -50,6 +50,17 @@ class KeptTokens:
         """M."""
         return len(self.index)
 
+    def padded(self, count: int) -> KeptTokens:
+        """The same with keys that nobody sees behind, `count` in all; nothing where there are as many already."""
+        more = count - self.count
+        if more <= 0:
+            return self
+        return KeptTokens(
+            np.concatenate([self.index, np.zeros(more, np.int64)]),
+            np.concatenate([self.concept, np.full(more, PADDING)]),
+            np.concatenate([self.weight, np.zeros(more, np.float32)]),
+        )
+
 
 def kept_tokens(references: Sequence[MaskedReference], rows: int, columns: int) -> KeptTokens:
     """The kept tokens of all references on a grid.
@@ -72,6 +83,16 @@ def kept_tokens(references: Sequence[MaskedReference], rows: int, columns: int) 
         np.concatenate(concept).astype(np.int64),
         np.concatenate(weight).astype(np.float32),
     )
+
+
+def bucket(count: int, largest: int | None = None) -> int:
+    """The number of keys that `count` is padded to, so that few shapes serve all masks: four sizes an octave, from 16.
+
+    At most a quarter more than `count`; not over `largest`, unless `count` is.
+    """
+    step = max(16, 1 << max(0, count.bit_length() - 3))
+    padded = -(-count // step) * step
+    return padded if largest is None else max(count, min(padded, largest))
 
 
 def key_access(kept: Mapping[int, KeptTokens], stage: Stage, weight_mode: WeightMode) -> dict[str, NDArray[Any]]:

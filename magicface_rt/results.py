@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .concept import Concept
+from .concept import NamedConcept
 from .errors import OptionError, OutputError
 from .images import ImageSource, region_overlay
+from .kept.reference import KeptReference
 from .options import Options
 from .provenance import ProvenancePicture, software
 
@@ -79,7 +80,7 @@ class Result:
     regions: npt.NDArray[np.int64]
     latents: npt.NDArray[np.float32]
     prompt: str
-    concepts: Sequence[Concept]
+    concepts: Sequence[NamedConcept]
     options: Options
     token_indices: Sequence[Sequence[int]] = ()
     timings: Timings = field(default_factory=Timings)
@@ -203,7 +204,8 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
         raise OutputError(f"output folder {str(target)!r} exists and is not a folder. Choose another name.")
     if not overwrite:
         raise OutputError(
-            f"output folder {str(target)!r} exists. Choose another, or allow overwriting (overwrite=True)."
+            f"output folder {str(target)!r} exists. Choose another, or allow overwriting "
+            "(overwrite=True, or --overwrite)."
         )
     foreign = sorted(entry.name for entry in target.iterdir() if not _OWN_FILES.fullmatch(entry.name))
     if foreign:
@@ -230,6 +232,8 @@ def _put_in_place(part: Path, target: Path) -> None:
 
 
 def _reference_settings(reference: Any) -> dict[str, Any]:
+    if isinstance(reference, KeptReference):
+        return {"kept": reference.key, "storage": reference.storage, "prompt": reference.prompt}
     return {
         "image": _described(reference.image),
         "mask": None if reference.mask is None else _described(reference.mask),

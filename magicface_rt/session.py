@@ -3,68 +3,31 @@
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .backends import Backend, GraphRunner, open_backend
-from .backends.checks import check_finite
 from .backends.tensorrt import PlanStore
 from .bundle import Bundle
-from .concept import Concept, PlacedConcept, place_concepts
-from .denoiser import DenoisingLoop, Float32Array, Guidance, ReferenceSet
-from .errors import (
-    BundleError,
-    Cancelled,
-    ConceptError,
-    MaskError,
-    NonFiniteError,
-    OptionError,
-    SessionClosedError,
-)
-from .images import LoadedReference, MagicFaceWarning, layer_mask, load_reference, pixels_to_images
+from .concept import Concept, NamedConcept
+from .course import Course
+from .errors import BackendError, BundleError, ConceptError, OptionError, SessionClosedError
+from .kept import KeptConcept, MemoryPlan, Origin
+from .kept.keeper import Keeper, KeepSettings, checked_storage
+from .kept.memory import MEMORY
 from .options import Options
-from .regions import MaskedReference, Stage
-from .results import Result, Timings
-from .schedule import is_region_step, reference_noise, target_noise
+from .preparing import Preparer, load_bare, tokens_of
+from .request import Progress, ProgressCallback, Request, check_concept, check_number, check_request
+from .results import Result
+from .sizes import parse_size
 from .tokenizer import Tokenizer
+from .work import Work
 from .workplace import Workplace, Workplaces
 
-MAX_SCALE_WEIGHT = 10.0
-"""Forbidden keys stand 1000 below the others on the logits; a factor of 100 could lift them over that."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a request stands: `step` of `steps` is done, in batch `batch` of `batches`."""
-
-    step: int
-    steps: int
-    stage: Stage
-    batch: int
-    batches: int
-
-
-ProgressCallback = Callable[[Progress], object]
-"""Called after every step; return False to cancel."""
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """The references of one request, as the step needs them."""
-
-    references: ReferenceSet
-    latents: Float32Array
-    text: NDArray[Any]
-    tokens: tuple[tuple[int, ...], ...]
+__all__ = ["Progress", "ProgressCallback", "Request", "Session"]
 
 
 class Session:
@@ -87,11 +50,21 @@ class Session:
     build_missing   build plans that the store does not hold; else a missing plan is an error
     target          what missing plans are built for, None for this GPU
     cuda_graphs     on a GPU, capture a step's work once and launch it as one thing afterwards
+    keep            bytes (or "4GiB") of memory in which prepared references are kept for later requests, found again by
+                    their content. None: a bare concept's references run beside the target at every request
+    memory          where the reference keys of a request are: "keep" (all steps on the device), "stream" (on the host,
+                    copied ahead of need), "recompute" (nowhere: references run beside the target), or "auto"; see
+                    `plan`
+    budget          bytes that the peak of `plan` may have, on the device where there is one. None: what is free there
+    storage         how references are kept: "exact", or "8-bit" for about half the bytes of 16-bit keys
+    pad_keys        fill the numbers of reference tokens up to buckets, so that a GPU's captured graphs serve all masks.
+                    None: where the backend keeps tensors on a device
 
     A Session may be used by many threads. An error, a cancelled request or Ctrl-C leaves it usable.
 
     Raises `BundleError` for a folder that is no intact bundle, `BackendMissingError` where the backend is not there,
-    `DeviceError` where the GPU is not. Plans are read when a graph is first needed, see `warm_up`.
+    `DeviceError` where the GPU is not or has too little memory, `PlanError` for a missing plan. Plans are looked for at
+    once, and read when a graph is first needed, see `warm_up`.
     """
 
     def __init__(
@@ -108,7 +81,13 @@ class Session:
         build_missing: bool = False,
         target: Any = None,
         cuda_graphs: bool = True,
+        keep: int | str | None = None,
+        memory: str = "auto",
+        budget: int | str | None = None,
+        storage: str = "exact",
+        pad_keys: bool | None = None,
     ) -> None:
+        KeepSettings.of(keep, memory, budget, storage, bool(pad_keys))
         for name, value, least in (("workers", workers, 1), ("threads", threads, 0), ("device", device, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{name} is {value!r}, expected a whole number from {least}.")
@@ -139,6 +118,14 @@ class Session:
                 cuda_graphs=cuda_graphs,
                 bundle=self.bundle,
             )
+        try:
+            self.backend.check(self.bundle)
+        except BaseException:
+            if self._owns_backend:
+                self.backend.close()
+            raise
+        padded = self.backend.free_device_memory() is not None if pad_keys is None else pad_keys
+        self._keeper = Keeper(self.bundle, self.backend, KeepSettings.of(keep, memory, budget, storage, padded))
         self._workers = threading.BoundedSemaphore(workers)
         self._running = 0
         self._here = threading.local()
@@ -165,25 +152,27 @@ class Session:
     def _free_if_idle(self) -> None:
         if self._running == 0:
             self._workplaces.close()
+            self._keeper.close()
             for runner in self._runners.values():
                 runner.close()
             self._runners.clear()
             if self._owns_backend:
                 self.backend.close()
 
-    def warm_up(self, prompt: str = "", concepts: Sequence[Concept] = (), **settings: Any) -> None:
+    def warm_up(self, prompt: str = "", concepts: Sequence[NamedConcept] = (), **settings: Any) -> None:
         """Load every graph and run a few steps, so that the first request does not wait for that.
 
         GPU backends compile and capture for shapes; give the concepts and settings of a typical request.
 
         Raises what `generate` raises.
         """
-        self.generate(prompt, concepts, **{"steps": 4, **settings})
+        steps = next((concept.steps for concept in concepts if isinstance(concept, KeptConcept)), 4)
+        self.generate(prompt, concepts, **{"steps": steps, **settings})
 
     def generate(
         self,
         prompt: str,
-        concepts: Sequence[Concept] = (),
+        concepts: Sequence[NamedConcept] = (),
         *,
         options: Options | None = None,
         progress: ProgressCallback | None = None,
@@ -192,19 +181,156 @@ class Session:
         """Make pictures of the prompt with the concepts in them.
 
         The settings are those of `Options` (`seed=7, steps=20, ...`), or an `Options` object, or both: a setting
-        given by name wins. Without concepts this is plain Stable Diffusion.
+        given by name wins. Without concepts this is plain Stable Diffusion. A concept is a `Concept` or a
+        `KeptConcept`, in any mixture.
 
         Raises:
             InputError: a setting, prompt, concept, image or mask that cannot be used; nothing has been computed.
+            KeptConceptError: a kept concept of another bundle, schedule, number of steps or reference_seed.
+            BudgetError: the references need more memory than the budget allows.
             Cancelled: `progress` returned False.
             NonFiniteError: a graph produced NaN or infinity.
             SessionClosedError: the session is closed.
         """
         chosen = Options(**{**(options.to_dict() if options else {}), **settings})
+        return self.generate_batch([Request(prompt, tuple(concepts), chosen)], progress=progress)[0]
+
+    def generate_batch(self, requests: Sequence[Request], *, progress: ProgressCallback | None = None) -> list[Result]:
+        """Make the pictures of several requests together, each as it would be made alone.
+
+        Prompts, concepts, seeds and all settings may differ but the number of steps. Requests with the same concepts,
+        weights and switches share one copy of the reference keys. Every result has the timings of the whole batch.
+
+        Raises:
+            OptionError: the requests differ in `steps`; there is none.
+            whatever `generate` raises.
+        """
+        if not requests:
+            raise OptionError("requests is empty, expected at least one Request.")
+        steps = sorted({request.options.steps for request in requests})
+        if len(steps) > 1:
+            raise OptionError(
+                f"the requests of a batch have {' and '.join(map(str, steps))} steps, expected one number. Make a "
+                "batch for each."
+            )
         with self._worker():
-            request = _Request(self, prompt, tuple(concepts), chosen, progress)
-            with self._workplaces.take() as place:
-                return request.run(place)
+            checked = [check_request(request, self.bundle, self.tokenizer) for request in requests]
+            with self._place() as place:
+                course = Course(progress, self._check_open)
+                work = Work(self.bundle, self.tokenizer, self._keeper, place, course)
+                return work.run(checked, backend=self.backend.name, provenance=self.provenance)
+
+    def prepare(
+        self,
+        concept: Concept,
+        *,
+        steps: int = 50,
+        reference_seed: int = 0,
+        storage: str = "exact",
+        workspace: int | str | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> KeptConcept:
+        """Compute a concept's keys for all steps once, for any number of pictures with that many steps.
+
+        storage    "exact", or "8-bit" for a quarter of 32-bit and half of 16-bit keys; `error` of the result says what
+                   it cost
+        workspace  bytes that a pass through the network may take; more steps go through it together. 512 MiB, unless
+                   given
+        progress   called after every pass, with the stage "prepare"; return False to cancel
+
+        What is in the Session's store already is not computed again.
+
+        Raises:
+            InputError: a setting, image or mask that cannot be used.
+            Cancelled: `progress` returned False.
+            NonFiniteError: a graph produced NaN or infinity.
+        """
+        if not isinstance(concept, Concept):
+            raise ConceptError(f"concept is a {type(concept).__name__}, expected a Concept; a kept one is prepared.")
+        options = Options(steps=steps, reference_seed=reference_seed)
+        form = checked_storage(storage)
+        room = None if workspace is None else parse_size(workspace, "workspace")
+        with self._worker():
+            origin = Origin.of(self.bundle, options.steps, options.reference_seed)
+            check_concept(concept, origin, self.tokenizer)
+            check_number(len(concept.references), self.bundle)
+            with self._place() as place:
+                loaded = load_bare(concept, self.bundle)
+                course = Course(progress, self._check_open)
+                preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, course)
+                kept = preparer.prepare(loaded, origin, form, workspace=room)
+        return KeptConcept(
+            concept.word,
+            kept,
+            origin,
+            weight=concept.weight,
+            token_index=concept.token_index,
+            name=concept.name,
+            source=concept,
+        )
+
+    def plan(
+        self,
+        concepts: Sequence[NamedConcept],
+        steps: int = 50,
+        images: int = 1,
+        *,
+        memory: str | None = None,
+        budget: int | str | None = None,
+    ) -> MemoryPlan:
+        """Say what the references of a request would need, in each mode, and which mode would be taken.
+
+        Reads masks, computes nothing. `memory` and `budget` stand in for the Session's own.
+
+        Raises:
+            InputError: a setting, concept, image or mask that cannot be used.
+            BudgetError: no mode fits into the budget.
+        """
+        if memory is not None and memory not in MEMORY:
+            raise OptionError(f"memory is {memory!r}, expected one of {', '.join(MEMORY)}.")
+        options = Options(steps=steps, images=images)
+        self.bundle.schedule.timesteps(options.steps)
+        self._check_open()
+        tokens, keys = [], []
+        for position, concept in enumerate(concepts):
+            if isinstance(concept, KeptConcept):
+                seed = concept.reference_seed
+                concept.origin.check(Origin.of(self.bundle, options.steps, seed), concept.name)
+                keys += [reference.key for reference in concept.references]
+                tokens += tokens_of(concept, ())
+            elif isinstance(concept, Concept):
+                tokens += tokens_of(concept, load_bare(concept, self.bundle))
+            else:
+                raise ConceptError(f"concepts[{position}] is a {type(concept).__name__}, expected a Concept.")
+        check_number(len(tokens), self.bundle)
+        return self._keeper.plan(
+            tokens,
+            steps=options.steps,
+            images=options.images,
+            keys=keys,
+            memory=memory,
+            budget=None if budget is None else parse_size(budget, "budget"),
+        )
+
+    def unload(self, *graphs: str) -> None:
+        """Free graphs that are not needed for now; they are loaded again when they are.
+
+        With kept concepts "reference_kv" and "vae_encoder" rest, and the first holds most of a U-Net's weights.
+
+        Raises:
+            BundleError: the bundle has no such graph.
+            OptionError: a request is running.
+        """
+        for graph in graphs:
+            self.bundle.graph(graph)
+        with self._loading:
+            if self._running:
+                raise OptionError("graphs cannot be unloaded while a request is running; wait for it to end.")
+            for graph in graphs:
+                self._workplaces.drop(graph)
+                runner = self._runners.pop(graph, None)
+                if runner is not None:
+                    runner.close()
 
     def runner(self, graph: str) -> GraphRunner:
         """A graph of the bundle, loaded on first use."""
@@ -213,6 +339,16 @@ class Session:
             if graph not in self._runners:
                 self._runners[graph] = self.backend.load(self.bundle, graph)
             return self._runners[graph]
+
+    @contextmanager
+    def _place(self) -> Iterator[Workplace]:
+        """A workplace for the block. After a failure of the runtime nothing is left on the device that no one uses."""
+        try:
+            with self._workplaces.take() as place:
+                yield place
+        except BackendError:
+            self._keeper.on_device.free_unused()
+            raise
 
     @contextmanager
     def _worker(self) -> Iterator[None]:
@@ -236,223 +372,3 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosedError("this Session is closed; open a new one to generate.")
-
-
-class _Request:
-    """One call of `generate`, stage by stage."""
-
-    def __init__(
-        self,
-        session: Session,
-        prompt: str,
-        concepts: tuple[Concept, ...],
-        options: Options,
-        progress: ProgressCallback | None,
-    ) -> None:
-        self.session = session
-        self.bundle = session.bundle
-        self.prompt = prompt
-        self.options = options
-        self.progress = progress
-        self.placed = place_concepts(prompt, concepts, session.tokenizer, self.bundle.limits.concepts)
-        self._check_early()
-        self.seconds: dict[str, float] = {}
-        self.step_seconds: list[float] = []
-
-    def _check_early(self) -> None:
-        """What would otherwise be refused only after minutes of work."""
-        self.bundle.schedule.timesteps(self.options.steps)
-        for text in (self.options.negative_prompt, *(r.prompt for p in self.placed for r in p.concept.references)):
-            self.session.tokenizer.encode(text)
-        for placed in self.placed:
-            weight = placed.concept.weight
-            if self.options.weight_mode == "scale" and abs(weight) > MAX_SCALE_WEIGHT:
-                raise ConceptError(
-                    f"concept {placed.concept.name!r}: weight is {weight:g}; with weight_mode='scale' it multiplies "
-                    f"logits, and is expected from -{MAX_SCALE_WEIGHT:g} to {MAX_SCALE_WEIGHT:g}."
-                )
-
-    def run(self, place: Workplace) -> Result:
-        start = perf_counter()
-        self.place = place
-        with self._timed("loading"):
-            loaded = self._load_references()
-        with self._timed("text_encoding"):
-            text = self._encode_text([self.options.negative_prompt, self.prompt])  # [2, 77, D]
-        prepared = self._prepare(loaded)
-        latents, regions = self._denoise_batches(prepared, text)
-        with self._timed("decoding"):
-            images = [image for one in latents for image in self._decode(one[None])]
-        return Result(
-            images=images,
-            regions=regions,
-            latents=latents,
-            prompt=self.prompt,
-            concepts=[placed.concept for placed in self.placed],
-            options=self.options,
-            token_indices=prepared.tokens,
-            timings=Timings(**self.seconds, total=perf_counter() - start, steps=tuple(self.step_seconds)),
-            bundle_hash=self.bundle.hash,
-            backend=self.session.backend.name,
-            provenance=self.session.provenance,
-        )
-
-    # ------------------------------------------------------------------------------------------- before the loop
-
-    def _load_references(self) -> list[tuple[PlacedConcept, LoadedReference, str]]:
-        """Every reference with its concept and its prompt, checked against the bundle's limits and grids."""
-        loaded = []
-        for placed in self.placed:
-            concept = placed.concept
-            for number, reference in enumerate(concept.references, 1):
-                which = f", reference {number}" if len(concept.references) > 1 else ""
-                one = load_reference(reference, name=f"concept {concept.name!r}{which}")
-                self._check_mask(one)
-                loaded.append((placed, one, reference.prompt))
-        if len(loaded) > self.bundle.limits.references:
-            raise ConceptError(
-                f"{len(loaded)} references were given; the bundle takes at most {self.bundle.limits.references}. "
-                "Leave some out, or export a bundle for more references."
-            )
-        return loaded
-
-    def _check_mask(self, loaded: LoadedReference) -> None:
-        """A mask may vanish on a coarse grid (the method then skips it there, which is said), but not on all."""
-        grids = [self.bundle.grid(factor) for factor in self.bundle.factors]
-        empty = [grid for grid in grids if not layer_mask(loaded.mask_grid, *grid).any()]
-        if empty and len(empty) < len(grids):
-            where = " and ".join(f"{rows} x {columns}" for rows, columns in empty)
-            warnings.warn(
-                f"{loaded.name}: the mask vanishes on the {where} grid, and the layers there do not see it.",
-                MagicFaceWarning,
-                stacklevel=2,
-            )
-        if len(empty) == len(grids):
-            finest = max(grids)
-            raise MaskError(
-                f"{loaded.name}: the mask vanishes on every grid the injection layers work on (the finest is "
-                f"{finest[0]} x {finest[1]}); it is too small to be seen. Use a larger mask or a closer crop."
-            )
-
-    def _encode_text(self, prompts: Sequence[str]) -> NDArray[Any]:
-        """Prompts to embeddings [n, 77, D]."""
-        ids = np.stack([self.session.tokenizer.encode(prompt) for prompt in prompts])
-        encoder = self.place.binding("text_encoder")
-        size = encoder.largest("B") or len(ids)
-        return np.concatenate(
-            [encoder.once({"token_ids": ids[i : i + size]})["text"] for i in range(0, len(ids), size)]
-        )
-
-    def _prepare(self, loaded: Sequence[tuple[PlacedConcept, LoadedReference, str]]) -> _Prepared:
-        concepts = [placed.concept for placed in self.placed]
-        tokens = tuple(placed.tokens for placed in self.placed)
-        numbers = {id(concept): number for number, concept in enumerate(concepts)}
-        masked = [
-            MaskedReference(one.mask_grid, numbers[id(placed.concept)], placed.concept.weight)
-            for placed, one, _ in loaded
-        ]
-        references = ReferenceSet.of(self.bundle, masked)
-        if not loaded:
-            nothing = np.zeros((0, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
-            return _Prepared(references, nothing, np.zeros(0), tokens)
-        with self._timed("image_encoding"):
-            latents = np.concatenate([self._encode_image(one) for _, one, _ in loaded])  # [R, 4, h, w]
-        with self._timed("text_encoding"):
-            text = self._encode_text([prompt for _, _, prompt in loaded])  # [R, 77, D]
-        return _Prepared(references, latents, text, tokens)
-
-    def _encode_image(self, loaded: LoadedReference) -> Float32Array:
-        pixels = loaded.pixels(self.bundle.height, self.bundle.width)
-        return self.place.binding("vae_encoder").once({"pixels": pixels})["latents"]
-
-    # -------------------------------------------------------------------------------------------------- the loop
-
-    def _denoise_batches(self, prepared: _Prepared, text: NDArray[Any]) -> tuple[Float32Array, NDArray[np.int64]]:
-        """All images of the request, as many of them together as the bundle and its plan take."""
-        size = min(self.bundle.limits.images, self.place.binding("denoise_step").largest("B") or self.options.images)
-        indices = range(self.options.images)
-        batches = [indices[i : i + size] for i in range(0, len(indices), size)]
-        made = [self._denoise(prepared, text, batch, (n, len(batches))) for n, batch in enumerate(batches)]
-        return np.concatenate([m[0] for m in made]), np.concatenate([m[1] for m in made])
-
-    def _denoise(
-        self, prepared: _Prepared, text: NDArray[Any], images: Sequence[int], place: tuple[int, int]
-    ) -> tuple[Float32Array, NDArray[np.int64]]:
-        """Latents [B, 4, h, w] and the last region labels [B, h/2, w/2] of some of the images."""
-        latents, labels = self._steps(prepared, text, images, place)
-        try:
-            check_finite("denoise_step", "latents_out", latents)
-        except NonFiniteError:
-            # On a device the steps went unseen: go through them again, until the first graph that made them is found.
-            self._steps(prepared, text, images, None)
-            raise
-        return latents, labels
-
-    def _steps(
-        self, prepared: _Prepared, text: NDArray[Any], images: Sequence[int], place: tuple[int, int] | None
-    ) -> tuple[Float32Array, NDArray[np.int64]]:
-        """The denoising loop. Without a `place` every step is checked, and none is timed or reported."""
-        options, schedule = self.options, self.bundle.schedule
-        shape = (1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns)
-        loop = DenoisingLoop(
-            self.bundle,
-            self.place.binding("reference_kv"),
-            self.place.binding("denoise_step"),
-            latents=np.concatenate([target_noise(options.seed, index, shape) for index in images]),
-            references=prepared.references,
-            reference_text=prepared.text,
-            guidance=Guidance(
-                text=np.repeat(text[:, None], len(images), axis=1),
-                tokens=prepared.tokens,
-                ca_scale=options.effective_ca_scale(len(prepared.tokens)),
-                scale=options.guidance,
-                semantic=options.semantic_guidance,
-                weight_mode=options.weight_mode,
-            ),
-        )
-        timesteps = [int(t) for t in schedule.timesteps(options.steps)]
-        coefficients = schedule.step_coefficients(options.steps)
-
-        def noised(i: int) -> Float32Array | None:
-            if not len(prepared.latents) or i == options.steps:
-                return None
-            noise = reference_noise(options.reference_seed, i, shape)
-            return schedule.add_noise(prepared.latents, noise, timesteps[i])
-
-        ahead = noised(0)
-        for i, timestep in enumerate(timesteps):
-            start = perf_counter()
-            stage: Stage = "rba" if is_region_step(i, options.steps, options.alpha) else "rsa"
-            loop.step(timestep, coefficients[i], stage, ahead)
-            ahead = noised(i + 1)  # while the device works
-            reference_seconds = loop.wait()
-            if place is None:
-                loop.check()
-                self.session._check_open()
-                continue
-            seconds = perf_counter() - start
-            self._spent("reference_pass", reference_seconds)
-            self._spent("denoising", seconds - reference_seconds)
-            self.step_seconds.append(seconds)
-            self._report(Progress(i + 1, options.steps, stage, *place))
-        return loop.read()
-
-    def _report(self, progress: Progress) -> None:
-        self.session._check_open()
-        if self.progress is not None and self.progress(progress) is False:
-            raise Cancelled(f"cancelled by the progress callback after step {progress.step} of {progress.steps}.")
-
-    # --------------------------------------------------------------------------------------------- after the loop
-
-    def _decode(self, latents: Float32Array) -> Sequence[Any]:
-        pixels = self.place.binding("vae_decoder").once({"latents": latents})["pixels"]
-        return pixels_to_images(pixels)
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = perf_counter()
-        yield
-        self._spent(stage, perf_counter() - start)
-
-    def _spent(self, stage: str, seconds: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

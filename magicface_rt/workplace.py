@@ -7,11 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 from .backends import Binding, GraphRunner
-from .denoiser import STATE
+from .backends.shelf import Shelf
+from .denoiser import SERVED_OUTPUTS
 from .errors import BackendError
-
-_OUTPUTS = {"denoise_step": STATE}
-"""Outputs that are used; the others of this graph exist to be compared."""
 
 
 class Workplace:
@@ -20,18 +18,37 @@ class Workplace:
     def __init__(self, runner: Callable[[str], GraphRunner]) -> None:
         self._runner = runner
         self._bindings: dict[str, Binding] = {}
+        self._shelf: Shelf | None = None
         self.closed = False
 
     def binding(self, graph: str) -> Binding:
         """A graph of the bundle, bound on first use."""
         if graph not in self._bindings:
             beside = next(iter(self._bindings.values()), None)
-            self._bindings[graph] = self._runner(graph).bind(_OUTPUTS.get(graph), beside=beside)
+            self._bindings[graph] = self._runner(graph).bind(SERVED_OUTPUTS.get(graph), beside=beside)
         return self._bindings[graph]
+
+    def shelf(self) -> Shelf | None:
+        """Where `denoise_step` finds keys on the device; None where they come from the host."""
+        if self._shelf is None:
+            self._shelf = self.binding("denoise_step").shelf()
+        return self._shelf
+
+    def drop(self, graph: str) -> None:
+        """Free what a graph's binding holds; it is bound anew when it is needed."""
+        if self._shelf is not None:
+            self._shelf.close()
+            self._shelf = None
+        binding = self._bindings.pop(graph, None)
+        if binding is not None:
+            binding.close()
 
     def close(self) -> None:
         """Free what the bindings hold. May be called twice."""
         self.closed = True
+        if self._shelf is not None:
+            self._shelf.close()
+            self._shelf = None
         for binding in self._bindings.values():
             binding.close()
         self._bindings.clear()
@@ -59,6 +76,12 @@ class Workplaces:
             with self._lock:
                 if not place.closed:
                     self._free.append(place)
+
+    def drop(self, graph: str) -> None:
+        """Free a graph's bindings where nobody uses them."""
+        with self._lock:
+            for place in self._free:
+                place.drop(graph)
 
     def close(self) -> None:
         """Free those that nobody uses."""

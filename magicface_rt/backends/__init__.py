@@ -17,10 +17,11 @@ from .base import Backend, GraphRunner
 from .binding import Binding
 from .onnxruntime import OnnxRuntime
 from .probe import why_not
-from .tensorrt import PlanStore, TensorRT
+from .tensorrt import FLAVOURS, PlanStore, TensorRT
 
 __all__ = [
     "BACKENDS",
+    "FLAVOURS",
     "Backend",
     "Binding",
     "GraphRunner",
@@ -41,8 +42,6 @@ BACKENDS = (
     "tensorrt-rtx",
 )
 logger = logging.getLogger("magicface_rt.backends")
-
-FLAVOURS = ("tensorrt", "tensorrt-rtx")
 
 
 def open_backend(
@@ -92,21 +91,25 @@ def open_backend(
         name = "onnxruntime-cpu" if why_not("onnxruntime-cuda", device=device) else "onnxruntime-cuda"
     provider = name.removeprefix("onnxruntime-")
     return OnnxRuntime(
-        provider, threads=threads, device=device, cuda_graphs=cuda_graphs, cache=_cache_folder(store, provider)
+        provider,
+        threads=threads,
+        device=device,
+        cuda_graphs=cuda_graphs,
+        target=target,
+        cache=_cache_folder(store, provider),
     )
 
 
 def _with_plans(
     flavour: str, bundle: Bundle, store: PlanStore | Path | str, device: int, target: Any, cuda_graphs: bool
 ) -> Backend | None:
-    """The flavour, if it works here and the store holds all plans of the bundle; if not, the log says why."""
+    """The flavour, if it works here and the store holds the bundle's plans, and they fit; if not, the log says why."""
     if reason := why_not(flavour, device=device):
         logger.info("backend 'auto': %s is not used: %s", flavour, reason)
         return None
     backend = TensorRT(flavour, store=store, device=device, target=target, cuda_graphs=cuda_graphs)
     try:
-        for graph in bundle.graphs:
-            backend.find(bundle, graph)
+        backend.check(bundle)
     except MagicFaceError as error:
         # Nobody should wonder why a picture takes ten times as long as yesterday.
         logger.warning("backend 'auto': %s is not used: %s", flavour, error)

@@ -79,5 +79,17 @@ class Backend(ABC):
             BackendError: the runtime refused the graph.
         """
 
+    def check(self, bundle: Bundle) -> None:  # noqa: B027 - not every backend can know before it loads
+        """Find out, before anything is loaded, whether the bundle can be served.
+
+        Raises:
+            EngineError: a plan is missing or cannot be used.
+            DeviceError: the bundle does not fit into the device's free memory.
+        """
+
+    def free_device_memory(self) -> int | None:
+        """Bytes that the device has left for keys; None where bindings have no `shelf` there."""
+        return None
+
     def close(self) -> None:  # noqa: B027 - not every backend holds something
         """Free what the backend holds; its runners are closed before. May be called twice."""

@@ -1,8 +1,8 @@
 """A graph with its inputs and outputs held in place for many runs by one worker.
 
 An input has one source at a time, and the latest call says which: a host array (`set`), an output of another graph
-(`link`), or an output of this graph's run before (`feed_back`). It keeps its source, and a host array its value, from
-run to run; so what does not change is uploaded once.
+(`link`), an output of this graph's run before (`feed_back`), or pieces put together (`lay`). It keeps its source, and
+a host array its value, from run to run; so what does not change is uploaded once.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import GraphContract, Tensor
 from ..errors import BackendError
 from .checks import Limits, Shape, check_finite, check_input, check_limits, check_names, match_sizes, output_shape
+from .host import host_dtype
+from .pieces import Layout, Piece, lay_on_host, layout
 
 if TYPE_CHECKING:
     from .base import Arrays, GraphRunner
+    from .shelf import Shelf
 
 
 class Binding(ABC):
@@ -41,6 +45,8 @@ class Binding(ABC):
         self._shapes: dict[str, Shape] = {}
         self._links: dict[str, tuple[Binding, str]] = {}
         self._fed_back: dict[str, str] = {}
+        self._laid: dict[str, Layout] = {}
+        self._assembled: dict[str, NDArray[Any]] = {}
         self._sizes: dict[str, int] = {}
         self._has_run = False
         self._closed = False
@@ -60,7 +66,35 @@ class Binding(ABC):
         self._put(tensor, array)
         self._links.pop(name, None)
         self._fed_back.pop(name, None)
+        self._laid.pop(name, None)
+        self._assembled.pop(name, None)
         self._shapes[name] = array.shape
+
+    def lay(self, name: str, shape: Shape, pieces: Sequence[Piece]) -> None:
+        """Pieces become the input [K, M, C], now; what they do not cover is zero.
+
+        Host arrays may be changed afterwards. What is on the device is read there in the order of the calls.
+
+        Raises:
+            BackendError: the input is unknown, of another shape, outside the plan's range, or there is no memory.
+        """
+        tensor = self._input(name)
+        fixed = all(d == e for d, e in zip(shape, tensor.shape, strict=False) if isinstance(e, int))
+        if len(shape) != len(tensor.shape) or not fixed:
+            raise BackendError(f"graph {self.contract.name}: input {name} is {list(shape)}, expected {tensor}.")
+        if name in self.limits:
+            check_limits(_only(self.contract, tensor), {name: shape}, self.limits)
+        wanted = layout(shape, pieces)
+        clear = self._laid.pop(name, None) != wanted
+        self._lay(tensor, shape, pieces, clear)
+        self._links.pop(name, None)
+        self._fed_back.pop(name, None)
+        self._shapes[name] = shape
+        self._laid[name] = wanted
+
+    def shelf(self) -> Shelf | None:
+        """A place on the device for pieces, made for the caller to close; None where they come from the host."""
+        return None
 
     def link(self, name: str, source: Binding, output: str) -> None:
         """The input reads another binding's output in place, as it is when this graph runs.
@@ -171,6 +205,18 @@ class Binding(ABC):
     def _put(self, tensor: Tensor, array: NDArray[Any]) -> None:
         """Hold a checked array as the input."""
 
+    def _lay(self, tensor: Tensor, shape: Shape, pieces: Sequence[Piece], clear: bool) -> None:
+        """Hold the pieces as the input. `clear`: the last ones covered something else."""
+        self._put(tensor, self._assemble(tensor, shape, pieces, clear))
+
+    def _assemble(self, tensor: Tensor, shape: Shape, pieces: Sequence[Piece], clear: bool) -> NDArray[Any]:
+        """The pieces in one host array, the same from run to run."""
+        if clear:
+            self._assembled[tensor.name] = np.zeros(shape, host_dtype(tensor.dtype))
+        into = self._assembled[tensor.name]
+        lay_on_host(into, pieces)
+        return into
+
     @abstractmethod
     def _execute(self, shapes: Mapping[str, Shape]) -> None:
         """Run with checked shapes."""
@@ -186,6 +232,7 @@ class Binding(ABC):
         """Free what the binding holds. May be called twice."""
         self._closed = True
         self._links.clear()
+        self._assembled.clear()
 
     # ------------------------------------------------------------------------------------------------------- inside
 
@@ -225,6 +272,9 @@ class HostBinding(Binding):
 
     def _put(self, tensor: Tensor, array: NDArray[Any]) -> None:
         self._arrays[tensor.name] = array.copy()
+
+    def _lay(self, tensor: Tensor, shape: Shape, pieces: Sequence[Piece], clear: bool) -> None:
+        self._arrays[tensor.name] = self._assemble(tensor, shape, pieces, clear)
 
     def _execute(self, shapes: Mapping[str, Shape]) -> None:
         inputs = dict(self._arrays)

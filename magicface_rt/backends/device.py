@@ -11,6 +11,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ ALIGNMENT = 256
 _NO_DEVICE = 100
 _OLD_DRIVER = 35
 _OUT_OF_MEMORY = 2
+_HOST_MEMORY = Path("/proc/meminfo")
 
 logger = logging.getLogger("magicface_rt.device")
 
@@ -38,7 +40,8 @@ def import_cuda() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendMissingError(
             f"cuda-bindings is not installed or does not load ({type(error).__name__}: {error}). Install it with the "
-            "backend that needs it: pip install 'magicface_rt[tensorrt]' or 'magicface_rt[tensorrt-rtx]'"
+            "backend that needs it: pip install 'magicface_rt[tensorrt]', 'magicface_rt[tensorrt-rtx]' or "
+            "'magicface_rt[gpu]'"
         ) from error
 
 
@@ -104,18 +107,34 @@ class Device:
         """The newest CUDA version that the installed driver supports, for example "13.0"."""
         return _version(self.call("cudaDriverGetVersion"))
 
+    @property
+    def runtime_version(self) -> str:
+        """The CUDA version that cuda-bindings brings."""
+        return _version(self.call("cudaRuntimeGetVersion"))
+
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes."""
+        """Free and total bytes.
+
+        A GPU that shares its memory with the host (Jetson) has free as well what the host would give up, which
+        cudaMemGetInfo leaves out: after a bundle was read, much of the memory is cached files.
+        """
         self.use()
-        free, total = self.call("cudaMemGetInfo")
-        return int(free), int(total)
+        free, total = (int(nbytes) for nbytes in self.call("cudaMemGetInfo"))
+        if self.integrated:
+            free = min(max(free, _available_to_host()), total)
+        return free, total
+
+    @property
+    def integrated(self) -> bool:
+        """Whether the GPU shares its memory with the host."""
+        return bool(self.call("cudaDeviceGetAttribute", self.cuda.cudaDeviceAttr.cudaDevAttrIntegrated, self.ordinal))
 
     def require(self, nbytes: int, what: str) -> None:
         """Raises DeviceError where less than `nbytes` are free; `what` will hold them. Allocates nothing."""
         free, total = self.memory()
         if nbytes > free:
             raise DeviceError(
-                f"{what} needs {_megabytes(nbytes)} more, and {_megabytes(free)} of {_megabytes(total)} are free on "
+                f"{what} needs {megabytes(nbytes)} more, and {megabytes(free)} of {megabytes(total)} are free on "
                 f"device {self.ordinal}. Ask for fewer images or references, use a smaller bundle, or free the device."
             )
 
@@ -185,20 +204,29 @@ class Staging:
         self._copied = Event(device)
         self._in_flight = False
 
-    def upload(self, array: NDArray[Any], to: Buffer, stream: Stream) -> None:
-        """Enqueue a copy of the array; it may be changed as soon as this returns."""
-        if array.nbytes > to.nbytes:
-            raise ValueError(f"{array.nbytes} bytes do not fit into a buffer of {to.nbytes}.")
+    def upload(self, array: NDArray[Any], to: Buffer, stream: Stream, *, offset: int = 0) -> None:
+        """Enqueue a copy of the array to `offset` of the buffer; it may be changed as soon as this returns."""
+        if offset + array.nbytes > to.nbytes:
+            raise ValueError(f"{array.nbytes} bytes do not fit into a buffer of {to.nbytes} at {offset}.")
+        self.memory(array.nbytes)[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.send(array.nbytes, to, stream, offset=offset)
+
+    def memory(self, nbytes: int) -> NDArray[np.uint8]:
+        """The page-locked bytes to write into, once what they held has been copied; `send` enqueues their copy."""
         if self._in_flight:
             self._copied.wait()
-        if array.nbytes > self._nbytes:
+            self._in_flight = False
+        if nbytes > self._nbytes:
             self._free_memory()
-            self._address = int(self._device.call("cudaHostAlloc", array.nbytes, 0))
-            self._nbytes = array.nbytes
-        pinned = (ctypes.c_ubyte * array.nbytes).from_address(self._address)
-        np.frombuffer(memoryview(pinned), np.uint8)[:] = array.reshape(-1).view(np.uint8)
+            self._address = int(self._device.call("cudaHostAlloc", nbytes, 0))
+            self._nbytes = nbytes
+        pinned = (ctypes.c_ubyte * nbytes).from_address(self._address)
+        return np.frombuffer(memoryview(pinned), np.uint8)
+
+    def send(self, nbytes: int, to: Buffer, stream: Stream, *, offset: int = 0) -> None:
+        """Enqueue a copy of the first `nbytes` of `memory` to `offset` of the buffer."""
         kind = self._device.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._device.call("cudaMemcpyAsync", to.address, self._address, array.nbytes, kind, stream.handle)
+        self._device.call("cudaMemcpyAsync", to.address + offset, self._address, nbytes, kind, stream.handle)
         self._copied.record(stream)
         self._in_flight = True
 
@@ -225,6 +253,19 @@ class Stream:
 
     def synchronize(self) -> None:
         self.device.call("cudaStreamSynchronize", self.handle)
+
+    def copy(self, source: int, to: int, nbytes: int) -> None:
+        """Enqueue a copy from device memory to device memory, by address."""
+        kind = self.device.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.device.call("cudaMemcpyAsync", to, source, nbytes, kind, self.handle)
+
+    def clear(self, buffer: Buffer) -> None:
+        """Enqueue the filling of a buffer with zeros."""
+        self.device.call("cudaMemsetAsync", buffer.address, 0, buffer.nbytes, self.handle)
+
+    def wait_for(self, event: Event) -> None:
+        """What is enqueued from now on waits for an event of another stream; the host does not."""
+        self.device.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
 
     def download(self, buffer: Buffer, into: NDArray[Any]) -> None:
         """Copy to the host, after what was enqueued before; returns when it is there."""
@@ -313,9 +354,20 @@ def capture(stream: Stream) -> Iterator[Capture]:
         device.release("cudaGraphDestroy", graph)
 
 
+def _available_to_host() -> int:
+    """Bytes that a program can get without swapping, 0 where the system does not say."""
+    try:
+        for line in _HOST_MEMORY.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return 0
+
+
 def _version(number: Any) -> str:
     return f"{int(number) // 1000}.{int(number) % 1000 // 10}"
 
 
-def _megabytes(nbytes: int) -> str:
+def megabytes(nbytes: int) -> str:
     return f"{nbytes / MEGABYTE:,.1f} MB"

@@ -32,6 +32,11 @@ def to_bfloat16(array: NDArray[Any]) -> NDArray[np.uint16]:
     return np.where(np.isnan(array), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
+def stored(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """An array of numbers as a tensor of a contract's dtype."""
+    return to_bfloat16(array) if dtype == BFLOAT16 else array.astype(dtype, copy=False)
+
+
 def non_finite(array: NDArray[Any], dtype: str) -> int:
     """How many values are NaN or infinite; 0 for a dtype that has none."""
     if dtype == BFLOAT16:

@@ -37,8 +37,8 @@ class Lane:
 
     def join(self) -> None:
         """Raises DeviceError where no stream can be made; then nobody has joined."""
+        self.device.use()
         if self._users == 0:
-            self.device.use()
             self.stream = Stream(self.device)
         self._users += 1
 
@@ -86,7 +86,7 @@ class Lane:
         if not small:
             return False
         self.device.require(sum(small.values()) - sum(slot.nbytes for slot in small), f"graph {graph}{what}")
-        self.wait(graph)  # what is enqueued may still use the old memory
+        self.wait(graph)  # what is enqueued may still use the old memory; that cudaFree waits for it is not promised
         for slot, nbytes in small.items():
             slot.free()
             slot.buffer = Buffer(self.device, nbytes)

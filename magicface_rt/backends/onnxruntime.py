@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
+import os
+import stat
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +15,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..bundle import Bundle, GraphContract
-from ..errors import BackendError, BackendMissingError
+from ..bundle import CUDA_RUNTIME, Bundle, GraphContract
+from ..errors import BackendError, BackendMissingError, TargetError
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
+from .device import Device
 from .host import BFLOAT16
+from .one_thread import InTurn, OneThread, at_once
 from .ort_binding import GraphIds, OrtBinding, OrtDevice, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -35,8 +41,15 @@ _CUDA_GRAPH_OPTION = {
     "tensorrt": "trt_cuda_graph_enable",
     "nv-tensorrt-rtx": "enable_cuda_graph",
 }
+_FLAVOUR = {"tensorrt": "tensorrt", "nv-tensorrt-rtx": "tensorrt-rtx"}
+_PROFILE_OPTION = {"tensorrt": "trt_profile_{}_shapes", "nv-tensorrt-rtx": "nv_profile_{}_shapes"}
 _RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _NVIDIA = 0x10DE
+
+_CUDA_PRECISION = {
+    "use_tf32": "0",
+    "enable_skip_layer_norm_strict_mode": "1",  # its sums in float32 for float16 tensors as well
+}
 
 logger = logging.getLogger("magicface_rt.onnxruntime")
 _registering = threading.Lock()
@@ -66,7 +79,21 @@ class OnnxRuntime(Backend):
     threads      0 lets the runtime choose
     device       the GPU's ordinal
     cuda_graphs  capture a graph's work once and launch it as one thing afterwards, where the provider can
+    fused        with "cuda", take the graph that was rewritten for its kernels, where the bundle holds one
+    target       of magicface_rt.engines, by name or as it is: the shapes that a provider that compiles does it for;
+                 None for what this GPU has
     cache        a folder where a provider that compiles may keep what it made, None for nowhere
+
+    With CUDA graphs, all that touches the device is done in one thread of this backend's, whoever calls: ONNX Runtime
+    does not allow `Run` from several threads then, keeps graphs by thread, and what other threads allocate or copy
+    spoils a capture. So workers wait for each other's runs; without CUDA graphs they do not.
+
+    Products of float32 are not rounded to TF32, also in 16-bit bundles, whose guidance and schedule are in float32.
+    The providers that compile have no setting for that: NVIDIA_TF32_OVERRIDE=0 in the environment turns TF32 off there.
+    They take every tensor's type from the graph, as long as none of their precisions is switched on.
+
+    What a compiling provider keeps is native code that it runs unseen: no digest stands between the file and the GPU,
+    unlike a store's plans. So the cache folder must belong to this user, with no one else allowed to write into it.
 
     Raises:
         BackendMissingError: this onnxruntime does not have the provider.
@@ -79,6 +106,8 @@ class OnnxRuntime(Backend):
         threads: int = 0,
         device: int = 0,
         cuda_graphs: bool = True,
+        fused: bool = True,
+        target: Any = None,
         cache: Path | None = None,
     ) -> None:
         self._ort = import_onnxruntime()
@@ -91,8 +120,13 @@ class OnnxRuntime(Backend):
         self._threads = threads
         self._ordinal = device
         self._cuda_graphs = cuda_graphs and provider != "cpu"
+        self._fused = fused
+        self._target = target
         self._cache = cache
+        self._thread = OneThread(self.name) if self._cuda_graphs else None
         self._plugin_devices: list[Any] = []
+        if provider != "cpu":
+            _preload_libraries(self._ort)
         available = self._ort.get_available_providers()
         if _ALL[provider] not in available:
             if provider == "nv-tensorrt-rtx":
@@ -103,6 +137,10 @@ class OnnxRuntime(Backend):
                     f"To get it: {_CURES[provider]}."
                 )
 
+    @property
+    def _in_turn(self) -> InTurn:
+        return self._thread or at_once
+
     def load(self, bundle: Bundle, graph: str) -> GraphRunner:
         contract = bundle.graph(graph)
         if bundle.dtype == BFLOAT16 and self.provider == "cpu":
@@ -110,17 +148,30 @@ class OnnxRuntime(Backend):
                 f"bundle {bundle.path} is in bf16, which {self.name} does not serve: numpy and ONNX Runtime's CPU "
                 "provider have no such type. Export it in fp32 (CPU) or fp16."
             )
-        path = bundle.path / contract.files["tensorrt" if self.provider in COMPILING_PROVIDERS else "onnxruntime"]
+        path = bundle.path / self._file(contract)
         subject = f"graph {graph} of bundle {bundle.path}: {self.name} refused {path.name} ({bundle.dtype})"
+        profile = self._profile(bundle, contract)
         try:
-            session, captures = self._open(str(path), bundle.dtype, bundle.hash)
+            session, captures = self._in_turn(self._open, str(path), bundle.hash, profile)
         except Exception as error:
             raise BackendError(f"{subject}: {first_line(error)}") from error
         self._check_provider(f"graph {graph}", session)
         if self.provider == "cpu":
             return _Runner(contract, session)
         where: OrtDevice = ("gpu", self._ordinal, _NVIDIA) if self._plugin_devices else ("cuda", self._ordinal)
-        return DeviceRunner(contract, session, self._ort, where, GraphIds(captures))
+        return DeviceRunner(contract, session, self._ort, where, GraphIds(captures), in_turn=self._in_turn)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.close()
+
+    def _file(self, contract: GraphContract) -> str:
+        """The graph with the operators that the provider has kernels for."""
+        if self.provider in COMPILING_PROVIDERS:
+            return contract.files["tensorrt"]
+        if self.provider == "cuda" and self._fused and CUDA_RUNTIME in contract.files:
+            return contract.files[CUDA_RUNTIME]
+        return contract.files["onnxruntime"]
 
     def run_model(self, model: bytes, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """The outputs of a small ONNX model that holds its weights; to find out whether the provider works.
@@ -129,7 +180,7 @@ class OnnxRuntime(Backend):
             BackendError: the provider did not start.
             whatever onnxruntime raises.
         """
-        session, _ = self._open(model, "float32", None)
+        session, _ = self._open(model, None, {})
         self._check_provider("a small model", session)
         return list(session.run(None, dict(inputs)))
 
@@ -140,15 +191,15 @@ class OnnxRuntime(Backend):
                 "`magicface-rt doctor`."
             )
 
-    def _open(self, model: str | bytes, dtype: str, cache_name: str | None) -> tuple[Any, bool]:
+    def _open(self, model: str | bytes, cache_name: str | None, profile: dict[str, str]) -> tuple[Any, bool]:
         """A session, and whether it captures CUDA graphs."""
         if self._cuda_graphs and cache_name is not None:
             try:
-                return self._session(model, self._settings(dtype, cache_name, captures=True)), True
+                return self._session(model, self._settings(cache_name, captures=True) | profile), True
             except Exception as error:
                 # A CUDA graph needs every node on the GPU; without one the graph may still run there.
                 logger.info("%s runs without CUDA graph: %s", self.name, first_line(error))
-        return self._session(model, self._settings(dtype, cache_name, captures=False)), False
+        return self._session(model, self._settings(cache_name, captures=False) | profile), False
 
     def _session(self, model: str | bytes, settings: dict[str, str]) -> Any:
         options = self._ort.SessionOptions()
@@ -159,27 +210,58 @@ class OnnxRuntime(Backend):
             return self._ort.InferenceSession(model, options)
         providers: list[Any] = [(_ALL[self.provider], settings)]
         if self.provider in COMPILING_PROVIDERS and PROVIDERS["cuda"] in self._ort.get_available_providers():
-            providers.append((PROVIDERS["cuda"], {"device_id": str(self._ordinal)}))
+            providers.append((PROVIDERS["cuda"], {"device_id": str(self._ordinal), **_CUDA_PRECISION}))
         return self._ort.InferenceSession(model, options, providers=providers)
 
-    def _settings(self, dtype: str, cache_name: str | None, *, captures: bool) -> dict[str, str]:
+    def _settings(self, cache_name: str | None, *, captures: bool) -> dict[str, str]:
         """The provider's options."""
         if self.provider == "cpu":
             return {}
         settings = {} if self._plugin_devices else {"device_id": str(self._ordinal)}
         if captures:
             settings[_CUDA_GRAPH_OPTION[self.provider]] = "1"
-        if self.provider == "cuda" and dtype == "float32":
-            settings["use_tf32"] = "0"  # an fp32 bundle promises fp32
-        if self.provider == "tensorrt":
-            settings["trt_fp16_enable"] = str(int(dtype == "float16"))
-            settings["trt_bf16_enable"] = str(int(dtype == BFLOAT16))
+        if self.provider == "cuda":
+            settings |= _CUDA_PRECISION
         folder = self._cache_folder(cache_name)
         if folder and self.provider == "tensorrt":
             settings |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
         if folder and self.provider == "nv-tensorrt-rtx":
             settings["nv_runtime_cache_path"] = folder
         return settings
+
+    def _profile(self, bundle: Bundle, contract: GraphContract) -> dict[str, str]:
+        """For a provider that compiles, the shapes for which it does: else it would again for each that is new.
+
+        Raises:
+            TargetError: the target that was asked for is not known, or for another flavour.
+        """
+        if self.provider not in COMPILING_PROVIDERS:
+            return {}
+        targets, profiles = (importlib.import_module(f"magicface_rt.engines.{n}") for n in ("targets", "profiles"))
+        target = self._target
+        if isinstance(target, (str, Path)):
+            target = targets.load_target(target, _FLAVOUR[self.provider])
+        try:
+            if target is None:
+                target = targets.target_for(_FLAVOUR[self.provider], self._compute_capability())
+            shapes = profiles.profile(bundle, contract, target)
+        except TargetError as error:
+            logger.warning("%s compiles graph %s again for every new shape: %s", self.name, contract.name, error)
+            return {}
+        return {
+            _PROFILE_OPTION[self.provider].format(which): ",".join(
+                f"{name}:{'x'.join(map(str, of_input[position]))}" for name, of_input in shapes.items()
+            )
+            for position, which in enumerate(("min", "opt", "max"))
+            if shapes
+        }
+
+    def _compute_capability(self) -> str | None:
+        try:
+            return Device(self._ordinal).compute_capability
+        except BackendError as error:  # without cuda-bindings a provider may work all the same
+            logger.info("%s: the GPU's compute capability is not known: %s", self.name, error)
+            return None
 
     def _cache_folder(self, name: str | None) -> str:
         """Where the provider may keep what it compiled, for its owner only; "" where it may not."""
@@ -193,6 +275,10 @@ class OnnxRuntime(Backend):
         except OSError as error:
             logger.warning("%s: %s cannot be made (%s); every start compiles again.", self.name, folder, error)
             return ""
+        for part in (self._cache, folder):
+            if reason := _why_not_private(part):
+                logger.warning("%s: %s %s; it is not used, and every start compiles again.", self.name, part, reason)
+                return ""
         return str(folder)
 
     def _register_plugin(self) -> list[Any]:
@@ -239,8 +325,18 @@ class _Runner(GraphRunner):
 class DeviceRunner(GraphRunner):
     """Tensors on the device. `run` binds them for one run; `bind` holds them for many."""
 
-    def __init__(self, contract: GraphContract, session: Any, ort: Any, device: OrtDevice, graph_ids: GraphIds) -> None:
+    def __init__(
+        self,
+        contract: GraphContract,
+        session: Any,
+        ort: Any,
+        device: OrtDevice,
+        graph_ids: GraphIds,
+        *,
+        in_turn: InTurn = at_once,
+    ) -> None:
         super().__init__(contract)
+        self._in_turn = in_turn
         self._session = session
         self._ort = ort
         self._device = device
@@ -249,7 +345,15 @@ class DeviceRunner(GraphRunner):
     def bind(self, outputs: Sequence[str] | None = None, *, beside: Binding | None = None) -> Binding:
         if self._session is None:
             raise BackendError(f"graph {self.contract.name}: it was closed; load it again.")
-        return OrtBinding(self.contract, self._ort, self._session, self._device, self._graph_ids, outputs)
+        return OrtBinding(
+            self.contract,
+            self._ort,
+            self._session,
+            self._device,
+            self._graph_ids,
+            outputs,
+            in_turn=self._in_turn,
+        )
 
     def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         binding = self.bind(outputs)
@@ -262,4 +366,34 @@ class DeviceRunner(GraphRunner):
             binding.close()
 
     def close(self) -> None:
-        self._session = None
+        if self._session is not None:
+            held, self._session = [self._session], None
+            self._in_turn(held.clear)  # frees device memory, and destroys the captured graphs
+
+
+def _preload_libraries(ort: Any) -> None:
+    """Load CUDA and cuDNN out of NVIDIA's wheels, where the system's loader does not look. Never raises."""
+    preload, said = getattr(ort, "preload_dlls", None), io.StringIO()
+    if preload is None:
+        return
+    try:
+        with contextlib.redirect_stdout(said):  # it prints what it does not find
+            preload()
+    except Exception as error:
+        logger.info("onnxruntime.preload_dlls failed: %s", first_line(error))
+    if said.getvalue().strip():
+        logger.info("onnxruntime.preload_dlls: %s", said.getvalue().strip())
+
+
+def _why_not_private(folder: Path) -> str:
+    """Why another user may have put something into a folder, "" where none can."""
+    if os.name != "posix":
+        return ""
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode):
+        return "is a symbolic link, expected a folder"
+    if found.st_uid != os.getuid():
+        return f"belongs to user {found.st_uid}, expected this one ({os.getuid()})"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"may be written by others (mode {stat.S_IMODE(found.st_mode):o}, expected 700)"
+    return ""

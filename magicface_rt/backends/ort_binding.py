@@ -17,12 +17,14 @@ from .binding import Binding
 from .checks import Shape, output_shape
 from .device import Device
 from .host import BFLOAT16, host_dtype
+from .one_thread import InTurn, at_once
 
 logger = logging.getLogger("magicface_rt.onnxruntime")
 
 ONNX_BFLOAT16 = 16
 MAX_GRAPHS = 8
-"""CUDA graphs that a session may capture. ONNX Runtime frees them with the session only, so their number is limited."""
+"""CUDA graphs that a session may capture. ONNX Runtime frees them with the session only, so their number is limited. It
+has them once for each thread that runs the session, so there must be one thread; see `OnnxRuntime`."""
 
 
 OrtDevice = tuple[str, int] | tuple[str, int, int]
@@ -47,7 +49,7 @@ class GraphIds:
 
 class OrtBinding(Binding):
     """`device`: as ONNX Runtime names it, ("cuda", ordinal), ("cpu", 0), or ("gpu", ordinal, vendor) for a provider
-    that came as a plugin. A run is done when it returns.
+    that came as a plugin. `in_turn` calls all that touches the device. A run is done when it returns.
     """
 
     def __init__(
@@ -58,8 +60,11 @@ class OrtBinding(Binding):
         device: OrtDevice,
         graph_ids: GraphIds,
         outputs: Sequence[str] | None = None,
+        *,
+        in_turn: InTurn = at_once,
     ) -> None:
         super().__init__(contract, outputs)
+        self._in_turn = in_turn
         self._ort = ort
         self._session = session
         self._device = device
@@ -75,10 +80,16 @@ class OrtBinding(Binding):
         return self._seconds
 
     def _put(self, tensor: Tensor, array: NDArray[Any]) -> None:
+        self._in_turn(self._upload, tensor, array)
+
+    def _upload(self, tensor: Tensor, array: NDArray[Any]) -> None:
         value = self._value(tensor, array.shape)
         value.update_inplace(np.ascontiguousarray(array.view(host_dtype(tensor.dtype))))
 
     def _execute(self, shapes: Mapping[str, Shape]) -> None:
+        self._in_turn(self._bind_and_run, shapes)
+
+    def _bind_and_run(self, shapes: Mapping[str, Shape]) -> None:
         # Ping-pong: what was written last is read now, and what was read last is written over.
         for name, output in self._fed_back.items():
             self._values[name], self._values[output] = self._values[output], self._values.get(name)
@@ -152,6 +163,9 @@ class OrtBinding(Binding):
         self._bound[name] = value
 
     def _get(self, tensor: Tensor) -> NDArray[Any]:
+        return self._in_turn(self._download, tensor)
+
+    def _download(self, tensor: Tensor) -> NDArray[Any]:
         value = self._values[tensor.name]
         if tensor.dtype != BFLOAT16:
             return np.array(value.numpy())

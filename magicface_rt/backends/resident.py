@@ -18,6 +18,8 @@ from .checks import Limits, Shape, output_shape
 from .device import Buffer, CapturedGraph, Event, Staging, capture, logger
 from .host import host_dtype
 from .lane import Lane, Slot
+from .pieces import DeviceArray, OutputRows, Piece
+from .shelf import Shelf
 
 MAX_CAPTURED = 8
 """Captured graphs kept for one binding: 2 to 4 for each set of shapes, and the oldest goes first."""
@@ -49,6 +51,9 @@ class Executor(ABC):
     @abstractmethod
     def can_be_captured(self, stream: int) -> bool:
         """Whether a CUDA graph of it would be complete and final, now that it has run with these shapes."""
+
+    def keep_what_was_compiled(self) -> None:  # noqa: B027 - not every runtime compiles as it runs
+        """Called when a run with new shapes is done. Never raises."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -97,6 +102,8 @@ class ResidentBinding(Binding):
         self._given_buffers: dict[str, Buffer] = {}
         self._given_scratch: Buffer | None = None
         self._warm: dict[str, Shape] | None = None
+        self._new_shapes = False
+        self._refusal_logged = False
         lane.join()
         try:
             self._executor = executor = make()
@@ -121,9 +128,42 @@ class ResidentBinding(Binding):
             slot = self._slots[tensor.name]
             self.lane.reserve({slot: array.nbytes}, self.contract.name, f": input {tensor.name}")
             assert slot.buffer
-            if tensor.name not in self._staging:
-                self._staging[tensor.name] = Staging(self.lane.device)
-            self._staging[tensor.name].upload(np.ascontiguousarray(array), slot.buffer, self.lane.stream)
+            self._staged(tensor.name).upload(array, slot.buffer, self.lane.stream)
+
+    def _staged(self, name: str) -> Staging:
+        if name not in self._staging:
+            self._staging[name] = Staging(self.lane.device)
+        return self._staging[name]
+
+    def shelf(self) -> Shelf:
+        return Shelf(self.lane)
+
+    def _lay(self, tensor: Tensor, shape: Shape, pieces: Sequence[Piece], clear: bool) -> None:
+        with self.lane.naming(self.contract.name):
+            self.lane.device.use()
+            slot, itemsize = self._slots[tensor.name], host_dtype(tensor.dtype).itemsize
+            nbytes = math.prod(shape) * itemsize
+            moved = self.lane.reserve({slot: nbytes}, self.contract.name, f": input {tensor.name}")
+            assert slot.buffer
+            if clear or moved:
+                self.lane.stream.clear(slot.buffer)
+            for piece in pieces:
+                self._copy(piece, tensor, slot.buffer, piece.first_element(shape) * itemsize)
+
+    def _copy(self, piece: Piece, tensor: Tensor, to: Buffer, offset: int) -> None:
+        source, stream = piece.source, self.lane.stream
+        if isinstance(source, DeviceArray):
+            if source.ready is not None:
+                stream.wait_for(source.ready)
+            stream.copy(source.buffer.address + source.offset, to.address + offset, source.nbytes)
+        elif isinstance(source, OutputRows):
+            assert isinstance(source.binding, ResidentBinding)
+            buffer = source.binding._slots[source.output].buffer
+            assert buffer
+            width = math.prod(source.binding.output_shape(source.output)[1:]) * host_dtype(tensor.dtype).itemsize
+            stream.copy(buffer.address + source.first * width, to.address + offset, source.count * width)
+        else:
+            self._staged(tensor.name).upload(source, to, stream, offset=offset)
 
     # --------------------------------------------------------------------------------------------------------- run
 
@@ -164,6 +204,7 @@ class ResidentBinding(Binding):
             captured = self._capture(shapes, buffers)
         if captured is None:
             self._enqueue(shapes, buffers)
+            self._new_shapes = self._new_shapes or self._warm != shapes
             self._warm = shapes
             return
         self._captured[key] = captured  # the most recently used stands last
@@ -188,8 +229,14 @@ class ResidentBinding(Binding):
     def _may_capture(self, shapes: dict[str, Shape]) -> bool:
         """Only after a run with these shapes: the first one may compile, allocate and upload."""
         assert self._executor
-        warm = self._warm == shapes
-        return self._cuda_graphs and warm and self._executor.can_be_captured(int(self.lane.stream.handle))
+        if not self._cuda_graphs or self._warm != shapes:
+            return False
+        if self._executor.can_be_captured(int(self.lane.stream.handle)):
+            return True
+        if not self._refusal_logged:
+            self._refusal_logged = True
+            logger.warning("graph %s: the runtime says that no CUDA graph of it can be captured.", self.contract.name)
+        return False
 
     def _capture(self, shapes: dict[str, Shape], buffers: dict[str, Buffer]) -> _Captured | None:
         self._hand_over(shapes, buffers)
@@ -237,6 +284,9 @@ class ResidentBinding(Binding):
         with self.lane.naming(self.contract.name):
             self.lane.device.use()
             self.lane.wait(self.contract.name)
+        if self._new_shapes and self._executor is not None:
+            self._new_shapes = False
+            self._executor.keep_what_was_compiled()
 
     @property
     def seconds(self) -> float:

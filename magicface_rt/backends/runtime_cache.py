@@ -12,10 +12,16 @@ import logging
 import os
 import re
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 FOLDER = "runtime-cache"
+SAVED_AT_MOST_EVERY = 60.0
+"""Seconds, while requests are served; each set of shapes may add kernels, and a file is written whole."""
+
 _DIGEST_BYTES = 32
 
 logger = logging.getLogger("magicface_rt.tensorrt")
@@ -28,50 +34,96 @@ def cache_path(store: Path, plan_digest: str, compute_capability: str, driver: s
 
 
 class RuntimeCache:
-    """The file of one plan, and the library's `IRuntimeCache` that it goes into."""
+    """The file of one plan, and the library's `IRuntimeCache` that it goes into. Thread-safe.
 
-    def __init__(self, path: Path, cache: Any) -> None:
+    `make`: another, empty cache of the library's, in which what another process wrote meanwhile is put together with
+    what is here.
+    """
+
+    def __init__(self, path: Path, make: Callable[[], Any]) -> None:
         self.path = path
-        self.cache = cache
+        self.cache = make()
+        self._make = make
+        self._lock = threading.Lock()
         self._saved = b""
+        self._in_file = b""
+        self._saved_at: float | None = None
 
     def load(self) -> bool:
         """Fill the library's cache from the file; False where there is none that can be used."""
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            logger.warning("runtime cache %s cannot be read (%s); kernels are compiled again.", self.path, error)
-            return False
-        digest, blob = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        # Compared first: what is in the blob is run on the GPU.
-        if hashlib.sha256(blob).digest() != digest:
-            logger.warning("runtime cache %s is damaged; kernels are compiled again.", self.path)
+        digest, blob = self._read()
+        if not blob:
             return False
         if not self.cache.deserialize(blob):
             logger.warning("runtime cache %s is of another environment; kernels are compiled again.", self.path)
             return False
-        self._saved = digest
+        self._saved = self._in_file = digest
         return True
 
+    def save_now_and_then(self) -> bool:
+        """`save`, unless that was `SAVED_AT_MOST_EVERY` seconds ago or less."""
+        if self._saved_at is not None and monotonic() - self._saved_at <= SAVED_AT_MOST_EVERY:
+            return False
+        return self.save()
+
     def save(self) -> bool:
-        """Write the library's cache where it differs from the file, all of it or nothing; False where not written."""
+        """Write the library's cache where it has more than the file, all of it or nothing; False where not written.
+
+        What another process wrote since is kept. Two that write in the same moment may lose what one of them compiled.
+        """
+        with self._lock:
+            self._saved_at = monotonic()
+            try:
+                blob = bytes(self.cache.serialize())
+                digest = hashlib.sha256(blob).digest()
+                if digest == self._saved:
+                    return False
+                merged = self._with_that_of_others(blob)
+            except (TypeError, RuntimeError) as error:
+                logger.warning("runtime cache %s cannot be serialized: %s", self.path, error)
+                return False
+            written = b""
+            if merged:
+                written = hashlib.sha256(merged).digest()
+                try:
+                    self._write(written + merged)
+                except OSError as error:
+                    logger.warning(
+                        "runtime cache %s cannot be written (%s); the next start compiles again.", self.path, error
+                    )
+                    return False
+                self._in_file = written
+            self._saved = digest
+            return bool(merged)
+
+    def _with_that_of_others(self, blob: bytes) -> bytes:
+        """What the file should hold: `blob`, and what another process wrote. Empty where the file is to be left."""
+        digest, theirs = self._read(quiet=True)
+        if not theirs or digest == self._in_file:
+            return blob
+        together = self._make()
+        if not together.deserialize(theirs) or not together.deserialize(blob):
+            return blob  # theirs is of another environment, and nobody could use it here
+        merged = bytes(together.serialize())
+        # A cache only grows. Should the library have replaced theirs instead, the larger of the two stays.
+        return merged if len(merged) >= len(theirs) else b""
+
+    def _read(self, *, quiet: bool = False) -> tuple[bytes, bytes]:
+        """Digest and content of the file; both empty where there is none, or a damaged one."""
+        level = logging.DEBUG if quiet else logging.WARNING
         try:
-            blob = bytes(self.cache.serialize())
-        except (TypeError, RuntimeError) as error:
-            logger.warning("runtime cache %s cannot be serialized: %s", self.path, error)
-            return False
-        digest = hashlib.sha256(blob).digest()
-        if digest == self._saved:
-            return False
-        try:
-            self._write(digest + blob)
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return b"", b""
         except OSError as error:
-            logger.warning("runtime cache %s cannot be written (%s); the next start compiles again.", self.path, error)
-            return False
-        self._saved = digest
-        return True
+            logger.log(level, "runtime cache %s cannot be read (%s); kernels are compiled again.", self.path, error)
+            return b"", b""
+        digest, blob = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        # Compared first: what is in the blob is run on the GPU.
+        if hashlib.sha256(blob).digest() != digest:
+            logger.log(level, "runtime cache %s is damaged; kernels are compiled again.", self.path)
+            return b"", b""
+        return digest, blob
 
     def _write(self, content: bytes) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

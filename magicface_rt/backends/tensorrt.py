@@ -17,11 +17,13 @@ from ..errors import BackendError, DeviceError, PlanError, TargetError
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
 from .checks import Limits, Shape
-from .device import Device
+from .device import Device, megabytes
 from .host import BFLOAT16
 from .lane import Lane
 from .resident import Executor, ResidentBinding, check_produced
 from .runtime_cache import RuntimeCache, cache_path
+
+FLAVOURS = ("tensorrt", "tensorrt-rtx")
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": BFLOAT16, "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 
@@ -45,6 +47,12 @@ class Plan(Protocol):
     @property
     def key(self) -> PlanKey: ...
 
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
 
 class PlanStore(Protocol):
     """What is used here of `magicface_rt.engines.store.EngineStore`."""
@@ -66,7 +74,7 @@ class TensorRT(Backend):
     flavour        "tensorrt" or "tensorrt-rtx"
     store          the engine store, or its folder
     device         the GPU's ordinal
-    build_missing  build a plan that the store does not hold; else that is an error
+    build_missing  build a plan that the store does not hold, or holds damaged; else that is an error
     target         a target of magicface_rt.engines, by name or as it is; None for what this GPU can load
     cuda_graphs    capture a graph's work once and launch it as one thing afterwards
     report         called with a line of text as a missing plan is built
@@ -108,10 +116,13 @@ class TensorRT(Backend):
             DeviceError: the plan does not fit into the device's free memory.
         """
         contract = bundle.graph(graph)
-        plan = self._plan(bundle, graph)
-        lease = self.store.in_use(plan)
         try:
-            data = self.store.read(plan)
+            plan, lease, data = self._read(self._plan(bundle, graph))
+        except PlanError:
+            if not self._build_missing:
+                raise
+            plan, lease, data = self._read(self._build(bundle, graph))
+        try:
             self.device.use()
             self.device.require(len(data), f"plan of graph {graph}")
             engine = self._deserialize(graph, plan, data)
@@ -119,6 +130,27 @@ class TensorRT(Backend):
         except BaseException:
             lease.close()
             raise
+
+    def check(self, bundle: Bundle) -> None:
+        """Find every graph's plan, and memory for all of them. With `build_missing`, nothing is known before a build.
+
+        Raises:
+            PlanError: the store lacks a plan.
+            TargetError: no target is for this GPU and the bundle's precision.
+            DeviceError: the plans and the largest scratch memory do not fit into what is free.
+        """
+        if self._build_missing:
+            return
+        plans = [self.find(bundle, graph) for graph in bundle.graphs]
+        weights = sum(plan.bytes for plan in plans)
+        scratch = max((int(plan.facts.get("gate", {}).get("scratch_bytes") or 0) for plan in plans), default=0)
+        self.device.require(
+            weights + scratch,
+            f"bundle {bundle.path} (plans of {megabytes(weights)}, and at least {megabytes(scratch)} to compute in)",
+        )
+
+    def free_device_memory(self) -> int | None:
+        return self.device.memory()[0]
 
     def close(self) -> None:
         self._runtime = None
@@ -168,6 +200,19 @@ class TensorRT(Backend):
             return self.find(bundle, graph)
         with contextlib.suppress(PlanError):
             return self.find(bundle, graph)
+        return self._build(bundle, graph)
+
+    def _read(self, plan: Plan) -> tuple[Plan, Any, bytes]:
+        """The plan with a lease on it and its bytes."""
+        lease = self.store.in_use(plan)
+        try:
+            return plan, lease, self.store.read(plan)
+        except BaseException:
+            lease.close()
+            raise
+
+    def _build(self, bundle: Bundle, graph: str) -> Plan:
+        """A new plan, also in place of a damaged one."""
         self.device.use()
         built: Plan = _engines("builder").build_plan(
             bundle,
@@ -185,6 +230,7 @@ class TensorRT(Backend):
             if self._runtime is None:
                 self._logger = _engines("log").trt_logger(self.flavour.trt)
                 self._runtime = self.flavour.trt.Runtime(self._logger)
+            self.forget_errors()
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             made_for = ", ".join(plan.key.compute_capabilities)
@@ -195,9 +241,13 @@ class TensorRT(Backend):
             )
         return engine
 
+    def forget_errors(self) -> None:
+        """What the library said so far is about something else than what is done next."""
+        self._logger.errors = []
+
     def said(self) -> str:
-        """The library's last errors, for an error message."""
-        errors = getattr(self._logger, "errors", [])
+        """The library's errors since `forget_errors`, for an error message."""
+        errors = self._logger.errors
         if not errors:
             return "It gave no reason; set the log level of magicface_rt.tensorrt to DEBUG."
         return "It said: " + " | ".join(errors[-3:])
@@ -275,14 +325,16 @@ class _Runner(GraphRunner):
             self._inputs,
             self._outputs,
             self._limits,
-            self._backend.said,
+            self._backend,
+            self._runtime_cache,
         )
 
     def _context(self) -> Any:
         """An execution context whose scratch memory we bring."""
         trt = self._backend.flavour.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        with self._making:
+        with self._making:  # the plan's contexts share a runtime cache; an engine is not said to be thread-safe
+            self._backend.forget_errors()
             if hasattr(trt, "IRuntimeCache"):
                 context = self._engine.create_execution_context(self._rtx_config(trt, strategy))
             else:
@@ -311,7 +363,7 @@ class _Runner(GraphRunner):
                 device.driver_version,
                 backend.flavour.version,
             )
-            self._runtime_cache = RuntimeCache(path, config.create_runtime_cache())
+            self._runtime_cache = RuntimeCache(path, config.create_runtime_cache)
             self._runtime_cache.load()
         config.set_runtime_cache(self._runtime_cache.cache)
         return config
@@ -328,10 +380,12 @@ class _ContextExecutor(Executor):
         inputs: Sequence[str],
         outputs: Sequence[str],
         limits: Limits,
-        said: Callable[[], str],
+        backend: TensorRT,
+        runtime_cache: RuntimeCache | None,
     ) -> None:
         self._graph = graph
-        self._said = said
+        self._backend = backend
+        self._runtime_cache = runtime_cache
         self._context = context
         self._taken = {*inputs, *outputs}
         self._scratch = int(engine.get_device_memory_size_for_profile_v2(0))
@@ -344,25 +398,36 @@ class _ContextExecutor(Executor):
 
     def set_shape(self, name: str, shape: Shape) -> None:
         # A plan lacks the inputs that none of its outputs depends on.
-        if name in self._taken and not self._context.set_input_shape(name, tuple(shape)):
+        if name not in self._taken:
+            return
+        self._backend.forget_errors()
+        if not self._context.set_input_shape(name, tuple(shape)):
             raise BackendError(
-                f"graph {self._graph}: the plan refused shape {list(shape)} for input {name}. {self._said()}"
+                f"graph {self._graph}: the plan refused shape {list(shape)} for input {name}. {self._backend.said()}"
             )
 
     def set_address(self, name: str, address: int) -> None:
-        if name in self._taken and not self._context.set_tensor_address(name, address):
-            raise BackendError(f"graph {self._graph}: the plan refused the memory for {name}. {self._said()}")
+        if name not in self._taken:
+            return
+        self._backend.forget_errors()
+        if not self._context.set_tensor_address(name, address):
+            raise BackendError(f"graph {self._graph}: the plan refused the memory for {name}. {self._backend.said()}")
 
     def use_scratch(self, address: int, nbytes: int) -> None:
         self._context.set_device_memory(address, nbytes)
 
     def enqueue(self, stream: int) -> None:
+        self._backend.forget_errors()
         if not self._context.execute_async_v3(stream):
-            raise DeviceError(f"graph {self._graph}: it could not be enqueued. {self._said()}")
+            raise DeviceError(f"graph {self._graph}: it could not be enqueued. {self._backend.said()}")
 
     def can_be_captured(self, stream: int) -> bool:
         asked = getattr(self._context, "is_stream_capturable", None)
         return True if asked is None else bool(asked(stream))
+
+    def keep_what_was_compiled(self) -> None:
+        if self._runtime_cache is not None:
+            self._runtime_cache.save_now_and_then()
 
     def close(self) -> None:
         self._context = None

@@ -6,13 +6,15 @@ exit codes: 0 fine, 1 a failed check, 2 bad input, 3 a missing backend or extra,
 from __future__ import annotations
 
 import io
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from . import _command, build, checkpoint, demo, doctor, engines, export, inspect, run, verify
+from . import _command, bench, build, checkpoint, demo, doctor, engines, export, inspect, plan, prepare, run, verify
 
 __all__ = ["app", "main"]
 
@@ -57,7 +59,10 @@ for _verb in (
     export.export,
     build.build,
     run.run,
+    prepare.prepare,
+    plan.plan,
     verify.verify,
+    bench.bench,
     inspect.inspect,
     doctor.doctor,
 ):
@@ -65,9 +70,16 @@ for _verb in (
 app.add_typer(engines.app, name="engines")
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends a verb as Ctrl-C does, so that nothing half written stays."""
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (that of the process, unless given) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text that a terminal can show

@@ -2,21 +2,6 @@
 
 from __future__ import annotations
 
-import re
+from magicface_rt.sizes import parse_size
 
-from magicface_rt.errors import OptionError
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
-
-
-def parse_size(text: str, option: str) -> int:
-    """`4GiB`, `500 MB`, `1048576`, to bytes.
-
-    Raises:
-        OptionError: anything else.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or match.group(2).lower() not in _UNITS:
-        raise OptionError(f"{option} is {text!r}, expected a size such as 4GiB, 500MB or a number of bytes.")
-    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+__all__ = ["parse_size"]

@@ -21,7 +21,8 @@ def checkpoint(
     with command(json_to) as verb:
         check_new_path(out, "checkpoint folder")
         write_checkpoint = export_module("random_weights").write_checkpoint
-        verb.note(f"writing a random checkpoint of the shape {architecture}")
+        if architecture in export_module("architectures").ARCHITECTURES:
+            verb.note(f"writing a random checkpoint of the shape {architecture}")
         path = Path(write_checkpoint(architecture, out, seed=seed, dtype=dtype))
         verb.outcome = {"checkpoint": str(path), "architecture": architecture, "seed": seed, "dtype": dtype}
         verb.print(f"checkpoint {path} (random weights: it makes no likeness)")

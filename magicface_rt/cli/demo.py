@@ -87,11 +87,11 @@ def _checkpoint(verb: Command, folder: Path) -> tuple[Path, Any]:
 
 
 def _bundle(verb: Command, checkpoint: Any, folder: Path) -> Bundle:
-    """The bundle of that checkpoint; exported again where it is not there, not whole, or of another release."""
+    """The bundle of that checkpoint; exported again where it is not there, not whole, or of another exporter."""
     try:
         bundle = Bundle.open(folder)
-        same_release = bundle.exporter.get("magicface_rt") == magicface_rt.__version__
-        if same_release and bundle.checkpoint_hash == checkpoint.content_hash():
+        same_exporter = bundle.exporter == export_module("exporter").exporter_versions()
+        if same_exporter and bundle.checkpoint_hash == checkpoint.content_hash():
             verb.note(f"bundle: using {folder} again")
             return bundle
     except BundleError:

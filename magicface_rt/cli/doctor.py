@@ -6,10 +6,12 @@ import importlib
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from magicface_rt.backends import BACKENDS, why_not
 from magicface_rt.backends.device import Device, import_cuda
 from magicface_rt.backends.onnxruntime import import_onnxruntime
+from magicface_rt.engines.targets import RTX_CAPABILITIES
 from magicface_rt.errors import BackendMissingError, DeviceError
 
 from ._bundle_view import grid
@@ -31,8 +33,7 @@ CONCRETE = tuple(name for name in BACKENDS if name not in ("auto", "onnxruntime"
 DRIVER = "install NVIDIA's driver on a machine with a GPU; nvidia-smi shows whether it is there"
 ORT_GPU = "pip uninstall onnxruntime; pip install 'magicface_rt[gpu]'"
 ORT_RTX = "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13"
-NO_RTX_PLAN = ("9.0", "10.0", "10.3")
-"""Compute capabilities that TensorRT-RTX offers no plan for: H100, H200, B200, B300."""
+NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,17 @@ def _backend(name: str) -> Finding:
 
 
 def _no_plan_for_this_gpu(name: str) -> str:
-    if not name.endswith("tensorrt-rtx"):
+    capability = _capability() if name.endswith("tensorrt-rtx") else None
+    if capability is None or capability in RTX_CAPABILITIES:
         return ""
-    capability = Device().compute_capability
-    if capability in NO_RTX_PLAN:
-        return f"TensorRT-RTX offers no plan for compute capability {capability}"
-    return ""
+    return f"TensorRT-RTX offers no plan for compute capability {capability}, only {', '.join(RTX_CAPABILITIES)}"
+
+
+def _capability() -> str | None:
+    try:
+        return Device().compute_capability
+    except (BackendMissingError, DeviceError):
+        return None
 
 
 def _cure(name: str) -> str:
@@ -119,11 +125,9 @@ def _cure(name: str) -> str:
         lacks, install = not _imports(name.replace("-", "_")) or not _has_cuda(), f"pip install 'magicface_rt[{name}]'"
     if lacks:
         return install
-    try:
-        capability = Device().compute_capability
-    except (BackendMissingError, DeviceError):
+    if _has_cuda() and _capability() is None:
         return DRIVER
-    if name.endswith("tensorrt-rtx") and capability in NO_RTX_PLAN:
+    if _no_plan_for_this_gpu(name):
         return "pip install 'magicface_rt[tensorrt]', and use --backend tensorrt"
     return "install the CUDA and cuDNN libraries that the message names"
 
@@ -142,11 +146,22 @@ def _gpu() -> dict[str, str]:
         free, total = device.memory()
         return {
             "compute capability": device.compute_capability,
+            "driver": _driver(),
             "driver supports CUDA": device.driver_version,
+            "CUDA runtime": device.runtime_version,
             "memory": f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free",
         }
     except (BackendMissingError, DeviceError) as error:
         return {"none": str(error)}
+
+
+def _driver() -> str:
+    """The driver's own version, where the system tells it."""
+    try:
+        words = NVIDIA_VERSION.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return "unknown"
+    return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), "unknown")
 
 
 def _has_cuda() -> bool:

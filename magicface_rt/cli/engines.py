@@ -34,6 +34,7 @@ def list_plans(store: StoreOption, json_to: JsonOption = None) -> None:
         verb.outcome = {
             "store": str(kept.root),
             "bytes": sum(kept.size(entry) for entry in entries),
+            "cache_bytes": kept.cache_size(),
             "plans": [plan_outcome(plan) | {"last_used": _time(kept.last_used(plan))} for plan in plans],
             "damaged": [{"path": str(entry.folder), "reason": entry.reason} for entry in damaged],
         }
@@ -52,7 +53,8 @@ def list_plans(store: StoreOption, json_to: JsonOption = None) -> None:
         verb.print(table)
         for entry in damaged:
             verb.print(f"damaged: {entry.folder}: {entry.reason}")
-        verb.print(f"{len(plans)} plans, {size(verb.outcome['bytes'])} in {kept.root}")
+        caches = f" and {size(verb.outcome['cache_bytes'])} of caches" if verb.outcome["cache_bytes"] else ""
+        verb.print(f"{len(plans)} plans, {size(verb.outcome['bytes'])}{caches} in {kept.root}")
         if damaged:
             verb.fail()
 
@@ -70,6 +72,7 @@ def why(
     """Which plans serve a bundle, and by which fields the others are stale. Exit code 1 where a graph has none."""
     with command(json_to) as verb:
         from magicface_rt.engines.builder import plan_key
+        from magicface_rt.engines.finding import build_command
 
         kept = _open(store)
         chosen, library = choose_target(flavour, target, device)
@@ -95,14 +98,15 @@ def why(
                     for plan, differences in stale
                 ],
             }
-            verb.print(f"{name}: {'a plan serves it' if found else 'no plan'} ({key.digest[:12]})")
+            there = "a plan is there (`engines verify` reads it)" if found else "no plan"
+            verb.print(f"{name}: {there} ({key.digest[:12]})")
             for plan, differences in stale:
                 verb.print(f"  {plan.key.digest[:12]} is stale:")
                 for difference in differences:
                     verb.print(f"    {difference}")
         verb.outcome = {"store": str(kept.root), "target": chosen.name, "graphs": graphs}
         if not all(graph["serves"] for graph in graphs.values()):
-            verb.print(f"build them: magicface-rt build {bundle} --flavour {flavour} --store {store}")
+            verb.print(f"build them: {build_command(opened, chosen, kept.root)}")
             verb.fail()
 
 

@@ -1,4 +1,4 @@
-"""`magicface-rt inspect`: what a bundle is, and whether it is intact."""
+"""`magicface-rt inspect`: what a bundle or a kept concept is, and whether it is intact."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from magicface_rt import KeptConcept
 from magicface_rt.bundle import Bundle
 
 from ._bundle_view import bundle_outcome, grid, size, worst_error
@@ -15,11 +16,25 @@ from ._command import JsonOption, command
 
 
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder, or the file of a prepared concept.")],
     json_to: JsonOption = None,
 ) -> None:
-    """Show what a bundle is, takes and holds, and check every file's hash."""
+    """Show what a bundle or a prepared concept is, takes and holds, and check every hash."""
     with command(json_to) as verb:
+        if bundle.is_file():
+            kept = KeptConcept.load(bundle)
+            verb.outcome = {
+                "path": str(bundle),
+                "bytes": kept.nbytes,
+                "pictures": sorted(kept.pictures),
+                "intact": True,
+            }
+            verb.outcome |= kept.to_dict()
+            for table in (_kept_summary(bundle, kept), _kept_references(kept)):
+                verb.print(table)
+                verb.print()
+            verb.print("intact: every tensor has the size and the SHA-256 that the manifest says")
+            return
         opened = Bundle.open(bundle)
         verb.outcome = {**bundle_outcome(opened), "intact": True}
         for table in (_summary(opened), _layers(opened), _graphs(opened), _files(opened), _parity(opened)):
@@ -46,6 +61,33 @@ def _summary(bundle: Bundle) -> Table:
     }
     for name, value in rows.items():
         table.add_row(name, value)
+    return table
+
+
+def _kept_summary(path: Path, kept: KeptConcept) -> Table:
+    table = grid(f"kept concept {path}", "", "")
+    table.show_header = False
+    origin = kept.origin
+    rows = {
+        "word": kept.word,
+        "name": kept.name,
+        "weight": f"{kept.weight:g}",
+        "good for": f"{kept.steps} steps, reference_seed {kept.reference_seed}",
+        "of the bundle": f"{origin.bundle_hash} ({origin.architecture}, {origin.height} x {origin.width} px)",
+        "keys": f"{size(kept.nbytes)}, {origin.dtype}",
+        "images": ", ".join(sorted(kept.pictures)) or "none stored",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _kept_references(kept: KeptConcept) -> Table:
+    table = grid("references", "reference>", "prompt", "tokens kept", "storage", "error>", "size>")
+    for number, reference in enumerate(kept.references, 1):
+        tokens = ", ".join(f"{count} at factor {factor}" for factor, count in sorted(reference.tokens.items()))
+        error = f"{reference.error:.1e}" if reference.error else "0"
+        table.add_row(str(number), reference.prompt, tokens, reference.storage, error, size(reference.nbytes))
     return table
 
 

@@ -19,8 +19,13 @@ from magicface_rt.session import ProgressCallback
 
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._command import Command, JsonOption, check_output_folder, command
+from ._kept_options import KeptOption, load_kept, replace_concepts
 
-STAGES = {"rsa": "stage 1, all references (RSA)", "rba": "stage 2, by region (RBA)"}
+STAGES = {
+    "prepare": "preparing the references",
+    "rsa": "stage 1, all references (RSA)",
+    "rba": "stage 2, by region (RBA)",
+}
 
 
 def run(
@@ -37,6 +42,7 @@ def run(
             help="word=man,image=man.jpg,mask=m.png,prompt=a man,weight=2.5. May be given several times.",
         ),
     ] = None,
+    kept: KeptOption = None,
     negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to show.")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps; 50 by default.")] = None,
     guidance: Annotated[float | None, typer.Option(metavar="X", help="Strength of the prompt; 7.5.")] = None,
@@ -64,7 +70,10 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the folder.")] = False,
     json_to: JsonOption = None,
 ) -> None:
-    """Make pictures from a job file, or from a prompt and concepts. What is given here overrides the job."""
+    """Make pictures from a job file, or from a prompt and concepts. What is given here overrides the job.
+
+    Prepared concepts (--kept) bring their number of steps and reference seed with them, unless these are given.
+    """
     with command(json_to) as verb:
         check_output_folder(out, overwrite=overwrite)
         if threads < 0:
@@ -81,7 +90,13 @@ def run(
             "images": images,
             "reference_seed": reference_seed,
         }
+        prepared = load_kept(kept or [])
+        if prepared and steps is None:
+            settings["steps"] = prepared[0].steps
+        if prepared and reference_seed is None:
+            settings["reference_seed"] = prepared[0].reference_seed
         request = request_of(job, prompt, concept or [], settings)
+        concepts = replace_concepts(request.concepts, prepared)
         with (
             Session(
                 bundle,
@@ -95,7 +110,7 @@ def run(
             ) as session,
             progress_bar(request.options) as progress,
         ):
-            result = session.generate(request.prompt, request.concepts, options=request.options, progress=progress)
+            result = session.generate(request.prompt, concepts, options=request.options, progress=progress)
         folder = result.save(out, overwrite=overwrite)
         verb.outcome = {"out": str(folder), "run": result.to_dict()}
         print_result(verb, result, folder)

@@ -12,8 +12,9 @@ from PIL import Image
 from magicface_rt.cli import main
 from magicface_rt.cli.export import parse_layers
 from magicface_rt.errors import OptionError
+from tests.locations import CASES
 
-VERBS = ("demo", "checkpoint", "export", "build", "run", "verify", "inspect", "doctor")
+VERBS = ("demo", "checkpoint", "export", "build", "run", "prepare", "plan", "verify", "bench", "inspect", "doctor")
 
 
 @pytest.fixture
@@ -59,6 +60,11 @@ def test_the_command_line_imports_no_torch() -> None:
         (["verify", "--case", "c", "--steps", "3"], "--steps"),
         (["export", "nowhere", "--out", "b", "--layers", "5-x"], "5-x"),
         (["demo", "--job", "no.json"], "no.json"),
+        (["bench", "nowhere"], "nowhere"),
+        (["bench", "b", "--contenders", "authors"], "needs the checkpoint"),
+        (["bench", "b", "--concepts", "few"], "--concepts"),
+        (["bench", "b", "--backends", "abacus"], "abacus"),
+        (["bench", "b", "--mask-share", "130"], "mask_shares"),
         (["nonsense"], "nonsense"),
     ],
 )
@@ -148,3 +154,17 @@ def test_layers_are_read(text: str, layers: tuple[int, ...]) -> None:
 def test_other_layers_are_refused(text: str) -> None:
     with pytest.raises(OptionError):
         parse_layers(text)
+
+
+PHOTOGRAPHS = sorted(CASES.glob("*/case.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", PHOTOGRAPHS, ids=lambda path: path.parent.name)
+def test_photographs_with_their_masks_run(job: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["run", str(tiny_bundle), "--job", str(job), "--steps", "3", "--out", str(out)]) == 0
+    said = json.loads((out / "run.json").read_text())
+    assert len(said["concepts"]) == len(json.loads(job.read_text())["concepts"])
+    with Image.open(out / "image-0.png") as picture:
+        assert picture.size == (256, 256)

@@ -2,6 +2,10 @@
 
 Work on a stream is done when something waits for it and not before, as on a device at its latest: what reads a result
 or overwrites an upload's source without waiting gets the wrong bytes. Memory that was freed, or never was, raises.
+Freeing waits for nothing.
+
+Each thread chooses its device, and one that chose none has none: calls that depend on it raise, and so does work on a
+stream or event of another device. What CUDA lets any thread do (wait, free, destroy) is not checked.
 """
 
 # ruff: noqa: N802, N815 - the names are the libraries'
@@ -9,6 +13,7 @@ or overwrites an upload's source without waiting gets the wrong bytes. Memory th
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
@@ -40,10 +45,17 @@ class FakeCuda:
 
     cudaStreamNonBlocking = 1
     cudaEventDefault = 0
-    cudaMemcpyKind = IntEnum("cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})
+    cudaMemcpyKind = IntEnum(
+        "cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDeviceToDevice": 3}
+    )
     cudaStreamCaptureMode = IntEnum("cudaStreamCaptureMode", {"cudaStreamCaptureModeThreadLocal": 1})
     cudaDeviceAttr = IntEnum(
-        "cudaDeviceAttr", {"cudaDevAttrComputeCapabilityMajor": 75, "cudaDevAttrComputeCapabilityMinor": 76}
+        "cudaDeviceAttr",
+        {
+            "cudaDevAttrIntegrated": 18,
+            "cudaDevAttrComputeCapabilityMajor": 75,
+            "cudaDevAttrComputeCapabilityMinor": 76,
+        },
     )
 
     def __init__(self, *, devices: int = 1, memory: int = 8 * GIGABYTE, capability: tuple[int, int] = (8, 9)) -> None:
@@ -60,9 +72,24 @@ class FakeCuda:
         self.events: dict[int, tuple[int | None, float]] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.executables: dict[int, list[Callable[[], None]]] = {}
-        self.current: int | None = None
+        self.integrated = False
+        self.owners: dict[int, int] = {}
+        """The device of each stream, event, graph and block of memory."""
+        self._here = threading.local()
         self.clock = 0.0
         self._next = 0x7000_0000_0000
+
+    @property
+    def current(self) -> int | None:
+        """The device that the calling thread chose."""
+        return getattr(self._here, "device", None)
+
+    def check_device(self, *things: int) -> None:
+        """The calling thread chose the device that these are of."""
+        assert self.current is not None, f"{threading.current_thread().name} chose no device"
+        for thing in things:
+            owner = self.owners[int(thing)]
+            assert owner == self.current, f"{thing:#x} is of device {owner}, and device {self.current} is chosen"
 
     # ------------------------------------------------------------------------------------------- what tests ask
 
@@ -119,21 +146,18 @@ class FakeCuda:
         return call
 
     def _handle(self) -> Handle:
+        self.check_device()
         self._next += 0x1000
+        self.owners[self._next] = self.current or 0
         return Handle(self._next)
 
     def _drain(self, stream: int) -> int:
         found = self.streams[int(stream)]
         if found.recording is not None:
             return ILLEGAL_IN_CAPTURE
-        work, found.queue = found.queue, []
-        for one in work:
-            one()
+        while found.queue:
+            found.queue.pop(0)()
         return self.kernel_error
-
-    def _drain_all(self) -> None:
-        for stream in self.streams:
-            self._drain(stream)
 
     def cudaGetDeviceCount(self) -> Any:
         return (self.count_status, self.devices if self.count_status == 0 else None)
@@ -151,13 +175,17 @@ class FakeCuda:
         return 0, b"made up"
 
     def cudaSetDevice(self, ordinal: int) -> Any:
-        self.current = ordinal
+        assert 0 <= ordinal < self.devices
+        self._here.device = ordinal
         return 0
 
     def cudaDeviceGetAttribute(self, attribute: int, ordinal: int) -> Any:
+        if attribute == self.cudaDeviceAttr.cudaDevAttrIntegrated:
+            return 0, int(self.integrated)
         return 0, self.capability[attribute == self.cudaDeviceAttr.cudaDevAttrComputeCapabilityMinor]
 
     def cudaMemGetInfo(self) -> Any:
+        self.check_device()
         return 0, self.total - self.allocated(), self.total
 
     def cudaMalloc(self, nbytes: int) -> Any:
@@ -165,29 +193,39 @@ class FakeCuda:
             return ILLEGAL_IN_CAPTURE, None
         if nbytes > self.total - self.allocated():
             return 2, None
-        address = self._next = self._next + 0x1000
+        address = int(self._handle())
         self._next += -(-nbytes // 0x1000) * 0x1000
         self.memory[address] = np.full(nbytes, 0xCD, np.uint8)  # what was never written is no zero
         return 0, address
 
     def cudaFree(self, address: int) -> Any:
-        self._drain_all()
         return 0 if self.memory.pop(address, None) is not None else 1
 
     def cudaHostAlloc(self, nbytes: int, flags: int) -> Any:
+        self.check_device()
         block = (ctypes.c_ubyte * nbytes)()
         self.pinned[ctypes.addressof(block)] = block
         return 0, ctypes.addressof(block)
 
     def cudaFreeHost(self, address: int) -> Any:
-        self._drain_all()
         return 0 if self.pinned.pop(address, None) is not None else 1
 
+    def cudaMemcpy(self, to: int, source: int, nbytes: int, kind: int) -> Any:
+        """From the start of a block of the device's. It waits for no stream but the default one."""
+        assert kind == self.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.check_device(source)
+        ctypes.memmove(to, self.view(source, nbytes).ctypes.data, nbytes)
+        return 0
+
     def cudaMemcpyAsync(self, to: int, source: int, nbytes: int, kind: int, stream: int) -> Any:
+        self.check_device(stream)
+
         def copy() -> None:
             if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
                 block = self.view(to, nbytes)
                 ctypes.memmove(block.ctypes.data, source, nbytes)
+            elif kind == self.cudaMemcpyKind.cudaMemcpyDeviceToDevice:
+                self.view(to, nbytes)[:] = self.view(source, nbytes)
             else:
                 ctypes.memmove(to, self.view(source, nbytes).ctypes.data, nbytes)
 
@@ -195,6 +233,24 @@ class FakeCuda:
             assert any(start <= source < start + len(b) for start, b in self.pinned.items()), "source is not pinned"
         self.submit(stream, copy)
         return 0
+
+    def cudaMemsetAsync(self, to: int, value: int, nbytes: int, stream: int) -> Any:
+        self.check_device(stream)
+        self.submit(stream, lambda: self.view(to, nbytes).fill(value))
+        return 0
+
+    def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> Any:
+        """The other stream runs on as far as it can, past the event: what must not overtake has to wait itself."""
+        assert flags == 0
+        recorded = self.events[event][0]
+        if recorded is not None and recorded != stream:
+            self.submit(stream, lambda: self._run_ahead(recorded))
+        return 0
+
+    def _run_ahead(self, stream: int) -> None:
+        found = self.streams.get(int(stream))
+        while found is not None and found.queue:
+            found.queue.pop(0)()
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:
         assert flags == self.cudaStreamNonBlocking
@@ -216,6 +272,8 @@ class FakeCuda:
         return 0, handle
 
     def cudaEventRecord(self, event: int, stream: int) -> Any:
+        self.check_device(event, stream)
+
         def passed() -> None:
             self.clock += 1.0
             if event in self.events:
@@ -238,6 +296,7 @@ class FakeCuda:
         return 0
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> Any:
+        self.check_device(stream)
         self.streams[stream].recording = []
         return 0
 
@@ -258,11 +317,11 @@ class FakeCuda:
         return 0
 
     def cudaGraphLaunch(self, executable: int, stream: int) -> Any:
+        self.check_device(executable, stream)
         for work in self.executables[executable]:
             self.submit(stream, work)
         return 0
 
     def cudaGraphExecDestroy(self, executable: int) -> Any:
-        self._drain_all()
         del self.executables[executable]
         return 0

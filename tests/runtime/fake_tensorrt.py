@@ -75,6 +75,10 @@ class FakeTensorRT:
         self.alive: set[int] = set()
         """Engines and contexts that were made and not dropped."""
         self.refuse_contexts = False
+        self.capturable = True
+        self.making: Callable[[], None] = lambda: None
+        """Called while an execution context is made."""
+        self.logger: Any = None
         self.fail_enqueue_after: int | None = None
         self.caches: list[FakeRuntimeCache] = []
         self.configs: list[Any] = []
@@ -83,14 +87,22 @@ class FakeTensorRT:
             self.CudaGraphStrategy = Enum("CudaGraphStrategy", ["DISABLED", "WHOLE_GRAPH_CAPTURE"])
             self.DynamicShapesKernelSpecializationStrategy = Enum("Specialization", ["LAZY", "EAGER", "NONE"])
 
-    def Runtime(self, logger: object) -> Any:
+    def complain(self) -> None:
+        """Tell the logger why something fails."""
+        self.logger.errors = [*self.logger.errors, "a reason"]
+
+    def Runtime(self, logger: Any) -> Any:
+        self.logger = logger
         return SimpleNamespace(deserialize_cuda_engine=self._deserialize)
 
     def _deserialize(self, data: bytes) -> Any:
-        assert self.cuda.current is not None, "no device was chosen"
+        self.cuda.check_device()
         recipe = self.recipes[data.decode()]
         major, minor = self.cuda.capability
-        return FakeEngine(self, recipe) if recipe.capability == f"{major}.{minor}" else None
+        if recipe.capability == f"{major}.{minor}":
+            return FakeEngine(self, recipe)
+        self.complain()
+        return None
 
 
 class _Counted:
@@ -106,6 +118,7 @@ class FakeEngine(_Counted):
     def __init__(self, trt: FakeTensorRT, recipe: Recipe) -> None:
         super().__init__(trt)
         self.recipe = recipe
+        self.device = trt.cuda.current
         contract = recipe.contract
         self.tensors = {t.name: t for t in (*contract.inputs, *contract.outputs)}
         self.num_io_tensors = len(self.tensors)
@@ -144,7 +157,12 @@ class FakeEngine(_Counted):
     def create_execution_context(self, strategy: Any) -> Any:
         chosen = strategy.strategy if isinstance(strategy, _Config) else strategy
         assert chosen is Strategy.USER_MANAGED
-        return None if self.trt.refuse_contexts else FakeContext(self.trt, self)
+        assert self.trt.cuda.current == self.device
+        self.trt.making()
+        if self.trt.refuse_contexts:
+            self.trt.complain()
+            return None
+        return FakeContext(self.trt, self)
 
 
 class _Config:
@@ -159,7 +177,7 @@ class _Config:
         self.strategy = strategy
 
     def create_runtime_cache(self) -> Any:
-        self._trt.caches.append(FakeRuntimeCache())
+        self._trt.caches.append(FakeRuntimeCache(self._trt.cuda))
         return self._trt.caches[-1]
 
     def set_runtime_cache(self, cache: Any) -> bool:
@@ -168,19 +186,26 @@ class _Config:
 
 
 class FakeRuntimeCache:
-    """Holds the names of the kernels that were compiled."""
+    """Holds the names of the kernels that were compiled: "kernels a b". `replaces`: what is read replaces the rest."""
 
-    def __init__(self) -> None:
+    replaces = False
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+        self._device = cuda.current
         self.content = b"nothing"
-        self.accepts = True
 
     def deserialize(self, blob: bytes) -> bool:
-        if self.accepts and blob.startswith(b"kernels"):
-            self.content = bytes(blob)
-            return True
-        return False
+        assert self._cuda.current == self._device
+        if not blob.startswith(b"kernels"):
+            return False
+        before = set() if self.replaces else set(self.content.split())
+        names = {*before, *bytes(blob).split()} - {b"nothing", b"kernels"}
+        self.content = b" ".join([b"kernels", *sorted(names)])
+        return True
 
     def serialize(self) -> bytes:
+        assert self._cuda.current == self._device
         return self.content
 
 
@@ -205,6 +230,7 @@ class FakeContext(_Counted):
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.calls.append(f"address {name}")
+        self.engine.trt.logger.errors = ["about something else"]
         assert address % 256 == 0
         self.addresses[name] = address
         return name in self.engine.tensors
@@ -215,14 +241,16 @@ class FakeContext(_Counted):
         self.scratch = (address, nbytes)
 
     def is_stream_capturable(self, stream: int) -> bool:
-        return True
+        return self.engine.trt.capturable
 
     def execute_async_v3(self, stream: int) -> bool:
         trt, cuda, contract = self.engine.trt, self.engine.trt.cuda, self.engine.recipe.contract
         if trt.fail_enqueue_after is not None:
             trt.fail_enqueue_after -= 1
             if trt.fail_enqueue_after < 0:
+                trt.complain()
                 return False
+        cuda.check_device(stream)
         self.calls.append("enqueue")
         captured = cuda.capturing(stream)
         assert set(self.shapes) == {t.name for t in contract.inputs}, "a shape is not set"

@@ -42,7 +42,7 @@ class World:
         monkeypatch.setitem(
             sys.modules,
             "magicface_rt.engines.log",
-            SimpleNamespace(trt_logger=lambda trt: SimpleNamespace(errors=["a reason"])),
+            SimpleNamespace(trt_logger=lambda trt: SimpleNamespace(errors=["something of long ago"])),
         )
 
     def _load_flavour(self, name: str) -> Any:
@@ -73,7 +73,7 @@ class World:
 
         def make(path: Path) -> dict[str, Any]:
             path.write_bytes(name.encode())
-            return {}
+            return {"gate": {"scratch_bytes": recipe.scratch}}
 
         self.store.build(key, make)
 
@@ -91,7 +91,8 @@ class World:
         assert device == 0
         report(f"building {graph}")
         self.built.append(graph)
-        self.build(bundle, graph, bundle_recipe(bundle, graph), target)
+        recipe = self.trt.recipes.get(f"{bundle.hash} {graph}") or bundle_recipe(bundle, graph)
+        self.build(bundle, graph, recipe, target)
         return store.get(self.plan_key(bundle, graph, flavour, target))
 
     def build_all(self, bundle: Bundle) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +18,18 @@ import numpy as np
 import pytest
 
 from magicface_rt.backends import BACKENDS, Binding, GraphRunner, OnnxRuntime, open_backend, why_not
+from magicface_rt.backends import device as device_module
 from magicface_rt.backends import onnxruntime as onnxruntime_module
+from magicface_rt.backends.device import Buffer, Device
 from magicface_rt.backends.host import from_bfloat16, host_dtype, non_finite, to_bfloat16
+from magicface_rt.backends.one_thread import OneThread
 from magicface_rt.backends.onnxruntime import DeviceRunner, import_onnxruntime
 from magicface_rt.backends.ort_binding import MAX_GRAPHS, GraphIds, OrtBinding
 from magicface_rt.backends.probe import sum_model
 from magicface_rt.bundle import GraphContract, Tensor
-from magicface_rt.errors import BackendError, BackendMissingError, NonFiniteError, OptionError
+from magicface_rt.engines.targets import load_target
+from magicface_rt.errors import BackendError, BackendMissingError, NonFiniteError, OptionError, TargetError
+from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_world import SOURCE, STEP, SmallBundle, World, small_recipes, source, step
 
 Make = Callable[[GraphContract], GraphRunner]
@@ -33,8 +44,8 @@ class HostRunner(GraphRunner):
         return {name: results[name] for name in outputs}
 
 
-def ort_runner(contract: GraphContract) -> GraphRunner:
-    """The graph as an ONNX model, with its tensors in OrtValues."""
+def ort_session(contract: GraphContract) -> Any:
+    """The graph as an ONNX model."""
     from onnx import parser
 
     bodies = {
@@ -55,8 +66,12 @@ def ort_runner(contract: GraphContract) -> GraphRunner:
     }
     model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> {contract.name} {bodies[contract.name]}')
     ort = import_onnxruntime()
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return DeviceRunner(contract, session, ort, ("cpu", 0), GraphIds(True))
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def ort_runner(contract: GraphContract) -> GraphRunner:
+    """The graph with its tensors in OrtValues."""
+    return DeviceRunner(contract, ort_session(contract), import_onnxruntime(), ("cpu", 0), GraphIds(True))
 
 
 @pytest.fixture(params=[HostRunner, ort_runner], ids=["host", "ort"])
@@ -281,6 +296,25 @@ def test_sixteen_bits_that_numpy_lacks_travel_through_ort() -> None:
     np.testing.assert_array_equal(found, bits)
 
 
+def test_sixteen_bits_that_numpy_lacks_are_read_from_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(devices=2)
+    monkeypatch.setattr(device_module, "import_cuda", lambda: cuda)
+    contract = GraphContract("turn", (Tensor("a", "bfloat16", ("B",)),), (Tensor("b", "bfloat16", ("B",)),), {})
+    binding = ort_runner(contract).bind()
+    bits = to_bfloat16(np.array([1.0, -2.5, 1e30], np.float32))
+    binding.set("a", bits)
+    binding.run()
+    held = Buffer(Device(1), bits.nbytes)
+    cuda.view(held.address, bits.nbytes)[:] = bits[::-1].copy().view(np.uint8)
+    assert isinstance(binding, OrtBinding)
+    binding._device = ("cuda", 1)
+    binding._values["b"] = SimpleNamespace(shape=lambda: [3], data_ptr=lambda: held.address)
+    Device(0)
+    np.testing.assert_array_equal(binding.read("b"), bits[::-1])
+    assert cuda.count("cudaMemcpy") == 1
+    held.free()
+
+
 def test_bfloat16_is_held_as_its_bits() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     values = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * 1e3
@@ -302,10 +336,18 @@ class FakeOrt:
     def __init__(self, *providers: str, devices: Sequence[Any] = (), refuse: str = "", fall_back: bool = False) -> None:
         self.providers, self.devices, self.refuse, self.fall_back = list(providers), list(devices), refuse, fall_back
         self.opened: list[dict[str, Any]] = []
+        self.preloaded = 0
+        self.session: Any = None
         self.registered: list[tuple[str, str]] = []
 
     def get_available_providers(self) -> list[str]:
         return self.providers
+
+    def preload_dlls(self) -> None:
+        assert not self.opened, "after a session it is too late"
+        self.preloaded += 1
+        print("Failed to load libcudnn.so.9")
+        raise OSError("libcublasLt.so.12")
 
     def SessionOptions(self) -> Any:  # noqa: N802
         return SimpleNamespace(
@@ -322,6 +364,8 @@ class FakeOrt:
             names = ["CPUExecutionProvider"] if self.fall_back else [name for name, _ in providers]
         else:
             names = ["NvTensorRTRTXExecutionProvider"]
+        if self.session is not None:
+            return self.session
         return SimpleNamespace(get_providers=lambda: names, io_binding=lambda: None)
 
     def get_ep_devices(self) -> list[Any]:
@@ -335,7 +379,18 @@ class FakeOrt:
 def bundle() -> Any:
     made: Any = SmallBundle()
     files = {"onnxruntime": "step.onnxruntime.onnx", "tensorrt": "step.tensorrt.onnx"}
-    made.graphs = {"step": GraphContract("step", STEP.inputs, STEP.outputs, files)}
+    inputs = [Tensor(t.name, t.dtype, tuple("M1" if d == "M" else d for d in t.shape)) for t in STEP.inputs]
+    made.graphs = {"step": GraphContract("step", tuple(inputs), STEP.outputs, files)}
+    made.factors, made.expected_mask_share = (1,), 0.5
+    made.grid = lambda factor: (4, 4)
+    made.limits = SimpleNamespace(images=2, references=3, kept_tokens={1: 40})
+    return made
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    made = FakeCuda()
+    monkeypatch.setattr(device_module, "import_cuda", lambda: made)
     return made
 
 
@@ -344,23 +399,26 @@ def use(monkeypatch: pytest.MonkeyPatch, ort: FakeOrt) -> FakeOrt:
     return ort
 
 
-CUDA, TRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+CUDA, TRT, RTX = "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
+PRECISE = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
 
 
-def test_the_cuda_provider_gets_its_options(monkeypatch: pytest.MonkeyPatch, bundle: Any) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_cuda_provider_gets_its_options(monkeypatch: pytest.MonkeyPatch, bundle: Any, dtype: str) -> None:
+    bundle.dtype = dtype
     ort = use(monkeypatch, FakeOrt(CUDA, "CPUExecutionProvider", refuse="nothing"))
     runner = OnnxRuntime("cuda", device=3).load(bundle, "step")
     assert isinstance(runner, DeviceRunner)
     assert runner._device == ("cuda", 3)
     (opened,) = ort.opened
-    assert opened["providers"] == [(CUDA, {"device_id": "3", "enable_cuda_graph": "1", "use_tf32": "0"})]
+    assert opened["providers"] == [(CUDA, {"device_id": "3", "enable_cuda_graph": "1", **PRECISE})]
     assert opened["model"].endswith("step.onnxruntime.onnx")
 
 
 def test_without_cuda_graph_where_the_provider_cannot(monkeypatch: pytest.MonkeyPatch, bundle: Any) -> None:
     ort = use(monkeypatch, FakeOrt(CUDA, refuse="enable_cuda_graph"))
     runner = OnnxRuntime("cuda").load(bundle, "step")
-    assert [len(o["providers"][0][1]) for o in ort.opened] == [3, 2]
+    assert [len(o["providers"][0][1]) for o in ort.opened] == [4, 3]
     assert isinstance(runner, DeviceRunner)
     assert runner._graph_ids.of((1,)) == "-1"
     use(monkeypatch, FakeOrt(CUDA, refuse="device_id"))
@@ -371,16 +429,36 @@ def test_without_cuda_graph_where_the_provider_cannot(monkeypatch: pytest.Monkey
         OnnxRuntime("cuda").load(bundle, "step")
 
 
+def test_nvidias_libraries_are_loaded_before_a_session_and_quietly(
+    monkeypatch: pytest.MonkeyPatch, bundle: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    ort = use(monkeypatch, FakeOrt(CUDA, "CPUExecutionProvider", refuse="nothing"))
+    OnnxRuntime("cpu")
+    assert not ort.preloaded
+    with caplog.at_level(logging.INFO, "magicface_rt.onnxruntime"):
+        OnnxRuntime("cuda").load(bundle, "step")
+    assert ort.preloaded == 1
+    assert capsys.readouterr().out == ""
+    assert "libcudnn.so.9" in caplog.text
+    assert "libcublasLt.so.12" in caplog.text
+    monkeypatch.delattr(FakeOrt, "preload_dlls")
+    OnnxRuntime("cuda").load(bundle, "step")
+
+
 def test_providers_that_compile_take_tensorrts_body_and_a_cache(
-    monkeypatch: pytest.MonkeyPatch, bundle: Any, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, bundle: Any, tmp_path: Path, cuda: FakeCuda
 ) -> None:
     ort = use(monkeypatch, FakeOrt(TRT, CUDA, refuse="nothing"))
     bundle.dtype = "float16"
     OnnxRuntime("tensorrt", cache=tmp_path).load(bundle, "step")
     (opened,) = ort.opened
     (name, options), second = opened["providers"]
-    assert (name, second[0]) == (TRT, CUDA)
-    assert (options["trt_fp16_enable"], options["trt_bf16_enable"], options["trt_cuda_graph_enable"]) == ("1", "0", "1")
+    assert (name, second) == (TRT, (CUDA, {"device_id": "0", **PRECISE}))
+    # A precision that is switched on makes a weakly typed network, with types of the builder's choice.
+    assert options.keys() == {
+        *(f"trt_profile_{which}_shapes" for which in ("min", "opt", "max")),
+        *("device_id", "trt_cuda_graph_enable", "trt_engine_cache_enable", "trt_engine_cache_path"),
+    }
     assert options["trt_engine_cache_path"] == str(tmp_path / "small")
     assert opened["model"].endswith("step.tensorrt.onnx")
     assert (tmp_path / "small").stat().st_mode & 0o77 == 0
@@ -389,8 +467,88 @@ def test_providers_that_compile_take_tensorrts_body_and_a_cache(
     assert "trt_engine_cache_enable" not in ort.opened[-1]["providers"][0][1]
 
 
-def test_the_rtx_provider_comes_as_a_plugin(monkeypatch: pytest.MonkeyPatch, bundle: Any) -> None:
-    name = "NvTensorRTRTXExecutionProvider"
+@pytest.mark.parametrize(
+    ("provider", "target", "capability", "images", "best", "most"),
+    [
+        (TRT, None, (8, 9), (1, 1, 2), 24, 40),
+        (RTX, None, (8, 9), (1, 1, 2), 24, 40),
+        (RTX, "rtx-portable", (8, 9), (1, 1, 1), 24, 40),
+        (RTX, load_target("rtx-portable"), (8, 9), (1, 1, 1), 24, 40),
+        (RTX, None, None, (1, 1, 1), 24, 40),
+    ],
+)
+def test_providers_that_compile_do_it_once_for_all_shapes_of_a_target(
+    monkeypatch: pytest.MonkeyPatch,
+    bundle: Any,
+    cuda: FakeCuda,
+    provider: str,
+    target: Any,
+    capability: tuple[int, int] | None,
+    images: tuple[int, int, int],
+    best: int,
+    most: int,
+) -> None:
+    if capability is None:
+        cuda.count_status = 35
+    else:
+        cuda.capability = capability
+    ort = use(monkeypatch, FakeOrt(provider, refuse="nothing"))
+    OnnxRuntime("tensorrt" if provider == TRT else "nv-tensorrt-rtx", target=target).load(bundle, "step")
+    options = ort.opened[0]["providers"][0][1]
+    prefix = "trt" if provider == TRT else "nv"
+    for which, b, k, m in zip(("min", "opt", "max"), images, (1, 1, images[2]), (1, best, most), strict=True):
+        expected = f"state:{b}x3,k:{k}x{m}x2,bias:{b},label:{b}"
+        assert options[f"{prefix}_profile_{which}_shapes"] == expected
+
+
+def test_a_gpu_without_a_target_is_served_and_a_wrong_target_refused(
+    monkeypatch: pytest.MonkeyPatch, bundle: Any, cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    ort = use(monkeypatch, FakeOrt(TRT, refuse="nothing"))
+    cuda.capability = (6, 1)
+    assert OnnxRuntime("tensorrt").load(bundle, "step")
+    assert "onnxruntime-tensorrt compiles graph step again for every new shape: tensorrt has no target" in caplog.text
+    assert not any("profile" in name for name in ort.opened[0]["providers"][0][1])
+    for wrong in ("abacus", "rtx-portable"):
+        with pytest.raises(TargetError, match=wrong):
+            open_backend("onnxruntime-tensorrt", target=wrong).load(bundle, "step")
+
+
+def test_a_cache_that_others_may_write_into_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, bundle: Any, tmp_path: Path, cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    ort = use(monkeypatch, FakeOrt(TRT, refuse="nothing"))
+    cache, folder = tmp_path / "store" / "cache", tmp_path / "store" / "cache" / "small"
+
+    def is_used() -> bool:
+        OnnxRuntime("tensorrt", cache=cache).load(bundle, "step")
+        return "trt_engine_cache_path" in ort.opened[-1]["providers"][0][1]
+
+    assert is_used()
+    for part in (cache, folder):
+        assert part.stat().st_mode & 0o777 == 0o700
+        for mode in (0o770, 0o702):
+            part.chmod(mode)
+            assert not is_used()
+            assert f"{part} may be written by others (mode {mode:o}, expected 700)" in caplog.text
+        part.chmod(0o755)
+        assert is_used(), "to read is no harm"
+        part.chmod(0o700)
+    mine = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    assert not is_used()
+    assert f"belongs to user {mine}" in caplog.text
+    monkeypatch.undo()
+    ort = use(monkeypatch, ort)
+    monkeypatch.setattr(device_module, "import_cuda", lambda: cuda)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert not is_used()
+    assert "is a symbolic link" in caplog.text
+
+
+def test_the_rtx_provider_comes_as_a_plugin(monkeypatch: pytest.MonkeyPatch, bundle: Any, cuda: FakeCuda) -> None:
+    name = RTX
     ort = use(monkeypatch, FakeOrt("CPUExecutionProvider", devices=[SimpleNamespace(ep_name=name)]))
     with pytest.raises(BackendMissingError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
         OnnxRuntime("nv-tensorrt-rtx")
@@ -398,7 +556,9 @@ def test_the_rtx_provider_comes_as_a_plugin(monkeypatch: pytest.MonkeyPatch, bun
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)
     runner = OnnxRuntime("nv-tensorrt-rtx").load(bundle, "step")
     assert ort.registered == [(name, "/lib/rtx.so")]
-    assert ort.opened[0]["options"] == {"enable_cuda_graph": "1"}
+    options = ort.opened[0]["options"]
+    assert options.pop("enable_cuda_graph") == "1"
+    assert sorted(options) == ["nv_profile_max_shapes", "nv_profile_min_shapes", "nv_profile_opt_shapes"]
     assert isinstance(runner, DeviceRunner)
     assert runner._device == ("gpu", 0, 0x10DE)
     OnnxRuntime("nv-tensorrt-rtx")
@@ -413,6 +573,167 @@ def test_bf16_is_refused_by_the_cpu_provider_only(monkeypatch: pytest.MonkeyPatc
         OnnxRuntime("cpu").load(bundle, "step")
     use(monkeypatch, FakeOrt(CUDA, refuse="nothing"))
     assert OnnxRuntime("cuda").load(bundle, "step")
+
+
+# --------------------------------------------------------------------------------------------- one thread, with graphs
+
+
+class Traced:
+    """An InferenceSession that notes which threads touch it, and says that it runs on a GPU."""
+
+    def __init__(self, session: Any, ort: Any) -> None:
+        self._session = session
+        self.threads: dict[str, set[int]] = {"run": set(), "allocate": set(), "open": {threading.get_ident()}}
+        self.at_once = 0
+        self.most_at_once = 0
+        self._ort = ort
+
+    def get_providers(self) -> list[str]:
+        return [CUDA]
+
+    def io_binding(self) -> Any:
+        return self._session.io_binding()
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.threads["run"].add(threading.get_ident())
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        time.sleep(0.02)
+        self.at_once -= 1
+        options = self._ort.RunOptions()
+        self._session.run_with_iobinding(binding, options)
+
+    def ortvalue_from_shape_and_type(self, shape: Any, element: Any, *device: Any) -> Any:
+        self.threads["allocate"].add(threading.get_ident())
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, element, "cpu", 0)
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_with_cuda_graphs_one_thread_does_all_and_without_them_each_its_own(
+    monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool
+) -> None:
+    real, traced = import_onnxruntime(), []
+    bundle: Any = SmallBundle()
+    files = {"onnxruntime": "source.onnx", "tensorrt": ""}
+    bundle.graphs = {"source": GraphContract("source", SOURCE.inputs, SOURCE.outputs, files)}
+
+    class TracedOrt(FakeOrt):
+        RunOptions = real.RunOptions
+
+        def InferenceSession(self, model: Any, options: Any, providers: Any = None) -> Any:  # noqa: N802
+            traced.append(Traced(ort_session(SOURCE), real))
+            self.OrtValue = traced[-1]
+            return traced[-1]
+
+    use(monkeypatch, TracedOrt(CUDA, refuse="nothing"))
+    before = set(threading.enumerate())
+    backend = OnnxRuntime("cuda", cuda_graphs=cuda_graphs)
+    runner = backend.load(bundle, "source")
+    monkeypatch.setattr(OrtBinding, "_bind_input", bind_on_the_cpu)
+    (session,) = traced
+    together, found = threading.Barrier(2), {}
+
+    def work(number: int) -> None:
+        binding = runner.bind()
+        together.wait(timeout=30)
+        for rows in (2, 3):
+            x = np.full((rows, 2), number, np.float32)
+            found[number] = binding.once({"x": x, "gain": np.ones(1, np.float32)})["k"]
+        binding.close()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((found[n] == n).all() for n in range(2))
+    used = session.threads["run"]
+    if cuda_graphs:
+        assert len(used) == 1
+        assert session.threads == {"run": used, "allocate": used, "open": used}
+        assert used.isdisjoint({t.ident for t in threads} | {threading.get_ident()})
+        assert session.most_at_once == 1
+    else:
+        assert used == session.threads["allocate"] == {t.ident for t in threads}
+        assert session.threads["open"] == {threading.get_ident()}
+    runner.close()
+    assert [t.name for t in threading.enumerate() if t not in before] == ["onnxruntime-cuda"] * cuda_graphs
+    backend.close()
+    backend.close()
+    assert not [t for t in threading.enumerate() if t not in before]
+
+
+def bind_on_the_cpu(binding: OrtBinding, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """`_bind_input` for values that stand in for those of a GPU."""
+    value = binding._values[tensor.name]
+    binding._binding.bind_ortvalue_input(tensor.name, value)
+    binding._bound[tensor.name] = value
+
+
+@pytest.fixture
+def one() -> Iterator[OneThread]:
+    made = OneThread("one")
+    yield made
+    made.close()
+
+
+def test_one_thread_returns_and_raises_what_the_call_does(one: OneThread) -> None:
+    assert one(lambda a, b: a + b, 1, b=2) == 3
+    with pytest.raises(ZeroDivisionError):
+        one(lambda: 1 / 0)
+    assert one(lambda: one(threading.get_ident)) == one(threading.get_ident) != threading.get_ident()
+    one.close()
+    assert one(lambda: 4) == 4, "it can be started again"
+
+
+def test_one_thread_ends_with_what_made_it() -> None:
+    before = set(threading.enumerate())
+    made = OneThread("forgotten")
+    made(lambda: None)
+    (thread,) = set(threading.enumerate()) - before
+    del made
+    gc.collect()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+def test_a_call_that_waits_is_not_made_after_ctrl_c(one: OneThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, made = threading.Event(), []
+    busy = threading.Thread(target=one, args=(go_on.wait,))
+    busy.start()
+
+    while one._thread is None or one._thread.ident is None:
+        time.sleep(0.01)
+    put = one._put
+
+    def put_and_interrupt(call: Any) -> None:
+        put(call)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(one, "_put", put_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        one(made.append, 1)
+    monkeypatch.undo()
+    go_on.set()
+    busy.join()
+    assert one(lambda: 6) == 6
+    assert not made
+
+
+def test_ctrl_c_waits_for_the_call_that_goes_on(one: OneThread) -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        one(work)
+    assert started.is_set()
+    assert ended.is_set(), "nothing may be freed under it"
+    assert one(lambda: 5) == 5
 
 
 # ------------------------------------------------------------------------------------------------- names and the choice

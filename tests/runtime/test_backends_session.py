@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from magicface_rt import Cancelled, Concept, NonFiniteError, Progress, Reference, Session, SessionClosedError
-from magicface_rt.backends import Backend, GraphRunner
+from magicface_rt.backends import Backend, GraphRunner, TensorRT
 from magicface_rt.backends.host import from_bfloat16, to_bfloat16
 from magicface_rt.backends.onnxruntime import DeviceRunner, import_onnxruntime
 from magicface_rt.backends.ort_binding import GraphIds
@@ -265,12 +265,30 @@ def test_a_session_that_cannot_open_leaves_nothing(world: World, bundle: Bundle,
         open_session(world, bundle, device=1)
     with pytest.raises(BackendMissingError, match="tensorrt is not installed"):
         open_session(world, bundle, backend="tensorrt")
-    with (
-        open_session(world, bundle, store=tmp_path / "empty") as session,
-        pytest.raises(PlanError, match="no plan for graph text_encoder"),
-    ):
-        session.generate(PROMPT, steps=1)
+    with pytest.raises(PlanError, match="no plan for graph text_encoder"):
+        open_session(world, bundle, store=tmp_path / "empty")
     assert world.nothing_left()
+
+
+def test_a_bundle_that_does_not_fit_is_refused_as_it_is_opened(
+    world: World, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[TensorRT] = []
+    monkeypatch.setattr(TensorRT, "close", lambda self: closed.append(self))
+    world.cuda.total = 4000
+    match = (
+        r"bundle .*plans of 0\.0 MB, and at least 0\.0 MB to compute in\) needs 0\.0 MB more, and 0\.0 MB of 0\.0 MB"
+    )
+    with pytest.raises(DeviceError, match=match):
+        open_session(world, bundle)
+    assert len(closed) == 1
+    mine = world.backend()
+    with pytest.raises(DeviceError, match=match):
+        Session(bundle, backend=mine)
+    assert len(closed) == 1, "what the caller opened is the caller's to close"
+    assert Session(bundle, store=world.store).backend.name == "onnxruntime-cpu"
+    assert not world.cuda.count("cudaMalloc")
+    world.cuda.total = 10**9
 
 
 def test_missing_plans_are_built_when_that_is_allowed_and_auto_finds_them(

@@ -11,6 +11,7 @@ import pytest
 from magicface_rt.backends import OnnxRuntime
 from magicface_rt.bundle import Bundle
 from magicface_rt.denoiser import STATE, Denoiser, DenoisingLoop, Guidance, ReferenceSet
+from magicface_rt.kept.feed import KeyFeed, PlacedKeys, ReferencePass
 from magicface_rt.regions import MaskedReference, Stage
 
 
@@ -56,7 +57,19 @@ def test_a_loop_feeds_what_single_steps_are_fed(
     denoiser = Denoiser(bundle, *runners)
     state = {"latents_out": latents, "region_label_out": np.zeros((images, bundle.rows // 2, bundle.columns // 2), int)}
     bindings = runners[0].bind(), runners[1].bind(STATE)
-    loop = DenoisingLoop(bundle, *bindings, latents=latents, references=kept, reference_text=text, guidance=guidance)
+    computing, placed = None, []
+    if references:
+        computing = ReferencePass(
+            bundle,
+            bindings[0],
+            masks=masks[:references],
+            text=text,
+            noised=lambda i: bundle.schedule.add_noise(z0, z0[:1], timesteps[i]),
+            timesteps=timesteps,
+        )
+        placed = [PlacedKeys(source, k, 2.0 + k) for k, source in enumerate(computing.sources())]
+    keys = KeyFeed(bundle, bindings[1], [placed], computing=computing)
+    loop = DenoisingLoop(bundle, bindings[1], latents=latents, guidance=[guidance], keys=keys)
     for i, stage in enumerate(stages):
         noised = bundle.schedule.add_noise(z0, z0[:1], timesteps[i]) if references else None
         if noised is None:
@@ -73,7 +86,7 @@ def test_a_loop_feeds_what_single_steps_are_fed(
             reference_kv=kv,
             guidance=guidance,
         )
-        loop.step(timesteps[i], coefficients[i], stage, noised)
+        loop.step(i, timesteps[i], coefficients[i], [stage])
         assert (loop.wait() > 0) == (references > 0)
         for found, name in zip(loop.read(), STATE, strict=True):
             np.testing.assert_array_equal(found, state[name], err_msg=f"{name} after step {i}")

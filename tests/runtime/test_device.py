@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,30 @@ def test_what_needs_too_much_is_refused_with_both_numbers(cuda: FakeCuda) -> Non
     with pytest.raises(DeviceError, match=r"plan of graph x needs 9,000\.0 MB more, and 8,000\.0 MB of 8,000\.0 MB"):
         Device(0, cuda=cuda).require(9 * 10**9, "plan of graph x")
     assert not cuda.count("cudaMalloc")
+
+
+def test_a_gpu_that_shares_the_hosts_memory_has_what_the_host_would_give_up(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = tmp_path / "meminfo"
+    said.write_text("MemTotal:  8000 kB\nMemFree:  10 kB\nMemAvailable:  5000 kB\n")
+    monkeypatch.setattr(device_module, "_HOST_MEMORY", said)
+    cuda.total = 6 * 10**6
+    device = Device(0, cuda=cuda)
+    held = Buffer(device, 4 * 10**6)
+    free = 6 * 10**6 - held.nbytes
+    assert device.memory() == (free, 6 * 10**6)
+    cuda.integrated = True
+    assert device.memory() == (5_120_000, 6 * 10**6)
+    device.require(5 * 10**6, "a plan")
+    said.write_text("MemAvailable:  9000 kB\n")
+    assert device.memory() == (6 * 10**6, 6 * 10**6)
+    for content in ("MemAvailable:\n", "MemAvailable: much\n", ""):
+        said.write_text(content)
+        assert device.memory() == (free, 6 * 10**6)
+    said.unlink()
+    assert device.memory() == (free, 6 * 10**6)
+    held.free()
 
 
 def test_arrays_go_up_and_come_back(cuda: FakeCuda) -> None:
@@ -178,4 +203,18 @@ def test_slots_grow_together_or_not_at_all(cuda: FakeCuda) -> None:
     assert not kept.freed
     small.free()
     large.free()
+    lane.leave()
+
+
+def test_memory_that_is_still_written_is_not_freed_to_grow(cuda: FakeCuda) -> None:
+    lane = Lane(Device(0, cuda=cuda))
+    lane.join()
+    slot, staging = Slot(), Staging(lane.device)
+    lane.reserve({slot: 100}, "x")
+    assert slot.buffer
+    staging.upload(np.ones(100, np.uint8), slot.buffer, lane.stream)
+    lane.reserve({slot: 1000}, "x")
+    lane.wait("x")
+    staging.free()
+    slot.free()
     lane.leave()

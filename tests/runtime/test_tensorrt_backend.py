@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from magicface_rt.backends import Binding, TensorRT
+from magicface_rt.backends import Binding, TensorRT, runtime_cache
+from magicface_rt.backends.device import Device
+from magicface_rt.backends.pieces import Piece
 from magicface_rt.backends.resident import MAX_CAPTURED, ResidentBinding
 from magicface_rt.backends.runtime_cache import FOLDER
 from magicface_rt.bundle import GraphContract, Tensor
 from magicface_rt.engines.targets import load_target, targets_serving
 from magicface_rt.errors import BackendError, BackendMissingError, DeviceError, NonFiniteError, PlanError, TargetError
 from tests.runtime.fake_cuda import KERNEL_FAILED
-from tests.runtime.fake_tensorrt import Recipe, TensorLocation
+from tests.runtime.fake_tensorrt import FakeRuntimeCache, Recipe, TensorLocation
 from tests.runtime.fake_world import STEP, SmallBundle, World, small_recipes, source, step
 
 BUNDLE: Any = SmallBundle()
@@ -255,6 +258,23 @@ def test_where_nothing_can_be_captured_it_runs_without(
     assert len([r for r in caplog.records if "graph step: no CUDA graph" in r.message]) == 1
 
 
+def test_where_the_runtime_refuses_to_be_captured_it_runs_without_and_says_so_once(
+    world: World, loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.trt.capturable = False
+    for number in range(5):
+        loop.run(float(number))
+    loop.check()
+    assert [run.captured for run in runs(world)] == [False] * 5
+    assert not world.cuda.count("cudaStreamBeginCapture")
+    said = [r.message for r in caplog.records if r.message.startswith("graph step:")]
+    assert said == ["graph step: the runtime says that no CUDA graph of it can be captured."]
+    world.trt.capturable = True  # it may become so, when kernels have been compiled
+    loop.run(1.0)
+    loop.check()
+    assert runs(world)[-1].captured
+
+
 def test_graphs_of_one_worker_share_a_stream_and_scratch(world: World, loop: Loop) -> None:
     loop.run(1.0)
     loop.check()
@@ -297,6 +317,85 @@ def test_workers_have_streams_and_memory_of_their_own(world: World) -> None:
         loops[0].step.link("k", loops[1].source, "k")
     for loop in loops:
         loop.close()
+
+
+def test_every_thread_that_calls_is_given_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world = World(monkeypatch, tmp_path, devices=2)
+    for graph, recipe in small_recipes().items():
+        world.build(BUNDLE, graph, recipe)
+
+    def elsewhere(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """In a thread of its own, in which other code chose device 0."""
+        found, errors = [], []
+
+        def work() -> None:
+            Device(0)
+            try:
+                found.append(function(*arguments, **options))
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+        return found[0]
+
+    backend = world.backend(device=1)
+    runners = [elsewhere(backend.load, BUNDLE, name) for name in ("source", "step")]
+    first = elsewhere(runners[0].bind)
+    second = elsewhere(runners[1].bind, beside=first)
+    x, gain = np.ones((4, 2), np.float32), np.ones(1, np.float32)
+    inputs = {"state": np.zeros((1, 3), np.float32), "bias": BIAS[:1], "label": LABEL[:1]}
+    for _ in range(3):
+        for name, array in (("x", x), ("gain", gain)):
+            elsewhere(first.set, name, array)
+        for name, array in inputs.items():
+            elsewhere(second.set, name, array)
+        elsewhere(first.run)
+        elsewhere(second.lay, "k", (1, 4, 2), [Piece(0, 0, 4, x)])
+        elsewhere(second.run)
+        elsewhere(second.wait)
+        np.testing.assert_array_equal(
+            elsewhere(second.read, "state_out"),
+            step(k=x[None], **inputs)["state_out"],  # type: ignore[arg-type]
+        )
+    assert runs(world)[-1].captured
+    assert {world.cuda.owners[stream] for stream in world.cuda.streams} == {1}
+    for thing in (second, first, *runners, backend):
+        elsewhere(thing.close)
+    gc.collect()
+    assert world.nothing_left()
+
+
+def test_contexts_of_a_plan_are_made_one_at_a_time(world: World) -> None:
+    runner = world.backend().load(BUNDLE, "step")
+    inside, most, ready = [0], [0], threading.Barrier(3)
+
+    def making() -> None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.1)
+        inside[0] -= 1
+
+    world.trt.making = making
+    bindings: list[Binding] = []
+
+    def work() -> None:
+        ready.wait(timeout=30)
+        bindings.append(runner.bind())
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(bindings), most[0]) == (3, 1)
+    assert len(world.trt.caches) == 1, "and they share one runtime cache"
+    for binding in bindings:
+        binding.close()
+    runner.close()
 
 
 def test_the_last_binding_of_a_worker_frees_what_they_shared(world: World) -> None:
@@ -409,7 +508,10 @@ def test_outputs_that_the_plan_left_out_are_named(world: World) -> None:
 @pytest.mark.parametrize(
     ("recipe", "found"),
     [
-        ({"capability": "12.0"}, r"capability 8\.6, 8\.9, and device 0 \(compute capability 8\.9\)"),
+        (
+            {"capability": "12.0"},
+            r"capability 8\.6, 8\.9, and device 0 \(compute capability 8\.9\).* It said: a reason Build",
+        ),
         ({"location": TensorLocation.HOST}, "contract .* on the device"),
         ({"contract": GraphContract("step", STEP.inputs[:1], (), {})}, "it has no outputs"),
         (
@@ -439,6 +541,43 @@ def test_a_missing_plan_is_an_error_and_a_damaged_one_is_not_deserialised(world:
     plan.path.write_bytes(b"small stem")
     with pytest.raises(PlanError):
         world.backend().load(BUNDLE, "step")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def test_a_damaged_plan_is_built_again_where_that_is_allowed(world: World, damage: str) -> None:
+    (plan,) = (p for p in world.store.plans() if p.key.graph == "step")
+    content = plan.path.read_bytes()
+    if damage == "manifest":
+        (plan.folder / "manifest.json").write_text("{}")
+    elif damage == "remove":
+        plan.path.unlink()
+    else:
+        plan.path.write_bytes(content[:-1] + (b"?" if damage == "flip" else b""))
+    with pytest.raises(PlanError):
+        world.backend().load(BUNDLE, "step")
+    assert not world.built
+    runner = world.backend(build_missing=True).load(BUNDLE, "step")
+    assert world.built == ["step"]
+    runner.close()
+    world.backend().load(BUNDLE, "step").close()
+
+
+def test_a_bundle_is_checked_before_anything_is_loaded(world: World) -> None:
+    world.backend().check(BUNDLE)
+    world.cuda.total = 4000
+    (needed,) = [f"{(4096 + sum(p.bytes for p in world.store.plans())) / 1e6:.1f} MB"]
+    with pytest.raises(DeviceError, match=rf"bundle small .* at least 0\.0 MB .* needs {needed} more, and 0\.0 MB of"):
+        world.backend().check(BUNDLE)
+    world.cuda.total = 10**9
+    bundle: Any = SmallBundle()
+    bundle.hash = "never built"
+    with pytest.raises(PlanError, match="no plan for graph source"):
+        world.backend().check(bundle)
+    world.backend(build_missing=True).check(bundle)
+    with pytest.raises(TargetError):
+        world.backend(target="abacus").check(BUNDLE)
+    assert not world.built
+    assert not world.trt.alive
 
 
 def test_a_plan_for_any_target_that_this_gpu_can_load_serves(world: World) -> None:
@@ -508,7 +647,8 @@ def test_a_bind_that_fails_half_way_leaves_nothing(world: World, call: str) -> N
 def test_a_context_that_cannot_be_made_leaves_nothing(world: World) -> None:
     runner = world.backend().load(BUNDLE, "step")
     world.trt.refuse_contexts = True
-    with pytest.raises(BackendError, match="graph step: tensorrt-rtx could not make an execution context"):
+    world.trt.logger.errors = ["about something else"]
+    with pytest.raises(BackendError, match=r"graph step: tensorrt-rtx could not make .* context\. It said: a reason$"):
         runner.bind()
     assert not world.cuda.alive()
     runner.close()
@@ -519,7 +659,7 @@ def test_an_enqueue_that_fails_in_the_middle_is_named_and_everything_is_freed(wo
     loop.run(1.0)
     world.trt.fail_enqueue_after = 3
     loop.run(2.0)
-    with pytest.raises(DeviceError, match=r"graph step: it could not be enqueued\. It said: a reason"):
+    with pytest.raises(DeviceError, match=r"graph step: it could not be enqueued\. It said: a reason$"):
         loop.run(3.0)
     with pytest.raises(BackendError, match="of a run before"):
         loop.step.read("state_out")
@@ -640,3 +780,45 @@ def test_a_store_that_cannot_be_written_is_no_error(
     compile_and_close(world)
     assert "cannot be written" in caplog.text
     assert files(world) == []
+
+
+def test_what_was_compiled_is_kept_as_soon_as_it_is_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(runtime_cache, "monotonic", lambda: clock[0])
+    runner = world.backend().load(BUNDLE, "source")
+    binding = runner.bind()
+    (cache,) = world.trt.caches
+
+    def run(kernels: bytes, rows: int) -> bytes:
+        cache.content = kernels
+        binding.once({"x": np.zeros((rows, 2), np.float32), "gain": np.ones(1, np.float32)})
+        return files(world)[0].read_bytes()[32:] if files(world) else b""
+
+    assert run(b"kernels a", 2) == b"kernels a"
+    assert run(b"kernels a late", 2) == b"kernels a", "nothing is compiled for shapes that ran before"
+    assert run(b"kernels a b", 3) == b"kernels a", "not at every new shape"
+    clock[0] += runtime_cache.SAVED_AT_MOST_EVERY + 1
+    assert run(b"kernels a b", 4) == b"kernels a b"
+    cache.content = b"kernels a b c"
+    binding.close()
+    runner.close()
+    assert files(world)[0].read_bytes().endswith(b"kernels a b c")
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_what_another_process_compiled_meanwhile_is_not_lost(
+    world: World, monkeypatch: pytest.MonkeyPatch, replaces: bool
+) -> None:
+    """`replaces`: a library that does not add to a cache what it reads."""
+    monkeypatch.setattr(FakeRuntimeCache, "replaces", replaces)
+    runners = [world.backend().load(BUNDLE, "step") for _ in range(2)]
+    bindings = [runner.bind() for runner in runners]
+    for cache, content in zip(world.trt.caches, (b"kernels many and long", b"kernels few"), strict=True):
+        cache.content = content
+    for binding, runner in zip(bindings, runners, strict=True):
+        binding.close()
+        runner.close()
+    found = set(files(world)[0].read_bytes()[32:].split())
+    assert found == {b"kernels", b"many", b"and", b"long"} | (set() if replaces else {b"few"})
+    compile_and_close(world, b"kernels few many and long more")
+    assert set(files(world)[0].read_bytes()[32:].split()) == {b"kernels", b"few", b"many", b"and", b"long", b"more"}

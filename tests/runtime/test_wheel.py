@@ -42,12 +42,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_every_package_and_its_data(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("py.typed", "session.py", "cli/__init__.py", "export/exporter.py", "engines/__init__.py"):
         assert f"magicface_rt/{name}" in names
-    assert any(name.endswith("bpe_simple_vocab_16e6.txt.gz") for name in names)
+    for target in (ROOT / "engines" / "targets").glob("*.toml"):
+        assert f"magicface_rt/engines/targets/{target.name}" in names
+    assert "magicface_rt/export/tokenizer/bpe_simple_vocab_16e6.txt.gz" in names
+    assert {"LICENSE", "NOTICE"} <= {Path(name).name for name in names if ".dist-info/licenses/" in name}
     assert not any(name.startswith(("tests/", "benchmarks/", "export/")) for name in names)
 
 

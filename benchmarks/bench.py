@@ -1,0 +1,329 @@
+"""Run a benchmark: parity first, then contenders in turn, step by step and request by request.
+
+python -m benchmarks.bench BUNDLE [--checkpoint DIR] ...        the same as `magicface-rt bench`
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+from magicface_rt import Bundle
+
+from .bootstrap import figures, ratio_of_medians
+from .contender import Run, Task
+from .counting import Cost, graph_cost, rows_of_theory
+from .judging import Verdicts, judge
+from .machine import describe, measure_peaks, memory
+from .results import CaseResult, Counts, Figures, Outcome, Parity, Ratio, Report, Requests
+from .settings import TORCH_KINDS, Case, Contender, Settings
+from .worker import PREPARE, ContenderError, Worker
+from .workload import STAGES, Workload, sizes_of
+
+Say = Callable[[str], object]
+
+MEMORY_MARGIN = 1 << 30
+
+
+def run(settings: Settings, say: Say = lambda _: None) -> Report:
+    """Everything that the settings name.
+
+    Raises:
+        BundleError: a bundle cannot be opened.
+        ContenderError: the oracle of a case could not run. A contender that fails is reported, and the rest goes on.
+    """
+    bundles = [(path, Bundle.open(path, check_hashes=False)) for path in settings.bundles]
+    machine = describe()
+    if not machine["quiet"]:
+        say(f"the machine is not quiet: load average {machine['load_average'][0]} on {machine['cores']} cores")
+    say("measuring the machine's peaks")
+    on_gpu = settings.torch_device == "cuda" or any(not b.endswith("cpu") for b in settings.backends)
+    peaks: dict[str, Any] = {"cpu": asdict(measure_peaks())}
+    if on_gpu:
+        peaks["cuda"] = _cuda_peaks()
+    cases = []
+    for path, bundle in bundles:
+        for case in settings.cases():
+            say(f"{bundle.width} x {bundle.height}, {bundle.dtype}: {case}")
+            with tempfile.TemporaryDirectory(prefix="magicface-bench-") as folder:
+                cases.append(_Bench(settings, path, bundle, case, folder, say).run())
+    return Report(
+        {**machine, "load_average_at_end": describe()["load_average"]}, peaks, settings.to_json(), tuple(cases)
+    )
+
+
+def _cuda_peaks() -> dict[str, Any] | None:
+    try:
+        return asdict(measure_peaks(device="cuda"))
+    except (ImportError, RuntimeError, AssertionError):  # no torch, or none that sees a GPU
+        return None
+
+
+@dataclass
+class _Entrant:
+    """A contender on its way through a case."""
+
+    contender: Contender
+    task: Task
+    alone: bool
+    worker: Worker | None = None
+    status: str = "measured"
+    reason: str = ""
+    found: Run | None = None
+    parity: Parity | None = None
+    cold_start: float = 0.0
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    requests: list[dict[str, float]] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def stop(self, status: str, reason: str) -> None:
+        self.status, self.reason = status, reason
+        self.close()
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+
+
+class _Bench:
+    """One case of one bundle."""
+
+    def __init__(self, settings: Settings, path: str, bundle: Bundle, case: Case, folder: str, say: Say) -> None:
+        self.settings, self.bundle, self.case, self.say = settings, bundle, case, say
+        self.workload = Workload.of(bundle, case, settings.seed)
+        self.entrants = [
+            _Entrant(contender, Task(contender, path, case, settings, folder), contender.kind in settings.alone)
+            for contender in settings.contenders(case)
+        ]
+
+    def run(self) -> CaseResult:
+        self.say(f"  oracle of parity: {self.settings.judge}")
+        plain = any(entrant.contender.kind == "plain" for entrant in self.entrants)
+        verdicts = judge(self.entrants[0].task, with_plain=plain)
+        self._prepare()
+        together = [entrant for entrant in self.entrants if not entrant.alone]
+        try:
+            for entrant in together:
+                self._start(entrant, verdicts)
+            self._rounds(together, self.settings.step_rounds)
+            for entrant in together:
+                entrant.close()
+            for entrant in self.entrants:
+                if entrant.alone:
+                    self._start(entrant, verdicts)
+                    self._rounds([entrant], self.settings.alone_rounds)
+                    entrant.close()
+        finally:
+            for entrant in self.entrants:
+                entrant.close()
+        return CaseResult(
+            bundle=str(self.bundle.path),
+            height=self.bundle.height,
+            width=self.bundle.width,
+            dtype=self.bundle.dtype,
+            case=self.case,
+            outcomes=tuple(self._outcome(entrant) for entrant in self.entrants),
+            ratios=tuple(self._ratios()),
+        )
+
+    def _prepare(self) -> None:
+        """Keys and values for "kept", by the first backend that has it: they are the same for all."""
+        kept = next((e for e in self.entrants if e.contender.kind == "kept"), None)
+        if kept is None or not self.case.concepts:
+            return
+        self.say(f"  {kept.contender}: preparing its keys and values")
+        try:
+            with Worker(kept.task, PREPARE) as worker:
+                seconds = worker.call("prepare")
+        except ContenderError as error:
+            for entrant in self.entrants:
+                if entrant.contender.kind == "kept":
+                    entrant.stop("failed", f"preparing: {error}")
+            return
+        said = f"reference pass of one step for all references {seconds['reference_pass']:.3g} s"
+        if "prepare" in seconds:
+            said += f"; Session.prepare of all of them, {self.case.steps} steps, {seconds['prepare']:.3g} s"
+        for entrant in self.entrants:
+            if entrant.contender.kind == "kept":
+                entrant.notes += (f"made before, once: {said}",)
+
+    def _start(self, entrant: _Entrant, verdicts: Verdicts) -> None:
+        """Load it, take its first request, and compare its run with the oracle's."""
+        if entrant.status != "measured":
+            return
+        need, (free, _) = memory_needed(entrant.contender.kind, self.bundle, self.case.concepts), memory()
+        if need and free is not None and need + MEMORY_MARGIN > free and self._on_cpu(entrant):
+            entrant.stop("skipped", f"needs about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
+            self.say(f"  {entrant.contender}: skipped, {entrant.reason}")
+            return
+        try:
+            entrant.worker = Worker(entrant.task)
+            if self.settings.request_rounds:
+                entrant.requests.append(entrant.worker.call("request"))
+                entrant.cold_start = perf_counter() - entrant.worker.started
+            entrant.found = entrant.worker.call("run")
+        except ContenderError as error:
+            entrant.stop("failed", str(error))
+            self.say(f"  {entrant.contender}: failed: {error}")
+            return
+        entrant.parity = verdicts.of(entrant.contender.kind, entrant.found)
+        said = f"error {entrant.parity.error:.1e} of {entrant.parity.tolerance:.1e} allowed"
+        if not entrant.parity.passed:
+            entrant.stop("wrong picture", f"{said}, against {verdicts.oracle}")
+        self.say(f"  {entrant.contender}: parity {'passed' if entrant.parity.passed else 'FAILED'}, {said}")
+
+    def _on_cpu(self, entrant: _Entrant) -> bool:
+        return entrant.contender.ours or self.settings.torch_device != "cuda"
+
+    def _rounds(self, entrants: Sequence[_Entrant], rounds: int) -> None:
+        for number in range(rounds):
+            for stage in STAGES:
+                for entrant in entrants:
+                    self._one(entrant, "step", stage)
+            self.say(f"  steps, round {number + 1} of {rounds}")
+        for number in range(self.settings.request_rounds):
+            for entrant in entrants:
+                self._one(entrant, "request")
+            self.say(f"  requests, round {number + 1} of {self.settings.request_rounds}")
+        for entrant in entrants:
+            if entrant.worker is not None:
+                entrant.state = entrant.worker.call("state")
+
+    def _one(self, entrant: _Entrant, what: str, *arguments: str) -> None:
+        if entrant.worker is None:
+            return
+        try:
+            seconds = entrant.worker.call(what, *arguments)
+        except ContenderError as error:
+            entrant.stop("failed", f"{what}: {error}")
+            self.say(f"  {entrant.contender}: failed: {error}")
+            return
+        if what == "request":
+            entrant.requests.append(seconds)
+            return
+        for name, value in seconds.items():
+            entrant.steps.setdefault(name, []).append(value)
+
+    # --------------------------------------------------------------------------------------------------------- outcomes
+
+    def _outcome(self, entrant: _Entrant) -> Outcome:
+        if entrant.status != "measured":
+            return Outcome(entrant.contender, entrant.status, entrant.reason, not entrant.alone, entrant.parity)
+        return Outcome(
+            contender=entrant.contender,
+            status="measured",
+            interleaved=not entrant.alone,
+            parity=entrant.parity,
+            steps={name: figures(samples) for name, samples in entrant.steps.items()},
+            requests=self._requests(entrant),
+            counts=self._counts(entrant),
+            host_peak_bytes=entrant.state.get("host"),
+            device_peak_bytes=entrant.state.get("device"),
+            notes=(*entrant.notes, *entrant.state.get("notes", ())),
+        )
+
+    def _requests(self, entrant: _Entrant) -> Requests | None:
+        if not entrant.requests:
+            return None
+        first, *others = entrant.requests
+        stages: dict[str, Figures] = {}
+        for name in [] if not others else others[0]:
+            if name != "total" and any(one[name] for one in others):
+                stages[name] = figures([one[name] for one in others])
+        total = figures([one["total"] for one in others]) if others else None
+        return Requests(entrant.cold_start, first["total"], total, stages)
+
+    def _counts(self, entrant: _Entrant) -> Counts:
+        assert entrant.found is not None
+        kind, found, references = entrant.contender.kind, entrant.found, 0
+        flops, moved, note = dict(found.flops), dict(found.bytes), ""
+        if entrant.contender.ours:
+            references = self.case.concepts if kind == "bare" else 0
+            try:
+                cost = self._graphs_cost(kind)
+                flops, moved = dict.fromkeys(STAGES, cost.flops), dict.fromkeys(STAGES, cost.bytes)
+            except ImportError:
+                note = "operations not counted: the package onnx is not installed"
+            except ValueError as error:
+                note = f"operations not counted: {error}"
+        elif not flops:
+            note = "operations not counted: compiled code is not seen by the counter"
+        stages = self.workload.stages(self.settings.alpha)
+        return Counts(
+            rows=dict(found.rows),
+            flops=flops,
+            bytes=moved,
+            reference_rows=references,
+            kept_bytes=int(entrant.state.get("kept", 0)),
+            request_rows=sum(found.rows[stage] for stage in stages),
+            request_flops=sum(flops[stage] for stage in stages) if flops else None,
+            note=note,
+        )
+
+    def _graphs_cost(self, kind: str) -> Cost:
+        sizes = sizes_of(self.bundle, self.workload)
+        cost = graph_cost(self.bundle, "denoise_step", sizes)
+        if kind == "bare" and self.case.concepts:
+            more = graph_cost(self.bundle, "reference_kv", sizes)
+            cost = Cost(cost.flops + more.flops, cost.bytes + more.bytes)
+        return cost
+
+    def _ratios(self) -> list[Ratio]:
+        """Every baseline of PyTorch's over every form of ours, and ours without kept keys over ours with them."""
+        measured = [e for e in self.entrants if e.status == "measured"]
+        found = []
+        for candidate in (e for e in measured if e.contender.ours):
+            for baseline in measured:
+                same = baseline.contender.backend == candidate.contender.backend
+                gain = same and (baseline.contender.kind, candidate.contender.kind) == ("bare", "kept")
+                if baseline.contender.kind in TORCH_KINDS or gain:
+                    found += self._ratios_of(baseline, candidate)
+        return found
+
+    def _ratios_of(self, baseline: _Entrant, candidate: _Entrant) -> list[Ratio]:
+        pairs = [(f"{stage} step", baseline.steps.get(stage), candidate.steps.get(stage)) for stage in STAGES]
+        pairs.append(("request", *([r["total"] for r in e.requests[1:]] for e in (baseline, candidate))))  # type: ignore[arg-type]
+        interleaved = not (baseline.alone or candidate.alone)
+        made = []
+        for name, a, b in pairs:
+            if not a or not b:
+                continue
+            ratio, low, high = ratio_of_medians(
+                a, b, paired=interleaved, confidence=self.settings.confidence, seed=self.settings.seed
+            )
+            names = str(baseline.contender), str(candidate.contender)
+            made.append(Ratio(*names, name, ratio, low, high, min(len(a), len(b)), interleaved))
+        return made
+
+
+def memory_needed(kind: str, bundle: Bundle, concepts: int) -> int:
+    """A lower estimate in bytes of what a kind holds on the host, in float32; 0 where it is far from mattering.
+
+    (a) and the reference write attention out: logits, probabilities and two more of their size at once.
+    """
+    if kind not in ("authors", "reference"):
+        return 0
+    rows = rows_of_theory("authors" if kind == "authors" else "strong", concepts)
+    layer = min(bundle.injection_layers, key=lambda layer: layer.factor)
+    tokens = bundle.grid(layer.factor)[0] * bundle.grid(layer.factor)[1]
+    weights = sum(int(entry["bytes"]) for name, entry in bundle.files.items() if name == "weights.bin")
+    weights = weights * 4 // (4 if bundle.dtype == "float32" else 2)
+    return int(0.8 * weights) + 4 * rows * layer.num_heads * tokens**2 * 4
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`magicface-rt bench` by another name."""
+    import sys
+
+    from magicface_rt.cli import main as command_line
+
+    return command_line(["bench", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

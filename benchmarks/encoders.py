@@ -1,0 +1,122 @@
+"""Image and text encoders of the user's own, by folder, for CLIP-T, CLIP-I, DINO and face similarity.
+
+A folder is one that transformers can load: config.json, safetensors weights, preprocessor_config.json, and for CLIP a
+tokenizer. Nothing is downloaded. Pictures are prepared here (shorter side to size, centre, mean and standard
+deviation), because transformers' own processors want torchvision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from magicface_rt.errors import InputError
+
+COLUMNS = {"clip_t": "clip", "clip_i": "clip", "dino": "dino", "face": "face"}
+"""Columns of an ablation's table that need an encoder, and which."""
+
+
+class Encoder:
+    """An image encoder; `text` works for CLIP alone. What it returns are unit vectors [D].
+
+    Raises InputError for a folder that transformers cannot load.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        import transformers
+
+        path = Path(folder)
+        if not (path / "config.json").is_file():
+            raise InputError(f"encoder {path}: there is no config.json; expected a folder that transformers can load.")
+        try:
+            self.model = transformers.AutoModel.from_pretrained(
+                path, local_files_only=True, use_safetensors=True
+            ).eval()
+            prepared = path / "preprocessor_config.json"
+            self.preparing = json.loads(prepared.read_text()) if prepared.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise InputError(f"encoder {path}: transformers cannot load it: {error}") from error
+        self.path = path
+        self._tokenizer: Any = None
+
+    @torch.no_grad()
+    def image(self, image: Image.Image) -> np.ndarray:
+        pixels = torch.from_numpy(prepared_pixels(image, self.preparing)[None])
+        if hasattr(self.model, "get_image_features"):
+            return _unit(_vector(self.model.get_image_features(pixel_values=pixels)))
+        return _unit(_vector(self.model(pixel_values=pixels)))
+
+    @torch.no_grad()
+    def text(self, text: str) -> np.ndarray:
+        import transformers
+
+        if not hasattr(self.model, "get_text_features"):
+            raise InputError(f"encoder {self.path}: it has no text encoder; expected a CLIP model.")
+        if self._tokenizer is None:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        tokens = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=77)
+        return _unit(_vector(self.model.get_text_features(**tokens)))
+
+
+def prepared_pixels(image: Image.Image, config: Mapping[str, Any]) -> np.ndarray:
+    """float32 [3, s, s] as a preprocessor_config.json says; 224 and ImageNet's mean where it does not."""
+    size, crop = config.get("size", 224), config.get("crop_size")
+    shortest = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height") or 224
+    side = shortest if crop is None else crop if isinstance(crop, int) else crop["height"]
+    scale = max(shortest, side) / min(image.size)
+    wide, high = (max(side, round(length * scale)) for length in image.size)
+    resized = image.convert("RGB").resize((wide, high), Image.Resampling.BICUBIC)
+    left, top = (wide - side) // 2, (high - side) // 2
+    pixels = np.asarray(resized.crop((left, top, left + side, top + side)), np.float32) / 255
+    mean = np.asarray(config.get("image_mean", (0.485, 0.456, 0.406)), np.float32)
+    deviation = np.asarray(config.get("image_std", (0.229, 0.224, 0.225)), np.float32)
+    return np.ascontiguousarray(((pixels - mean) / deviation).transpose(2, 0, 1), np.float32)
+
+
+class Encoders:
+    """Those that the user named. `missing`: the columns that cannot be filled."""
+
+    def __init__(self, folders: Mapping[str, str | Path | None]) -> None:
+        self.by_name = {name: Encoder(folder) for name, folder in folders.items() if folder is not None}
+
+    @property
+    def missing(self) -> list[str]:
+        return [column for column, name in COLUMNS.items() if name not in self.by_name]
+
+    def scores(
+        self,
+        picture: Image.Image,
+        prompt: str,
+        regions: Mapping[str, Image.Image],
+        references: Mapping[str, Image.Image],
+    ) -> dict[str, float]:
+        """Cosines: of the picture and its prompt; and, mean over the concepts, of a concept's part of the picture and
+        its reference's masked part. regions and references: cut-outs by concept's name."""
+        found: dict[str, float] = {}
+        if "clip" in self.by_name:
+            found["clip_t"] = float(self.by_name["clip"].image(picture) @ self.by_name["clip"].text(prompt))
+        both = [name for name in references if name in regions]
+        for column in ("clip_i", "dino", "face"):
+            encoder = self.by_name.get(COLUMNS[column])
+            if encoder is not None and both:
+                cosines = [float(encoder.image(regions[n]) @ encoder.image(references[n])) for n in both]
+                found[column] = float(np.mean(cosines))
+        return found
+
+
+def _vector(output: Any) -> np.ndarray:
+    """[D] of whatever a model returns: features, a pooled output, or the first token's state."""
+    if isinstance(output, torch.Tensor):
+        return output[0].float().numpy()
+    pooled = getattr(output, "pooler_output", None)
+    return (output.last_hidden_state[:, 0] if pooled is None else pooled)[0].float().flatten().numpy()
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)

@@ -1,0 +1,72 @@
+"""Parity before speed: is a contender's run that of the oracle? The tolerances are those of docs/parity.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .contender import Run, Task
+from .results import Parity
+from .settings import Contender
+from .worker import JUDGE, Worker
+
+END_TO_END = 2e-3
+"""Relative 2-norm of the latents after a free run in float32 in which no cell changed its region."""
+AFTER_A_FLIP = 2e-2
+"""Where cells did, because near-ties flipped: that moves the latents far more than the arithmetic that flipped them."""
+LARGEST_FLIP = 0.02
+"""Part of the cells that may have; more are no near-ties."""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The oracle's runs. plain: for plain Stable Diffusion, where it takes part. floors: what rounding every layer's
+    output to the bundle's 16 bits costs, as a relative error of the latents; 0 in float32."""
+
+    oracle: str
+    steps: int
+    run: Run
+    plain: Run | None
+    floors: tuple[float, float]
+
+    def of(self, kind: str, run: Run) -> Parity:
+        mine, floor = (self.plain, self.floors[1]) if kind == "plain" else (self.run, self.floors[0])
+        assert mine is not None
+        other = 0 if kind == "plain" else int((mine.regions != run.regions).sum())
+        few = other <= LARGEST_FLIP * run.regions.size
+        tolerance, note = (AFTER_A_FLIP if other and few else END_TO_END), ""
+        if floor and run.sixteen_bit:
+            tolerance = max(tolerance, 2 * floor)
+            note = f"16 bits: twice what rounding every layer costs here, {floor:.1e}, is allowed"
+        return Parity(self.oracle, self.steps, relative_error(run.latents, mine.latents), tolerance, other, note)
+
+
+def judge(task: Task, *, with_plain: bool) -> Verdicts:
+    """Run the oracle, in a process that ends before anything is timed.
+
+    Raises:
+        ContenderError: it could not run.
+    """
+    settings = task.settings
+    kind = settings.judge
+    contender = Contender(kind, settings.backends[0] if kind == "bare" else "")
+    own = Task(contender, task.bundle, task.case, settings, task.folder)
+    with Worker(own, JUDGE) as worker:
+        run, plain, floors = worker.call("run"), None, [0.0, 0.0]
+        rounds = kind != "bare" and task.open()[0].dtype != "float32"
+        if rounds:
+            floors[0] = relative_error(worker.call("rounded").latents, run.latents)
+        if with_plain:
+            worker.call("become_plain")
+            plain = worker.call("run")
+            if rounds:
+                floors[1] = relative_error(worker.call("rounded").latents, plain.latents)
+    names = {"reference": "the PyTorch reference", "strong": "strong eager PyTorch", "bare": "the SDK itself"}
+    return Verdicts(names[kind], settings.parity_steps, run, plain, (floors[0], floors[1]))
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """2-norm of the difference over that of what was expected, in float64."""
+    difference = found.astype(np.float64) - expected.astype(np.float64)
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))

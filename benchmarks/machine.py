@@ -1,0 +1,169 @@
+"""What a benchmark ran on: the machine in words, how busy it was, and its peaks, measured here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+PACKAGES = (
+    "magicface_rt",
+    "numpy",
+    "torch",
+    "diffusers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+QUIET_LOAD = 0.3
+"""Load average per core under which a machine counts as quiet."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """flops: float32 multiply-adds by a large matrix product, 2 for each, per second; bytes_per_second: of a copy much
+    larger than the caches, what is read and what is written counted; where: the device that was measured."""
+
+    flops: float
+    bytes_per_second: float
+    where: str
+
+
+def describe() -> dict[str, Any]:
+    """Machine, versions, commit. Call it before anything runs: the load average is of that moment."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg() if hasattr(os, "getloadavg") else (float("nan"),) * 3
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": cores,
+        "memory_bytes": memory()[1],
+        "gpu": _gpu(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": _commit(),
+        "load_average": [round(value, 2) for value in load],
+        "quiet": load[0] < QUIET_LOAD * cores,
+    }
+
+
+def memory() -> tuple[int | None, int | None]:
+    """Bytes of host memory that are free for a new process, and in all; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None, None
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return found.get("MemAvailable"), found.get("MemTotal")
+
+
+def measure_peaks(size: int = 2048, megabytes: int = 256, device: str = "cpu") -> Peaks:
+    """The best of a few: what the machine can do, not what it did on average. About two seconds."""
+    if device == "cuda":
+        return _measure_cuda_peaks()
+    a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    b, out = a.T.copy(), np.empty_like(a)
+    seconds = _best(lambda: np.matmul(a, b, out=out), 4)
+    source = np.ones(megabytes << 18, np.float32)
+    target = np.empty_like(source)
+    copying = _best(lambda: np.copyto(target, source), 4)
+    return Peaks(2 * size**3 / seconds, 2 * source.nbytes / copying, "cpu, float32 (numpy)")
+
+
+def _measure_cuda_peaks() -> Peaks:
+    import torch
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    source = torch.ones(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+
+    def timed(work: Any) -> float:
+        def run() -> None:
+            work()
+            torch.cuda.synchronize()
+
+        return _best(run, 5)
+
+    seconds = timed(lambda: torch.matmul(a, a))
+    copying = timed(lambda: target.copy_(source))
+    name = torch.cuda.get_device_name()
+    return Peaks(2 * 8192**3 / seconds, 2 * source.numel() * 4 / copying, f"{name}, float16 (torch)")
+
+
+def _best(work: Any, times: int) -> float:
+    work()
+    found = []
+    for _ in range(times):
+        start = perf_counter()
+        work()
+        found.append(perf_counter() - start)
+    return min(found)
+
+
+def peak_host_bytes() -> int | None:
+    """The most host memory that this process has held; None where the system does not say.
+
+    Not `getrusage`: on Linux its maximum is inherited from the process that started this one.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu() -> str | None:
+    """What the driver says of the first GPU; None where there is none that can be asked."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+
+
+def _commit() -> str | None:
+    """The repository's commit, with "+changes" where the tree differs from it; None outside a repository."""
+    folder = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(folder)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

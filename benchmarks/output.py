@@ -1,0 +1,43 @@
+"""A report on disk: bench.json, bench.md, and the plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from magicface_rt.errors import BackendMissingError, OutputError
+
+from .plots import draw
+from .results import Report
+from .schema import problems
+from .table import markdown
+
+JSON, TABLE = "bench.json", "bench.md"
+
+
+def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = True) -> list[Path]:
+    """Write what a report holds; returns the files. Without matplotlib there are no plots, and the table says so.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    content = report.to_json() if isinstance(report, Report) else dict(report)
+    wrong = problems(content := json.loads(json.dumps(content, allow_nan=False)))
+    assert not wrong, f"the report is not as benchmarks/schema.json says: {wrong[:5]}"
+    text = markdown(content)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / JSON).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        made = [folder / JSON, folder / TABLE]
+        try:
+            if plots:
+                made += draw(content, folder)
+                text += "".join(f"\n![{file.stem}]({file.name})\n" for file in made if file.suffix == ".png")
+        except BackendMissingError as error:
+            text += f"\n{error}\n"
+        (folder / TABLE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"the report cannot be written into {folder}: {error}.") from error
+    return made

@@ -1,0 +1,159 @@
+"""What a benchmark found. `Report.to_json` is the JSON file, whose form is `schema.json` in this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .settings import Case, Contender
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of samples in seconds. spread: from the first to the third quartile, over the median."""
+
+    median: float
+    p95: float
+    fastest: float
+    slowest: float
+    spread: float
+    samples: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a contender's run was from the oracle's.
+
+    error: relative 2-norm of the latents; other_cells: cells that end in another region; note: how the tolerance came.
+    """
+
+    oracle: str
+    steps: int
+    error: float
+    tolerance: float
+    other_cells: int
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # NaN never passes
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counted, not timed. By stage ("rsa", "rba"), for one step of all images.
+
+    rows: of the U-Net; flops: 2 for each multiply and add; bytes: what all operators read and write, as if nothing
+    stayed in a cache; reference_rows: of those rows, how many are references through `reference_kv`, which ends early;
+    kept_bytes: keys and values that a step reads. What could not be counted is absent, and `note` says why.
+    """
+
+    rows: Mapping[str, int] = field(default_factory=dict)
+    flops: Mapping[str, float] = field(default_factory=dict)
+    bytes: Mapping[str, float] = field(default_factory=dict)
+    reference_rows: int = 0
+    kept_bytes: int = 0
+    request_rows: int | None = None
+    request_flops: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Whole requests, seconds.
+
+    cold_start: from the start of the process to its first picture, loading included; first: that request alone;
+    next: those after; stages: of those after, by name.
+    """
+
+    cold_start: float
+    first: float
+    next: Figures | None
+    stages: Mapping[str, Figures]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One contender in one case. `status`: measured, skipped, failed, or wrong picture; then `reason` says why, and no
+    time is given. steps: by stage, and "reference_pass" where that is a part of its own (included in the stages)."""
+
+    contender: Contender
+    status: str
+    reason: str = ""
+    interleaved: bool = True
+    parity: Parity | None = None
+    steps: Mapping[str, Figures] = field(default_factory=dict)
+    requests: Requests | None = None
+    counts: Counts = field(default_factory=Counts)
+    host_peak_bytes: int | None = None
+    device_peak_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        content |= {"contender": str(self.contender), "kind": self.contender.kind, "backend": self.contender.backend}
+        if self.parity is not None:
+            content["parity"]["passed"] = self.parity.passed
+        return content
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times longer the baseline takes than the candidate: medians, with a bootstrap interval of its rounds."""
+
+    baseline: str
+    candidate: str
+    of: str
+    ratio: float
+    low: float | None
+    high: float | None
+    rounds: int
+    interleaved: bool
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    bundle: str
+    height: int
+    width: int
+    dtype: str
+    case: Case
+    outcomes: tuple[Outcome, ...]
+    ratios: tuple[Ratio, ...]
+
+    def outcome(self, kind: str) -> Outcome | None:
+        """The first measured one of a kind."""
+        return next((o for o in self.outcomes if o.contender.kind == kind and o.status == "measured"), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bundle": self.bundle,
+            "height": self.height,
+            "width": self.width,
+            "dtype": self.dtype,
+            **asdict(self.case),
+            "outcomes": [outcome.to_json() for outcome in self.outcomes],
+            "ratios": [asdict(ratio) for ratio in self.ratios],
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """machine: what it ran on, see `machine.describe`; peaks: the machine's measured limits, see `machine.Peaks`."""
+
+    machine: Mapping[str, Any]
+    peaks: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    cases: tuple[CaseResult, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "machine": dict(self.machine),
+            "peaks": dict(self.peaks),
+            "settings": dict(self.settings),
+            "cases": [case.to_json() for case in self.cases],
+        }

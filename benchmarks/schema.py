@@ -1,0 +1,77 @@
+"""The report's form, `schema.json`, and a check against it that needs no package.
+
+Of JSON Schema it understands what that file uses: type, enum, const, required, properties, additionalProperties,
+items, minimum, $ref into $defs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SCHEMA = Path(__file__).with_name("schema.json")
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list, tuple),
+    "string": (str,),
+    "boolean": (bool,),
+    "integer": (int,),
+    "number": (int, float),
+    "null": (type(None),),
+}
+
+
+def load_schema() -> dict[str, Any]:
+    found = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
+
+
+def problems(content: Any, schema: Mapping[str, Any] | None = None) -> list[str]:
+    """What in a report's JSON is not as the schema says, each with its place; empty where all is."""
+    root = load_schema() if schema is None else schema
+    found: list[str] = []
+    _check(content, root, root, "report", found)
+    return found
+
+
+def _check(value: Any, rule: Mapping[str, Any], root: Mapping[str, Any], where: str, found: list[str]) -> None:
+    if "$ref" in rule:
+        rule = root["$defs"][rule["$ref"].removeprefix("#/$defs/")]
+    if "type" in rule:
+        kinds = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
+        if not any(_is(value, kind) for kind in kinds):
+            found.append(f"{where} is {str(value)[:60]!r}, expected {' or '.join(kinds)}")
+            return
+    if "enum" in rule and value not in rule["enum"]:
+        found.append(f"{where} is {value!r}, expected one of {rule['enum']}")
+    if "const" in rule and value != rule["const"]:
+        found.append(f"{where} is {value!r}, expected {rule['const']!r}")
+    if "minimum" in rule and isinstance(value, (int, float)) and not value >= rule["minimum"]:
+        found.append(f"{where} is {value!r}, expected at least {rule['minimum']}")
+    if isinstance(value, dict):
+        known = rule.get("properties", {})
+        found.extend(f"{where}.{name} is missing" for name in rule.get("required", ()) if name not in value)
+        others = rule.get("additionalProperties", True)
+        for name, entry in value.items():
+            if name in known:
+                _check(entry, known[name], root, f"{where}.{name}", found)
+            elif others is False:
+                found.append(f"{where}.{name} is not known")
+            elif isinstance(others, dict):
+                _check(entry, others, root, f"{where}.{name}", found)
+    if isinstance(value, (list, tuple)) and "items" in rule:
+        for i, entry in enumerate(value):
+            _check(entry, rule["items"], root, f"{where}[{i}]", found)
+
+
+def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if isinstance(value, float) and not math.isfinite(value):
+        return False  # JSON has no such number
+    return isinstance(value, _TYPES[kind])

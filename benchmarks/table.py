@@ -1,0 +1,140 @@
+"""A report as Markdown, from its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .settings import Contender
+
+Json = Mapping[str, Any]
+
+
+def markdown(report: Json) -> str:
+    """Tables for each case. A contender that was not measured has its reason instead of times."""
+    machine = report["machine"]
+    quiet = "quiet" if machine["quiet"] else "NOT quiet: other work ran, so absolute times are too long"
+    memory = machine["memory_bytes"]
+    lines = [
+        "# Benchmark",
+        "",
+        f"{machine['started']}, {machine['processor']}, {machine['cores']} cores"
+        + (f", {memory / 1e9:.0f} GB" if memory else "")
+        + (f", {machine['gpu']}" if machine["gpu"] else "")
+        + f"; load average {machine['load_average'][0]}, {quiet}.  ",
+        f"Python {machine['python']}, " + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()) + ".  ",
+        f"Commit {machine['commit'] or 'unknown'}. Peaks measured: "
+        + "; ".join(
+            f"{p['flops'] / 1e9:.0f} GFLOP/s, {p['bytes_per_second'] / 1e9:.1f} GB/s ({p['where']})"
+            for p in report["peaks"].values()
+            if p
+        )
+        + ".",
+    ]
+    for case in report["cases"]:
+        lines += ["", *_case(case, report["settings"])]
+    return "\n".join(lines) + "\n"
+
+
+def _case(case: Json, settings: Json) -> list[str]:
+    images = "1 image" if case["images"] == 1 else f"{case['images']} images"
+    lines = [
+        f"## {case['width']} x {case['height']}, {case['dtype']}, N = {case['concepts']}, masks "
+        f"{case['mask_share']:.0%}, {images}, {case['steps']} steps",
+        "",
+        "One step of all images, median (p95) in seconds; memory in GB; work of one RBA step.",
+        "",
+    ]
+    head = ["contender", "RSA step", "RBA step", "reference pass", "host", "device", "rows", "GFLOP", "parity error"]
+    lines += _table(head, [_steps_row(outcome) for outcome in case["outcomes"]])
+    with_requests = [o for o in case["outcomes"] if o["requests"]]
+    if with_requests:
+        lines += ["", f"Requests of {case['steps']} steps, from prompt and images to pictures, seconds.", ""]
+        head = ["contender", "process start to first picture", "first request", "next: median (p95)", "rows", "GFLOP"]
+        lines += _table(head, [_request_row(outcome) for outcome in with_requests])
+    if case["ratios"]:
+        share = f"{settings['confidence']:.0%}"
+        lines += ["", f"How many times longer than ours; ratio of medians, {share} bootstrap interval.", ""]
+        lines += _ratios(case["ratios"])
+    notes = [f"- {name(o)}: {note}" for o in case["outcomes"] for note in _notes(o)]
+    return [*lines, *(["", *notes] if notes else [])]
+
+
+def _steps_row(outcome: Json) -> list[str]:
+    if outcome["status"] != "measured":
+        return [name(outcome), f"{outcome['status']}: {outcome['reason']}", *[""] * 7]
+    steps, counts = outcome["steps"], outcome["counts"]
+    return [
+        name(outcome),
+        *(_figures(steps.get(stage)) for stage in ("rsa", "rba", "reference_pass")),
+        _scaled(outcome["host_peak_bytes"], 1e9),
+        _scaled(outcome["device_peak_bytes"], 1e9),
+        str(counts["rows"].get("rba", "")),
+        _scaled(counts["flops"].get("rba"), 1e9),
+        f"{outcome['parity']['error']:.1e}",
+    ]
+
+
+def _request_row(outcome: Json) -> list[str]:
+    found, counts = outcome["requests"], outcome["counts"]
+    return [
+        name(outcome),
+        f"{found['cold_start']:.3g}",
+        f"{found['first']:.3g}",
+        _figures(found["next"]),
+        str(counts["request_rows"]),
+        _scaled(counts["request_flops"], 1e9),
+    ]
+
+
+def _ratios(ratios: Sequence[Json]) -> list[str]:
+    """A row for each pair, a column for each thing that was timed."""
+    columns = [of for of in ("rsa step", "rba step", "request") if any(r["of"] == of for r in ratios)]
+    pairs = list(dict.fromkeys((r["baseline"], r["candidate"]) for r in ratios))
+    rows = []
+    for pair in pairs:
+        found = {r["of"]: r for r in ratios if (r["baseline"], r["candidate"]) == pair}
+        rows.append([title(pair[0]), title(pair[1]), *(_ratio(found.get(of)) for of in columns)])
+    return _table(["baseline", "ours", *columns], rows)
+
+
+def _ratio(ratio: Json | None) -> str:
+    if ratio is None:
+        return ""
+    rounds = "1 round" if ratio["rounds"] == 1 else f"{ratio['rounds']} rounds"
+    interval = "no interval" if ratio["low"] is None else f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+    apart = "" if ratio["interleaved"] else ", not interleaved"
+    return f"{ratio['ratio']:.2f} ({interval}, {rounds}{apart})"
+
+
+def _notes(outcome: Json) -> list[str]:
+    found = [*outcome["notes"], outcome["counts"]["note"]]
+    if outcome["parity"] and outcome["parity"]["other_cells"]:
+        found.append(f"{outcome['parity']['other_cells']} cells end in another region than the oracle's (near-ties)")
+    if outcome["parity"]:
+        found.append(outcome["parity"]["note"])
+    if not outcome["interleaved"]:
+        found.append("ran when the others had ended, because of its memory")
+    return [note for note in found if note]
+
+
+def name(outcome: Json) -> str:
+    return Contender(outcome["kind"], outcome["backend"]).title
+
+
+def title(contender: str) -> str:
+    """Of a contender's name in a ratio, such as `kept@onnxruntime-cpu`."""
+    kind, _, backend = contender.partition("@")
+    return Contender(kind, backend).title
+
+
+def _figures(found: Json | None) -> str:
+    return "" if found is None else f"{found['median']:.3g} ({found['p95']:.3g})"
+
+
+def _scaled(value: float | None, unit: float) -> str:
+    return "" if value is None else f"{value / unit:.3g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

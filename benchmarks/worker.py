@@ -1,0 +1,132 @@
+"""A process for each contender, so that its memory can be told and none has what another left in caches.
+
+The parent says what to do, one thing at a time, so contenders take turns: while one computes, the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from time import perf_counter
+from typing import Any
+
+from magicface_rt.errors import MagicFaceError
+
+from .contender import Run, Runner, Task, load
+from .machine import peak_host_bytes
+
+JUDGE, PREPARE = "judge", "prepare"
+
+
+class ContenderError(MagicFaceError):
+    """A contender's process raised an error, or ended."""
+
+    exit_code = 1
+
+
+class Worker:
+    """A contender in a process of its own. `started`: when the process was, by `perf_counter`."""
+
+    def __init__(self, task: Task, role: str = "") -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, far = context.Pipe()
+        self._process = context.Process(target=_serve, args=(far, task, role), daemon=True)
+        self.started = perf_counter()
+        self._process.start()
+        far.close()
+
+    def call(self, what: str, *arguments: Any) -> Any:
+        """Have it do something and wait for what it returns.
+
+        Raises:
+            ContenderError: it could not; after that the process is of no more use.
+        """
+        try:
+            self._pipe.send((what, arguments))
+            good, result = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(10)
+            code = self._process.exitcode
+            killed = "; was there not enough memory?" if code == -signal.SIGKILL else ""
+            raise ContenderError(f"its process ended with exit code {code}{killed}") from None
+        if not good:
+            raise ContenderError(result)
+        return result
+
+    def close(self) -> None:
+        """End the process. May be called twice."""
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._pipe.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve(pipe: Connection, task: Task, role: str) -> None:
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    runner: Runner | None = None
+    handlers: dict[str, Callable[..., Any]] = {}
+    try:
+        while (received := pipe.recv()) is not None:
+            what, arguments = received
+            try:
+                if not handlers:
+                    runner, handlers = _handlers(task, role)
+                pipe.send((True, handlers[what](*arguments)))
+            except Exception as error:
+                pipe.send((False, f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"))
+    except (EOFError, KeyboardInterrupt, BrokenPipeError):
+        pass
+    finally:
+        if runner is not None:
+            runner.close()
+
+
+def _handlers(task: Task, role: str) -> tuple[Runner | None, dict[str, Callable[..., Any]]]:
+    if role == PREPARE:
+        from .ours import prepare
+
+        return None, {"prepare": lambda: prepare(task)}
+    if role == JUDGE and not task.contender.ours:
+        from .pytorch import Judge
+
+        judge = Judge(task)
+
+        def rounded() -> Run:
+            with judge.rounded():
+                return judge.run()
+
+        return judge, {"run": judge.run, "rounded": rounded, "become_plain": judge.become_plain}
+    runner = load(task)
+
+    def state() -> dict[str, Any]:
+        return {
+            "host": peak_host_bytes(),
+            "device": runner.device_bytes(),
+            "kept": runner.kept_bytes(),
+            "notes": runner.notes,
+        }
+
+    return runner, {
+        "load": lambda: None,
+        "run": runner.run,
+        "step": runner.step,
+        "request": runner.request,
+        "state": state,
+    }

@@ -1,0 +1,132 @@
+"""`magicface-rt prepare`: compute the keys of a job's concepts once, and keep them in files."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+
+from magicface_rt import Concept, OptionError, OutputError, Progress, Session
+from magicface_rt.session import ProgressCallback
+
+from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
+from ._bundle_view import size
+from ._command import JsonOption, command
+from ._kept_options import StorageOption, bare_concepts, storage_of
+from .run import request_of
+
+SUFFIX = ".concept"
+
+
+def prepare(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the files, one for each concept.")],
+    job: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A job; its concepts, steps and reference_seed are taken.")
+    ] = None,
+    concept: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LIST", help="word=man,image=man.jpg,mask=m.png,prompt=a man. Several times for several."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps it will serve; 50.")] = None,
+    reference_seed: Annotated[int | None, typer.Option(metavar="N", help="Noise of the references; 0.")] = None,
+    storage: StorageOption = "exact",
+    with_image: Annotated[
+        bool, typer.Option("--with-image", help="Store the reference images and masks in the file as well.")
+    ] = False,
+    workspace: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for a pass of the network, such as 2GiB.")
+    ] = None,
+    backend: BackendOption = "auto",
+    store: StoreOption = None,
+    device: DeviceOption = 0,
+    target: TargetOption = None,
+    build_missing: BuildMissingOption = False,
+    threads: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Threads to compute with; 0: the runtime's choice.")
+    ] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    json_to: JsonOption = None,
+) -> None:
+    """Prepare concepts: compute their references' keys once, so that no later picture does."""
+    with command(json_to) as verb:
+        form = storage_of(storage)
+        prompt = None if job is not None else ""
+        request = request_of(job, prompt, concept or [], {"steps": steps, "reference_seed": reference_seed})
+        concepts = bare_concepts(request.concepts)
+        if not concepts:
+            raise OptionError("there is no concept to prepare; give --concept, or a --job that has some.")
+        paths = _paths(concepts, out, overwrite=overwrite)
+        files = []
+        with Session(
+            bundle,
+            backend=backend,
+            threads=threads,
+            device=device,
+            store=store,
+            target=target,
+            build_missing=build_missing,
+        ) as session:
+            for one, path in zip(concepts, paths, strict=True):
+                with preparation_bar(one.name) as progress:
+                    kept = session.prepare(
+                        one,
+                        steps=request.options.steps,
+                        reference_seed=request.options.reference_seed,
+                        storage=form,
+                        workspace=workspace,
+                        progress=progress,
+                    )
+                kept.save(path, with_image=with_image, overwrite=overwrite)
+                files.append({"concept": one.name, "path": str(path), "bytes": kept.nbytes, "error": kept.error})
+                cost = f", 8 bits cost a relative error of {kept.error:.1e}" if kept.error else ""
+                verb.print(f"{one.name}: {path} ({size(kept.nbytes)}{cost})")
+        verb.outcome = {"steps": request.options.steps, "files": files}
+
+
+@contextmanager
+def preparation_bar(name: str) -> Iterator[ProgressCallback | None]:
+    """A bar on stderr, where that is a terminal, and the callback that moves it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with ProgressBar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(f"preparing {name}", total=None)
+
+        def moved(progress: Progress) -> None:
+            bar.update(task, total=progress.steps, completed=progress.step)
+
+        yield moved
+
+
+def _paths(concepts: list[Concept], out: Path, *, overwrite: bool) -> list[Path]:
+    """A file for each concept, named after it.
+
+    Raises:
+        OutputError: two concepts would have one file; a file is there already; the folder is none.
+    """
+    names = [re.sub(r"[^\w.-]+", "-", concept.name).strip("-.") or "concept" for concept in concepts]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise OutputError(f"two concepts would have the file {double[0]}{SUFFIX}; give one of them another name.")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"output folder {str(out)!r} is not a folder. Choose another name.")
+    paths = [out / f"{name}{SUFFIX}" for name in names]
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite:
+        raise OutputError(f"file {str(there[0])!r} exists already. Choose another folder, or allow --overwrite.")
+    return paths

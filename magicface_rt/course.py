@@ -1,0 +1,42 @@
+"""A request's course: its progress, its end before its time, and the seconds of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from .errors import Cancelled
+from .request import Progress, ProgressCallback
+
+
+class Course:
+    """`check_open` raises where the Session was closed meanwhile. `seconds`: by stage, as in `Timings`."""
+
+    def __init__(self, progress: ProgressCallback | None, check_open: Callable[[], None]) -> None:
+        self.progress = progress
+        self.check_open = check_open
+        self.seconds: dict[str, float] = {}
+
+    def report(self, progress: Progress) -> None:
+        """Tell the caller.
+
+        Raises:
+            Cancelled: its callback returned False.
+            SessionClosedError: the Session was closed.
+        """
+        self.check_open()
+        if self.progress is not None and self.progress(progress) is False:
+            what = "step" if progress.stage != "prepare" else "prepared step"
+            raise Cancelled(f"cancelled by the progress callback after {what} {progress.step} of {progress.steps}.")
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the block's seconds to a stage."""
+        start = perf_counter()
+        yield
+        self.spent(stage, perf_counter() - start)
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Add seconds to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

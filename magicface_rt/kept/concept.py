@@ -1,0 +1,157 @@
+"""A concept whose references are kept keys instead of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..concept import Concept, NamedConcept
+from ..errors import KeptConceptError
+from .origin import Origin
+from .reference import KeptReference
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class KeptConcept(NamedConcept):
+    """A concept that was prepared: `generate` takes it as it takes a `Concept`.
+
+        kept = session.prepare(Concept("man", Reference("man.jpg", mask="man-mask.png")), steps=20)
+        session.generate("a man in the rain", [kept], steps=20, seed=7)
+        session.generate("an old man", [kept.renamed(weight=2.0)], steps=20)
+        kept.save("man.concept")
+        KeptConcept.load("man.concept")
+
+    It is good for one bundle, number of steps and `reference_seed`. Word, weight and token_index are free.
+
+    references  tuple of `KeptReference`
+    origin      what the keys were made for
+    source      the concept it was made from, None where it came from a file
+    pictures    what a file with images holds: `image_0`, uint8 [h,w,3], and `mask_0`, uint8 [128,128], ...
+    """
+
+    references: tuple[KeptReference, ...]
+    origin: Origin
+    source: Concept | None
+    pictures: Mapping[str, NDArray[np.uint8]]
+
+    def __init__(
+        self,
+        word: str,
+        references: Sequence[KeptReference],
+        origin: Origin,
+        *,
+        weight: float = 3.0,
+        token_index: int | Sequence[int] | None = None,
+        name: str | None = None,
+        source: Concept | None = None,
+        pictures: Mapping[str, NDArray[np.uint8]] | None = None,
+    ) -> None:
+        super().__init__(word, weight, token_index, name)
+        if not references:
+            raise KeptConceptError(f"kept concept {word!r} has no reference, expected at least one.")
+        object.__setattr__(self, "references", tuple(references))
+        object.__setattr__(self, "origin", origin)
+        object.__setattr__(self, "source", source)
+        object.__setattr__(self, "pictures", dict(pictures or {}))
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that it is good for."""
+        return self.origin.steps
+
+    @property
+    def reference_seed(self) -> int:
+        """The seed of the noise on its references."""
+        return self.origin.reference_seed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its keys, in memory or in its file."""
+        return sum(reference.nbytes for reference in self.references)
+
+    @property
+    def error(self) -> float:
+        """What 8-bit storage cost: the relative 2-norm of the worst tensor, 0 for exact storage."""
+        return max(reference.error for reference in self.references)
+
+    def renamed(
+        self,
+        word: str | None = None,
+        *,
+        weight: float | None = None,
+        token_index: int | Sequence[int] | None = None,
+        name: str | None = None,
+    ) -> KeptConcept:
+        """The same keys under another word, weight, name or place; what is not given stays.
+
+        A new word leaves the old token_index and name behind.
+
+        Raises:
+            ConceptError: a value that cannot be used.
+        """
+        same = word is None
+        return KeptConcept(
+            self.word if word is None else word,
+            self.references,
+            self.origin,
+            weight=self.weight if weight is None else weight,
+            token_index=self.token_index if token_index is None and same else token_index,
+            name=self.name if name is None and same else name,
+            source=self.source,
+            pictures=self.pictures,
+        )
+
+    def save(self, path: str | os.PathLike[str], *, with_image: bool = False, overwrite: bool = False) -> Path:
+        """Write a file, which appears complete or not at all, and return its path.
+
+        with_image  store the reference images and masks as well; they are not needed for pictures
+
+        Raises:
+            KeptConceptError: `with_image`, and the images are not there: it came from a file without them.
+            OutputError: the file exists (without `overwrite`) or cannot be written.
+        """
+        from .files import save
+
+        return save(self, Path(path), with_image=with_image, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> KeptConcept:
+        """Open a file. Its keys stay there, mapped into memory, until a step needs them.
+
+        check_hashes  read the whole file once and compare it with its manifest, about a second per gigabyte. Without,
+                      the header, the manifest and the size are checked, and a changed bit in the keys goes unseen.
+
+        Do not change a file in place while it is loaded; `save` puts a new one in its place, which is safe.
+
+        Raises:
+            KeptConceptError: no such file, another format version, damaged, or cut short.
+        """
+        from .files import load
+
+        return load(Path(path), check_hashes=check_hashes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it is, as JSON can hold it."""
+        return {
+            "word": self.word,
+            "name": self.name,
+            "weight": self.weight,
+            "token_index": None if self.token_index is None else list(self.token_index),
+            "references": [
+                {
+                    "key": reference.key,
+                    "prompt": reference.prompt,
+                    "storage": reference.storage,
+                    "tokens": {str(factor): count for factor, count in reference.tokens.items()},
+                    "error": reference.error,
+                }
+                for reference in self.references
+            ],
+            "origin": self.origin.to_dict(),
+        }

@@ -1,0 +1,257 @@
+"""Step by step, the keys of a batch's references into `denoise_step`: computed beside it, laid from the host, or from
+the device.
+
+The tokens of an image's references lie end to end in the order of its concepts, then padding. All images of a batch
+share one row of keys, or each has its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends.base import Arrays
+from ..backends.binding import Binding
+from ..backends.pieces import DeviceArray, OutputRows, Piece
+from ..backends.shelf import Shelf
+from ..bundle import Bundle
+from ..regions import PADDING, KeptTokens, MaskedReference, Stage, WeightMode, bucket, kept_tokens, key_access
+from .reference import KeptReference
+
+Float32Array = NDArray[np.float32]
+
+
+class Source(ABC):
+    """Where the keys of one reference come from. `tokens`: their number by factor."""
+
+    tokens: Mapping[int, int]
+
+
+class StoredKeys(Source):
+    """Keys that were prepared. `on_device`: by step and name, where all of them are there."""
+
+    def __init__(self, kept: KeptReference, on_device: Mapping[tuple[int, str], DeviceArray] | None = None) -> None:
+        self.kept = kept
+        self.tokens = kept.tokens
+        self.on_device = on_device
+
+
+class ComputedKeys(Source):
+    """Keys that a `ReferencePass` computes at each step. `number`: of the reference in the pass."""
+
+    def __init__(self, number: int, tokens: Mapping[int, int]) -> None:
+        self.number = number
+        self.tokens = tokens
+
+
+@dataclass(frozen=True)
+class PlacedKeys:
+    """A reference in an image: `concept` counts the image's concepts from 0."""
+
+    source: Source
+    concept: int
+    weight: float
+
+
+class ReferencePass:
+    """References through `reference_kv` at each step, beside the target.
+
+    masks: uint8 [128, 128] each; text: [R, 77, D]; noised: from a step to the references' latents at its timestep,
+    float32 [R, 4, h, w]; padded: whether token counts are filled up to buckets.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        binding: Binding,
+        *,
+        masks: Sequence[NDArray[np.uint8]],
+        text: NDArray[Any],
+        noised: Callable[[int], Float32Array],
+        timesteps: Sequence[int],
+        padded: bool = False,
+    ) -> None:
+        self.binding = binding
+        self._noised, self._timesteps, self._rows = noised, timesteps, len(masks)
+        self._ahead: tuple[int, Float32Array] | None = None
+        self._first: dict[int, NDArray[np.int64]] = {}
+        binding.set("text", text)
+        marked = [MaskedReference(mask, number, 1.0) for number, mask in enumerate(masks)]
+        for factor in bundle.factors:
+            tokens = kept_tokens(marked, *bundle.grid(factor))
+            self._first[factor] = np.searchsorted(tokens.concept[tokens.concept != PADDING], np.arange(len(masks) + 1))
+            index = tokens.padded(bucket(tokens.count, binding.largest(f"M{factor}"))) if padded else tokens
+            binding.set(f"kept_{factor}", index.index)
+
+    def sources(self) -> list[ComputedKeys]:
+        """One for each reference."""
+        counts = {factor: np.diff(first) for factor, first in self._first.items()}
+        return [ComputedKeys(n, {f: int(c[n]) for f, c in counts.items()}) for n in range(self._rows)]
+
+    def rows_of(self, source: ComputedKeys, factor: int, output: str) -> OutputRows:
+        """Where a reference's keys are in an output."""
+        return OutputRows(self.binding, output, int(self._first[factor][source.number]), source.tokens[factor])
+
+    def prepare(self, step: int) -> None:
+        """Noise the references for a step, while the device is busy."""
+        self._ahead = (step, self._noised(step))
+
+    def run(self, step: int) -> None:
+        """Start the pass of a step."""
+        if self._ahead is None or self._ahead[0] != step:
+            self.prepare(step)
+        assert self._ahead
+        self.binding.set("latents", self._ahead[1])
+        self.binding.set("timestep", np.full(self._rows, self._timesteps[step], np.int64))
+        self.binding.run()
+
+
+class KeyFeed:
+    """The keys of a batch. `rows`: for each row of keys its references in order, one row for all images or one each.
+
+    binding    of `denoise_step`
+    computing  the pass that computes the `ComputedKeys`, None where there are none
+    padded     fill token counts up to buckets; where rows differ in number they are always filled up to the longest
+    shelf      brings keys up ahead of need, None where there is no device or all keys are on it
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        binding: Binding,
+        rows: Sequence[Sequence[PlacedKeys]],
+        *,
+        computing: ReferencePass | None = None,
+        padded: bool = False,
+        shelf: Shelf | None = None,
+    ) -> None:
+        self._binding = binding
+        self._computing = computing
+        self._shelf = shelf
+        self._rows = [[placed for placed in row if placed.weight != 0] for row in rows]
+        self._tensors = {
+            f"{kind}_ref_{layer.index}": (layer.factor, layer.width)
+            for layer in bundle.injection_layers
+            for kind in "kv"
+        }
+        self.tokens = [{factor: _row_tokens(row, factor) for factor in bundle.factors} for row in self._rows]
+        for factor in bundle.factors:
+            longest = max(row[factor].count for row in self.tokens)
+            if padded:
+                longest = bucket(longest, binding.largest(f"M{factor}"))
+            for row in self.tokens:
+                row[factor] = row[factor].padded(longest)
+        self._linked = self._is_the_pass()
+        self._started = False
+        self._brought: tuple[int, dict[tuple[int, str], DeviceArray]] | None = None
+
+    def access(self, stages: Sequence[Stage], weight_modes: Sequence[WeightMode]) -> Arrays:
+        """`key_group`, `key_bias` and `key_scale` [K, M] for each factor; a stage and a weight mode for each row."""
+        rows = [key_access(t, s, w) for t, s, w in zip(self.tokens, stages, weight_modes, strict=True)]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def start(self, step: int) -> None:
+        """Put the step's keys into place, or have that enqueued."""
+        if self._computing is not None:
+            self._computing.run(step)
+        if self._linked:
+            assert self._computing
+            if not self._started:
+                for name in self._tensors:
+                    self._binding.link(name, self._computing.binding, name)
+        elif any(self._rows) or not self._started:
+            self._lay(step)
+        self._started = True
+
+    def prepare(self, step: int) -> None:
+        """Get the next step's keys ready while the device computes."""
+        if self._computing is not None:
+            self._computing.prepare(step)
+        if self._shelf is not None:
+            self._bring(step)
+
+    @property
+    def rows(self) -> int:
+        """1 where all images of the batch share their keys, else their number."""
+        return len(self._rows)
+
+    @property
+    def seconds(self) -> float:
+        """Of the last step's reference pass, without what it waited for."""
+        return self._computing.binding.seconds if self._computing is not None else 0.0
+
+    def check(self) -> None:
+        """Raises NonFiniteError where the last step's reference pass gave what is not finite."""
+        if self._computing is not None:
+            self._computing.binding.check()
+
+    def _is_the_pass(self) -> bool:
+        """Whether one row of keys is what the pass puts out, as it is."""
+        if self._computing is None or len(self._rows) != 1:
+            return False
+        numbers = [p.source.number if isinstance(p.source, ComputedKeys) else None for p in self._rows[0]]
+        return numbers == list(range(self._computing._rows))
+
+    def _bring(self, step: int) -> None:
+        assert self._shelf
+        wanted = {}
+        for row in self._rows:
+            for placed in row:
+                source = placed.source
+                if isinstance(source, StoredKeys) and source.on_device is None:
+                    for name, (factor, _) in self._tensors.items():
+                        if source.tokens[factor] and (id(source), name) not in wanted:
+                            wanted[(id(source), name)] = source.kept.tensors[name].step(step)
+        self._brought = (step, self._shelf.bring(wanted) if wanted else {})
+
+    def _lay(self, step: int) -> None:
+        if self._shelf is not None and (self._brought is None or self._brought[0] != step):
+            self._bring(step)
+        for name, (factor, width) in self._tensors.items():
+            shape = (len(self._rows), self.tokens[0][factor].count, width)
+            self._binding.lay(name, shape, self._pieces(step, name, factor))
+        if self._shelf is not None:
+            self._shelf.used()
+
+    def _pieces(self, step: int, name: str, factor: int) -> list[Piece]:
+        pieces, seen = [], dict[int, Any]()
+        for number, row in enumerate(self._rows):
+            start = 0
+            for placed in row:
+                count = placed.source.tokens[factor]
+                if count:
+                    if id(placed.source) not in seen:  # in 8 bits it is computed, so once for all rows
+                        seen[id(placed.source)] = self._values(placed.source, step, name, factor)
+                    pieces.append(Piece(number, start, count, seen[id(placed.source)]))
+                    start += count
+        return pieces
+
+    def _values(self, source: Source, step: int, name: str, factor: int) -> NDArray[Any] | DeviceArray | OutputRows:
+        if isinstance(source, ComputedKeys):
+            assert self._computing
+            return self._computing.rows_of(source, factor, name)
+        assert isinstance(source, StoredKeys)
+        if source.on_device is not None:
+            return source.on_device[(step, name)]
+        if self._shelf is not None:
+            assert self._brought
+            return self._brought[1][(id(source), name)]
+        return source.kept.tensors[name].step(step)
+
+
+def _row_tokens(row: Sequence[PlacedKeys], factor: int) -> KeptTokens:
+    """As `kept_tokens`, of references whose keys are laid end to end."""
+    counts = [placed.source.tokens[factor] for placed in row]
+    total = sum(counts)
+    if not total:
+        return KeptTokens(np.zeros(1, np.int64), np.full(1, PADDING), np.zeros(1, np.float32))
+    return KeptTokens(
+        np.arange(total),
+        np.repeat([placed.concept for placed in row], counts),
+        np.repeat(np.array([placed.weight for placed in row], np.float32), counts),
+    )

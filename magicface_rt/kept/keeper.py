@@ -1,0 +1,118 @@
+"""What a Session keeps of references, and how much memory that may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..backends import Backend
+from ..bundle import Bundle
+from ..errors import OptionError
+from ..sizes import parse_size
+from .memory import FREE_SHARE, MEMORY, WORKSPACE, MemoryPlan, Tokens, make_plan, rows_per_pass
+from .on_device import OnDevice
+from .reference import STORAGES, Storage
+from .store import KeptStore
+
+
+@dataclass(frozen=True)
+class KeepSettings:
+    """How a Session keeps; see there. `keep` and `budget` in bytes, `budget` None for what there is."""
+
+    keep: int = 0
+    memory: str = "auto"
+    budget: int | None = None
+    storage: Storage = "exact"
+    pad_keys: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        keep: int | str | None,
+        memory: str,
+        budget: int | str | None,
+        storage: str,
+        pad_keys: bool,
+    ) -> KeepSettings:
+        """Raises OptionError, naming the option, for what cannot be used."""
+        if memory not in MEMORY:
+            raise OptionError(f"memory is {memory!r}, expected one of {', '.join(MEMORY)}.")
+        return cls(
+            0 if keep is None else parse_size(keep, "keep"),
+            memory,
+            None if budget is None else parse_size(budget, "budget"),
+            checked_storage(storage),
+            pad_keys,
+        )
+
+
+def checked_storage(storage: str) -> Storage:
+    """Raises OptionError for one that there is not."""
+    for known in STORAGES:
+        if storage == known:
+            return "8-bit" if known == "8-bit" else "exact"
+    raise OptionError(f"storage is {storage!r}, expected one of {', '.join(STORAGES)}.")
+
+
+class Keeper:
+    """`store` holds prepared references on the host, `on_device` on the device. Thread-safe."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, settings: KeepSettings) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.settings = settings
+        self.store = KeptStore(settings.keep)
+        self.on_device = OnDevice()
+
+    def plan(
+        self,
+        references: Sequence[Tokens],
+        *,
+        steps: int,
+        images: int,
+        keys: Sequence[str] = (),
+        own_keys: bool = False,
+        memory: str | None = None,
+        budget: int | None = None,
+    ) -> MemoryPlan:
+        """The plan of a request, by the Session's settings where nothing else is given.
+
+        keys: content keys of the references that may be on the device already.
+        """
+        free = self.backend.free_device_memory()
+        budget = self.settings.budget if budget is None else budget
+        if budget is None and free is not None:
+            budget = int(FREE_SHARE * free) + self.on_device.unused_bytes(keys)
+        bare = [r.tokens for r in references if r.held == "no"]
+        return make_plan(
+            self.bundle,
+            references,
+            steps=steps,
+            images=images,
+            at_once=min(images, self.bundle.limits.images),
+            own_keys=own_keys,
+            storage=self.settings.storage,
+            memory=self.settings.memory if memory is None else memory,
+            budget=budget,
+            store_limit=self.settings.keep,
+            on_device=free is not None,
+            rows=max((self.rows(tokens, steps, {}) for tokens in bare), default=0),
+        )
+
+    def rows(
+        self,
+        tokens: Mapping[int, int],
+        steps: int,
+        largest: Mapping[str, int | None],
+        workspace: int | None = None,
+    ) -> int:
+        """Rows of a pass that prepares a reference. `largest`: what the graph takes, by symbol."""
+        if workspace is None:
+            budget = self.settings.budget
+            workspace = WORKSPACE if budget is None else min(WORKSPACE, budget // 4)
+        return rows_per_pass(self.bundle, tokens, steps, largest, workspace)
+
+    def close(self) -> None:
+        """Free what is on the device, and forget the rest."""
+        self.on_device.free_unused()
+        self.store.forget()

@@ -1,0 +1,157 @@
+"""The keys and values of one reference over all steps, as they are or in 8 bits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends.host import BFLOAT16, from_bfloat16, host_dtype, to_bfloat16
+from .origin import Origin
+
+Storage = Literal["exact", "8-bit"]
+STORAGES = ("exact", "8-bit")
+
+LEVELS = 255
+
+
+class Stored(ABC):
+    """One tensor over all steps, [T, M, C]."""
+
+    @abstractmethod
+    def put(self, step: int, values: NDArray[Any]) -> None:
+        """Store a step's values [M, C]."""
+
+    @abstractmethod
+    def step(self, step: int) -> NDArray[Any]:
+        """A step's values [M, C], in the bundle's dtype (bfloat16 as bits)."""
+
+    @property
+    @abstractmethod
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        """What is stored, by a suffix to the tensor's name."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+class Exact(Stored):
+    """`values`: [T, M, C] in the bundle's dtype."""
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self.values = values
+
+    @classmethod
+    def empty(cls, steps: int, tokens: int, width: int, dtype: str) -> Exact:
+        return cls(np.zeros((steps, tokens, width), host_dtype(dtype)))
+
+    def put(self, step: int, values: NDArray[Any]) -> None:
+        self.values[step] = values if values.dtype == self.values.dtype else values.view(self.values.dtype)
+
+    def step(self, step: int) -> NDArray[Any]:
+        return np.asarray(self.values[step])
+
+    @property
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        return {"": self.values}
+
+
+class EightBit(Stored):
+    """value = level * scale + low, with a scale and a low of its own for each step and channel.
+
+    levels: uint8 [T, M, C]; scale, low: float32 [T, C]. The channels of keys differ much in size and lie far from 0,
+    which is why each has both.
+    """
+
+    def __init__(
+        self, levels: NDArray[np.uint8], scale: NDArray[np.float32], low: NDArray[np.float32], dtype: str
+    ) -> None:
+        self.levels, self.scale, self.low, self.dtype = levels, scale, low, dtype
+        self.squared_error = self.squared = 0.0
+
+    @classmethod
+    def empty(cls, steps: int, tokens: int, width: int, dtype: str) -> EightBit:
+        channels = np.zeros((2, steps, width), np.float32)
+        return cls(np.zeros((steps, tokens, width), np.uint8), channels[0], channels[1], dtype)
+
+    def put(self, step: int, values: NDArray[Any]) -> None:
+        if not len(values):
+            return
+        exact = from_bfloat16(values) if self.dtype == BFLOAT16 else values.astype(np.float32)
+        low, high = exact.min(axis=0), exact.max(axis=0)
+        scale = (high - low) / np.float32(LEVELS)
+        self.levels[step] = np.rint((exact - low) / np.where(scale > 0, scale, 1)).clip(0, LEVELS)
+        self.scale[step], self.low[step] = scale, low
+        self.squared += float(np.square(exact, dtype=np.float64).sum())
+        self.squared_error += float(np.square(exact - self._values(step), dtype=np.float64).sum())
+
+    def step(self, step: int) -> NDArray[Any]:
+        values = self._values(step)
+        return to_bfloat16(values) if self.dtype == BFLOAT16 else values.astype(self.dtype, copy=False)
+
+    def _values(self, step: int) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = self.levels[step].astype(np.float32)
+        values *= self.scale[step]
+        values += self.low[step]
+        return values
+
+    @property
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        return {".levels": self.levels, ".scale": self.scale, ".low": self.low}
+
+
+@dataclass(frozen=True, eq=False)
+class KeptReference:
+    """The keys of one reference.
+
+    key      names its content, see `content_key`
+    tokens   kept tokens by factor; 0 where the mask vanishes on that grid
+    tensors  by name, such as "k_ref_10"
+    error    what 8 bits cost: relative 2-norm of the worst tensor; 0 where the values are as they were computed
+    mapped   whether the tensors lie in a file and not in memory
+    """
+
+    key: str
+    prompt: str
+    storage: Storage
+    tokens: Mapping[int, int]
+    tensors: Mapping[str, Stored] = field(repr=False)
+    error: float = 0.0
+    mapped: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def in_memory(self) -> KeptReference:
+        """The same with tensors that are read from the file, now; itself where they are in memory."""
+        if not self.mapped:
+            return self
+        tensors: dict[str, Stored] = {}
+        for name, stored in self.tensors.items():
+            if isinstance(stored, EightBit):
+                channels = stored.scale.copy(), stored.low.copy()
+                tensors[name] = EightBit(stored.levels.copy(), *channels, stored.dtype)
+            else:
+                tensors[name] = Exact(np.array(stored.arrays[""]))
+        return KeptReference(self.key, self.prompt, self.storage, self.tokens, tensors, self.error)
+
+
+def empty_tensors(origin: Origin, tokens: Mapping[int, int], storage: Storage) -> dict[str, Stored]:
+    """Room for a reference's keys over all steps."""
+    kind: type[Exact] | type[EightBit] = EightBit if storage == "8-bit" else Exact
+    return {
+        name: kind.empty(origin.steps, tokens[factor], width, origin.dtype)
+        for name, (factor, width) in origin.widths.items()
+    }
+
+
+def worst_error(tensors: Mapping[str, Stored]) -> float:
+    """The relative 2-norm of what 8 bits cost, of the tensor where it is largest."""
+    errors = [s.squared_error / s.squared for s in tensors.values() if isinstance(s, EightBit) and s.squared]
+    return float(np.sqrt(max(errors, default=0.0)))

@@ -1,0 +1,359 @@
+"""Requests of one number of steps on their way to pictures, stage by stage, in batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.checks import check_finite
+from .bundle import Bundle
+from .concept import Concept, NamedConcept
+from .course import Course
+from .denoiser import DenoisingLoop, Float32Array, Guidance
+from .encoding import encode_image, encode_text
+from .errors import DeviceError, NonFiniteError
+from .images import pixels_to_images
+from .kept import KeptConcept, KeptReference, MemoryPlan, Origin
+from .kept.feed import ComputedKeys, KeyFeed, PlacedKeys, ReferencePass, Source, StoredKeys
+from .kept.keeper import Keeper
+from .kept.memory import Tokens
+from .preparing import BareReference, Preparer, load_bare, tokens_of
+from .regions import Stage
+from .request import CheckedRequest, Progress
+from .results import Result, Timings
+from .schedule import is_region_step, reference_noise, target_noise
+from .tokenizer import Tokenizer
+from .workplace import Workplace
+
+logger = logging.getLogger("magicface_rt.session")
+
+
+@dataclass(frozen=True)
+class _Image:
+    """Picture `index` of request `request`."""
+
+    request: int
+    index: int
+
+
+@dataclass
+class _References:
+    """For each request and concept its references as they will be placed, and those that are computed at each step:
+    their noise's seeds, clean latents [R, 4, h, w] and texts [R, 77, D].
+    """
+
+    sources: list[list[list[Source]]]
+    bare: list[BareReference] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    latents: Float32Array | None = None
+    text: NDArray[Any] | None = None
+
+
+class Work:
+    """One call of `generate` or `generate_batch`."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        tokenizer: Tokenizer,
+        keeper: Keeper,
+        place: Workplace,
+        course: Course,
+    ) -> None:
+        self.bundle = bundle
+        self.tokenizer = tokenizer
+        self.keeper = keeper
+        self.place = place
+        self.course = course
+        self.preparer = Preparer(bundle, tokenizer, keeper, place, course)
+        self.step_seconds: list[float] = []
+
+    def run(self, requests: Sequence[CheckedRequest], *, backend: str, provenance: bool) -> list[Result]:
+        """A result for each request; all have the same number of steps."""
+        start = perf_counter()
+        self.requests = requests
+        self.steps = requests[0].options.steps
+        with ExitStack() as held:
+            with self.course.timed("loading"):
+                loaded = self._load()
+            with self.course.timed("text_encoding"):
+                prompts = [text for r in requests for text in (r.options.negative_prompt, r.prompt)]
+                text = encode_text(self.place, self.tokenizer, prompts)
+                self.text = text.reshape(len(requests), 2, *text.shape[1:])  # [requests, 2, 77, D]
+            references = self._references(loaded, held)
+            latents, regions = self._denoise_batches(references)
+        results = []
+        with self.course.timed("decoding"):
+            pictures = [[self._decode(one[None]) for one in found] for found in latents]
+        timings = Timings(**self.course.seconds, total=perf_counter() - start, steps=tuple(self.step_seconds))
+        for number, request in enumerate(requests):
+            results.append(
+                Result(
+                    images=pictures[number],
+                    regions=regions[number],
+                    latents=latents[number],
+                    prompt=request.prompt,
+                    concepts=request.concepts,
+                    options=request.options,
+                    token_indices=tuple(placed.tokens for placed in request.placed),
+                    timings=timings,
+                    bundle_hash=self.bundle.hash,
+                    backend=backend,
+                    provenance=provenance,
+                )
+            )
+        return results
+
+    # -------------------------------------------------------------------------------------------- before the loop
+
+    def _load(self) -> dict[int, list[BareReference]]:
+        """The references of every bare concept whose weight is not 0, by the concept's id."""
+        found: dict[int, list[BareReference]] = {}
+        for concept in (c for request in self.requests for c in request.concepts):
+            if isinstance(concept, Concept) and id(concept) not in found:
+                found[id(concept)] = load_bare(concept, self.bundle)
+        return found
+
+    def _references(self, loaded: dict[int, list[BareReference]], held: ExitStack) -> _References:
+        """Where the keys of every concept come from, after those that are to be prepared were prepared."""
+        plan = self._plan(loaded)
+        by_concept: dict[tuple[int, int], list[Source]] = {}
+        kept_sources: dict[str, StoredKeys] = {}
+        references = _References([])
+        for request in self.requests:
+            of_request = []
+            for concept in request.concepts:
+                which = id(concept), request.options.reference_seed
+                if which not in by_concept and concept.weight != 0:
+                    if isinstance(concept, Concept) and plan.mode == "recompute":
+                        by_concept[which] = self._computed(loaded[id(concept)], references, which[1])
+                    else:
+                        kept = self._prepared(concept, loaded, which[1])
+                        by_concept[which] = [self._stored(one, plan, held, kept_sources) for one in kept]
+                of_request.append(by_concept.get(which, []))
+            references.sources.append(of_request)
+        if references.bare:
+            self._encode(references)
+        return references
+
+    def _computed(self, loaded: Sequence[BareReference], references: _References, seed: int) -> list[Source]:
+        """References that are computed at each step."""
+        first = len(references.bare)
+        references.bare += loaded
+        references.seeds += [seed] * len(loaded)
+        return [ComputedKeys(first + number, bare.tokens) for number, bare in enumerate(loaded)]
+
+    def _prepared(
+        self, concept: NamedConcept, loaded: dict[int, list[BareReference]], seed: int
+    ) -> Sequence[KeptReference]:
+        if isinstance(concept, KeptConcept):
+            return concept.references
+        origin = Origin.of(self.bundle, self.steps, seed)
+        return self.preparer.prepare(loaded[id(concept)], origin, self.keeper.settings.storage)
+
+    def _plan(self, loaded: dict[int, list[BareReference]]) -> MemoryPlan:
+        tokens: list[Tokens] = []
+        keys: list[str] = []
+        seen: set[tuple[int, int]] = set()
+        for request in self.requests:
+            for concept in request.concepts:
+                if (id(concept), request.options.reference_seed) in seen:
+                    continue
+                seen.add((id(concept), request.options.reference_seed))
+                found = tokens_of(concept, loaded.get(id(concept), ()))
+                tokens += found
+                if isinstance(concept, KeptConcept):
+                    keys += [reference.key for reference in concept.references]
+        images = sum(request.options.images for request in self.requests)
+        return self.keeper.plan(tokens, steps=self.steps, images=images, keys=keys, own_keys=len(self.requests) > 1)
+
+    def _stored(
+        self, kept: KeptReference, plan: MemoryPlan, held: ExitStack, sources: dict[str, StoredKeys]
+    ) -> StoredKeys:
+        """A prepared reference where the plan's mode has it."""
+        if kept.key in sources:
+            return sources[kept.key]
+        source = StoredKeys(kept)
+        shelf = self.place.shelf()
+        if shelf is None:
+            source = StoredKeys(kept.in_memory() if plan.mode == "keep" else kept)
+        elif plan.mode == "keep":
+            try:
+                on_device = self.keeper.on_device.take(kept, shelf, self.bundle, self.steps)
+            except DeviceError as error:
+                if self.keeper.settings.memory == "keep":
+                    raise
+                logger.warning("the device has no room for all steps of a reference, so they are streamed: %s", error)
+            else:
+                held.callback(self.keeper.on_device.release, [kept.key])
+                source = StoredKeys(kept, on_device)
+        sources[kept.key] = source
+        return source
+
+    def _encode(self, references: _References) -> None:
+        with self.course.timed("image_encoding"):
+            references.latents = np.concatenate(
+                [encode_image(self.place, self.bundle, bare.loaded) for bare in references.bare]
+            )  # [R, 4, h, w]
+        with self.course.timed("text_encoding"):
+            prompts = [bare.prompt for bare in references.bare]
+            references.text = encode_text(self.place, self.tokenizer, prompts)  # [R, 77, D]
+
+    # -------------------------------------------------------------------------------------------------- the loop
+
+    def _denoise_batches(self, references: _References) -> tuple[list[Float32Array], list[NDArray[np.int64]]]:
+        """All images, as many of them together as the bundle and its plan take; for each request its own."""
+        images = [_Image(r, k) for r, request in enumerate(self.requests) for k in range(request.options.images)]
+        size = min(self.bundle.limits.images, self.place.binding("denoise_step").largest("B") or len(images))
+        batches = [images[i : i + size] for i in range(0, len(images), size)]
+        made = [self._denoise(references, batch, (n, len(batches))) for n, batch in enumerate(batches)]
+        latents, regions = np.concatenate([m[0] for m in made]), np.concatenate([m[1] for m in made])
+        ends = np.cumsum([request.options.images for request in self.requests])[:-1]
+        return np.split(latents, ends), np.split(regions, ends)
+
+    def _denoise(
+        self, references: _References, images: Sequence[_Image], place: tuple[int, int]
+    ) -> tuple[Float32Array, NDArray[np.int64]]:
+        """Latents [B, 4, h, w] and the last region labels [B, h/2, w/2] of some of the images."""
+        latents, labels = self._steps(references, images, place)
+        try:
+            check_finite("denoise_step", "latents_out", latents)
+        except NonFiniteError:
+            # On a device the steps went unseen: go through them again, until the first graph that made them is found.
+            self._steps(references, images, None)
+            raise
+        return latents, labels
+
+    def _steps(
+        self, references: _References, images: Sequence[_Image], place: tuple[int, int] | None
+    ) -> tuple[Float32Array, NDArray[np.int64]]:
+        """The denoising loop. Without a `place` every step is checked, and none is timed or reported."""
+        schedule, steps = self.bundle.schedule, self.steps
+        together = [
+            (number, [image.index for image in images if image.request == number])
+            for number in sorted({image.request for image in images})
+        ]
+        requests = [self.requests[number] for number, _ in together]
+        loop = DenoisingLoop(
+            self.bundle,
+            self.place.binding("denoise_step"),
+            latents=self._noise(together),
+            guidance=[self._guidance(number, len(indices)) for number, indices in together],
+            keys=self._keys(references, together),
+        )
+        timesteps = [int(t) for t in schedule.timesteps(steps)]
+        coefficients = schedule.step_coefficients(steps)
+        for i, timestep in enumerate(timesteps):
+            start = perf_counter()
+            stages: list[Stage] = ["rba" if is_region_step(i, steps, r.options.alpha) else "rsa" for r in requests]
+            loop.step(i, timestep, coefficients[i], stages)
+            if i + 1 < steps:
+                loop.prepare(i + 1)
+            reference_seconds = loop.wait()
+            if place is None:
+                loop.check()
+                self.course.check_open()
+                continue
+            seconds = perf_counter() - start
+            self.course.spent("reference_pass", reference_seconds)
+            self.course.spent("denoising", seconds - reference_seconds)
+            self.step_seconds.append(seconds)
+            self.course.report(Progress(i + 1, steps, stages[0], *place))
+        return loop.read()
+
+    def _noise(self, together: Sequence[tuple[int, list[int]]]) -> Float32Array:
+        shape = (1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns)
+        seeds = [(self.requests[number].options.seed, index) for number, indices in together for index in indices]
+        return np.concatenate([target_noise(seed, index, shape) for seed, index in seeds])
+
+    def _guidance(self, number: int, images: int) -> Guidance:
+        request = self.requests[number]
+        options = request.options
+        return Guidance(
+            text=np.repeat(self.text[number][:, None], images, axis=1),
+            tokens=tuple(placed.tokens for placed in request.placed),
+            ca_scale=options.effective_ca_scale(len(request.placed)),
+            scale=options.guidance,
+            semantic=options.semantic_guidance,
+            weight_mode=options.weight_mode,
+        )
+
+    def _keys(self, references: _References, together: Sequence[tuple[int, list[int]]]) -> KeyFeed:
+        """One row of keys for all images where they are the same for all, else a row for each."""
+        rows = [self._placed(references, number) for number, _ in together]
+        modes = {self.requests[number].options.weight_mode for number, _ in together}
+        alphas = {self.requests[number].options.alpha for number, _ in together}
+        shared = len(modes) == len(alphas) == 1 and all(row == rows[0] for row in rows)
+        if shared:
+            rows = rows[:1]
+        else:
+            rows = [row for row, (_, indices) in zip(rows, together, strict=True) for _ in indices]
+        stored = any(isinstance(p.source, StoredKeys) and p.source.on_device is None for row in rows for p in row)
+        computing = None
+        if any(isinstance(placed.source, ComputedKeys) for row in rows for placed in row):
+            rows, computing = self._computing(references, rows)
+        return KeyFeed(
+            self.bundle,
+            self.place.binding("denoise_step"),
+            rows,
+            computing=computing,
+            padded=self.keeper.settings.pad_keys,
+            shelf=self.place.shelf() if stored else None,
+        )
+
+    def _placed(self, references: _References, number: int) -> list[PlacedKeys]:
+        found = []
+        for k, (placed, sources) in enumerate(
+            zip(self.requests[number].placed, references.sources[number], strict=True)
+        ):
+            if placed.concept.weight != 0:
+                found += [PlacedKeys(source, k, placed.concept.weight) for source in sources]
+        return found
+
+    def _computing(
+        self, references: _References, rows: Sequence[Sequence[PlacedKeys]]
+    ) -> tuple[list[list[PlacedKeys]], ReferencePass]:
+        """The pass that computes the references which these rows need, and the rows with its sources in them."""
+        numbers = sorted({p.source.number for row in rows for p in row if isinstance(p.source, ComputedKeys)})
+        assert references.latents is not None
+        assert references.text is not None
+        latents, seeds = references.latents[numbers], [references.seeds[number] for number in numbers]
+        timesteps = [int(t) for t in self.bundle.schedule.timesteps(self.steps)]
+        shape = (1, *latents.shape[1:])
+
+        def noised(step: int) -> Float32Array:
+            noise = {seed: reference_noise(seed, step, shape) for seed in set(seeds)}
+            rows_of_noise = np.concatenate([noise[seed] for seed in seeds])
+            return self.bundle.schedule.add_noise(latents, rows_of_noise, timesteps[step])
+
+        computing = ReferencePass(
+            self.bundle,
+            self.place.binding("reference_kv"),
+            masks=[references.bare[number].loaded.mask_grid for number in numbers],
+            text=references.text[numbers],
+            noised=noised,
+            timesteps=timesteps,
+            padded=self.keeper.settings.pad_keys,
+        )
+        of = dict(zip(numbers, computing.sources(), strict=True))
+        placed = [
+            [
+                PlacedKeys(of[p.source.number], p.concept, p.weight) if isinstance(p.source, ComputedKeys) else p
+                for p in row
+            ]
+            for row in rows
+        ]
+        return placed, computing
+
+    # --------------------------------------------------------------------------------------------- after the loop
+
+    def _decode(self, latents: Float32Array) -> Any:
+        pixels = self.place.binding("vae_decoder").once({"latents": latents})["pixels"]
+        return pixels_to_images(pixels)[0]

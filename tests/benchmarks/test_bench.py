@@ -1,0 +1,368 @@
+"""The harness: what it counts, what it refuses to report, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import bench, output, schema, table
+from benchmarks.bootstrap import figures, ratio_of_medians
+from benchmarks.capacity import Assumptions, Machines, capacity
+from benchmarks.capacity import text as capacity_text
+from benchmarks.contender import Run, Task
+from benchmarks.counting import graph_cost, rows_of_theory
+from benchmarks.judging import END_TO_END, Verdicts
+from benchmarks.ours import Ours, prepare
+from benchmarks.settings import Case, Contender, Settings
+from benchmarks.workload import Workload, mask_of_share, sizes_of
+from magicface_rt import Bundle
+from magicface_rt.cli import main
+from magicface_rt.errors import InputError, OptionError
+
+OURS = "onnxruntime-cpu"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def task(kind: str, bundle: Path, checkpoint: Path, folder: Path, case: Case) -> Task:
+    ours = kind in ("bare", "kept")
+    settings = Settings(bundles=(str(bundle),), checkpoint=str(checkpoint), request_rounds=0, parity_steps=2, threads=1)
+    return Task(Contender(kind, OURS if ours else ""), str(bundle), case, settings, str(folder))
+
+
+def load(one: Task) -> Any:
+    from benchmarks.contender import load
+
+    return load(one)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "images", "kinds"),
+    [
+        (1, 1, ("authors", "plain", "bare", "kept")),
+        (1, 2, ("bare", "kept")),
+        pytest.param(3, 1, ("authors", "plain", "bare", "kept"), marks=pytest.mark.slow),
+        pytest.param(0, 1, ("authors", "plain", "kept"), marks=pytest.mark.slow),
+    ],
+)
+def test_every_contender_runs_the_rows_of_theory_and_makes_one_picture(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, concepts: int, images: int, kinds: tuple[str, ...]
+) -> None:
+    """Counted while they run: 2(1+N), 2+N, 2, 2 and N reference rows, 2 rows a step."""
+    from benchmarks.pytorch import Judge
+
+    case = Case(concepts=concepts, mask_share=0.3, images=images, steps=4)
+    judge = Judge(task("strong", tiny_bundle, tiny_checkpoint, tmp_path, case))
+    oracle = judge.run()
+    judge.become_plain()
+    verdicts = Verdicts("strong", 2, oracle, judge.run(), (0.0, 0.0))
+    seen = {"strong": dict(oracle.rows)}
+    for kind in kinds:
+        one = task(kind, tiny_bundle, tiny_checkpoint, tmp_path, case)
+        if kind == "kept" and concepts:
+            prepare(one)
+        runner = load(one)
+        run = runner.run()
+        runner.close()
+        parity = verdicts.of(kind, run)
+        assert parity.passed, f"{kind}: {parity}"
+        seen[kind] = dict(run.rows)
+    n, b = concepts, images
+    theory = {"authors": 2 * (1 + n) * b, "strong": (2 + n) * b, "plain": 2 * b, "bare": 2 * b + n, "kept": 2 * b}
+    assert seen == {kind: {"rsa": theory[kind], "rba": theory[kind]} for kind in ("strong", *kinds)}
+    for kind, rows in theory.items():
+        assert rows_of_theory(kind, n, images=b, steps=50) == 50 * rows
+
+
+def test_a_contender_with_another_weight_has_no_speed(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(concepts=2, mask_share=0.3, images=1, steps=4)
+    right = Ours(task("bare", tiny_bundle, tiny_checkpoint, tmp_path, case))
+    verdicts = Verdicts("ours", 2, right.run(), None, (0.0, 0.0))
+    assert verdicts.of("bare", right.run()).passed
+    monkeypatch.setattr("benchmarks.workload.WEIGHT", 1.0)
+    wrong = Ours(task("bare", tiny_bundle, tiny_checkpoint, tmp_path, case))
+    parity = verdicts.of("bare", wrong.run())
+    assert not parity.passed
+
+    settings = Settings(bundles=(str(tiny_bundle),), request_rounds=0, kinds=("bare",), concepts=(2,))
+    one = bench._Bench(settings, str(tiny_bundle), Bundle.open(tiny_bundle), case, str(tmp_path), lambda _: None)
+    (entrant,) = one.entrants
+    monkeypatch.setattr(bench, "Worker", lambda _: _Stub(wrong))
+    one._start(entrant, verdicts)
+    one._rounds([entrant], 2)
+    outcome = one._outcome(entrant)
+    assert (outcome.status, outcome.steps, outcome.requests) == ("wrong picture", {}, None)
+    assert "error" in outcome.reason
+
+
+class _Stub:
+    """A worker in this process."""
+
+    started = 0.0
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+
+    def call(self, what: str, *arguments: Any) -> Any:
+        return getattr(self.runner, what)(*arguments)
+
+    def close(self) -> None:
+        pass
+
+
+def test_near_ties_are_forgiven_and_more_is_not() -> None:
+    latents = np.ones((1, 4, 8, 8), np.float32)
+    regions = np.zeros((1, 16, 16), np.int64)
+    verdicts = Verdicts("it", 2, Run(latents, regions), None, (0.0, 0.0))
+    off = latents * np.float32(1 + 5 * END_TO_END)
+    one, many = regions.copy(), regions.copy()
+    one[0, 0, 0], many[0, :4] = 1, 1
+    assert not verdicts.of("strong", Run(off, regions)).passed
+    assert verdicts.of("strong", Run(off, one)).passed
+    assert not verdicts.of("strong", Run(off, many)).passed
+    assert not verdicts.of("strong", Run(off * np.nan, one)).passed
+    rounded = replace(verdicts, floors=(4 * END_TO_END, 0.0))
+    assert rounded.of("strong", Run(off, regions, sixteen_bit=True)).passed
+    assert not rounded.of("strong", Run(off, regions)).passed  # in float32, as PyTorch runs on a CPU
+
+
+def test_operations_are_counted_from_the_graphs_shapes(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Without concepts ours does what (b) does in eager PyTorch, whose operations are counted as they run."""
+    case = Case(concepts=0, mask_share=0.3, images=1, steps=4)
+    counted = load(task("strong", tiny_bundle, tiny_checkpoint, tmp_path, case)).run()
+    bundle = Bundle.open(tiny_bundle)
+    sizes = sizes_of(bundle, Workload.of(bundle, case, 0))
+    step = graph_cost(bundle, "denoise_step", sizes)
+    layers = bundle.injection_layers
+    # Ours has RegionAttention's code channels besides; of the unconditional row it follows 2 columns of 77 to the
+    # foreground, in the 5 + 5 + 1 layers that are segmented.
+    tokens = {layer.index: int(np.prod(bundle.grid(layer.factor))) for layer in layers}
+    code = sum(2 * 8 * x.num_heads * tokens[x.index] * (tokens[x.index] + 1) for x in layers)
+    segmented = [n for factor, count in ((2, 5), (4, 5), (8, 1)) for n in [int(np.prod(bundle.grid(factor)))] * count]
+    spared = sum(2 * 2 * n * n * 75 for n in segmented)
+    assert step.flops - code + spared == pytest.approx(counted.flops["rba"], rel=0.02)
+    # One image more: twice the work, but for nothing that is shared.
+    assert graph_cost(bundle, "denoise_step", sizes | {"B": 2}).flops == pytest.approx(2 * step.flops, rel=0.01)
+    # 100 kept tokens more on one grid: two products of each query with each, over widened and plain channels.
+    more = graph_cost(bundle, "denoise_step", sizes | {"M1": 101}).flops - step.flops
+    expected = sum(2 * tokens[x.index] * 100 * (2 * x.width + 8 * x.num_heads) for x in layers if x.factor == 1)
+    assert more == expected
+
+
+def test_figures_and_ratios() -> None:
+    found = figures([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (found.median, found.fastest, found.slowest) == (3.0, 1.0, 100.0)
+    assert found.p95 > 4.0
+    assert found.spread == pytest.approx(2 / 3)
+    # A machine that slows down alike for both: the rounds' ratio stays, which only pairing sees.
+    slow = np.array([1.0, 3.0, 9.0, 2.0, 6.0])
+    ratio, low, high = ratio_of_medians(4 * slow, slow, paired=True, confidence=0.95, seed=0)
+    assert (ratio, low, high) == (4.0, 4.0, 4.0)
+    _, low, high = ratio_of_medians(4 * slow, slow, paired=False, confidence=0.95, seed=0)
+    assert low is not None
+    assert high is not None
+    assert low < 3.0 < 5.0 < high
+    assert ratio_of_medians([2.0, 2.0], [1.0, 1.0], paired=True, confidence=0.95, seed=0) == (2.0, None, None)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 1.0])
+def test_masks_have_the_share_that_was_asked_for(share: float) -> None:
+    assert mask_of_share(share).mean() == pytest.approx(share, abs=1 / 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kinds": ("authors",), "checkpoint": None}, "needs the checkpoint"),
+        ({"kinds": ("fastest",)}, "fastest"),
+        ({"concepts": (7,)}, "concepts"),
+        ({"mask_shares": (0.0,)}, "mask_shares"),
+        ({"images": ()}, "images"),
+        ({"bundles": ()}, "bundle"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        Settings(**{"bundles": ("b",), "checkpoint": "c", **changes})
+
+
+def test_cases_and_contenders() -> None:
+    settings = Settings(bundles=("b",), checkpoint="c", concepts=(0, 3), mask_shares=(0.1, 1.0))
+    assert [(c.concepts, c.mask_share) for c in settings.cases()] == [(0, 0.1), (3, 0.1), (3, 1.0)]
+    none, three = settings.cases()[:2]
+    assert [str(c) for c in settings.contenders(three)][-2:] == [f"bare@{OURS}", f"kept@{OURS}"]
+    assert [str(c) for c in settings.contenders(none)][-1:] == [f"kept@{OURS}"]
+    assert "bare" not in [c.kind for c in settings.contenders(none)]
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of the SDK's own kinds through the command line, its files, and what the screen's JSON says."""
+    out = tmp_path_factory.mktemp("bench") / "out"
+    arguments = ["bench", str(tiny_bundle), "--out", str(out), "--concepts", "1", "--steps", "2", "--rounds", "3"]
+    arguments += ["--requests", "1", "--parity-steps", "2", "--threads", "1", "--json", str(out.parent / "r.json")]
+    assert main(arguments) == 0
+    content = json.loads((out / "bench.json").read_text())
+    assert content == json.loads((out.parent / "r.json").read_text())
+    return {"content": content, "out": out}
+
+
+def test_a_run_measures_every_contender_in_its_own_process(report: dict[str, Any]) -> None:
+    (one,) = report["content"]["cases"]
+    assert [o["kind"] for o in one["outcomes"]] == ["bare", "kept"]
+    for outcome in one["outcomes"]:
+        assert outcome["status"] == "measured", outcome
+        assert outcome["parity"]["passed"]
+        assert len(outcome["steps"]["rba"]["samples"]) == 3
+        assert outcome["requests"]["cold_start"] > outcome["requests"]["first"] > 0
+        assert {"text", "rsa_steps", "decode"} <= outcome["requests"]["stages"].keys()
+        assert outcome["host_peak_bytes"] > 30e6
+    bare, kept = one["outcomes"]
+    assert bare["steps"]["rba"]["median"] > bare["steps"]["reference_pass"]["median"] > 0
+    assert (bare["counts"]["request_rows"], kept["counts"]["request_rows"]) == (2 * 3, 2 * 2)
+    assert bare["counts"]["request_flops"] > kept["counts"]["request_flops"] > 0
+    assert "vae_encode" not in kept["requests"]["stages"]
+    assert {(r["baseline"], r["candidate"]) for r in one["ratios"]} == {(f"bare@{OURS}", f"kept@{OURS}")}
+
+
+def test_a_report_is_as_the_schema_says(report: dict[str, Any]) -> None:
+    content = report["content"]
+    assert schema.problems(content) == []
+    try:
+        import jsonschema
+    except ImportError:
+        pass
+    else:
+        jsonschema.validate(content, schema.load_schema())
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda c: c["cases"][0].pop("ratios"), "ratios is missing"),
+        (lambda c: c["cases"][0]["outcomes"][0].update(status="fine"), "status"),
+        (lambda c: c["cases"][0]["outcomes"][0]["steps"]["rsa"].update(median=-1.0), "median"),
+        (lambda c: c["cases"][0]["outcomes"][0]["counts"]["rows"].update(rsa=2.5), "rsa"),
+        (lambda c: c["machine"].update(quiet=1), "quiet"),
+        (lambda c: c["cases"][0]["outcomes"][0].update(speed=3), "speed is not known"),
+        (lambda c: c["peaks"]["cpu"].update(flops=float("nan")), "flops"),
+    ],
+)
+def test_another_form_is_noticed(report: dict[str, Any], break_it: Any, says: str) -> None:
+    content = json.loads(json.dumps(report["content"]))
+    break_it(content)
+    assert any(says in problem for problem in schema.problems(content))
+
+
+def test_the_table_shows_what_was_measured_and_why_not(report: dict[str, Any]) -> None:
+    content = json.loads(json.dumps(report["content"]))
+    written = (report["out"] / "bench.md").read_text()
+    assert written.startswith(table.markdown(content))
+    ratio = content["cases"][0]["ratios"][0]
+    assert f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}, 3 rounds)" in written
+    outcome = content["cases"][0]["outcomes"][0]
+    outcome.update(status="skipped", reason="needs 40 GB", steps={}, requests=None)
+    assert "skipped: needs 40 GB" in table.markdown(content)
+
+
+def test_plots_are_written_in_both_forms(report: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    names = {path.name for path in output.write(report["content"], tmp_path)}
+    drawn = {"latency", "memory", "stages", "roofline"}
+    assert names == {"bench.json", "bench.md"} | {f"{plot}.{kind}" for plot in drawn for kind in ("png", "svg")}
+    for plot in drawn:
+        image = np.asarray(Image.open(tmp_path / f"{plot}.png").convert("L"))
+        assert image.std() > 10
+        assert "<svg" in (tmp_path / f"{plot}.svg").read_text()
+
+
+def test_the_plots_axes_name_their_units(report: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    units = {plots.latency: "seconds", plots.memory: "GB", plots.stages: "seconds", plots.roofline: "GFLOP/s"}
+    for plot, unit in units.items():
+        (axes,) = plot(report["content"]).axes
+        assert unit in axes.get_xlabel() + axes.get_ylabel()
+        assert axes.get_xlabel()
+
+
+def test_memory_is_asked_for_before_a_contender_starts(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    assert bench.memory_needed("authors", bundle, 3) > bench.memory_needed("authors", bundle, 0) > 0
+    assert bench.memory_needed("kept", bundle, 3) == 0
+    case = Case(3, 0.3, 1, 4)
+    settings = Settings(bundles=("b",), checkpoint="c", kinds=("authors",), request_rounds=0)
+    one = bench._Bench(settings, "b", bundle, case, str(tmp_path), lambda _: None)
+    monkeypatch.setattr(bench, "memory", lambda: (1000, 2000))
+    monkeypatch.setattr(bench, "Worker", None)  # it must not be started
+    one._start(one.entrants[0], None)  # type: ignore[arg-type]
+    outcome = one._outcome(one.entrants[0])
+    assert outcome.status == "skipped"
+    assert "GB" in outcome.reason
+
+
+def test_capacity_counts_with_what_was_measured(report: dict[str, Any]) -> None:
+    content = json.loads(json.dumps(report["content"]))
+    name = content["machine"]["gpu"] or content["machine"]["processor"]
+    kept = content["cases"][0]["outcomes"][1]
+    for stage, seconds in (("rsa", 0.2), ("rba", 0.1)):
+        kept["steps"][stage]["median"] = seconds
+    kept["requests"], kept["host_peak_bytes"], kept["counts"]["kept_bytes"] = None, 10**9, 10**6
+    fleet = [Machines(name, 4, 5e9)]
+    found = capacity(content, fleet, Assumptions(steps=10, alpha=0.4, reserve_bytes=1e9, busy=0.5))
+    one = next(x for x in found if x.contender.startswith("kept") and x.concepts == 1)
+    # Steps 0 to 4 are RSA: 5 x 0.2 s and 5 x 0.1 s.
+    assert one.seconds_per_image == pytest.approx(1.5)
+    assert one.images_per_second == pytest.approx(4 * 0.5 / 1.5)
+    assert one.bytes_per_concept == 10 * 10**6
+    assert one.resident_concepts == 300
+    shown = capacity_text(content, found, Assumptions(steps=10))
+    assert "Assumed" in shown
+    assert "not measured" in shown  # of `bare`, which keeps nothing
+
+
+def test_capacity_invents_no_device(report: dict[str, Any]) -> None:
+    fleet = [Machines.parse("gpu-of-tomorrow=8:500")]
+    with pytest.raises(InputError, match="was not measured"):
+        capacity(report["content"], fleet, Assumptions())
+    shown = capacity(report["content"], fleet, Assumptions(as_measured=True))
+    assert "which was not measured" in capacity_text(report["content"], shown, Assumptions(as_measured=True))
+    with pytest.raises(InputError, match="no report"):
+        capacity({"cases": []}, fleet, Assumptions())
+    with pytest.raises(InputError, match="NAME=COUNT:GB"):
+        Machines.parse("h200")
+
+
+def test_a_contender_whose_process_dies_is_reported(tiny_bundle: Path, tmp_path: Path) -> None:
+    from benchmarks.worker import ContenderError, Worker
+
+    case = Case(0, 0.3, 1, 2)
+    settings = Settings(bundles=(str(tiny_bundle),), kinds=("bare",), request_rounds=0)
+    with Worker(Task(Contender("bare", OURS), str(tiny_bundle), case, settings, str(tmp_path))) as worker:
+        with pytest.raises(ContenderError, match="KeyError"):
+            worker.call("fly")
+        worker._process.kill()
+        with pytest.raises(ContenderError, match="exit code -9; was there not enough memory"):
+            worker.call("step", "rba")

@@ -1,0 +1,268 @@
+"""Files of kept concepts: what comes back, and what is refused for which reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference
+from magicface_rt.backends.host import from_bfloat16, to_bfloat16
+from magicface_rt.kept import KeptReference, Origin
+from magicface_rt.kept.files import METADATA
+from magicface_rt.kept.reference import EightBit, empty_tensors
+from magicface_rt.schedule import Schedule
+
+LAYERS = ((10, 2, 24), (13, 1, 8))
+STEPS = 3
+
+
+def origin(dtype: str = "float32") -> Origin:
+    schedule = Schedule()
+    timesteps = tuple(int(t) for t in schedule.timesteps(STEPS))
+    return Origin("b" * 64, "sd15", dtype, 64, 64, LAYERS, schedule.to_config(), timesteps, 5)
+
+
+def made(dtype: str = "float32", storage: Any = "exact", *, tokens: tuple[int, int] = (7, 3)) -> KeptConcept:
+    rng, of = np.random.default_rng(1), origin(dtype)
+    references = []
+    for number in range(2):
+        tensors = empty_tensors(of, {1: tokens[0] + number, 2: tokens[1]}, storage)
+        for name, (factor, width) in of.widths.items():
+            for step in range(STEPS):
+                count = tokens[0] + number if factor == 1 else tokens[1]
+                values = rng.standard_normal((count, width)).astype(np.float32) + 3
+                tensors[name].put(step, to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype))
+        counts = {1: tokens[0] + number, 2: tokens[1]}
+        references.append(KeptReference(f"key {number}", f"view {number}", storage, counts, tensors))
+    return KeptConcept("red hat", references, of, weight=2.5, token_index=[3, 4], name="cap")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return made().save(tmp_path / "cap.concept")
+
+
+@pytest.mark.parametrize("storage", ["exact", "8-bit"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_is_saved_comes_back(tmp_path: Path, dtype: str, storage: str) -> None:
+    kept = made(dtype, storage)
+    loaded = KeptConcept.load(kept.save(tmp_path / "deep" / "cap.concept"))
+    assert loaded.to_dict() == kept.to_dict()
+    assert (loaded.origin, loaded.nbytes) == (kept.origin, kept.nbytes)
+    for ours, theirs in zip(loaded.references, kept.references, strict=True):
+        assert ours.mapped
+        for name in theirs.tensors:
+            for step in range(STEPS):
+                found = ours.tensors[name].step(step)
+                np.testing.assert_array_equal(found, theirs.tensors[name].step(step))
+                np.testing.assert_array_equal(ours.in_memory().tensors[name].step(step), found)
+    again = loaded.save(tmp_path / "again.concept")
+    assert again.read_bytes() == (tmp_path / "deep" / "cap.concept").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["again.concept", "deep"]
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
+def test_a_file_is_safetensors(tmp_path: Path, dtype: str, name: str) -> None:
+    path = made(dtype).save(tmp_path / "cap.concept")
+    with safe_open(path, "np") as opened:
+        assert set(opened.metadata()) == {METADATA, "manifest_sha256"}
+        piece = opened.get_slice("1.v_ref_13")
+        assert (piece.get_shape(), piece.get_dtype()) == ([STEPS, 8, 8], name)
+
+
+def test_keys_are_read_from_the_file_when_a_step_needs_them(path: Path) -> None:
+    loaded = KeptConcept.load(path)
+    values = loaded.references[0].tensors["k_ref_10"].step(0)
+    base: Any = values
+    while getattr(base, "base", None) is not None and not isinstance(base, np.memmap):
+        base = base.base
+    assert isinstance(base, np.memmap)
+
+
+def test_a_loaded_concept_outlives_a_new_file_in_its_place(path: Path) -> None:
+    loaded = KeptConcept.load(path)
+    before = loaded.references[0].tensors["k_ref_10"].step(1).copy()
+    made(tokens=(30, 20)).save(path, overwrite=True)
+    loaded.renamed("cap", weight=1).save(path, overwrite=True)
+    np.testing.assert_array_equal(KeptConcept.load(path).references[0].tensors["k_ref_10"].step(1), before)
+
+
+def test_an_image_is_stored_only_where_asked(tmp_path: Path) -> None:
+    kept = made()
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    source = Concept("cap", *(Reference(pixels, mask=np.ones((20, 30), bool)) for _ in range(2)))
+    with_source = KeptConcept("cap", kept.references, kept.origin, source=source)
+    bare = KeptConcept.load(with_source.save(tmp_path / "bare.concept"))
+    assert not bare.pictures
+    full = KeptConcept.load(with_source.save(tmp_path / "full.concept", with_image=True))
+    np.testing.assert_array_equal(full.pictures["image_1"], pixels)
+    assert full.pictures["mask_0"].shape == (128, 128)
+    full.save(tmp_path / "copy.concept", with_image=True)
+    with pytest.raises(KeptConceptError, match="without images"):
+        bare.save(tmp_path / "no.concept", with_image=True)
+    assert not (tmp_path / "no.concept").exists()
+
+
+def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, path = made(), tmp_path / "cap.concept"
+    kept.save(path)
+    with pytest.raises(OutputError, match="exists already"):
+        kept.save(path)
+    with pytest.raises(OutputError, match="exists already"):
+        kept.save(tmp_path, overwrite=True)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("magicface_rt.kept.files.os.fsync", full)
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="No space left"):
+        made(tokens=(9, 9)).save(path, overwrite=True)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["cap.concept"]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header: dict[str, Any], body: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def changed_manifest(data: bytes, **changes: Any) -> bytes:
+    """A manifest that was changed by someone who knows the format."""
+    header, body = header_of(data)
+    manifest = json.dumps({**json.loads(header["__metadata__"][METADATA]), **changes})
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    header["__metadata__"] = {METADATA: manifest, "manifest_sha256": digest}
+    return with_header(header, body)
+
+
+def changed_header(data: bytes, change: Any) -> bytes:
+    header, body = header_of(data)
+    change(header)
+    return with_header(header, body)
+
+
+ATTACKS: dict[str, tuple[Any, str]] = {
+    "empty": (lambda d: b"", "0 bytes"),
+    "cut in the length": (lambda d: d[:5], "5 bytes"),
+    "cut in the header": (lambda d: d[:200], "its header would have"),
+    "cut in the keys": (lambda d: d[:-10], r"it has \d+ bytes, expected \d+"),
+    "longer": (lambda d: d + b"x", r"it has \d+ bytes, expected \d+"),
+    "a huge header": (lambda d: (2**60).to_bytes(8, "little") + d[8:], "its header would have"),
+    "no JSON": (lambda d: d[:8] + b"[" + d[9:], "no JSON"),
+    "a deep header": (lambda d: (100_000).to_bytes(8, "little") + b"[" * 100_000, "no JSON"),
+    "a list": (lambda d: with_header([], b""), "no metadata"),  # type: ignore[arg-type]
+    "no kept concept": (lambda d: with_header({"__metadata__": {}}, b""), "holds no kept concept"),
+    "a changed manifest": (lambda d: d.replace(b"red hat", b"bad hat", 1), "manifest was changed"),
+    "a changed key": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), r"SHA-256 of 1\.v_ref_13"),
+    "another version": (lambda d: changed_manifest(d, format=2), "format version 2, .* reads 1"),
+    "no origin": (lambda d: changed_manifest(d, origin={}), "KeyError"),
+    "another origin": (lambda d: changed_manifest(d, origin={"layers": [[1, 2, 3]], "timesteps": []}), "TypeError"),
+    "no references": (lambda d: changed_manifest(d, references=[]), "no reference"),
+    "odd references": (lambda d: changed_manifest(d, references=[{"tokens": {"1": -1, "2": 3}}]), "KeyError|tokens"),
+    "an odd weight": (lambda d: changed_manifest(d, weight="heavy"), "weight"),
+    "other tensors": (lambda d: changed_header(d, lambda h: h.pop("0.k_ref_10")), "different tensors"),
+    "a hole": (
+        lambda d: changed_header(d, lambda h: h["0.k_ref_10"].update(data_offsets=[4, 100])),
+        "lies at bytes 4 to 100, expected from 0",
+    ),
+    "another shape": (
+        lambda d: changed_header(d, lambda h: h["0.k_ref_10"].update(shape=[STEPS, 24, 3])),
+        r"0\.k_ref_10 is F32\[3, 24, 3\], expected F32\[3, 3, 24\]",
+    ),
+    "another dtype": (lambda d: changed_header(d, lambda h: h["0.k_ref_10"].update(dtype="I32")), "I32"),
+    "no offsets": (lambda d: changed_header(d, lambda h: h["0.k_ref_10"].pop("data_offsets")), "expected form"),
+    "a pickle": (lambda d: b"\x80\x04\x95" + d, "its header would have"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_damaged_file_is_refused_with_the_reason(path: Path, attack: str) -> None:
+    spoil, reason = ATTACKS[attack]
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(MagicFaceError, match=reason):
+        KeptConcept.load(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "none.concept"):
+        with pytest.raises(KeptConceptError, match="does not exist or is not a file"):
+            KeptConcept.load(place)
+
+
+def test_without_the_full_check_only_changed_keys_go_unseen(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    KeptConcept.load(path, check_hashes=False)
+    path.write_bytes(data[:-1])
+    with pytest.raises(KeptConceptError, match="bytes, expected"):
+        KeptConcept.load(path, check_hashes=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_single_changed_byte_goes_unseen(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("byte") / "cap.concept"
+    whole = bytearray(made().save(path).read_bytes())
+    length = 8 + int.from_bytes(whole[:8], "little")
+    at = data.draw(st.one_of(st.integers(0, length - 1), st.integers(length, len(whole) - 1)))
+    value = data.draw(st.integers(0, 255).filter(lambda v: v != whole[at]))
+    blank = bytes(whole[at : at + 1]) in (b" ", b",", b":") or chr(value) in " \t\r\n"
+    whole[at] = value
+    path.write_bytes(bytes(whole))
+    try:
+        loaded = KeptConcept.load(path)
+    except MagicFaceError:
+        return
+    # Blanks between the header's words, and nothing else, may be changed into other blanks.
+    assert blank
+    assert loaded.to_dict() == made().to_dict()
+
+
+# -------------------------------------------------------------------------------------------------------------- 8 bits
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.integers(0, 40),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 100.0]),
+)
+def test_eight_bits_are_off_by_half_a_level_of_their_channel(seed: int, tokens: int, dtype: str, spread: float) -> None:
+    rng = np.random.default_rng(seed)
+    exact = (rng.standard_normal((tokens, 6)) * spread + rng.standard_normal(6) * 5).astype(np.float32)
+    given_ = to_bfloat16(exact) if dtype == "bfloat16" else exact.astype(dtype)
+    exact = from_bfloat16(given_) if dtype == "bfloat16" else given_.astype(np.float32)
+    stored = EightBit.empty(1, tokens, 6, dtype)
+    stored.put(0, given_)
+    found = stored.step(0)
+    assert (found.dtype, found.shape) == (given_.dtype, given_.shape)
+    if not tokens:
+        return
+    values = from_bfloat16(found) if dtype == "bfloat16" else found.astype(np.float32)
+    rounding = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}[dtype]
+    level = (exact.max(axis=0) - exact.min(axis=0)) / 255
+    assert (np.abs(values - exact) <= 0.51 * level + rounding * np.abs(exact).max(axis=0) + 1e-7).all()
+
+
+def test_eight_bits_take_half_of_sixteen() -> None:
+    exact, small = made("float16", tokens=(400, 300)), made("float16", "8-bit", tokens=(400, 300))
+    assert small.nbytes < 0.55 * exact.nbytes

@@ -1,0 +1,478 @@
+"""Kept concepts through a Session: the same pictures for less work, whatever the way."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from magicface_rt import (
+    BudgetError,
+    BundleError,
+    Cancelled,
+    Concept,
+    ConceptError,
+    KeptConcept,
+    KeptConceptError,
+    OptionError,
+    Options,
+    Progress,
+    Reference,
+    Request,
+    Session,
+)
+from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
+from magicface_rt.bundle import Bundle
+from magicface_rt.errors import BackendError
+from magicface_rt.schedule import Schedule
+from tests.runtime.drawn_backend import Drawn
+from tests.runtime.test_session import HAT, MAN, PROMPT, disc, picture
+
+STEPS = 6
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle, check_hashes=False)
+
+
+@pytest.fixture
+def backend() -> Drawn:
+    return Drawn()
+
+
+@pytest.fixture
+def session(bundle: Bundle, backend: Drawn) -> Iterator[Session]:
+    with Session(bundle, backend=backend) as opened:
+        yield opened
+
+
+def latents(session: Session, concepts: Any = (MAN, HAT), prompt: str = PROMPT, **changes: Any) -> np.ndarray:
+    return session.generate(prompt, concepts, **{"steps": STEPS, "seed": 7, **changes}).latents
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> None:
+    """Equal but for the order of sums: 1e-5 of the largest value."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+class Counting(Backend):
+    """ONNX Runtime, with its runs of `reference_kv` counted."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.inner = OnnxRuntime("cpu", threads=1)
+        self.runs = 0
+
+    def load(self, bundle: Bundle, graph: str) -> GraphRunner:
+        runner = self.inner.load(bundle, graph)
+        if graph == "reference_kv":
+            run = runner._run
+
+            def counted(*arguments: Any) -> Any:
+                self.runs += 1
+                return run(*arguments)
+
+            runner._run = counted  # type: ignore[method-assign]
+        return runner
+
+
+# -------------------------------------------------------------------------------------------- on the exported network
+
+
+def test_every_way_gives_the_latents_of_the_plain_one(bundle: Bundle, tmp_path: Path) -> None:
+    """On a real bundle in fp32: kept, from a file, stored, padded, mixed, batched; and `reference_kv` rests."""
+    backend, few = Counting(), {"steps": 3, "alpha": 0.0}
+    other = {"steps": 3, "seed": 3, "weight_mode": "scale", "negative_prompt": "rain"}
+    with Session(bundle, backend=backend) as session:
+        plain = latents(session, **few)
+        alone = latents(session, [HAT], "a hat", **other)
+        assert backend.runs == 6
+        man, hat = (session.prepare(concept, steps=3) for concept in (MAN, HAT))
+        by_one = session.prepare(MAN, steps=3, workspace=1)
+        man.save(tmp_path / "man.concept")
+        loaded = KeptConcept.load(tmp_path / "man.concept")
+        assert backend.runs == 6 + 2 + 3
+        for first in (man, by_one, loaded):
+            same(latents(session, [first, hat], **few), plain)
+        batch = [
+            Request(PROMPT, [man, hat], Options(seed=7, **few)),
+            Request("a hat", [hat], Options(**other)),
+            Request(PROMPT, [man, hat], Options(seed=8, **few)),
+        ]
+        found = session.generate_batch(batch)
+        same(found[0].latents, plain)
+        same(found[1].latents, alone)
+        assert backend.runs == 11
+        same(latents(session, [MAN, hat], **few), plain)
+        assert backend.runs == 14
+    with Session(bundle, backend=backend, keep="64MiB", pad_keys=True) as session:
+        same(latents(session, **few), plain)
+        assert backend.runs == 16
+        same(latents(session, **few), plain)
+        assert backend.runs == 16, "the second request finds its references"
+
+
+# ------------------------------------------------------------------------------------------ on graphs made for looking
+
+
+def test_a_second_request_runs_no_reference_whatever_changed_about_the_target(bundle: Bundle, backend: Drawn) -> None:
+    changes: list[dict[str, Any]] = [
+        {"seed": 8},
+        {"prompt": "an old man with a red hat"},
+        {"negative_prompt": "rain"},
+        {"weight_mode": "scale"},
+        {"alpha": 1.0},
+        {"guidance": 3.0},
+        {"images": 3},
+        {"ca_scale": 0.95},
+        {"concepts": [Concept("man", *MAN.references, weight=1.0)]},
+        {"concepts": [Concept("hat", *MAN.references, weight=-2.0)]},
+    ]
+    with Session(bundle, backend=backend) as plain:
+        expected = [latents(plain, **change) for change in changes]
+    with Session(bundle, backend=backend, keep="1GiB") as session:
+        latents(session)
+        backend.runs.clear()
+        for change, wanted in zip(changes, expected, strict=True):
+            same(latents(session, **change), wanted)
+        assert backend.runs["reference_kv"] == backend.runs["vae_encoder"] == 0
+        latents(session, reference_seed=1)
+        assert backend.runs["reference_kv"] == 2
+
+
+def test_all_that_a_reference_depends_on_is_in_its_key(bundle: Bundle, backend: Drawn) -> None:
+    image, mask = picture(1), disc((10, 20, 80, 90))
+    references = [
+        Reference(image, mask=mask, prompt="a man"),
+        Reference(image, mask=mask, prompt="a dog"),
+        Reference(image, mask=disc((10, 20, 70, 90)), prompt="a man"),
+        Reference(picture(2), mask=mask, prompt="a man"),
+        Reference(image, mask=mask, prompt="a man", resample="nearest"),
+    ]
+    with Session(bundle, backend=Drawn()) as plain, Session(bundle, backend=backend, keep="1GiB") as keeping:
+        for reference in references:
+            for change in ({}, {"reference_seed": 1}, {"steps": 4}):
+                backend.runs.clear()
+                for _ in range(2):
+                    same(
+                        latents(keeping, [Concept("man", reference)], **change),
+                        latents(plain, [Concept("man", reference)], **change),
+                    )
+                assert backend.runs["reference_kv"] == 1, (reference.prompt, change)
+
+
+@pytest.mark.parametrize("workspace", [1, "2MB", "1GB"])
+def test_rows_of_many_steps_go_through_together(session: Session, backend: Drawn, workspace: int | str) -> None:
+    expected = latents(session, [MAN])
+    backend.rows.clear()
+    kept = session.prepare(MAN, steps=STEPS, workspace=workspace)
+    assert sum(backend.rows) == STEPS
+    assert {1: len(backend.rows) == STEPS, "1GB": backend.rows == [STEPS]}.get(workspace, True)
+    same(latents(session, [kept]), expected)
+
+
+masks = st.one_of(
+    st.just(np.ones((128, 128), bool)),
+    st.tuples(st.integers(0, 31), st.integers(0, 31)).map(
+        lambda at: np.pad(np.ones((1, 1), bool), ((4 * at[0], 127 - 4 * at[0]), (4 * at[1], 127 - 4 * at[1])))
+    ),
+    st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).random((128, 128)) < 0.3),
+)
+references = st.lists(masks, min_size=1, max_size=3)
+
+
+@pytest.mark.filterwarnings("ignore:.*vanishes")
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    shapes=st.lists(references, min_size=1, max_size=2),
+    weights=st.lists(st.sampled_from([-1.0, 0.0, 2.5]), min_size=2, max_size=2),
+    padded=st.booleans(),
+    bare=st.sets(st.integers(0, 1)),
+)
+def test_any_masks_and_any_number_of_references(
+    bundle: Bundle, shapes: list[list[np.ndarray]], weights: list[float], padded: bool, bare: set[int]
+) -> None:
+    """One token to all of them; kept, or beside the target, or one so and one so; alone and in a batch."""
+    concepts = [
+        Concept(
+            word,
+            *(
+                Reference(picture(10 * k + n).resize((128, 128)), mask=mask, prompt=f"view {n}")
+                for n, mask in enumerate(of_concept)
+            ),
+            weight=weight,
+        )
+        for k, (word, of_concept, weight) in enumerate(zip(("man", "hat"), shapes, weights, strict=False))
+    ]
+    with Session(bundle, backend=Drawn(), pad_keys=padded) as session:
+        expected = latents(session, concepts, steps=3, alpha=0.0)
+        kept = [c if k in bare else session.prepare(c, steps=3) for k, c in enumerate(concepts)]
+        same(latents(session, kept, steps=3, alpha=0.0), expected)
+        requests = [
+            Request("a man", [], Options(steps=3, alpha=0.0)),
+            Request(PROMPT, kept, Options(steps=3, seed=7, alpha=0.0)),
+            Request(PROMPT, kept[:1], Options(steps=3, seed=1, alpha=1.0)),
+        ]
+        same(session.generate_batch(requests)[1].latents, expected)
+
+
+def test_a_batch_gives_each_request_what_it_gets_alone(session: Session, backend: Drawn) -> None:
+    man, hat = (session.prepare(concept, steps=STEPS) for concept in (MAN, HAT))
+    requests = [
+        Request(PROMPT, [man, hat], Options(steps=STEPS, seed=1, images=2, alpha=0.0)),
+        Request("a hat", [HAT], Options(steps=STEPS, seed=2, alpha=0.4, weight_mode="scale", reference_seed=5)),
+        Request("a dog", (), Options(steps=STEPS, seed=3, semantic_guidance=False, guidance=2.0)),
+        Request("a man", [MAN], Options(steps=STEPS, seed=2, alpha=1.0)),
+        Request(PROMPT, [HAT, man], Options(steps=STEPS, seed=4, ca_scale=0.95)),
+    ]
+    together = session.generate_batch(requests)
+    assert [len(result.images) for result in together] == [2, 1, 1, 1, 1]
+    for request, result in zip(requests, together, strict=True):
+        single = session.generate(request.prompt, request.concepts, options=request.options)
+        same(result.latents, single.latents)
+        np.testing.assert_array_equal(result.regions, single.regions)
+        assert result.prompt == request.prompt
+        assert result.token_indices == single.token_indices
+
+
+def test_images_and_requests_that_share_their_concepts_share_one_row_of_keys(session: Session, backend: Drawn) -> None:
+    man, hat = (session.prepare(concept, steps=2) for concept in (MAN, HAT))
+    settings = Options(steps=2, images=3)
+    session.generate(PROMPT, [man, hat], options=settings)
+    session.generate_batch([Request(PROMPT, [man, hat], Options(steps=2, seed=s)) for s in range(3)])
+    assert {shape[0] for shape in backend.keys} == {1}
+    backend.keys.clear()
+    session.generate_batch([Request("a man", [man.renamed(weight=w)], Options(steps=2)) for w in (1.0, 2.0)])
+    assert {shape[0] for shape in backend.keys} == {2}
+
+
+def test_with_buckets_masks_of_about_a_size_have_one_shape(bundle: Bundle, backend: Drawn) -> None:
+    with Session(bundle, backend=backend, pad_keys=True) as session:
+        for side in (70, 71, 72, 73):
+            reference = Reference(picture(1), mask=disc((10, 10, side, side)), prompt="a man")
+            session.generate("a man", [session.prepare(Concept("man", reference), steps=1)], steps=1)
+    assert len(set(backend.keys)) == 1
+
+
+def test_pictures_in_turn_compute_their_references_once(bundle: Bundle, backend: Drawn) -> None:
+    with Session(bundle, backend=backend) as session:
+        several = bundle.limits.images + 1
+        latents(session, [MAN], images=several)
+        assert sum(backend.rows) == STEPS
+        backend.rows.clear()
+    with Session(bundle, backend=backend, memory="recompute") as session:
+        latents(session, [MAN], images=several)
+        assert sum(backend.rows) == 2 * STEPS
+
+
+def test_two_threads_that_want_one_reference_compute_it_once(bundle: Bundle, backend: Drawn) -> None:
+    with Session(bundle, backend=backend, keep="1GiB", workers=4) as session:
+        expected, found = latents(session, [HAT], seed=1), {}
+        backend.runs.clear()
+        threads = [threading.Thread(target=lambda n=n: found.update({n: latents(session, seed=n)})) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert backend.runs["reference_kv"] == 1
+        assert len(found) == 4
+        same(latents(session, [HAT], seed=1), expected)
+
+
+def test_progress_while_preparing_can_cancel_and_what_was_done_stays_valid(bundle: Bundle, backend: Drawn) -> None:
+    seen: list[Progress] = []
+    with Session(bundle, backend=backend, keep="1GiB") as session:
+        session.prepare(MAN, steps=STEPS, workspace=1, progress=seen.append)
+        assert [p.step for p in seen] == list(range(1, STEPS + 1))
+        assert {(p.stage, p.steps) for p in seen} == {("prepare", STEPS)}
+        backend.runs.clear()
+        with pytest.raises(Cancelled, match="prepared step 2 of 6"):
+            session.prepare(HAT, steps=STEPS, workspace=1, progress=lambda p: p.step < 2)
+        assert backend.runs["reference_kv"] == 2
+        latents(session)
+        assert backend.runs["reference_kv"] == 3, "the man is there still, the hat is computed"
+
+
+def test_the_store_forgets_what_was_used_longest_ago(bundle: Bundle, backend: Drawn) -> None:
+    with Session(bundle, backend=backend) as session:
+        each = [session.prepare(concept, steps=STEPS).nbytes for concept in (MAN, HAT)]
+    other = Concept("man", Reference(picture(5), mask=MAN.references[0].mask, prompt="a man"))
+    with Session(bundle, backend=backend, keep=sum(each) + 100) as session:
+        for concepts in ([MAN], [HAT], [MAN], [other]):
+            latents(session, concepts)
+        backend.runs.clear()
+        latents(session, [other])
+        assert backend.runs["reference_kv"] == 0
+        latents(session, [HAT])
+        assert backend.runs["reference_kv"] == 1
+        assert session._keeper.store.nbytes <= sum(each) + 100
+    with Session(bundle, backend=backend, keep=100) as session:
+        same(latents(session), latents(session))
+        assert session._keeper.store.nbytes == 0
+
+
+def test_eight_bits_say_what_they_cost_and_cost_little(session: Session, bundle: Bundle) -> None:
+    exact, small = session.prepare(MAN, steps=STEPS), session.prepare(MAN, steps=STEPS, storage="8-bit")
+    assert exact.error == 0
+    assert 0 < small.error < 0.01
+    assert small.nbytes < 0.55 * exact.nbytes / 2, "half of what 16 bits take"
+    expected = latents(session, [exact])
+    drift = np.linalg.norm(latents(session, [small]) - expected) / np.linalg.norm(expected)
+    assert 0 < drift < 0.01
+    with Session(bundle, backend=Drawn(), keep="1GiB", storage="8-bit") as stored:
+        np.testing.assert_array_equal(latents(stored, [MAN]), latents(session, [small]))
+
+
+def test_bytes_kept_are_those_of_the_tokens_inside_the_mask(session: Session, bundle: Bundle) -> None:
+    kept = session.prepare(MAN, steps=STEPS)
+    share = {f: kept.references[0].tokens[f] / np.prod(bundle.grid(f)) for f in bundle.factors}
+    full = {f: sum(8 * layer.width for layer in bundle.injection_layers if layer.factor == f) for f in bundle.factors}
+    expected = STEPS * sum(share[f] * full[f] * np.prod(bundle.grid(f)) for f in bundle.factors)
+    assert kept.nbytes == round(expected)
+
+
+# --------------------------------------------------------------------------------------------------------- memory plan
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream", "recompute"])
+@pytest.mark.parametrize("storage", ["exact", "8-bit"])
+def test_every_mode_makes_the_same_picture_and_stays_under_its_plan(
+    bundle: Bundle, tmp_path: Path, memory: str, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured by numpy's allocations, with nothing allowed for the network: its rows would hide what is forgotten."""
+    monkeypatch.setattr("magicface_rt.kept.memory.ROW_TENSORS", 0)
+    steps = 20
+    with Session(bundle, backend=Drawn()) as session:
+        expected = latents(session, steps=steps)
+        session.prepare(HAT, steps=steps, storage=storage).save(tmp_path / "hat.concept")
+    hat = KeptConcept.load(tmp_path / "hat.concept")
+    with Session(bundle, backend=Drawn(), memory=memory, storage=storage) as session:
+        session.generate("a man", steps=1)
+        plan = session.plan([MAN, hat], steps)
+        assert plan.mode == memory
+        tracemalloc.start()
+        found = latents(session, [MAN, hat], steps=steps)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert plan.peak.host / 3 < peak <= plan.peak.host
+    if storage == "exact":
+        same(found, expected)
+    else:
+        assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+
+
+def test_a_plan_knows_what_each_mode_needs(session: Session, bundle: Bundle, tmp_path: Path) -> None:
+    kept = session.prepare(MAN, steps=STEPS)
+    plan = session.plan([MAN], STEPS)
+    assert plan.bytes_kept == kept.nbytes == STEPS * plan.bytes_per_step
+    assert plan.modes["keep"].host > plan.modes["keep"].host - kept.nbytes > 0
+    assert plan.modes["recompute"].host < session.plan([MAN], 50).modes["keep"].host
+    kept.save(tmp_path / "man.concept")
+    mapped = session.plan([KeptConcept.load(tmp_path / "man.concept")], STEPS).modes
+    assert mapped["keep"].host - mapped["stream"].host == kept.nbytes
+    assert session.plan([], STEPS).bytes_kept == 0
+
+
+def test_auto_takes_what_fits_the_budget(bundle: Bundle, session: Session) -> None:
+    with Session(bundle, backend=Drawn(), keep="1GiB") as keeping:
+        modes = keeping.plan([MAN], 50).modes
+        assert keeping.plan([MAN], 50).mode == "keep"
+        assert keeping.plan([MAN], 50, budget=modes["keep"].host - 1).mode == "recompute"
+        with pytest.raises(BudgetError, match=r"at least [\d.,]+ MB on the host .*budget is 0\.0 MB"):
+            keeping.plan([MAN], 50, budget=1000)
+    assert session.plan([MAN], 50).mode == "recompute", "nothing would use the keys again"
+    assert session.plan([MAN], 50, images=bundle.limits.images + 1).mode == "keep"
+    assert session.plan([session.prepare(MAN, steps=STEPS)], STEPS).mode == "keep"
+
+
+def test_a_budget_too_small_for_a_step_is_refused_and_the_session_goes_on(bundle: Bundle, backend: Drawn) -> None:
+    with Session(bundle, backend=backend, budget=1000, keep="1GiB") as session:
+        with pytest.raises(BudgetError, match="budget"):
+            latents(session, [MAN])
+        assert backend.runs["denoise_step"] == 0
+    for bad in ({"memory": "ram"}, {"keep": "much"}, {"budget": -1}, {"storage": "4-bit"}):
+        with pytest.raises(OptionError, match=next(iter(bad))):
+            Session(bundle, backend=backend, **bad)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_kept_concept_is_refused_where_it_does_not_fit_and_the_session_goes_on(
+    session: Session, bundle: Bundle, backend: Drawn
+) -> None:
+    kept = session.prepare(MAN, steps=STEPS)
+    expected = latents(session, [kept])
+    backend.runs.clear()
+    with pytest.raises(KeptConceptError, match="'man' is for 6 steps, and the request has 5"):
+        latents(session, [kept], steps=5)
+    with pytest.raises(KeptConceptError, match="reference_seed 0, and the request asks for 1"):
+        latents(session, [kept], reference_seed=1)
+    with pytest.raises(ConceptError, match="expected a Concept or a KeptConcept"):
+        latents(session, [kept.references[0]])
+    with pytest.raises(ConceptError, match="kept one is prepared"):
+        session.prepare(kept)
+    with pytest.raises(OptionError, match="5 and 6 steps"):
+        session.generate_batch([Request("a", (), Options(steps=s)) for s in (5, 6)])
+    with pytest.raises(OptionError, match="empty"):
+        session.generate_batch([])
+    others = {
+        "is of the bundle": replace(bundle, hash="0" * 64),
+        r"another schedule \(beta_end differ\)": replace(bundle, schedule=Schedule(beta_end=0.013)),
+    }
+    for reason, other in others.items():
+        with Session(other, backend=backend) as foreign, pytest.raises(KeptConceptError, match=reason):
+            latents(foreign, [kept])
+    assert not backend.runs
+    np.testing.assert_array_equal(latents(session, [kept]), expected)
+
+
+def test_a_failure_while_preparing_keeps_what_was_kept_before(bundle: Bundle, backend: Drawn) -> None:
+    with Session(bundle, backend=backend, keep="1GiB") as session:
+        expected = latents(session)
+        session._keeper.store.forget()
+        latents(session, [MAN])
+        backend.fail["reference_kv"] = BackendError("the device is full")
+        with pytest.raises(BackendError, match="full"):
+            latents(session)
+        backend.fail.clear()
+        backend.runs.clear()
+        np.testing.assert_array_equal(latents(session), expected)
+        assert backend.runs["reference_kv"] == 1, "only the hat was missing"
+
+
+def test_a_result_with_kept_concepts_can_be_saved(session: Session, tmp_path: Path) -> None:
+    kept = session.prepare(MAN, steps=STEPS)
+    result = session.generate(PROMPT, [kept, HAT], steps=STEPS)
+    folder = result.save(tmp_path / "out")
+    text = (folder / "run.json").read_text()
+    assert kept.references[0].key in text
+    with Image.open(folder / "image-0.png") as image:
+        assert "a man" in str(image.info)
+
+
+def test_graphs_that_rest_can_be_freed_and_come_back(bundle: Bundle, backend: Drawn) -> None:
+    with Session(bundle, backend=backend, keep="1GiB") as session:
+        expected = latents(session)
+        session.unload("reference_kv", "vae_encoder")
+        assert sorted(session._runners) == ["denoise_step", "text_encoder", "vae_decoder"]
+        np.testing.assert_array_equal(latents(session), expected)
+        assert "reference_kv" not in session._runners
+        latents(session, reference_seed=1)
+        assert "reference_kv" in session._runners
+        with pytest.raises(OptionError, match="running"):
+            session.generate("a", steps=1, progress=lambda p: session.unload("vae_encoder"))
+        with pytest.raises(BundleError, match="no graph 'unet'"):
+            session.unload("unet")

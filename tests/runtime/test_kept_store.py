@@ -1,0 +1,106 @@
+"""The store of prepared references, and buckets."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magicface_rt import OptionError
+from magicface_rt.kept.reference import Exact, KeptReference
+from magicface_rt.kept.store import KeptStore
+from magicface_rt.regions import PADDING, KeptTokens, bucket, key_access
+from magicface_rt.sizes import parse_size
+
+
+def entry(key: str, nbytes: int = 100) -> KeptReference:
+    return KeptReference(key, "", "exact", {}, {"k": Exact(np.zeros((1, nbytes, 1), np.uint8))})
+
+
+def test_the_least_recently_used_is_forgotten_first() -> None:
+    store = KeptStore(250)
+    for key in ("a", "b", "a", "c"):
+        store.get_or_make(key, lambda key=key: entry(key))
+    assert store.keys == ("a", "c")
+    assert store.nbytes == 200
+    store.get_or_make("d", lambda: entry("d", 260))
+    assert store.keys == ("a", "c"), "what does not fit at all drives nobody out"
+    store.get_or_make("e", lambda: entry("e", 250))
+    assert store.keys == ("e",)
+
+
+def test_many_threads_make_each_reference_once() -> None:
+    store, made = KeptStore(10**6), []
+
+    def make(key: str) -> KeptReference:
+        made.append(key)
+        time.sleep(0.02)
+        return entry(key)
+
+    threads = [
+        threading.Thread(target=lambda n=n: store.get_or_make(str(n % 3), lambda: make(str(n % 3)))) for n in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(made) == ["0", "1", "2"]
+
+
+def test_where_one_fails_another_that_waited_makes_it() -> None:
+    store, first, errors = KeptStore(1000), threading.Event(), []
+
+    def failing() -> KeptReference:
+        first.set()
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    def run() -> None:
+        try:
+            store.get_or_make("a", failing)
+        except KeyboardInterrupt as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    first.wait(30)
+    assert store.get_or_make("a", lambda: entry("a")).key == "a"
+    thread.join(30)
+    assert len(errors) == 1
+    assert store.keys == ("a",)
+
+
+@given(count=st.integers(1, 30_000), largest=st.none() | st.integers(1, 30_000))
+def test_a_bucket_holds_its_tokens_and_little_more(count: int, largest: int | None) -> None:
+    found = bucket(count, largest)
+    assert count <= found <= max(16, 1.25 * count)
+    assert largest is None or found <= max(count, largest)
+    assert bucket(bucket(count)) == bucket(count)
+
+
+def test_there_are_few_buckets() -> None:
+    assert len({bucket(count) for count in range(1, 12289)}) <= 44
+
+
+def test_padding_is_seen_by_nobody() -> None:
+    tokens = KeptTokens(np.arange(3), np.array([0, 0, 1]), np.full(3, 2.0, np.float32)).padded(5)
+    assert tokens.count == 5
+    for stage in ("rsa", "rba"):
+        group = key_access({1: tokens}, stage, "bias")["key_group_1"]  # type: ignore[arg-type]
+        assert (group[0, 3:] == PADDING).all()
+        assert (group[0, :3] > 0).all()
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GiB", 2**32), ("500 MB", 5 * 10**8), (7, 7), ("1.5kb", 1500)])
+def test_sizes_as_people_write_them(text: int | str, size: int) -> None:
+    assert parse_size(text, "keep") == size
+
+
+@pytest.mark.parametrize("text", ["", "4 parsecs", -1, True, None, 1.5, "-1"])
+def test_other_sizes_are_refused(text: object) -> None:
+    with pytest.raises(OptionError, match="keep is"):
+        parse_size(text, "keep")  # type: ignore[arg-type]
