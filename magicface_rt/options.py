@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
@@ -76,6 +78,23 @@ class Options:
         if self.ca_scale is not None:
             return self.ca_scale
         return 0.9 if n_concepts <= 1 else 0.6
+
+    @classmethod
+    def of(cls, options: Options | None, settings: Mapping[str, Any]) -> Options:
+        """`options`, or the defaults, with some settings replaced by name.
+
+        Raises:
+            OptionError: `options` is something else, or a setting is not known.
+        """
+        if options is not None and not isinstance(options, Options):
+            raise OptionError(f"options is {options!r}, expected an Options object; or give settings by name.")
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f" Is {near[0]} meant?" if near else f" There are {', '.join(known)}."
+                raise OptionError(f"setting {name!r} is not known.{hint}")
+        return cls(**{**(options.to_dict() if options is not None else {}), **settings})
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its name, as JSON can hold it; `Options(**options.to_dict())` gives an equal object."""

@@ -192,7 +192,9 @@ class Session:
             NonFiniteError: a graph produced NaN or infinity.
             SessionClosedError: the session is closed.
         """
-        chosen = Options(**{**(options.to_dict() if options else {}), **settings})
+        if isinstance(concepts, NamedConcept):
+            raise ConceptError(f"concepts is the concept {concepts.name!r}, expected a list of concepts: [concept].")
+        chosen = Options.of(options, settings)
         return self.generate_batch([Request(prompt, tuple(concepts), chosen)], progress=progress)[0]
 
     def generate_batch(self, requests: Sequence[Request], *, progress: ProgressCallback | None = None) -> list[Result]:

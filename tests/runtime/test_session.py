@@ -270,3 +270,12 @@ def test_what_needs_no_computing_is_refused_before_any_graph_is_loaded(tiny_bund
 def test_generating_from_a_callback_is_refused_instead_of_waiting_for_ever(session: Session) -> None:
     with pytest.raises(OptionError, match="callback"):
         session.generate(PROMPT, [MAN], steps=2, progress=lambda p: session.generate(PROMPT, steps=1))
+
+
+def test_likely_slips_are_told_what_was_meant(session: Session) -> None:
+    with pytest.raises(ConceptError, match=r"concepts is the concept 'man', expected a list"):
+        session.generate(PROMPT, MAN)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"setting 'stepz' is not known. Is steps meant"):
+        session.generate(PROMPT, stepz=3)
+    with pytest.raises(OptionError, match=r"options is .* expected an Options object"):
+        session.generate(PROMPT, options={"steps": 2})  # type: ignore[arg-type]
