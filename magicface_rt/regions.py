@@ -88,7 +88,7 @@ def kept_tokens(references: Sequence[MaskedReference], rows: int, columns: int) 
 def bucket(count: int, largest: int | None = None) -> int:
     """The number of keys that `count` is padded to, so that few shapes serve all masks: four sizes an octave, from 16.
 
-    At most a quarter more than `count`; not over `largest`, unless `count` is.
+    At most a quarter more than `count`, or 15 where that is more; not over `largest`, unless `count` is.
     """
     step = max(16, 1 << max(0, count.bit_length() - 3))
     padded = -(-count // step) * step

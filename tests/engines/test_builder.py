@@ -345,7 +345,11 @@ def test_ctrl_c_leaves_nothing_half_written(tiny_bundle: Path, tmp_path: Path) -
     store = tmp_path / "store"
     program = [sys.executable, "-m", "magicface_rt.cli", "build", str(tiny_bundle), "--store", str(store)]
     process = subprocess.Popen(
-        [*program, "--graph", "denoise_step", "--target", "rtx-portable"], stderr=subprocess.PIPE, text=True
+        [*program, "--graph", "denoise_step", "--target", "rtx-portable"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job starts with SIGINT ignored, and so would this one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     watch = threading.Timer(300, process.kill)

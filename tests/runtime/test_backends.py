@@ -720,6 +720,15 @@ def test_a_call_that_waits_is_not_made_after_ctrl_c(one: OneThread, monkeypatch:
     assert not made
 
 
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """A shell's background job starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_waits_for_the_call_that_goes_on(one: OneThread) -> None:
     started, ended = threading.Event(), threading.Event()
 
