@@ -23,15 +23,44 @@ assert main(["export", sys.argv[1], "--out", sys.argv[2], "--dtype", sys.argv[3]
 STEP = f"""
 import sys
 import numpy as np
-from magicface_rt import Concept, Reference, Session
+from magicface_rt import Bundle
+from magicface_rt.backends import OnnxRuntime
+from magicface_rt.denoiser import Denoiser, Guidance, ReferenceSet
+from magicface_rt.regions import MaskedReference
 
-picture = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+bundle = Bundle.open(sys.argv[1], check_hashes=False)
+graph = OnnxRuntime("cpu").load(bundle, "denoise_step")
+denoiser = Denoiser(bundle, graph, graph)
 mask = np.zeros((128, 128), np.uint8)
-mask[:38] = 255  # 30 %
-concepts = [Concept(word, Reference(picture, mask=mask, prompt=f"a {{word}}")) for word in ("man", "hat", "coat")]
-with Session(sys.argv[1], backend="onnxruntime-cpu", check_hashes=False) as session:
-    result = session.generate("a man with a hat and a coat", concepts, steps=2, alpha=0.0)
-assert np.isfinite(result.latents).all()
+mask[:38] = 1  # 30 %
+references = ReferenceSet.of(bundle, [MaskedReference(mask, k, 2.5) for k in range(3)])
+rng = np.random.default_rng(0)
+
+def normal(*shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+keys = {{
+    f"{{kind}}_ref_{{layer.index}}": normal(1, references.kept[layer.factor].count, layer.width)
+    for layer in bundle.injection_layers
+    for kind in "kv"
+}}
+guidance = Guidance(
+    text=normal(2, 1, 77, 768), tokens=[(2,), (4,), (6,)], ca_scale=0.6, scale=7.5, semantic=True, weight_mode="bias"
+)
+latents, label = normal(1, 4, 64, 64), rng.integers(0, 4, (1, 32, 32))
+for stage in ("rsa", "rba"):
+    out = denoiser.step(
+        latents,
+        481,
+        np.array([1.02, -0.05], np.float32),
+        stage=stage,
+        region_label=label,
+        references=references,
+        reference_kv=keys,
+        guidance=guidance,
+    )
+    latents, label = out["latents_out"], out["region_label_out"]
+assert np.isfinite(latents).all()
 {PEAK}
 """
 
@@ -51,7 +80,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.full
 def test_a_full_size_fp32_bundle_is_made_and_runs_within_memory(checkpoint: Path, tmp_path: Path) -> None:
-    """All five graphs, three concepts of 30 % masks, both stages."""
+    """All five graphs; then steps of both stages with three concepts of 30 % masks, whose keys are there."""
     assert peak_of(EXPORT, checkpoint, tmp_path / "bundle", "fp32") <= MOST_EXPORT_BYTES
     assert peak_of(STEP, tmp_path / "bundle") <= MOST_STEP_BYTES
 
