@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magicface_rt.errors import OptionError
 from magicface_rt.export.reference import (
     LAYER_DIVISORS,
     SEGMENTATION_DIVISORS,
@@ -80,7 +81,9 @@ class _SelfAttention:
         usable = masks & (inputs.weights != 0)[:, None]
         bias = torch.where(usable, inputs.weights[:, None], -torch.inf)  # (R, n)
         if inputs.weight_mode != "bias":
-            raise NotImplementedError("the authors' code adds weights to logits; it has no other mode")
+            raise OptionError(
+                f"weight_mode is {inputs.weight_mode!r}, expected 'bias': the authors' code adds weights to logits."
+            )
         q_c, references = q[row], range(row + 1, len(q))
         if inputs.stage == "rsa":
             keys = torch.cat([k[row], *(k[r] for r in references)], 1)  # (heads, (1+R)n, d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,7 @@ class Pass:
         return [LayerMaps(self.self_maps[i], self.cross_maps[i], *self.grid(i)) for i in sorted(self.self_maps)]
 
 
-class Baseline:
+class Baseline(ABC):
     """A U-Net with the baseline's attention. `step` is one denoising step of one image; not thread-safe.
 
     `rows_run`: U-Net rows that were computed so far.
@@ -60,17 +61,17 @@ class Baseline:
         self.rows_run = 0
         self.install()
 
+    @abstractmethod
     def install(self) -> None:
         """Put the attention processors into the U-Net."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, inputs: StepInputs) -> tuple[Tensor, Tensor, int]:
         """Latents and text of all rows, and the row of the conditional target; the unconditional one is row 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def segment(self, inputs: StepInputs) -> Segmentation:
         """The regions, from the maps that the pass left."""
-        raise NotImplementedError
 
     def predict(self, latents: Tensor, timestep: int, text: Tensor) -> Tensor:
         """The U-Net's noise predictions for all rows."""
