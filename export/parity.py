@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .graphs import Form
 from .recordings import Recording
 from .reference import MagicFaceReference
 from .replay import ReferenceStepRunner, ReplayReport, replay_free, replay_steps
+from .threads import one_thread
 from .trajectory import compare_trajectory
 
 Report = Callable[[str], object]
@@ -67,23 +67,13 @@ def verify_case(case: str | Path, *, work: Path | None = None, report: Report = 
     """
     recording = Recording.load(case)
     reference = ReferenceStepRunner(recording)
-    with _one_torch_thread():
+    with one_thread():
         reports = _replays(recording, reference, report)
     with tempfile.TemporaryDirectory(prefix="magicface-rt-") as temporary:
         bundle = _case_bundle(recording, work or Path(temporary), report)
         runner = BundleStepRunner(recording, bundle, open_backend("onnxruntime-cpu", threads=1))
         reports += _replays(recording, runner, report)
     return Verdict(recording.name, tuple(reports))
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _replays(recording: Recording, runner: Any, report: Report) -> list[ReplayReport]:

@@ -12,8 +12,7 @@ import gc
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.schedule import Schedule
 
 from .architectures import Architecture, architecture
+from .threads import one_thread
 from .tokenizer import (
     END,
     START,
@@ -88,7 +88,7 @@ def write_checkpoint(
     except OSError as error:
         raise OutputError(f"checkpoint folder {out}: cannot be written: {error}") from error
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _one_thread():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
             _write_components(chosen, scratch, seed=seed, dtype=getattr(torch, dtype))
         readme = README.format(name=chosen.name, summary=chosen.summary, seed=seed, dtype=dtype)
         (scratch / "README.md").write_text(readme, encoding="utf-8")
@@ -101,17 +101,6 @@ def write_checkpoint(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums depend on how they are split among threads, and the bytes must not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _write_components(chosen: Architecture, folder: Path, *, seed: int, dtype: torch.dtype) -> None:

@@ -1,0 +1,20 @@
+"""How many threads PyTorch computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within this context PyTorch uses one thread: sums depend on how they are split among threads, so that what must
+    be the same on every machine may not depend on its number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
