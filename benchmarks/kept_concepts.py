@@ -4,17 +4,19 @@
 
 For each number N of concepts, in turn and round after round, so that whatever else the machine does meets all of them:
 
-    first     a Session that knows none of the N concepts: references prepared, then the picture
-    second    the same request again: everything about the references is kept
-    beside    the request without keeping: references run beside the target at each step
-    plain     the same bundle without concepts: Stable Diffusion
-    8-bit     the second request with keys in 8 bits
-    pytorch   with --checkpoint: the PyTorch reference of the algorithm, as its authors run it, eager (21 GB at full
-              size with N = 3)
-    diffusers with --checkpoint: plain Stable Diffusion by diffusers, eager
+    first      a Session that knows none of the N concepts: references prepared, then the picture
+    second     the same request again: everything about the references is kept
+    beside     the request without keeping: references run beside the target at each step
+    plain      the same bundle without concepts: Stable Diffusion
+    8-bit      the second request with keys in 8 bits
+    diffusers  with --checkpoint: plain Stable Diffusion by diffusers, eager
+    pytorch    with --checkpoint: the PyTorch reference of the algorithm, as its authors run it, eager. It runs when the
+               others have ended, since it needs 21 GB at full size with N = 3; --reference-steps and
+               --reference-rounds say how long
 
-Seconds are of the steps, the preparation of references included, encoding and decoding not; divided by the number of
-steps. Ours, PyTorch and diffusers have processes of their own, whose peak memory is told.
+Seconds are of the steps, divided by their number, the preparation of references included, encoding and decoding not;
+and of whole requests of ours. Graphs are loaded before. Peaks are of the process in that very request. Before `second`,
+`plain` and `8-bit` the graphs that only preparing needs are unloaded, as a service does that has its concepts.
 """
 
 from __future__ import annotations
@@ -22,16 +24,41 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
-import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .bootstrap import figures, ratio_of_medians
+from .machine import peak_host_bytes, reset_peak_host_bytes
+
 WORDS = ("man", "hat", "dog", "car", "tree", "house")
+OURS = ("first", "second", "beside", "plain", "8-bit")
+PREPARING = ("vae_encoder", "reference_kv")
+RATIOS = (
+    ("first", "second"),
+    ("second", "plain"),
+    ("beside", "second"),
+    ("diffusers", "second"),
+    ("pytorch", "second"),
+)
+
+
+@dataclass
+class Told:
+    """Of one request. seconds: a step's; request: the whole request's; peak: bytes of host memory; the rest as said."""
+
+    seconds: float
+    request: float | None = None
+    peak: int = 0
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+Measure = Callable[[str, int], Told]
 
 
 def ours(pipe: Connection, bundle_path: str, numbers: list[int], steps: int, share: float) -> None:
@@ -50,31 +77,34 @@ def ours(pipe: Connection, bundle_path: str, numbers: list[int], steps: int, sha
         keeper = session._keeper
         settings = {"exact": keeper.settings, "8-bit": type(keeper.settings)(keep=2**36, storage="8-bit")}
         settings["beside"] = type(keeper.settings)(memory="recompute")
-        session.warm_up(prompt, concepts[:1], steps=1)
+        exact: dict[int, Any] = {}
 
-        def run(what: str, n: int) -> tuple[float, Any]:
+        def measure(what: str, n: int) -> Told:
             keeper.settings = settings.get(what, settings["exact"])
             if what == "first":
                 keeper.store.forget()
+            if what in ("first", "beside", "8-bit"):
+                for graph in PREPARING:
+                    session.runner(graph)
+            kept = []
             if what == "8-bit":
-                for one in concepts[:n]:
-                    session.prepare(one, steps=steps, storage="8-bit")
+                kept = [session.prepare(one, steps=steps, storage="8-bit") for one in concepts[:n]]
+            if what in ("second", "plain", "8-bit"):
+                session.unload(*PREPARING)
+            reset_peak_host_bytes()
             result = session.generate(prompt, [] if what == "plain" else concepts[:n], steps=steps, seed=7)
-            took = result.timings.denoising + result.timings.reference_pass
-            return took / steps, result.latents
-
-        def measure(what: str, n: int) -> dict[str, float]:
-            seconds, latents = run(what, n)
-            told = {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+            timings = result.timings
+            told = Told((timings.denoising + timings.reference_pass) / steps, timings.total, peak_host_bytes() or 0)
             if what == "second":
-                told["kept"] = keeper.store.nbytes / n
-                found[n] = latents
-            if what == "8-bit" and n in found:
-                told["drift"] = float(np.linalg.norm(latents - found[n]) / np.linalg.norm(found[n]))
-                told["error"] = max(session.prepare(one, steps=steps, storage="8-bit").error for one in concepts[:n])
+                told.notes["bytes kept for a concept"] = f"{keeper.store.nbytes / n:,.0f}"
+                exact[n] = result.latents
+            if kept and n in exact:
+                told.notes["error of the keys"] = f"{max(one.error for one in kept):.1e}"
+                drift = np.linalg.norm(result.latents - exact[n]) / np.linalg.norm(exact[n])
+                told.notes["of the latents"] = f"{drift:.1e}"
             return told
 
-        found: dict[int, Any] = {}
+        session.warm_up(prompt, concepts[:1], steps=1)
         _serve(pipe, measure)
 
 
@@ -90,9 +120,10 @@ def pytorch(pipe: Connection, checkpoint_path: str, steps: int, share: float) ->
     mask = torch.zeros(128, 128, dtype=torch.bool)
     mask[: round(128 * share)] = True
 
-    def measure(what: str, n: int) -> dict[str, float]:
+    def measure(what: str, n: int) -> Told:
         torch.manual_seed(0)
         text = torch.randn(2, 77, checkpoint.text_width)
+        reset_peak_host_bytes()
         start = time.perf_counter()
         with torch.no_grad():
             for _ in generate_latents(
@@ -110,7 +141,7 @@ def pytorch(pipe: Connection, checkpoint_path: str, steps: int, share: float) ->
                 ca_scale=0.9 if n == 1 else 0.6,
             ):
                 pass
-        return _told((time.perf_counter() - start) / steps)
+        return Told((time.perf_counter() - start) / steps, peak=peak_host_bytes() or 0)
 
     _serve(pipe, measure)
 
@@ -126,26 +157,44 @@ def diffusers(pipe: Connection, checkpoint_path: str, steps: int) -> None:
     scheduler, side = DDIMScheduler.from_config(checkpoint.schedule.to_config()), int(unet.config.sample_size)
     scheduler.set_timesteps(steps)
 
-    def measure(what: str, n: int) -> dict[str, float]:
+    def measure(what: str, n: int) -> Told:
         latents, text = torch.randn(1, 4, side, side), torch.randn(2, 77, checkpoint.text_width)
+        reset_peak_host_bytes()
         start = time.perf_counter()
         with torch.no_grad():
             for timestep in scheduler.timesteps:
                 u, c = unet(torch.cat([latents] * 2), timestep, text).sample.chunk(2)
                 latents = scheduler.step(u + 7.5 * (c - u), timestep, latents).prev_sample
-        return _told((time.perf_counter() - start) / steps)
+        return Told((time.perf_counter() - start) / steps, peak=peak_host_bytes() or 0)
 
     _serve(pipe, measure)
 
 
-def _told(seconds: float) -> dict[str, float]:
-    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-
-
-def _serve(pipe: Connection, measure: Callable[[str, int], dict[str, float]]) -> None:
+def _serve(pipe: Connection, measure: Measure) -> None:
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
         pipe.send(measure(*asked))
+
+
+class Contender:
+    """A function in a process of its own."""
+
+    def __init__(self, target: Any, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, far = context.Pipe()
+        self._process = context.Process(target=target, args=(far, *arguments), daemon=True)
+        self._process.start()
+        far.close()
+        self._pipe.recv()
+
+    def measure(self, what: str, n: int) -> Told:
+        self._pipe.send((what, n))
+        told: Told = self._pipe.recv()
+        return told
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
 
 
 def main() -> None:
@@ -156,62 +205,66 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concepts", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--mask-share", type=float, default=0.3)
-    parser.add_argument("--no-reference", action="store_true", help="with --checkpoint: diffusers only")
+    parser.add_argument("--reference-steps", type=int, default=2)
+    parser.add_argument("--reference-rounds", type=int, default=1, help="0 leaves the PyTorch reference out")
     a = parser.parse_args()
-    contenders: dict[str, tuple[Any, tuple[Any, ...]]] = {"ours": (ours, (a.bundle, a.concepts, a.steps, a.mask_share))}
-    of_process = dict.fromkeys(("first", "second", "beside", "plain", "8-bit"), "ours")
+
+    found: dict[tuple[str, int], list[Told]] = {}
+
+    def take(contender: Contender, what: str, n: int, turn: int) -> None:
+        told = contender.measure(what, n)
+        found.setdefault((what, n), []).append(told)
+        print(f"round {turn + 1}, N = {n}, {what}: {told.seconds:.3f} s a step", flush=True)
+
+    print(f"load before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores", flush=True)
+    together = dict.fromkeys(OURS, Contender(ours, a.bundle, a.concepts, a.steps, a.mask_share))
     if a.checkpoint:
-        contenders["diffusers"] = (diffusers, (a.checkpoint, a.steps))
-        of_process["diffusers"] = "diffusers"
-        if not a.no_reference:
-            contenders["pytorch"] = (pytorch, (a.checkpoint, a.steps, a.mask_share))
-            of_process["pytorch"] = "pytorch"
-    pipes, workers = {}, []
-    context = multiprocessing.get_context("spawn")
-    for name, (target, arguments) in contenders.items():
-        pipes[name], far = context.Pipe()
-        workers.append(context.Process(target=target, args=(far, *arguments), daemon=True))
-        workers[-1].start()
-        if pipes[name].recv() != "ready":
-            raise SystemExit(f"{name} did not start")
-    seconds: dict[tuple[str, int], list[float]] = {}
-    last: dict[tuple[str, int], dict[str, float]] = {}
-    print(f"load before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores")
+        together["diffusers"] = Contender(diffusers, a.checkpoint, a.steps)
     for turn in range(a.rounds):
         for n in a.concepts:
-            for what, name in of_process.items():
-                pipes[name].send((what, n))
-                told = pipes[name].recv()
-                seconds.setdefault((what, n), []).append(told["seconds"])
-                last[(what, n)] = told
-                print(f"round {turn + 1}, N = {n}, {what}: {told['seconds']:.3f} s a step", flush=True)
-    print(f"load after: {os.getloadavg()[0]:.1f}\n\nmedian seconds a step (fastest to slowest)")
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
-    for n in a.concepts:
-        for what in of_process:
-            values, told = seconds[(what, n)], last[(what, n)]
-            extra = "".join(
-                f", {label} {told[key]:{form}}"
-                for key, label, form in (
-                    ("kept", "bytes kept for a concept", ",.0f"),
-                    ("error", "error of the keys", ".1e"),
-                    ("drift", "of the latents", ".1e"),
-                )
-                if key in told
-            )
-            print(
-                f"N = {n} {what:<9} {medians[(what, n)]:.3f} ({min(values):.3f} to {max(values):.3f}), "
-                f"peak so far {told['peak']:.2f} GB{extra}"
-            )
-        ratios = {"first / second": ("first", "second"), "second / plain": ("second", "plain")}
-        ratios |= {"beside / second": ("beside", "second")}
-        ratios |= {f"{what} / second": (what, "second") for what in ("diffusers", "pytorch") if what in of_process}
-        pairs = [f"{name} {medians[(x, n)] / medians[(y, n)]:.2f}" for name, (x, y) in ratios.items()]
-        print(f"N = {n} ratios: {', '.join(pairs)}\n")
-    for pipe in pipes.values():
-        pipe.send(None)
-    for worker in workers:
-        worker.join()
+            for what, contender in together.items():
+                take(contender, what, n, turn)
+    for contender in set(together.values()):
+        contender.close()
+    if a.checkpoint and a.reference_rounds:
+        alone = Contender(pytorch, a.checkpoint, a.reference_steps, a.mask_share)
+        for turn in range(a.reference_rounds):
+            for n in a.concepts:
+                take(alone, "pytorch", n, turn)
+        alone.close()
+    print(f"load after: {os.getloadavg()[0]:.1f}\n\n{Path(a.bundle).name}, {a.steps} steps")
+    print_table(found)
+
+
+def print_table(found: dict[tuple[str, int], list[Told]]) -> None:
+    """As Markdown."""
+    print("\n| N | | seconds a step, median (fastest to slowest) | request | peak GB | |\n|---|---|---|---|---|---|")
+    for (what, n), told in sorted(found.items(), key=lambda item: item[0][1]):
+        step = figures([one.seconds for one in told])
+        request = figures([one.request for one in told if one.request is not None] or [0.0]).median
+        notes = ", ".join(f"{name} {value}" for name, value in told[-1].notes.items())
+        print(
+            f"| {n} | {what} | {step.median:.3f} ({step.fastest:.3f} to {step.slowest:.3f}) "
+            f"| {f'{request:.1f} s' if request else ''} | {max(one.peak for one in told) / 1e9:.2f} | {notes} |"
+        )
+    print("\n| N | ratio | of a step (95 % interval) | of a request |\n|---|---|---|---|")
+    for n in sorted({n for _, n in found}):
+        for above, below in RATIOS:
+            upper, lower = found.get((above, n)), found.get((below, n))
+            if upper and lower:
+                print(f"| {n} | {above} / {below} | {_ratio(upper, lower)} | {_ratio_of_requests(upper, lower)} |")
+
+
+def _ratio(upper: list[Told], lower: list[Told]) -> str:
+    ratio, low, high = ratio_of_medians(
+        [one.seconds for one in upper], [one.seconds for one in lower], paired=True, confidence=0.95, seed=0
+    )
+    return f"{ratio:.2f}" if low is None else f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _ratio_of_requests(upper: list[Told], lower: list[Told]) -> str:
+    a, b = ([one.request for one in side if one.request is not None] for side in (upper, lower))
+    return f"{figures(a).median / figures(b).median:.2f}" if a and b else ""
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .binding import Binding
 from .device import Device
 from .host import BFLOAT16
 from .one_thread import InTurn, OneThread, at_once
+from .ort_arena import give_back, trim, use_shared_arena
 from .ort_binding import GraphIds, OrtBinding, OrtDevice, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -164,6 +165,8 @@ class OnnxRuntime(Backend):
     def close(self) -> None:
         if self._thread is not None:
             self._thread.close()
+        if self.provider == "cpu":
+            give_back(self._ort)
 
     def _file(self, contract: GraphContract) -> str:
         """The graph with the operators that the provider has kernels for."""
@@ -205,6 +208,8 @@ class OnnxRuntime(Backend):
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
+        if self.provider == "cpu":
+            use_shared_arena(self._ort, options)
         if self._plugin_devices:
             options.add_provider_for_devices([self._plugin_devices[self._ordinal]], settings)
             return self._ort.InferenceSession(model, options)
@@ -320,6 +325,7 @@ class _Runner(GraphRunner):
 
     def close(self) -> None:
         self._session = None
+        trim()
 
 
 class DeviceRunner(GraphRunner):

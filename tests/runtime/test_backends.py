@@ -25,7 +25,7 @@ from magicface_rt.backends.host import from_bfloat16, host_dtype, non_finite, to
 from magicface_rt.backends.one_thread import OneThread
 from magicface_rt.backends.onnxruntime import DeviceRunner, import_onnxruntime
 from magicface_rt.backends.ort_binding import MAX_GRAPHS, GraphIds, OrtBinding
-from magicface_rt.backends.probe import sum_model
+from magicface_rt.backends.sum_model import sum_model
 from magicface_rt.bundle import GraphContract, Tensor
 from magicface_rt.engines.targets import load_target
 from magicface_rt.errors import BackendError, BackendMissingError, NonFiniteError, OptionError, TargetError

@@ -1,0 +1,75 @@
+"""Graphs on the CPU share their working memory, and a Session that is closed leaves none behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from magicface_rt import Bundle, Session
+from magicface_rt.backends.onnxruntime import OnnxRuntime
+from magicface_rt.backends.ort_arena import give_back
+
+STATM = Path("/proc/self/statm")
+pytestmark = pytest.mark.skipif(not STATM.exists(), reason="reads resident memory as Linux tells it")
+
+WORKING = 256 * 2**20
+
+
+def resident() -> int:
+    gc.collect()
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def sum_of_ones() -> bytes:
+    """A model whose working memory is one tensor of `WORKING` bytes."""
+    onnx = pytest.importorskip("onnx")
+    float32 = onnx.TensorProto.FLOAT
+    shape = onnx.numpy_helper.from_array(np.array([WORKING // 4]), "shape")
+    nodes = [
+        onnx.helper.make_node("Expand", ["x", "shape"], ["many"]),
+        onnx.helper.make_node("ReduceSum", ["many"], ["total"], keepdims=0),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "sum_of_ones",
+        [onnx.helper.make_tensor_value_info("x", float32, [1])],
+        [onnx.helper.make_tensor_value_info("total", float32, [])],
+        [shape],
+    )
+    opset = onnx.helper.make_opsetid("", 18)
+    return bytes(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString())
+
+
+def test_graphs_work_in_the_same_memory_and_give_it_back() -> None:
+    backend, model, x = OnnxRuntime("cpu"), sum_of_ones(), {"x": np.ones(1, np.float32)}
+    backend.run_model(model, x)  # what is loaded once
+    give_back(backend._ort)
+    before = resident()
+    sessions: list[Any] = [backend._open(model, None, {})[0] for _ in range(3)]
+    for session in sessions:
+        session.run(None, x)
+    while_open = resident() - before
+    assert 0.9 * WORKING < while_open < 1.5 * WORKING, "each graph has kept working memory of its own"
+    backend.close()
+    assert resident() - before < 0.2 * WORKING, "closing the backend has left working memory behind"
+    assert sessions[0].run(None, x)[0] == WORKING // 4  # and graphs go on
+
+
+def test_sessions_that_open_and_close_leave_no_memory(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, check_hashes=False)
+    weights = (tiny_bundle / "weights.bin").stat().st_size
+
+    def cycle() -> int:
+        with Session(bundle, backend="onnxruntime-cpu") as session:
+            session.generate("a man", steps=1)
+        return resident()
+
+    cycle()
+    first = cycle()
+    grown = [cycle() - first for _ in range(4)]
+    assert max(grown) < weights / 2, grown
