@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 STAMP  := $(VENV)/.installed
+# Processes that run tests beside each other.
+JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip
 
 .DEFAULT_GOAL := help
@@ -19,14 +21,14 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt
 	  || { echo "$(PYTHON) is not supported: 3.10 to 3.13 is needed. Name another: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -qq -c constraints.txt -e '.[cpu,export,tensorrt-rtx,bench,dev]'
+	$(PIP) install -qq -c constraints.txt -e '.[cpu,export,tensorrt-rtx,bench,serve,dev]'
 	@touch $(STAMP)
 
 demo: venv  ## the whole chain on a small random model: checkpoint, export, picture, parity
 	$(VENV)/bin/magicface-rt demo
 
 test: lint types  ## lint, types and the quick tests
-	$(VENV)/bin/python -m pytest -q -m "not slow and not full and not gpu"
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not full and not gpu"
 
 test-all: lint types  ## all tests that need no GPU: every recording, the full-size network, the slow properties
 	$(VENV)/bin/python -m pytest -q -m "not gpu"

@@ -28,8 +28,8 @@ Say = Callable[[str], object]
 MEMORY_MARGIN = 1 << 30
 
 
-def run(settings: Settings, say: Say = lambda _: None) -> Report:
-    """Everything that the settings name.
+def run(settings: Settings, say: Say = lambda _: None, so_far: Callable[[Report], object] = lambda _: None) -> Report:
+    """Everything that the settings name. `so_far` is given the report after every case: a long run may be cut short.
 
     Raises:
         BundleError: a bundle cannot be opened.
@@ -44,15 +44,19 @@ def run(settings: Settings, say: Say = lambda _: None) -> Report:
     peaks: dict[str, Any] = {"cpu": asdict(measure_peaks())}
     if on_gpu:
         peaks["cuda"] = _cuda_peaks()
-    cases = []
+    cases: list[CaseResult] = []
+
+    def report() -> Report:
+        now = {**machine, "load_average_at_end": describe()["load_average"]}
+        return Report(now, peaks, settings.to_json(), tuple(cases))
+
     for path, bundle in bundles:
         for case in settings.cases():
             say(f"{bundle.width} x {bundle.height}, {bundle.dtype}: {case}")
             with tempfile.TemporaryDirectory(prefix="magicface-bench-") as folder:
                 cases.append(_Bench(settings, path, bundle, case, folder, say).run())
-    return Report(
-        {**machine, "load_average_at_end": describe()["load_average"]}, peaks, settings.to_json(), tuple(cases)
-    )
+            so_far(report())
+    return report()
 
 
 def _cuda_peaks() -> dict[str, Any] | None:

@@ -10,9 +10,9 @@ For each number N of concepts, in turn and round after round, so that whatever e
     plain      the same bundle without concepts: Stable Diffusion
     8-bit      the second request with keys in 8 bits
     diffusers  with --checkpoint: plain Stable Diffusion by diffusers, eager
-    pytorch    with --checkpoint: the PyTorch reference of the algorithm, as its authors run it, eager. It runs when the
-               others have ended, since it needs 21 GB at full size with N = 3; --reference-steps and
-               --reference-rounds say how long
+    authors    with --checkpoint: the authors' algorithm in eager PyTorch (benchmarks/baselines). It runs when the
+               others have ended, since it needs 20 GB at full size with N = 3; --authors-steps and --authors-rounds
+               say how long. `magicface-rt bench` has it with parity checked first
 
 Seconds are of the steps, divided by their number, the preparation of references included, encoding and decoding not;
 and of whole requests of ours. Graphs are loaded before. Peaks are of the process in that very request. Before `second`,
@@ -44,7 +44,7 @@ RATIOS = (
     ("second", "plain"),
     ("beside", "second"),
     ("diffusers", "second"),
-    ("pytorch", "second"),
+    ("authors", "second"),
 )
 
 
@@ -108,15 +108,17 @@ def ours(pipe: Connection, bundle_path: str, numbers: list[int], steps: int, sha
         _serve(pipe, measure)
 
 
-def pytorch(pipe: Connection, checkpoint_path: str, steps: int, share: float) -> None:
+def authors(pipe: Connection, checkpoint_path: str, steps: int, share: float) -> None:
     import torch
 
     from magicface_rt.export.checkpoint import Checkpoint
-    from magicface_rt.export.reference import MagicFaceReference, generate_latents
+    from magicface_rt.export.reference import generate_latents
+
+    from .baselines.authors import Authors
 
     checkpoint = Checkpoint.open(checkpoint_path)
     unet = checkpoint.load_unet(torch.float32)
-    reference, side = MagicFaceReference(unet), int(unet.config.sample_size)
+    network, side = Authors(unet), int(unet.config.sample_size)
     mask = torch.zeros(128, 128, dtype=torch.bool)
     mask[: round(128 * share)] = True
 
@@ -127,7 +129,7 @@ def pytorch(pipe: Connection, checkpoint_path: str, steps: int, share: float) ->
         start = time.perf_counter()
         with torch.no_grad():
             for _ in generate_latents(
-                reference,
+                network,
                 x_T=torch.randn(1, 4, side, side),
                 text=text,
                 z0=torch.randn(n, 4, side, side),
@@ -205,8 +207,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concepts", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--mask-share", type=float, default=0.3)
-    parser.add_argument("--reference-steps", type=int, default=2)
-    parser.add_argument("--reference-rounds", type=int, default=1, help="0 leaves the PyTorch reference out")
+    parser.add_argument("--authors-steps", type=int, default=2)
+    parser.add_argument("--authors-rounds", type=int, default=3, help="0 leaves the authors' algorithm out")
     a = parser.parse_args()
 
     found: dict[tuple[str, int], list[Told]] = {}
@@ -226,11 +228,11 @@ def main() -> None:
                 take(contender, what, n, turn)
     for contender in set(together.values()):
         contender.close()
-    if a.checkpoint and a.reference_rounds:
-        alone = Contender(pytorch, a.checkpoint, a.reference_steps, a.mask_share)
-        for turn in range(a.reference_rounds):
+    if a.checkpoint and a.authors_rounds:
+        alone = Contender(authors, a.checkpoint, a.authors_steps, a.mask_share)
+        for turn in range(a.authors_rounds):
             for n in a.concepts:
-                take(alone, "pytorch", n, turn)
+                take(alone, "authors", n, turn)
         alone.close()
     print(f"load after: {os.getloadavg()[0]:.1f}\n\n{Path(a.bundle).name}, {a.steps} steps")
     print_table(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ import numpy as np
 
 from .errors import ConceptError, ImageError, OptionError, PromptError
 from .images import ImageSource, Resample
+from .options import shown
 
 __all__ = ["MAX_WEIGHT", "Concept", "NamedConcept", "PlacedConcept", "Reference", "place_concepts"]
 
@@ -198,11 +198,11 @@ def _checked_references(word: str, references: tuple[Reference, ...]) -> tuple[R
 
 def _checked_weight(word: str, weight: float) -> float:
     if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
-        raise ConceptError(f"concept {word!r}: weight is {weight!r}, expected a number.")
-    if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
+        raise ConceptError(f"concept {word!r}: weight is {shown(weight)}, expected a number.")
+    if not abs(weight) <= MAX_WEIGHT:
         raise ConceptError(
-            f"concept {word!r}: weight is {weight!r}, expected a finite number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}. "
-            "Usual weights are 2 to 4."
+            f"concept {word!r}: weight is {shown(weight)}, expected a finite number from -{MAX_WEIGHT:g} to "
+            f"{MAX_WEIGHT:g}. Usual weights are 2 to 4."
         )
     return float(weight)
 

@@ -25,8 +25,19 @@
     ├── BackendError                   a runtime failed
     │   ├── BackendMissingError        no usable runtime, or an extra that is not installed
     │   ├── DeviceError                no GPU, too old a driver, too little device memory, a failed CUDA call
+    │   │   └── DeviceMemoryError      too little memory on the device, or too little page-locked memory for it
     │   └── NonFiniteError             a graph produced NaN or infinity
     ├── SessionClosedError             a Session was used after close()
+    ├── ServiceError                   serving over HTTP; the client raises these too
+    │   ├── QueueFullError             as many requests wait as may
+    │   ├── DrainingError              the service is shutting down and takes no more work
+    │   ├── DeadlineError              a request's deadline passed before its picture was made
+    │   ├── UnknownConceptError        no concept of that id is kept
+    │   ├── ErasedError                a concept was erased while a request used it
+    │   ├── EraseError                 something of an erased concept could not be removed
+    │   ├── StoreFullError             no room for another kept concept
+    │   ├── UnreachableError           the client could not reach the service, or lost it
+    │   └── AnswerError                the service answered the client with a problem of another kind
     └── Cancelled                      the progress callback returned False
 
 Each message names the thing, what was found, what was expected, and what to do.
@@ -35,6 +46,7 @@ Each message names the thing, what was found, what was expected, and what to do.
 from __future__ import annotations
 
 __all__ = [
+    "AnswerError",
     "BackendError",
     "BackendMissingError",
     "BudgetError",
@@ -43,8 +55,13 @@ __all__ = [
     "Cancelled",
     "CheckpointError",
     "ConceptError",
+    "DeadlineError",
     "DeviceError",
+    "DeviceMemoryError",
+    "DrainingError",
     "EngineError",
+    "EraseError",
+    "ErasedError",
     "ExportError",
     "GateError",
     "ImageError",
@@ -59,10 +76,15 @@ __all__ = [
     "ParityError",
     "PlanError",
     "PromptError",
+    "QueueFullError",
     "RecordingError",
+    "ServiceError",
     "SessionClosedError",
     "StoreError",
+    "StoreFullError",
     "TargetError",
+    "UnknownConceptError",
+    "UnreachableError",
 ]
 
 
@@ -177,6 +199,10 @@ class DeviceError(BackendError):
     """No GPU, too old a driver, too little device memory, or a CUDA call that failed."""
 
 
+class DeviceMemoryError(DeviceError):
+    """Too little memory is free on the device, or too little of the host's can be page-locked for it."""
+
+
 class NonFiniteError(BackendError):
     """A graph produced NaN or infinity; the message names the graph and the output."""
 
@@ -191,3 +217,94 @@ class Cancelled(MagicFaceError):  # noqa: N818 - it is an outcome the caller ask
     """The progress callback returned False. The session stays usable."""
 
     exit_code = 130
+
+
+class ServiceError(MagicFaceError):
+    """Serving failed, or a request to a service.
+
+    status       HTTP status, 0 where there was no answer
+    kind         names the problem, such as `queue-full`
+    field        the part of the request at fault, such as `concepts[0].weight`; None where it is none
+    retry_after  seconds after which the same request may succeed; None where that is not known
+    """
+
+    status = 500
+    kind = "service-error"
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.retry_after = retry_after
+
+
+class QueueFullError(ServiceError):
+    """As many requests wait as may. The same request may succeed after `retry_after` seconds."""
+
+    status = 429
+    kind = "queue-full"
+
+
+class DrainingError(ServiceError):
+    """The service is shutting down and takes no more work; another instance may."""
+
+    status = 503
+    kind = "draining"
+
+
+class DeadlineError(ServiceError):
+    """The request's deadline passed before its picture was made; it stopped at its next step."""
+
+    status = 504
+    kind = "deadline-passed"
+
+
+class UnknownConceptError(ServiceError):
+    """No concept of that id is kept."""
+
+    status = 404
+    kind = "concept-not-found"
+
+
+class ErasedError(ServiceError):
+    """A concept was erased while the request that used it waited or ran; no picture was given out."""
+
+    status = 410
+    kind = "concept-erased"
+
+
+class EraseError(ServiceError):
+    """Something of an erased concept could not be removed; the message says what, and erasing may be tried again."""
+
+    status = 500
+    kind = "erase-incomplete"
+
+
+class StoreFullError(ServiceError):
+    """There is no room for another kept concept."""
+
+    status = 507
+    kind = "store-full"
+
+
+class UnreachableError(ServiceError):
+    """The client could not reach the service, or the connection broke before the answer was whole."""
+
+    status = 0
+    kind = "unreachable"
+
+
+class AnswerError(ServiceError):
+    """The service answered with a problem that has no class of its own; `status` and `kind` are the answer's."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 500,
+        kind: str = "service-error",
+        field: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, field=field, retry_after=retry_after)
+        self.status = status
+        self.kind = kind

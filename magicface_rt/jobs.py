@@ -148,7 +148,7 @@ def parse_concept_option(text: str, *, base: str | os.PathLike[str] = ".") -> Co
 def _option_data(text: str) -> dict[str, Any]:
     concept: dict[str, Any] = {}
     references: list[dict[str, Any]] = [{}]
-    for key, value in _split_option(text):
+    for key, value in split_option(text):
         if key not in _CONCEPT or key == "references":
             raise _unknown_key(key, "", [name for name in _CONCEPT if name != "references"])
         if key == "image" and "image" in references[-1]:
@@ -156,11 +156,11 @@ def _option_data(text: str) -> dict[str, Any]:
         into = references[-1] if key in _REFERENCE else concept
         if key in into:
             raise JobError(f"{key} stands twice. Give it once, or put image= before it for another reference.")
-        into[key] = _option_value(key, value)
+        into[key] = option_value(key, value)
     return {**concept, **references[0]} if len(references) == 1 else {**concept, "references": references}
 
 
-def _option_value(key: str, value: str) -> Any:
+def option_value(key: str, value: str) -> Any:
     if key == "token_index":
         return [_number(int, key, part) for part in value.replace(",", " ").split()]
     if key == "weight":
@@ -178,7 +178,7 @@ def _number(kind: Callable[[str], _T], key: str, text: str) -> _T:
         raise JobError(f"{key} is {_shown(text)}, expected {expected}.") from None
 
 
-def _split_option(text: str) -> list[tuple[str, str]]:
+def split_option(text: str) -> list[tuple[str, str]]:
     """Cut at commas that are neither quoted nor escaped: [(key, value), ...]."""
     if not isinstance(text, str):
         raise JobError(f"found {type(text).__name__}, expected text such as 'word=man,image=man.jpg'.")

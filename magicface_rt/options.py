@@ -104,7 +104,7 @@ class Options:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
             limit = "2**64-1" if high == _SEEDS[1] else high
-            raise OptionError(f"{name} is {_shown(value)}, expected a whole number from {low} to {limit}.")
+            raise OptionError(f"{name} is {shown(value)}, expected a whole number from {low} to {limit}.")
         self._set(name, int(value))
 
     def _number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
@@ -112,14 +112,14 @@ class Options:
         number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
         if not number or not low <= value <= high or (above and value == low) or not math.isfinite(value):
             start = f"above {low:g}, up to {high:g}" if above else f"from {low:g} to {high:g}"
-            raise OptionError(f"{name} is {_shown(value)}, expected a finite number {start}.")
+            raise OptionError(f"{name} is {shown(value)}, expected a finite number {start}.")
         self._set(name, float(value))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """The value as a message can hold it; Python refuses to write integers of thousands of digits."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"

@@ -29,6 +29,10 @@ class BareReference:
     prompt: str
     tokens: dict[int, int]
 
+    def key(self, origin: Origin, storage: Storage) -> str:
+        """What names its keys in a store."""
+        return content_key(origin, self.loaded, self.prompt, storage)
+
 
 class Preparer:
     """Prepares references at one workplace."""
@@ -43,11 +47,15 @@ class Preparer:
     def prepare(
         self, references: Sequence[BareReference], origin: Origin, storage: Storage, *, workspace: int | None = None
     ) -> list[KeptReference]:
-        """Keys of all steps, out of the store where they are there."""
+        """Keys of all steps, out of the store where they are there.
+
+        While another request prepares one of them, progress is reported again and again at the step where it waits, so
+        that waiting can be cancelled.
+        """
         total = origin.steps * len(references)
         kept = []
         for number, bare in enumerate(references):
-            key = content_key(origin, bare.loaded, bare.prompt, storage)
+            key = bare.key(origin, storage)
 
             def make(bare: BareReference = bare, key: str = key, before: int = number * origin.steps) -> KeptReference:
                 with self.course.timed("image_encoding"):
@@ -69,7 +77,10 @@ class Preparer:
                         report=lambda done: self.course.report(Progress(before + done, total, "prepare", 0, 1)),
                     )
 
-            kept.append(self.keeper.store.get_or_make(key, make))
+            def waiting(before: int = number * origin.steps) -> None:
+                self.course.report(Progress(before, total, "prepare", 0, 1))
+
+            kept.append(self.keeper.store.get_or_make(key, make, waiting))
         return kept
 
 
@@ -82,9 +93,47 @@ def load_bare(concept: Concept, bundle: Bundle) -> list[BareReference]:
     ]
 
 
-def tokens_of(concept: NamedConcept, bare: Sequence[BareReference]) -> list[Tokens]:
-    """A concept's references as the memory plan sees them."""
-    used = concept.weight != 0
-    if isinstance(concept, KeptConcept):
-        return [Tokens(r.tokens, "file" if r.mapped else "memory", r.nbytes, used) for r in concept.references]
-    return [Tokens(reference.tokens, "no", 0, used) for reference in bare]
+def held_references(keeper: Keeper, references: Sequence[BareReference], origin: Origin) -> list[KeptReference | None]:
+    """Those of a bare concept's references that the Session's store has already, None for each that it has not."""
+    if not keeper.settings.keep:
+        return [None] * len(references)
+    return [keeper.store.find(bare.key(origin, keeper.settings.storage)) for bare in references]
+
+
+class TokenList:
+    """The references of requests as the memory plan sees them, each once however many concepts share it."""
+
+    def __init__(self) -> None:
+        self._found: dict[object, Tokens] = {}
+        self.keys: list[str] = []
+
+    def add(
+        self,
+        concept: NamedConcept,
+        bare: Sequence[BareReference] = (),
+        held: Sequence[KeptReference | None] = (),
+        seed: int = 0,
+    ) -> None:
+        """`bare`, `held`: of a bare concept, its references and what the store has of them."""
+        used = concept.weight != 0
+        if isinstance(concept, KeptConcept):
+            for one in concept.references:
+                self._add_kept(one, used)
+            return
+        for reference, one_held in zip(bare, held, strict=True):
+            if one_held is not None:
+                self._add_kept(one_held, used)
+            else:
+                self._add((id(reference), seed), Tokens(reference.tokens, "no", 0, used))
+
+    @property
+    def tokens(self) -> list[Tokens]:
+        return list(self._found.values())
+
+    def _add_kept(self, one: KeptReference, used: bool) -> None:
+        self.keys.append(one.key)
+        self._add(one.key, Tokens(one.tokens, "file" if one.mapped else "memory", one.nbytes, used))
+
+    def _add(self, key: object, tokens: Tokens) -> None:
+        if key not in self._found or tokens.used:
+            self._found[key] = tokens

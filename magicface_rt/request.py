@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .bundle import Bundle
 from .concept import Concept, NamedConcept, PlacedConcept, place_concepts
-from .errors import ConceptError
+from .errors import ConceptError, OptionError
 from .kept import KeptConcept, Origin
 from .options import Options
 from .regions import Stage
@@ -58,6 +58,52 @@ class CheckedRequest:
         return [placed.concept for placed in self.placed]
 
 
+def check_concepts(concepts: object) -> tuple[NamedConcept, ...]:
+    """The concepts of a request, as a tuple.
+
+    Raises:
+        ConceptError: a single concept, something that holds none, or an entry that is no concept.
+    """
+    if isinstance(concepts, NamedConcept):
+        raise ConceptError(f"concepts is the concept {concepts.name!r}, expected a list of concepts: [concept].")
+    if isinstance(concepts, (str, bytes)) or not isinstance(concepts, Iterable):
+        raise ConceptError(f"concepts is a {type(concepts).__name__}, expected a list of concepts.")
+    found = tuple(concepts)
+    for position, concept in enumerate(found):
+        if not isinstance(concept, (Concept, KeptConcept)):
+            raise ConceptError(
+                f"concepts[{position}] is a {type(concept).__name__}, expected a Concept or a KeptConcept."
+            )
+    return found
+
+
+def check_batch(requests: object) -> tuple[Request, ...]:
+    """The requests of a batch, as a tuple.
+
+    Raises:
+        OptionError: there is none; one is no `Request` or has no `Options`; they differ in `steps`.
+    """
+    if isinstance(requests, (str, bytes)) or not isinstance(requests, Iterable):
+        raise OptionError(f"requests is a {type(requests).__name__}, expected a list of Request objects.")
+    found = tuple(requests)
+    if not found:
+        raise OptionError("requests is empty, expected at least one Request.")
+    for position, request in enumerate(found):
+        if not isinstance(request, Request):
+            raise OptionError(f"requests[{position}] is a {type(request).__name__}, expected a Request.")
+        if not isinstance(request.options, Options):
+            raise OptionError(
+                f"requests[{position}].options is a {type(request.options).__name__}, expected an Options object."
+            )
+    steps = sorted({request.options.steps for request in found})
+    if len(steps) > 1:
+        raise OptionError(
+            f"the requests of a batch have {' and '.join(map(str, steps))} steps, expected one number. Make a "
+            "batch for each."
+        )
+    return found
+
+
 def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> CheckedRequest:
     """What would otherwise be refused only after minutes of work.
 
@@ -65,7 +111,7 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> Che
         InputError: a prompt, concept or setting that cannot be used.
     """
     options = request.options
-    placed = place_concepts(request.prompt, tuple(request.concepts), tokenizer, bundle.limits.concepts)
+    placed = place_concepts(request.prompt, check_concepts(request.concepts), tokenizer, bundle.limits.concepts)
     origin = Origin.of(bundle, options.steps, options.reference_seed)
     tokenizer.encode(options.negative_prompt)
     for one in placed:
@@ -76,10 +122,7 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> Che
                 f"concept {one.concept.name!r}: weight is {weight:g}; with weight_mode='scale' it multiplies "
                 f"logits, and is expected from -{MAX_SCALE_WEIGHT:g} to {MAX_SCALE_WEIGHT:g}."
             )
-    references = [
-        r for one in placed if isinstance(one.concept, (Concept, KeptConcept)) for r in one.concept.references
-    ]
-    check_number(len(references), bundle)
+    check_number(sum(len(one.concept.references) for one in placed), bundle)
     return CheckedRequest(request.prompt, options, placed)
 
 
@@ -87,11 +130,9 @@ def check_concept(concept: NamedConcept, origin: Origin, tokenizer: Tokenizer) -
     """Raises InputError for a kept concept of another origin, and for a reference prompt that is too long."""
     if isinstance(concept, KeptConcept):
         concept.origin.check(origin, concept.name)
-    elif isinstance(concept, Concept):
-        for reference in concept.references:
-            tokenizer.encode(reference.prompt)
-    else:
-        raise ConceptError(f"concept {concept.name!r} is a {type(concept).__name__}, expected a Concept.")
+        return
+    for reference in concept.references:
+        tokenizer.encode(reference.prompt)
 
 
 def check_number(references: int, bundle: Bundle) -> None:

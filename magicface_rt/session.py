@@ -9,18 +9,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from .backends import Backend, GraphRunner, open_backend
 from .backends.tensorrt import PlanStore
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
 from .course import Course
-from .errors import BackendError, BundleError, ConceptError, OptionError, SessionClosedError
+from .errors import BackendError, BundleError, Cancelled, ConceptError, OptionError, SessionClosedError
 from .kept import KeptConcept, MemoryPlan, Origin
 from .kept.keeper import Keeper, KeepSettings, checked_storage
 from .kept.memory import MEMORY
 from .options import Options
-from .preparing import Preparer, load_bare, tokens_of
-from .request import Progress, ProgressCallback, Request, check_concept, check_number, check_request
+from .preparing import Preparer, TokenList, held_references, load_bare
+from .request import (
+    Progress,
+    ProgressCallback,
+    Request,
+    check_batch,
+    check_concept,
+    check_concepts,
+    check_number,
+    check_request,
+)
 from .results import Result
 from .sizes import parse_size
 from .tokenizer import Tokenizer
@@ -28,6 +39,9 @@ from .work import Work
 from .workplace import Workplace, Workplaces
 
 __all__ = ["Progress", "ProgressCallback", "Request", "Session"]
+
+WARM_UP_STEPS = 3
+"""A GPU runs the first as it is and captures the others: the latents change between two buffers, with a graph each."""
 
 
 class Session:
@@ -160,14 +174,40 @@ class Session:
                 self.backend.close()
 
     def warm_up(self, prompt: str = "", concepts: Sequence[NamedConcept] = (), **settings: Any) -> None:
-        """Load every graph and run a few steps, so that the first request does not wait for that.
+        """Load the graphs that such a request needs and run three of its steps, so that the first does not wait.
 
-        GPU backends compile and capture for shapes; give the concepts and settings of a typical request.
+        GPU backends compile and capture for shapes; give the concepts and settings of a typical request. A kept concept
+        brings its number of steps and `reference_seed`, where the settings do not name them.
 
         Raises what `generate` raises.
         """
-        steps = next((concept.steps for concept in concepts if isinstance(concept, KeptConcept)), 4)
-        self.generate(prompt, concepts, **{"steps": steps, **settings})
+        concepts = check_concepts(concepts)
+        kept = next((concept for concept in concepts if isinstance(concept, KeptConcept)), None)
+        typical = {"steps": WARM_UP_STEPS}
+        if kept is not None:
+            typical = {"steps": kept.steps, "reference_seed": kept.reference_seed}
+        told: ProgressCallback | None = settings.pop("progress", None)
+        enough = False
+
+        def few(progress: Progress) -> bool:
+            nonlocal enough
+            if told is not None and told(progress) is False:
+                return False
+            enough = progress.stage != "prepare" and WARM_UP_STEPS <= progress.step < progress.steps
+            return not enough
+
+        try:
+            self.generate(prompt, concepts, progress=few, **{**typical, **settings})
+        except Cancelled:
+            if not enough:
+                raise
+            self._warm_decoder()
+
+    def _warm_decoder(self) -> None:
+        """Decode a picture's worth of nothing: a request that stopped early has not come so far."""
+        latents = np.zeros((1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
+        with self._worker(), self._place() as place:
+            place.binding("vae_decoder").once({"latents": latents})
 
     def generate(
         self,
@@ -192,10 +232,8 @@ class Session:
             NonFiniteError: a graph produced NaN or infinity.
             SessionClosedError: the session is closed.
         """
-        if isinstance(concepts, NamedConcept):
-            raise ConceptError(f"concepts is the concept {concepts.name!r}, expected a list of concepts: [concept].")
         chosen = Options.of(options, settings)
-        return self.generate_batch([Request(prompt, tuple(concepts), chosen)], progress=progress)[0]
+        return self.generate_batch([Request(prompt, concepts, chosen)], progress=progress)[0]
 
     def generate_batch(self, requests: Sequence[Request], *, progress: ProgressCallback | None = None) -> list[Result]:
         """Make the pictures of several requests together, each as it would be made alone.
@@ -204,17 +242,10 @@ class Session:
         weights and switches share one copy of the reference keys. Every result has the timings of the whole batch.
 
         Raises:
-            OptionError: the requests differ in `steps`; there is none.
+            OptionError: the requests differ in `steps`; there is none; one is no `Request`.
             whatever `generate` raises.
         """
-        if not requests:
-            raise OptionError("requests is empty, expected at least one Request.")
-        steps = sorted({request.options.steps for request in requests})
-        if len(steps) > 1:
-            raise OptionError(
-                f"the requests of a batch have {' and '.join(map(str, steps))} steps, expected one number. Make a "
-                "batch for each."
-            )
+        requests = check_batch(requests)
         with self._worker():
             checked = [check_request(request, self.bundle, self.tokenizer) for request in requests]
             with self._place() as place:
@@ -228,14 +259,14 @@ class Session:
         *,
         steps: int = 50,
         reference_seed: int = 0,
-        storage: str = "exact",
+        storage: str | None = None,
         workspace: int | str | None = None,
         progress: ProgressCallback | None = None,
     ) -> KeptConcept:
         """Compute a concept's keys for all steps once, for any number of pictures with that many steps.
 
         storage    "exact", or "8-bit" for a quarter of 32-bit and half of 16-bit keys; `error` of the result says what
-                   it cost
+                   it cost. The Session's own, unless given
         workspace  bytes that a pass through the network may take; more steps go through it together. 512 MiB, unless
                    given
         progress   called after every pass, with the stage "prepare"; return False to cancel
@@ -250,7 +281,7 @@ class Session:
         if not isinstance(concept, Concept):
             raise ConceptError(f"concept is a {type(concept).__name__}, expected a Concept; a kept one is prepared.")
         options = Options(steps=steps, reference_seed=reference_seed)
-        form = checked_storage(storage)
+        form = self._keeper.settings.storage if storage is None else checked_storage(storage)
         room = None if workspace is None else parse_size(workspace, "workspace")
         with self._worker():
             origin = Origin.of(self.bundle, options.steps, options.reference_seed)
@@ -293,23 +324,23 @@ class Session:
         options = Options(steps=steps, images=images)
         self.bundle.schedule.timesteps(options.steps)
         self._check_open()
-        tokens, keys = [], []
-        for position, concept in enumerate(concepts):
+        listed, references = TokenList(), 0
+        for concept in check_concepts(concepts):
             if isinstance(concept, KeptConcept):
                 seed = concept.reference_seed
                 concept.origin.check(Origin.of(self.bundle, options.steps, seed), concept.name)
-                keys += [reference.key for reference in concept.references]
-                tokens += tokens_of(concept, ())
+                listed.add(concept)
             elif isinstance(concept, Concept):
-                tokens += tokens_of(concept, load_bare(concept, self.bundle))
-            else:
-                raise ConceptError(f"concepts[{position}] is a {type(concept).__name__}, expected a Concept.")
-        check_number(len(tokens), self.bundle)
+                bare = load_bare(concept, self.bundle)
+                origin = Origin.of(self.bundle, options.steps, options.reference_seed)
+                listed.add(concept, bare, held_references(self._keeper, bare, origin))
+            references += len(concept.references)
+        check_number(references, self.bundle)
         return self._keeper.plan(
-            tokens,
+            listed.tokens,
             steps=options.steps,
             images=options.images,
-            keys=keys,
+            keys=listed.keys,
             memory=memory,
             budget=None if budget is None else parse_size(budget, "budget"),
         )

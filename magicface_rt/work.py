@@ -18,13 +18,12 @@ from .concept import Concept, NamedConcept
 from .course import Course
 from .denoiser import DenoisingLoop, Float32Array, Guidance
 from .encoding import encode_image, encode_text
-from .errors import DeviceError, NonFiniteError
+from .errors import DeviceMemoryError, NonFiniteError
 from .images import pixels_to_images
 from .kept import KeptConcept, KeptReference, MemoryPlan, Origin
 from .kept.feed import ComputedKeys, KeyFeed, PlacedKeys, ReferencePass, Source, StoredKeys
 from .kept.keeper import Keeper
-from .kept.memory import Tokens
-from .preparing import BareReference, Preparer, load_bare, tokens_of
+from .preparing import BareReference, Preparer, TokenList, held_references, load_bare
 from .regions import Stage
 from .request import CheckedRequest, Progress
 from .results import Result, Timings
@@ -73,6 +72,8 @@ class Work:
         self.place = place
         self.course = course
         self.preparer = Preparer(bundle, tokenizer, keeper, place, course)
+        self.held: dict[tuple[int, int], list[KeptReference | None]] = {}
+        """By concept and reference_seed what the store had of a bare concept when the request was planned."""
         self.step_seconds: list[float] = []
 
     def run(self, requests: Sequence[CheckedRequest], *, backend: str, provenance: bool) -> list[Result]:
@@ -114,7 +115,7 @@ class Work:
     # -------------------------------------------------------------------------------------------- before the loop
 
     def _load(self) -> dict[int, list[BareReference]]:
-        """The references of every bare concept whose weight is not 0, by the concept's id."""
+        """The references of every bare concept, by the concept's id."""
         found: dict[int, list[BareReference]] = {}
         for concept in (c for request in self.requests for c in request.concepts):
             if isinstance(concept, Concept) and id(concept) not in found:
@@ -124,6 +125,7 @@ class Work:
     def _references(self, loaded: dict[int, list[BareReference]], held: ExitStack) -> _References:
         """Where the keys of every concept come from, after those that are to be prepared were prepared."""
         plan = self._plan(loaded)
+        self.keeper.make_room(plan, self._kept_keys())
         by_concept: dict[tuple[int, int], list[Source]] = {}
         kept_sources: dict[str, StoredKeys] = {}
         references = _References([])
@@ -132,13 +134,15 @@ class Work:
             for concept in request.concepts:
                 which = id(concept), request.options.reference_seed
                 if which not in by_concept and concept.weight != 0:
-                    if isinstance(concept, Concept) and plan.mode == "recompute":
+                    if isinstance(concept, Concept) and plan.mode == "recompute" and None in self.held[which]:
                         by_concept[which] = self._computed(loaded[id(concept)], references, which[1])
                     else:
                         kept = self._prepared(concept, loaded, which[1])
-                        by_concept[which] = [self._stored(one, plan, held, kept_sources) for one in kept]
+                        by_concept[which] = [self._stored(one, plan, kept_sources) for one in kept]
                 of_request.append(by_concept.get(which, []))
             references.sources.append(of_request)
+        if plan.mode == "keep":
+            self._put_on_device(list(kept_sources.values()), held)
         if references.bare:
             self._encode(references)
         return references
@@ -155,47 +159,69 @@ class Work:
     ) -> Sequence[KeptReference]:
         if isinstance(concept, KeptConcept):
             return concept.references
+        if None not in (held := self.held[id(concept), seed]):
+            return [one for one in held if one is not None]
         origin = Origin.of(self.bundle, self.steps, seed)
         return self.preparer.prepare(loaded[id(concept)], origin, self.keeper.settings.storage)
 
     def _plan(self, loaded: dict[int, list[BareReference]]) -> MemoryPlan:
-        tokens: list[Tokens] = []
-        keys: list[str] = []
-        seen: set[tuple[int, int]] = set()
+        listed = TokenList()
+        for request in self.requests:
+            seed = request.options.reference_seed
+            origin = Origin.of(self.bundle, self.steps, seed)
+            for concept in request.concepts:
+                which, bare = (id(concept), seed), loaded.get(id(concept), ())
+                if which not in self.held:
+                    self.held[which] = held_references(self.keeper, bare, origin)
+                listed.add(concept, bare, self.held[which], seed)
+        images = sum(request.options.images for request in self.requests)
+        self._take_room(preparing=any(tokens.held == "no" and tokens.used for tokens in listed.tokens))
+        return self.keeper.plan(
+            listed.tokens, steps=self.steps, images=images, keys=listed.keys, own_keys=len(self.requests) > 1
+        )
+
+    def _take_room(self, *, preparing: bool) -> None:
+        """On a device, what the network takes is taken before the plan divides what is left among the keys."""
+        if self.keeper.backend.free_device_memory() is not None:
+            for graph in ("denoise_step", "vae_decoder", *(("vae_encoder", "reference_kv") if preparing else ())):
+                self.place.binding(graph)
+
+    def _kept_keys(self) -> set[str]:
+        """Content keys of the references that are used and were prepared before."""
+        found: set[str] = set()
         for request in self.requests:
             for concept in request.concepts:
-                if (id(concept), request.options.reference_seed) in seen:
-                    continue
-                seen.add((id(concept), request.options.reference_seed))
-                found = tokens_of(concept, loaded.get(id(concept), ()))
-                tokens += found
-                if isinstance(concept, KeptConcept):
-                    keys += [reference.key for reference in concept.references]
-        images = sum(request.options.images for request in self.requests)
-        return self.keeper.plan(tokens, steps=self.steps, images=images, keys=keys, own_keys=len(self.requests) > 1)
+                if concept.weight != 0:
+                    which = id(concept), request.options.reference_seed
+                    kept = concept.references if isinstance(concept, KeptConcept) else self.held[which]
+                    found |= {one.key for one in kept if one is not None}
+        return found
 
-    def _stored(
-        self, kept: KeptReference, plan: MemoryPlan, held: ExitStack, sources: dict[str, StoredKeys]
-    ) -> StoredKeys:
-        """A prepared reference where the plan's mode has it."""
-        if kept.key in sources:
-            return sources[kept.key]
-        source = StoredKeys(kept)
-        shelf = self.place.shelf()
+    def _stored(self, kept: KeptReference, plan: MemoryPlan, sources: dict[str, StoredKeys]) -> StoredKeys:
+        """A prepared reference on the host, as the plan's mode has it there."""
+        if kept.key not in sources:
+            read = plan.mode == "keep" and self.place.shelf() is None
+            sources[kept.key] = StoredKeys(kept.in_memory() if read else kept)
+        return sources[kept.key]
+
+    def _put_on_device(self, sources: Sequence[StoredKeys], held: ExitStack) -> None:
+        """Have the keys of all steps there until the end of `held`. Where some find no room, all are streamed."""
+        shelf, on_device = self.place.shelf(), self.keeper.on_device
         if shelf is None:
-            source = StoredKeys(kept.in_memory() if plan.mode == "keep" else kept)
-        elif plan.mode == "keep":
-            try:
-                on_device = self.keeper.on_device.take(kept, shelf, self.bundle, self.steps)
-            except DeviceError as error:
-                if self.keeper.settings.memory == "keep":
-                    raise
-                logger.warning("the device has no room for all steps of a reference, so they are streamed: %s", error)
-            else:
-                held.callback(self.keeper.on_device.release, [kept.key])
-                source = StoredKeys(kept, on_device)
-        sources[kept.key] = source
-        return source
+            return
+        # Those that are there come first, or the others might take their room.
+        ordered = sorted(sources, key=lambda source: not on_device.holds(source.kept.key))
+        try:
+            with ExitStack() as taken:
+                for source in ordered:
+                    source.on_device = taken.enter_context(on_device.use(source.kept, shelf, self.bundle, self.steps))
+                held.enter_context(taken.pop_all())
+        except DeviceMemoryError as error:
+            if self.keeper.settings.memory == "keep":
+                raise
+            for source in sources:
+                source.on_device = None
+            logger.warning("the device has no room for all steps of the references, so they are streamed: %s", error)
 
     def _encode(self, references: _References) -> None:
         with self.course.timed("image_encoding"):
@@ -210,13 +236,40 @@ class Work:
 
     def _denoise_batches(self, references: _References) -> tuple[list[Float32Array], list[NDArray[np.int64]]]:
         """All images, as many of them together as the bundle and its plan take; for each request its own."""
-        images = [_Image(r, k) for r, request in enumerate(self.requests) for k in range(request.options.images)]
-        size = min(self.bundle.limits.images, self.place.binding("denoise_step").largest("B") or len(images))
-        batches = [images[i : i + size] for i in range(0, len(images), size)]
+        batches = self._batches(references)
         made = [self._denoise(references, batch, (n, len(batches))) for n, batch in enumerate(batches)]
         latents, regions = np.concatenate([m[0] for m in made]), np.concatenate([m[1] for m in made])
         ends = np.cumsum([request.options.images for request in self.requests])[:-1]
         return np.split(latents, ends), np.split(regions, ends)
+
+    def _batches(self, references: _References) -> list[list[_Image]]:
+        """In their order, as many together as the bundle and the plans of `denoise_step` and `reference_kv` take."""
+        images = [_Image(r, k) for r, request in enumerate(self.requests) for k in range(request.options.images)]
+        size = min(self.bundle.limits.images, self.place.binding("denoise_step").largest("B") or len(images))
+        computed = [
+            {one.number for sources in of_request for one in sources if isinstance(one, ComputedKeys)}
+            for of_request in references.sources
+        ]
+        batches: list[list[_Image]] = []
+        numbers: set[int] = set()
+        for image in images:
+            together = numbers | computed[image.request]
+            if batches and len(batches[-1]) < size and self._fit_in_a_pass(references, together):
+                batches[-1].append(image)
+                numbers = together
+            else:
+                batches.append([image])
+                numbers = computed[image.request]
+        return batches
+
+    def _fit_in_a_pass(self, references: _References, numbers: set[int]) -> bool:
+        """Whether these references can be computed at one step together."""
+        if not numbers:
+            return True
+        largest = self.place.binding("reference_kv").largest
+        tokens = [references.bare[number].tokens for number in numbers]
+        counts = {"R": len(tokens), **{f"M{f}": sum(one[f] for one in tokens) for f in self.bundle.factors}}
+        return all(count <= (largest(symbol) or count) for symbol, count in counts.items())
 
     def _denoise(
         self, references: _References, images: Sequence[_Image], place: tuple[int, int]

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of the test run, made by the first of its processes that wants it."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    out = base / name
+    with FileLock(base / f"{name}.lock"):
+        if not out.exists():
+            make(out)
+    return out
 
 
 @pytest.fixture(scope="session")
@@ -15,9 +30,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
     from magicface_rt.export.random_weights import write_checkpoint
 
-    out = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    write_checkpoint("tiny", out, seed=0)
-    return out
+    return made_once(tmp_path_factory, "tiny-checkpoint", lambda out: write_checkpoint("tiny", out, seed=0))
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +39,7 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     from magicface_rt.export.checkpoint import Checkpoint
     from magicface_rt.export.exporter import export_bundle
 
-    out = tmp_path_factory.mktemp("bundle") / "tiny"
-    export_bundle(Checkpoint.open(tiny_checkpoint), out)
-    return out
+    def export(out: Path) -> None:
+        export_bundle(Checkpoint.open(tiny_checkpoint), out)
+
+    return made_once(tmp_path_factory, "tiny-bundle", export)

@@ -261,6 +261,7 @@ class HostBinding(Binding):
 
     def __init__(self, runner: GraphRunner, outputs: Sequence[str] | None = None) -> None:
         super().__init__(runner.contract, outputs)
+        self.limits = runner.limits
         self._runner = runner
         self._arrays: Arrays = {}
         self._results: Arrays = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendMissingError, DeviceError
+from ..errors import BackendMissingError, DeviceError, DeviceMemoryError
 
 MEGABYTE = 1_000_000
 ALIGNMENT = 256
 _NO_DEVICE = 100
 _OLD_DRIVER = 35
 _OUT_OF_MEMORY = 2
+_LOCKING = "cudaHostAlloc"
 _HOST_MEMORY = Path("/proc/meminfo")
+
+Reclaim = Callable[[int], int]
+"""Frees device memory that nobody needs now: at least so many bytes, if it can. Returns how many it freed."""
 
 logger = logging.getLogger("magicface_rt.device")
 
@@ -58,8 +62,14 @@ class CudaCallError(DeviceError):
         return self.code != _OUT_OF_MEMORY
 
 
+class CudaMemoryError(CudaCallError, DeviceMemoryError):
+    """A call failed because there is too little memory."""
+
+
 class Device:
     """One GPU, by its ordinal. `cuda`: the module `cuda.bindings.runtime`, or a stand-in for it.
+
+    Who holds memory that can be done without registers with `reclaim_from`, and is asked before memory is refused.
 
     Raises:
         BackendMissingError: cuda-bindings is not installed.
@@ -70,6 +80,7 @@ class Device:
         self.cuda = cuda if cuda is not None else import_cuda()
         self.ordinal = ordinal
         self._logged_code = 0
+        self._reclaims: list[Reclaim] = []
         count = self._count()
         if isinstance(ordinal, bool) or not isinstance(ordinal, int) or not 0 <= ordinal < count:
             there_are = "there is one, 0" if count == 1 else f"there are {count}, 0 to {count - 1}"
@@ -130,13 +141,51 @@ class Device:
         return bool(self.call("cudaDeviceGetAttribute", self.cuda.cudaDeviceAttr.cudaDevAttrIntegrated, self.ordinal))
 
     def require(self, nbytes: int, what: str) -> None:
-        """Raises DeviceError where less than `nbytes` are free; `what` will hold them. Allocates nothing."""
+        """See to it that `nbytes` are free, which `what` will hold. Allocates nothing.
+
+        Raises:
+            DeviceMemoryError: less are free, even without what could be reclaimed.
+        """
         free, total = self.memory()
+        while nbytes > free and self.reclaim(nbytes - free):
+            free, total = self.memory()
         if nbytes > free:
-            raise DeviceError(
+            raise DeviceMemoryError(
                 f"{what} needs {megabytes(nbytes)} more, and {megabytes(free)} of {megabytes(total)} are free on "
                 f"device {self.ordinal}. Ask for fewer images or references, use a smaller bundle, or free the device."
             )
+
+    def reclaim_from(self, reclaim: Reclaim) -> None:
+        """Call `reclaim` when memory is short, in whichever thread it is; it must not wait for other threads' work."""
+        if reclaim not in self._reclaims:
+            self._reclaims.append(reclaim)
+
+    def no_longer_from(self, reclaim: Reclaim) -> None:
+        """Take back `reclaim_from`."""
+        if reclaim in self._reclaims:
+            self._reclaims.remove(reclaim)
+
+    def reclaim(self, nbytes: int) -> int:
+        """Have memory freed that nobody needs now, until it is so many bytes; returns how many were freed."""
+        freed = 0
+        for reclaim in tuple(self._reclaims):
+            if freed < nbytes:
+                freed += reclaim(nbytes - freed)
+        return freed
+
+    def call_for_memory(self, name: str, *arguments: Any, nbytes: int = 1) -> Any:
+        """As `call`, for what takes device memory, about `nbytes`: where there is none, some is reclaimed first.
+
+        Raises:
+            DeviceMemoryError: there is too little memory, even without what could be reclaimed.
+            DeviceError: the call failed.
+        """
+        while True:
+            try:
+                return self.call(name, *arguments)
+            except CudaMemoryError:
+                if not self.reclaim(nbytes):
+                    raise
 
     def _count(self) -> int:
         status, *results = self.cuda.cudaGetDeviceCount()
@@ -163,10 +212,11 @@ class Device:
         for function in ("cudaGetErrorName", "cudaGetErrorString"):
             _, text = getattr(self.cuda, function)(status)
             words.append(text.decode() if isinstance(text, bytes) else str(text))
-        hint = " Free the device's memory, or ask for fewer images or references." if code == _OUT_OF_MEMORY else ""
-        return CudaCallError(
-            f"CUDA call {name} failed on device {self.ordinal} with error {code} ({': '.join(words)}).{hint}", code
-        )
+        said = f"CUDA call {name} failed on device {self.ordinal} with error {code} ({': '.join(words)})."
+        if code != _OUT_OF_MEMORY:
+            return CudaCallError(said, code)
+        whose = "memory on the host, of which it could not lock enough" if name == _LOCKING else "the device's memory"
+        return CudaMemoryError(f"{said} Free {whose}, or ask for fewer images or references.", code)
 
     def release(self, name: str, *arguments: Any) -> None:
         """As `call`, for what frees something: a failure is logged, because the cause of it was raised before."""
@@ -185,7 +235,7 @@ class Buffer:
     def __init__(self, device: Device, nbytes: int) -> None:
         self.device = device
         self.nbytes = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
-        self.address = int(device.call("cudaMalloc", self.nbytes))
+        self.address = int(device.call_for_memory("cudaMalloc", self.nbytes, nbytes=self.nbytes))
         self.freed = False
 
     def free(self) -> None:
@@ -218,7 +268,7 @@ class Staging:
             self._in_flight = False
         if nbytes > self._nbytes:
             self._free_memory()
-            self._address = int(self._device.call("cudaHostAlloc", nbytes, 0))
+            self._address = int(self._device.call(_LOCKING, nbytes, 0))
             self._nbytes = nbytes
         pinned = (ctypes.c_ubyte * nbytes).from_address(self._address)
         return np.frombuffer(memoryview(pinned), np.uint8)
@@ -349,7 +399,7 @@ def capture(stream: Stream) -> Iterator[Capture]:
         raise
     graph = device.call("cudaStreamEndCapture", stream.handle)
     try:
-        made.graph = CapturedGraph(device, device.call("cudaGraphInstantiate", graph, 0))
+        made.graph = CapturedGraph(device, device.call_for_memory("cudaGraphInstantiate", graph, 0))
     finally:
         device.release("cudaGraphDestroy", graph)
 

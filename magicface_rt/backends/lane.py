@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ..errors import DeviceError
+from ..errors import DeviceError, DeviceMemoryError
 from .device import Buffer, CudaCallError, Device, Stream
 
 
@@ -45,8 +45,7 @@ class Lane:
     def leave(self) -> None:
         self._users -= 1
         if self._users == 0:
-            self.device.release("cudaSetDevice", self.device.ordinal)
-            self.device.release("cudaStreamSynchronize", self.stream.handle)
+            self.settle()
             self.scratch.free()
             self.stream.destroy()
 
@@ -56,15 +55,26 @@ class Lane:
             self._enqueued.append(graph)
 
     @contextmanager
-    def naming(self, graph: str) -> Iterator[None]:
-        """Failures of CUDA calls in the block name the graphs that may have caused them: the block is `graph`'s."""
+    def naming(self, graph: str, what: str = "") -> Iterator[None]:
+        """Failures of CUDA calls in the block name the graphs that may have caused them: the block is `graph`'s.
+
+        Raises:
+            DeviceMemoryError: a call found too little memory.
+            DeviceError: a call failed.
+        """
         try:
             yield
         except CudaCallError as error:
             before = error.may_be_of_earlier_work and self._enqueued
-            which = f"graph {' or '.join(self._enqueued)} failed on the device" if before else f"graph {graph}"
+            which = f"graph {' or '.join(self._enqueued)} failed on the device" if before else f"graph {graph}{what}"
             self._enqueued = []
-            raise DeviceError(f"{which}: {error}") from error
+            kind = DeviceMemoryError if isinstance(error, DeviceMemoryError) else DeviceError
+            raise kind(f"{which}: {error}") from error
+
+    def settle(self) -> None:
+        """Wait for all that was enqueued, whatever has gone wrong; for those who free what it uses. Never raises."""
+        self.device.release("cudaSetDevice", self.device.ordinal)
+        self.device.release("cudaStreamSynchronize", self.stream.handle)
 
     def wait(self, graph: str) -> None:
         """Wait for all that was enqueued.
@@ -80,7 +90,8 @@ class Lane:
         """Grow the slots that are too small; returns whether any moved.
 
         Raises:
-            DeviceError: the device has not enough memory; nothing was allocated.
+            DeviceMemoryError: the device has not enough memory, even without what could be reclaimed. Where that was
+                known beforehand nothing was allocated; else a slot may be left without memory.
         """
         small = {slot: nbytes for slot, nbytes in needs.items() if slot.nbytes < nbytes}
         if not small:

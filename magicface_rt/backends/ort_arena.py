@@ -3,13 +3,14 @@
 By itself each graph keeps an arena of its own and plans a block of it for every shape that it has seen. A request runs
 its graphs one after the other, so that the arenas lie idle beside each other: at full size, in fp32 with three kept
 concepts, 9.4 GB at the peak, against 5.8 GB with one arena and no such plans, in the same time
-(`python -m benchmarks.kept_concepts`).
+(docs/design.md, "On the device").
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import threading
 from typing import Any
 
@@ -17,26 +18,32 @@ import numpy as np
 
 from .sum_model import sum_model
 
+logger = logging.getLogger("magicface_rt.onnxruntime")
 _registering = threading.Lock()
-_registered = False
+_usable: bool | None = None  # None before it was tried
 
 
 def use_shared_arena(ort: Any, options: Any) -> None:
     """Change the options of a session on the CPU: its tensors lie in the arena, its weights do not."""
-    global _registered
+    global _usable
     with _registering:
-        if not _registered:
-            kind, memory = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, ort.OrtMemType.DEFAULT
-            ort.create_and_register_allocator(ort.OrtMemoryInfo("Cpu", kind, 0, memory), None)
-            # The arena never gives back its first block, so that has to be a small one.
-            _run_in_arena(ort, ort.RunOptions())
-            _registered = True
-    _set(options)
+        if _usable is None:
+            try:
+                kind, memory = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, ort.OrtMemType.DEFAULT
+                ort.create_and_register_allocator(ort.OrtMemoryInfo("Cpu", kind, 0, memory), None)
+                # The arena never gives back its first block, so that has to be a small one.
+                _run_in_arena(ort, ort.RunOptions())
+                _usable = True
+            except Exception as error:
+                logger.warning("graphs on the CPU have arenas of their own, and take more memory: %s", error)
+                _usable = False
+    if _usable:
+        _set(options)
 
 
 def give_back(ort: Any) -> None:
     """Return to the system what no graph uses now. Graphs may run meanwhile."""
-    if _registered:
+    if _usable:
         shrinking = ort.RunOptions()
         shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         _run_in_arena(ort, shrinking)

@@ -306,9 +306,7 @@ class ResidentBinding(Binding):
         if self._closed:
             return
         super().close()
-        device = self.lane.device
-        device.release("cudaSetDevice", device.ordinal)
-        device.release("cudaStreamSynchronize", self.lane.stream.handle)
+        self.lane.settle()
         for captured in self._captured.values():
             captured.graph.destroy()
         self._captured.clear()

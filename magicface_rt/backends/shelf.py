@@ -17,7 +17,7 @@ Key = TypeVar("Key", bound=Hashable)
 DEPTH = 2
 """Steps on the device: the one that is being used, and the one that comes up meanwhile."""
 
-WHAT = "reference keys"
+GRAPH, WHAT = "denoise_step", "reference keys"
 
 
 class Shelf:
@@ -29,10 +29,6 @@ class Shelf:
         self._places: list[_Place] = []
         self._next = 0
 
-    def free_bytes(self) -> int:
-        """What the device has left."""
-        return self.lane.device.memory()[0]
-
     def keep(
         self, sizes: Mapping[Key, int], array: Callable[[Key], NDArray[Any]]
     ) -> tuple[Buffer, dict[Key, DeviceArray]]:
@@ -41,20 +37,24 @@ class Shelf:
         sizes: the bytes of each; array: gives one after the other.
 
         Raises:
-            DeviceError: the device has not enough memory, and nothing was allocated; a copy failed.
+            DeviceMemoryError: the device has not enough memory, or the host not enough that can be page-locked.
+            DeviceError: a copy failed. In both cases nothing stays allocated.
         """
         device = self.lane.device
-        with self.lane.naming(WHAT):
+        with self.lane.naming(GRAPH, f": {WHAT}"):
             offsets, nbytes = _offsets(sizes)
             device.require(nbytes, WHAT)
-            buffer, staging = Buffer(device, nbytes), Staging(device)
+            staging = Staging(device)
+            buffer: Buffer | None = None
             try:
+                buffer = Buffer(device, nbytes)
                 for key in sizes:
                     staging.upload(array(key), buffer, self.lane.stream, offset=offsets[key])
-                self.lane.wait(WHAT)
+                self.lane.wait(GRAPH)
             except BaseException:
-                device.release("cudaStreamSynchronize", self.lane.stream.handle)
-                buffer.free()
+                self.lane.settle()
+                if buffer is not None:
+                    buffer.free()
                 raise
             finally:
                 staging.free()
@@ -66,13 +66,15 @@ class Shelf:
         Call `used` when the lane's reading of them is enqueued.
 
         Raises:
-            DeviceError: the device has not enough memory; a copy failed.
+            DeviceMemoryError: the device has not enough memory, or the host not enough that can be page-locked.
+            DeviceError: a copy failed.
         """
-        with self.lane.naming(WHAT):
+        with self.lane.naming(GRAPH, f": {WHAT}"):
             self.lane.device.use()
             if self._stream is None:
                 self._stream = Stream(self.lane.device)
-                self._places = [_Place(self.lane) for _ in range(DEPTH)]
+            while len(self._places) < DEPTH:
+                self._places.append(_Place(self.lane))
             place = self._places[self._next]
             self._next = (self._next + 1) % DEPTH
             return place.bring(arrays, self._stream)
@@ -87,9 +89,8 @@ class Shelf:
         if self._stream is None:
             return
         device, stream, self._stream = self.lane.device, self._stream, None
-        device.release("cudaSetDevice", device.ordinal)
-        for waited in (self.lane.stream, stream):
-            device.release("cudaStreamSynchronize", waited.handle)
+        self.lane.settle()
+        device.release("cudaStreamSynchronize", stream.handle)
         for place in self._places:
             place.free()
         self._places = []
@@ -111,7 +112,7 @@ class _Place:
         offsets, nbytes = _offsets({key: array.nbytes for key, array in arrays.items()})
         if self._slot.nbytes < nbytes:
             stream.synchronize()
-            self._lane.reserve({self._slot: nbytes}, "denoise_step", f": {WHAT}")
+            self._lane.reserve({self._slot: nbytes}, GRAPH, f": {WHAT}")
         elif self._in_use:
             stream.wait_for(self._used)
         self._in_use = False

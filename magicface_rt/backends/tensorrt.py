@@ -113,7 +113,7 @@ class TensorRT(Backend):
         Raises:
             BundleError: the bundle does not hold that graph.
             PlanError: the store has no such plan, or it is damaged, or made for another GPU or bundle.
-            DeviceError: the plan does not fit into the device's free memory.
+            DeviceMemoryError: the plan does not fit into the device's free memory.
         """
         contract = bundle.graph(graph)
         try:
@@ -137,7 +137,7 @@ class TensorRT(Backend):
         Raises:
             PlanError: the store lacks a plan.
             TargetError: no target is for this GPU and the bundle's precision.
-            DeviceError: the plans and the largest scratch memory do not fit into what is free.
+            DeviceMemoryError: the plans and the largest scratch memory do not fit into what is free.
         """
         if self._build_missing:
             return
@@ -230,8 +230,7 @@ class TensorRT(Backend):
             if self._runtime is None:
                 self._logger = _engines("log").trt_logger(self.flavour.trt)
                 self._runtime = self.flavour.trt.Runtime(self._logger)
-            self.forget_errors()
-            engine = self._runtime.deserialize_cuda_engine(data)
+            engine = self.make(lambda: self._runtime.deserialize_cuda_engine(data), len(data))
         if engine is None:
             made_for = ", ".join(plan.key.compute_capabilities)
             raise PlanError(
@@ -240,6 +239,17 @@ class TensorRT(Backend):
                 f"{self.said()} Build the plan for this GPU: magicface-rt build"
             )
         return engine
+
+    def make(self, making: Callable[[], Any], nbytes: int = 1) -> Any:
+        """What the library makes, None where it does not. It takes device memory of its own, `nbytes` or more, and does
+        not say when it found too little; so memory is reclaimed, and it tries again.
+        """
+        self.forget_errors()
+        made = making()
+        while made is None and self.device.reclaim(nbytes):
+            self.forget_errors()
+            made = making()
+        return made
 
     def forget_errors(self) -> None:
         """What the library said so far is about something else than what is done next."""
@@ -334,11 +344,8 @@ class _Runner(GraphRunner):
         trt = self._backend.flavour.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._making:  # the plan's contexts share a runtime cache; an engine is not said to be thread-safe
-            self._backend.forget_errors()
-            if hasattr(trt, "IRuntimeCache"):
-                context = self._engine.create_execution_context(self._rtx_config(trt, strategy))
-            else:
-                context = self._engine.create_execution_context(strategy)
+            how = self._rtx_config(trt, strategy) if hasattr(trt, "IRuntimeCache") else strategy
+            context = self._backend.make(lambda: self._engine.create_execution_context(how))
         if context is None:
             raise BackendError(
                 f"graph {self.contract.name}: {self._backend.name} could not make an execution context. "

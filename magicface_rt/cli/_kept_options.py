@@ -1,17 +1,17 @@
-"""Kept concepts on the command line: `--kept`, and how a plan is shown."""
+"""Kept concepts on the command line: `--kept`, where keys are kept, and how a plan is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from magicface_rt import Concept, KeptConcept, MemoryPlan, OptionError
+from magicface_rt import Concept, InputError, KeptConcept, MemoryPlan, OptionError
 from magicface_rt.concept import NamedConcept
-from magicface_rt.kept.keeper import checked_storage
-from magicface_rt.kept.reference import Storage
+from magicface_rt.jobs import option_value, split_option
 
 from ._bundle_view import grid, size
 
@@ -22,58 +22,99 @@ KeptOption = Annotated[
     typer.Option(
         metavar="FILE",
         help="A prepared concept, man.concept, or file=man.concept,word=person,weight=2 for other settings. Takes the "
-        "place of the job's concept of that name. May be given several times.",
+        "place of the job's concept of that name, with that concept's settings. May be given several times.",
     ),
 ]
 StorageOption = Annotated[str, typer.Option(metavar="exact|8-bit", help="How keys are kept; 8-bit is smaller.")]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory that prepared references may stay in, such as 4GiB; else in none."),
+]
+MemoryOption = Annotated[
+    str, typer.Option(metavar="auto|keep|stream|recompute", help="Where the references' keys are, see `plan`; auto.")
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="What the references may need at the peak, such as 2GiB; on a GPU what is free."),
+]
 
 
-def storage_of(text: str) -> Storage:
-    """Raises OptionError for a storage that there is not."""
-    return checked_storage(text)
+@dataclass(frozen=True)
+class GivenKept:
+    """A `--kept`: the file's concept, and the settings that stand beside it."""
+
+    file: KeptConcept
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What it is called, and so whose place it takes."""
+        return str(self.settings.get("name") or self.settings.get("word") or self.file.name)
+
+    def alone(self) -> KeptConcept:
+        """With the file's settings where none are given."""
+        return self.file.renamed(
+            self.settings.get("word"),
+            weight=self.settings.get("weight"),
+            token_index=self.settings.get("token_index"),
+            name=self.settings.get("name"),
+        )
+
+    def instead_of(self, concept: NamedConcept) -> KeptConcept:
+        """With that concept's settings where none are given. A word that is given leaves its token_index behind."""
+        token_index = None if "word" in self.settings else concept.token_index
+        return self.file.renamed(
+            self.settings.get("word", concept.word),
+            weight=self.settings.get("weight", concept.weight),
+            token_index=self.settings.get("token_index", token_index),
+            name=concept.name,
+        )
 
 
-def load_kept(texts: Sequence[str]) -> list[KeptConcept]:
-    """The concepts of `--kept`, under the words and weights given there.
+def load_kept(texts: Sequence[str]) -> list[GivenKept]:
+    """What each `--kept` gives.
 
     Raises:
-        OptionError: the option cannot be read.
+        OptionError: an option cannot be read, or two would have one name.
         KeptConceptError: the file cannot be used.
         ConceptError: a weight or token index out of range.
     """
-    return [_load(text) for text in texts]
+    found: dict[str, GivenKept] = {}
+    for text in texts:
+        given = _load(text)
+        if given.name in found:
+            raise OptionError(f"--kept was given twice for the concept {given.name!r}; give one of them another name=.")
+        found[given.name] = given
+    return list(found.values())
 
 
-def _load(text: str) -> KeptConcept:
-    if not text.startswith("file="):
-        return KeptConcept.load(text)
-    given: dict[str, str] = {}
-    for part in text.split(","):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in _KEYS or key in given:
-            raise OptionError(
-                f"--kept {text!r}: {part!r} is not expected; give file=PATH once, and any of {', '.join(_KEYS[1:])} "
-                "as KEY=VALUE, with commas between."
-            )
-        given[key] = value
-    kept = KeptConcept.load(given["file"])
-    return kept.renamed(
-        given.get("word"),
-        name=given.get("name"),
-        weight=_number(given, "weight"),
-        token_index=_whole(given, "token_index"),
-    )
+def _load(text: str) -> GivenKept:
+    """Quotes and escapes are those of `--concept`. A text that starts with none of the keys is a file's name."""
+    if text.partition("=")[0].strip() not in _KEYS or "=" not in text:
+        return GivenKept(KeptConcept.load(text), {})
+    settings: dict[str, Any] = {}
+    try:
+        for key, value in split_option(text):
+            if key not in _KEYS or key in settings:
+                raise OptionError(f"{key}={value} is not expected; give file= once, and any of {', '.join(_KEYS[1:])}.")
+            settings[key] = option_value(key, value)
+        if "file" not in settings:
+            raise OptionError("file= is missing.")
+    except InputError as error:
+        raise OptionError(f"--kept {text!r}: {error}") from error
+    given = GivenKept(KeptConcept.load(settings.pop("file")), settings)
+    given.alone()  # weight and token_index are refused before anything else is looked at
+    return given
 
 
-def replace_concepts(concepts: Sequence[NamedConcept], kept: Sequence[KeptConcept]) -> list[NamedConcept]:
+def replace_concepts(concepts: Sequence[NamedConcept], kept: Sequence[GivenKept]) -> list[NamedConcept]:
     """The concepts of a job with the kept ones in the places of those with their name, and the others behind."""
-    by_name: dict[str, KeptConcept] = {}
-    for one in kept:
-        if one.name in by_name:
-            raise OptionError(f"--kept was given twice for the concept {one.name!r}; give one of them another name=.")
-        by_name[one.name] = one
-    taken: list[NamedConcept] = [by_name.pop(concept.name, concept) for concept in concepts]
-    return [*taken, *by_name.values()]
+    by_name = {given.name: given for given in kept}
+    taken: list[NamedConcept] = []
+    for concept in concepts:
+        given = by_name.pop(concept.name, None)
+        taken.append(concept if given is None else given.instead_of(concept))
+    return [*taken, *(given.alone() for given in by_name.values())]
 
 
 def bare_concepts(concepts: Sequence[NamedConcept]) -> list[Concept]:
@@ -89,17 +130,3 @@ def plan_table(plan: MemoryPlan) -> Table:
         amounts = (size(use.host), size(use.device)) if plan.on_device else (size(use.host),)
         table.add_row("->" if mode == plan.mode else "", mode, *amounts)
     return table
-
-
-def _number(given: dict[str, str], key: str) -> float | None:
-    try:
-        return float(given[key]) if key in given else None
-    except ValueError:
-        raise OptionError(f"--kept: {key} is {given[key]!r}, expected a number.") from None
-
-
-def _whole(given: dict[str, str], key: str) -> int | None:
-    try:
-        return int(given[key]) if key in given else None
-    except ValueError:
-        raise OptionError(f"--kept: {key} is {given[key]!r}, expected a whole number.") from None

@@ -84,8 +84,9 @@ def bench(
             store=None if store is None else str(store),
             seed=seed,
         )
-        report = benchmark_module("bench").run(settings, verb.note)
-        made = benchmark_module("output").write(report, out, plots=plots)
+        write = benchmark_module("output").write
+        report = benchmark_module("bench").run(settings, verb.note, lambda so_far: write(so_far, out, plots=False))
+        made = write(report, out, plots=plots)
         verb.outcome = report.to_json()
         verb.print((out / "bench.md").read_text(encoding="utf-8"))
         for file in made:

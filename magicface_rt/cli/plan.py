@@ -12,7 +12,7 @@ from magicface_rt import Session
 from ._backend_options import BackendOption, DeviceOption, StoreOption, TargetOption
 from ._bundle_view import size
 from ._command import JsonOption, command
-from ._kept_options import KeptOption, StorageOption, load_kept, plan_table, replace_concepts, storage_of
+from ._kept_options import BudgetOption, KeepOption, KeptOption, MemoryOption, StorageOption, plan_table
 from .run import request_of
 
 
@@ -28,25 +28,23 @@ def plan(
     kept: KeptOption = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps; 50 by default.")] = None,
     images: Annotated[int | None, typer.Option(metavar="N", help="Pictures to make; 1.")] = None,
-    keep: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="As if a Session kept concepts in so much memory.")
-    ] = None,
+    keep: KeepOption = None,
     storage: StorageOption = "exact",
-    memory: Annotated[str, typer.Option(metavar="auto|keep|stream|recompute", help="The mode; auto.")] = "auto",
-    budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What the peak may be, such as 2GiB; on a GPU, what is free.")
-    ] = None,
+    memory: MemoryOption = "auto",
+    budget: BudgetOption = None,
     backend: BackendOption = "auto",
     store: StoreOption = None,
     device: DeviceOption = 0,
     target: TargetOption = None,
     json_to: JsonOption = None,
 ) -> None:
-    """Show what a job's references need in each mode, and which mode would be taken. Loads no graph."""
+    """Show what a job's references need in each mode, and which mode would be taken. Loads no graph.
+
+    `run` takes the same options, and does what is shown here.
+    """
     with command(json_to) as verb:
         prompt = None if job is not None else ""
-        request = request_of(job, prompt, concept or [], {"steps": steps, "images": images})
-        concepts = replace_concepts(request.concepts, load_kept(kept or []))
+        request = request_of(job, prompt, concept or [], {"steps": steps, "images": images}, kept or [])
         with Session(
             bundle,
             backend=backend,
@@ -57,9 +55,9 @@ def plan(
             keep=keep,
             memory=memory,
             budget=budget,
-            storage=storage_of(storage),
+            storage=storage,
         ) as session:
-            found = session.plan(concepts, request.options.steps, request.options.images)
+            found = session.plan(request.concepts, request.options.steps, request.options.images)
         verb.outcome = found.to_dict()
         verb.print(plan_table(found))
         verb.print(f"mode: {found.mode}" + ("" if found.budget is None else f", budget {size(found.budget)}"))

@@ -15,12 +15,13 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
 from magicface_rt import Concept, OptionError, OutputError, Progress, Session
+from magicface_rt.kept.files import check_writable
 from magicface_rt.session import ProgressCallback
 
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._bundle_view import size
 from ._command import JsonOption, command
-from ._kept_options import StorageOption, bare_concepts, storage_of
+from ._kept_options import StorageOption, bare_concepts
 from .run import request_of
 
 SUFFIX = ".concept"
@@ -58,7 +59,6 @@ def prepare(
 ) -> None:
     """Prepare concepts: compute their references' keys once, so that no later picture does."""
     with command(json_to) as verb:
-        form = storage_of(storage)
         prompt = None if job is not None else ""
         request = request_of(job, prompt, concept or [], {"steps": steps, "reference_seed": reference_seed})
         concepts = bare_concepts(request.concepts)
@@ -74,6 +74,7 @@ def prepare(
             store=store,
             target=target,
             build_missing=build_missing,
+            storage=storage,
         ) as session:
             for one, path in zip(concepts, paths, strict=True):
                 with preparation_bar(one.name) as progress:
@@ -81,7 +82,6 @@ def prepare(
                         one,
                         steps=request.options.steps,
                         reference_seed=request.options.reference_seed,
-                        storage=form,
                         workspace=workspace,
                         progress=progress,
                     )
@@ -117,7 +117,7 @@ def _paths(concepts: list[Concept], out: Path, *, overwrite: bool) -> list[Path]
     """A file for each concept, named after it.
 
     Raises:
-        OutputError: two concepts would have one file; a file is there already; the folder is none.
+        OutputError: two concepts would have one file; a file is there already; it cannot be written.
     """
     names = [re.sub(r"[^\w.-]+", "-", concept.name).strip("-.") or "concept" for concept in concepts]
     double = sorted({name for name in names if names.count(name) > 1})
@@ -126,7 +126,6 @@ def _paths(concepts: list[Concept], out: Path, *, overwrite: bool) -> list[Path]
     if out.exists() and not out.is_dir():
         raise OutputError(f"output folder {str(out)!r} is not a folder. Choose another name.")
     paths = [out / f"{name}{SUFFIX}" for name in names]
-    there = [path for path in paths if path.exists()]
-    if there and not overwrite:
-        raise OutputError(f"file {str(there[0])!r} exists already. Choose another folder, or allow --overwrite.")
+    for path in paths:
+        check_writable(path, overwrite=overwrite)
     return paths

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from magicface_rt import OptionError, Options, Progress, Result, Session
+from magicface_rt import OptionError, Options, Progress, Request, Result, Session
 from magicface_rt.jobs import Job, load_job, parse_concept_option
 from magicface_rt.session import ProgressCallback
 
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._command import Command, JsonOption, check_output_folder, command
-from ._kept_options import KeptOption, load_kept, replace_concepts
+from ._kept_options import (
+    BudgetOption,
+    KeepOption,
+    KeptOption,
+    MemoryOption,
+    StorageOption,
+    load_kept,
+    replace_concepts,
+)
 
 STAGES = {
     "prepare": "preparing the references",
@@ -58,6 +68,10 @@ def run(
     seed: Annotated[int | None, typer.Option(metavar="N", help="Noise of the pictures; 0.")] = None,
     images: Annotated[int | None, typer.Option(metavar="N", help="Pictures to make; 1.")] = None,
     reference_seed: Annotated[int | None, typer.Option(metavar="N", help="Noise of the references; 0.")] = None,
+    keep: KeepOption = None,
+    storage: StorageOption = "exact",
+    memory: MemoryOption = "auto",
+    budget: BudgetOption = None,
     backend: BackendOption = "auto",
     store: StoreOption = None,
     device: DeviceOption = 0,
@@ -72,7 +86,8 @@ def run(
 ) -> None:
     """Make pictures from a job file, or from a prompt and concepts. What is given here overrides the job.
 
-    Prepared concepts (--kept) bring their number of steps and reference seed with them, unless these are given.
+    Prepared concepts (--kept) bring their number of steps and reference seed with them, where neither the job nor an
+    option gives these.
     """
     with command(json_to) as verb:
         check_output_folder(out, overwrite=overwrite)
@@ -90,13 +105,7 @@ def run(
             "images": images,
             "reference_seed": reference_seed,
         }
-        prepared = load_kept(kept or [])
-        if prepared and steps is None:
-            settings["steps"] = prepared[0].steps
-        if prepared and reference_seed is None:
-            settings["reference_seed"] = prepared[0].reference_seed
-        request = request_of(job, prompt, concept or [], settings)
-        concepts = replace_concepts(request.concepts, prepared)
+        request = request_of(job, prompt, concept or [], settings, kept or [])
         with (
             Session(
                 bundle,
@@ -107,30 +116,55 @@ def run(
                 store=store,
                 target=target,
                 build_missing=build_missing,
+                keep=keep,
+                memory=memory,
+                budget=budget,
+                storage=storage,
             ) as session,
             progress_bar(request.options) as progress,
         ):
-            result = session.generate(request.prompt, concepts, options=request.options, progress=progress)
+            result = session.generate(request.prompt, request.concepts, options=request.options, progress=progress)
         folder = result.save(out, overwrite=overwrite)
         verb.outcome = {"out": str(folder), "run": result.to_dict()}
         print_result(verb, result, folder)
 
 
-def request_of(job: Path | None, prompt: str | None, concepts: list[str], settings: dict[str, Any]) -> Job:
+def request_of(
+    job: Path | None, prompt: str | None, concepts: list[str], settings: dict[str, Any], kept: Sequence[str] = ()
+) -> Request:
     """The job, with what the command line says instead; settings that are None were not given.
 
+    Where neither gives `steps` or `reference_seed`, they are those of the first kept concept.
+
     Raises:
-        InputError: neither job nor prompt was given; a value that cannot be used.
+        InputError: neither job nor prompt was given; a value or file that cannot be used.
     """
     if job is None and prompt is None:
         raise OptionError("neither --job nor --prompt was given, expected one of them.")
     base = load_job(job) if job is not None else Job("", (), Options())
+    bare = [parse_concept_option(text) for text in concepts] or base.concepts
+    prepared = load_kept(kept)
+    brought: dict[str, int] = {}
+    if prepared:
+        of_the_job, file = _keys_of(job), prepared[0].file
+        brought = {name: getattr(file, name) for name in ("steps", "reference_seed") if name not in of_the_job}
     given = {name: value for name, value in settings.items() if value is not None}
-    return Job(
+    return Request(
         base.prompt if prompt is None else prompt,
-        tuple(parse_concept_option(text) for text in concepts) or base.concepts,
-        Options(**{**base.options.to_dict(), **given}),
+        replace_concepts(bare, prepared),
+        Options(**{**base.options.to_dict(), **brought, **given}),
     )
+
+
+def _keys_of(job: Path | None) -> set[str]:
+    """What stands in a job that `load_job` has read: its options do not say which of them are defaults."""
+    if job is None:
+        return set()
+    text = job.read_text(encoding="utf-8-sig")
+    try:
+        return set(json.loads(text))
+    except ValueError:
+        return set(yaml.safe_load(text))
 
 
 @contextmanager
@@ -150,6 +184,7 @@ def progress_bar(options: Options) -> Iterator[ProgressCallback | None]:
                 total=progress.steps * progress.batches,
                 completed=progress.batch * progress.steps + progress.step,
                 step=progress.step,
+                steps=progress.steps,
                 description=STAGES[progress.stage] + batch,
             )
 

@@ -55,6 +55,11 @@ class KeptConcept(NamedConcept):
         super().__init__(word, weight, token_index, name)
         if not references:
             raise KeptConceptError(f"kept concept {word!r} has no reference, expected at least one.")
+        if source is not None and len(source.references) != len(references):
+            raise KeptConceptError(
+                f"kept concept {word!r} has {len(references)} references, and its source {len(source.references)}; "
+                "expected as many."
+            )
         object.__setattr__(self, "references", tuple(references))
         object.__setattr__(self, "origin", origin)
         object.__setattr__(self, "source", source)
@@ -110,10 +115,13 @@ class KeptConcept(NamedConcept):
     def save(self, path: str | os.PathLike[str], *, with_image: bool = False, overwrite: bool = False) -> Path:
         """Write a file, which appears complete or not at all, and return its path.
 
-        with_image  store the reference images and masks as well; they are not needed for pictures
+        with_image  store the reference images and masks as well; they are not needed for pictures. They are read from
+                    the concept's `source` once more
 
         Raises:
-            KeptConceptError: `with_image`, and the images are not there: it came from a file without them.
+            KeptConceptError: `with_image`, and the images are not there: it came from a file without them; or they are
+                not what the keys were made from, because they have changed since.
+            ImageError, MaskError: `with_image`, and an image or mask can no longer be read.
             OutputError: the file exists (without `overwrite`) or cannot be written.
         """
         from .files import save

@@ -88,6 +88,11 @@ class ReferencePass:
             index = tokens.padded(bucket(tokens.count, binding.largest(f"M{factor}"))) if padded else tokens
             binding.set(f"kept_{factor}", index.index)
 
+    @property
+    def references(self) -> int:
+        """R, how many of them there are."""
+        return self._rows
+
     def sources(self) -> list[ComputedKeys]:
         """One for each reference."""
         counts = {factor: np.diff(first) for factor, first in self._first.items()}
@@ -195,7 +200,7 @@ class KeyFeed:
         if self._computing is None or len(self._rows) != 1:
             return False
         numbers = [p.source.number if isinstance(p.source, ComputedKeys) else None for p in self._rows[0]]
-        return numbers == list(range(self._computing._rows))
+        return numbers == list(range(self._computing.references))
 
     def _bring(self, step: int) -> None:
         assert self._shelf

@@ -19,7 +19,7 @@ from ..backends.host import BFLOAT16, host_dtype
 from ..errors import InputError, KeptConceptError, OutputError
 from ..images import MASK_GRID, load_reference
 from .concept import KeptConcept
-from .origin import Origin
+from .origin import Origin, content_key, finite_number, shown, text_entry, whole_numbers
 from .reference import STORAGES, EightBit, Exact, KeptReference, Stored
 
 FORMAT = 1
@@ -32,14 +32,12 @@ _NAMES = {"float32": "F32", "float16": "F16", BFLOAT16: "BF16", "uint8": "U8"}
 
 def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool) -> Path:
     """See `KeptConcept.save`."""
-    target = path.absolute()
-    if os.path.lexists(target) and (not overwrite or not target.is_file()):
-        raise OutputError(f"file {str(path)!r} exists already. Give a new path, or allow overwriting (overwrite=True).")
+    target = _free(path, overwrite)
     arrays = _arrays(concept)
     if with_image:
         arrays |= {name: (array, "uint8") for name, array in _pictures(concept).items()}
     header = _header(concept, arrays)
-    part = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
+    part = _part(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with part.open("xb") as stream:
@@ -57,6 +55,23 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool)
     return target
 
 
+def check_writable(path: Path, *, overwrite: bool) -> None:
+    """See before minutes of work that `save` can put a file there, by making an empty one and removing it.
+
+    Folders that do not exist yet are not made: the file is tried in the nearest that does.
+
+    Raises:
+        OutputError: as `save`.
+    """
+    target = _free(path, overwrite)
+    part = _part(next(place for place in target.parents if os.path.lexists(place)) / target.name)
+    try:
+        part.touch(exist_ok=False)
+        part.unlink()
+    except OSError as error:
+        raise OutputError(f"file {str(path)!r} cannot be written: {error}.") from error
+
+
 def load(path: Path, *, check_hashes: bool) -> KeptConcept:
     """See `KeptConcept.load`."""
     data, header, start = _open(path)
@@ -69,13 +84,33 @@ def load(path: Path, *, check_hashes: bool) -> KeptConcept:
                 _damaged(path, f"the SHA-256 of {name} is {found[:16]}..., expected {manifest['sha256'][name][:16]}...")
     try:
         return _concept(header, manifest, views)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        _damaged(path, f"its manifest does not have the expected form ({type(error).__name__}: {error})", error)
+    except _MALFORMED as error:
+        what = str(error).rstrip(".") if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        _damaged(path, f"its manifest does not have the expected form ({what})", error)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
+
+
+def _free(path: Path, overwrite: bool) -> Path:
+    """The absolute path, where a file may be put or replaced."""
+    target = path.absolute()
+    if not os.path.lexists(target):
+        return target
+    if not target.is_file():
+        raise OutputError(f"{str(path)!r} exists already, and is not a file. Give another path.")
+    if not overwrite:
+        raise OutputError(
+            f"file {str(path)!r} exists already. Give another path, or allow overwriting (overwrite=True, or "
+            "--overwrite)."
+        )
+    return target
+
+
+def _part(target: Path) -> Path:
+    """Where a file is written before it is renamed."""
+    return target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
+
 
 _Arrays = dict[str, tuple[NDArray[Any], str]]
 
@@ -98,11 +133,17 @@ def _pictures(concept: KeptConcept) -> Mapping[str, NDArray[np.uint8]]:
             f"kept concept {concept.name!r} came from a file without images, so they cannot be stored. Prepare it "
             "again from its images, or save it without them."
         )
+    loaded = [load_reference(one, name=f"concept {concept.name!r}") for one in concept.source.references]
+    for position, (one, kept) in enumerate(zip(loaded, concept.references, strict=True), 1):
+        if content_key(concept.origin, one, kept.prompt, kept.storage) != kept.key:
+            raise KeptConceptError(
+                f"kept concept {concept.name!r}: the image or mask of reference {position} is not what its keys were "
+                "made from; it has changed since. Prepare it again, or save it without images."
+            )
     pictures: dict[str, NDArray[np.uint8]] = {}
-    for number, reference in enumerate(concept.source.references):
-        loaded = load_reference(reference, name=f"concept {concept.name!r}")
-        pictures[f"image_{number}"] = np.asarray(loaded.image, np.uint8)
-        pictures[f"mask_{number}"] = loaded.mask_grid
+    for number, one in enumerate(loaded):
+        pictures[f"image_{number}"] = np.asarray(one.image, np.uint8)
+        pictures[f"mask_{number}"] = one.mask_grid
     return pictures
 
 
@@ -127,6 +168,9 @@ def _header(concept: KeptConcept, arrays: _Arrays) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
+
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What reading JSON of another form than the expected may raise."""
 
 
 def _damaged(path: Path, what: str, cause: BaseException | None = None) -> NoReturn:
@@ -171,14 +215,15 @@ def _manifest(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         _damaged(path, "its manifest is no JSON", error)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
-        _damaged(path, "its manifest does not have the expected form")
-    if manifest.get("format") != FORMAT:
+    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
+        _damaged(path, "its manifest does not have the expected form (sha256 is no object of texts)")
+    if type(manifest.get("format")) is not int or manifest["format"] != FORMAT:
         raise KeptConceptError(
-            f"kept concept {str(path)!r} has format version {manifest.get('format')!r}, and this version of "
+            f"kept concept {str(path)!r} has format version {shown(manifest.get('format'))}, and this version of "
             f"magicface_rt reads {FORMAT}. Prepare the concept again."
         )
-    return manifest
+    return dict(manifest)
 
 
 def _views(
@@ -191,15 +236,15 @@ def _views(
     views, end = {}, 0
     try:
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = (int(x) for x in entry["data_offsets"])
+            first, last = whole_numbers(entry["data_offsets"], "data_offsets")
             if first != end or last < first:
                 _damaged(path, f"{name} lies at bytes {first} to {last}, expected from {end}")
             views[name] = data[start + first : start + last]
             end = last
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        _damaged(path, "its header does not have the expected form", error)
+    except KeptConceptError:
+        raise
+    except _MALFORMED as error:
+        _damaged(path, f"its header does not have the expected form ({type(error).__name__}: {error})", error)
     if start + end != len(data):
         _damaged(path, f"it has {len(data)} bytes, expected {start + end}")
     return views
@@ -209,55 +254,62 @@ def _concept(
     header: Mapping[str, Any], manifest: Mapping[str, Any], views: Mapping[str, NDArray[np.uint8]]
 ) -> KeptConcept:
     origin = Origin.from_dict(manifest["origin"])
+    unread = set(views)
 
     def array(name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        entry = header[name]
-        if entry["dtype"] != _NAMES[dtype] or tuple(entry["shape"]) != shape:
-            raise ValueError(f"{name} is {entry['dtype']}{entry['shape']}, expected {_NAMES[dtype]}{list(shape)}")
+        found, sides = text_entry(header[name], "dtype"), whole_numbers(header[name]["shape"], "shape")
+        if found != _NAMES[dtype] or sides != list(shape):
+            raise ValueError(f"{name} is {found[:10]}{sides[:10]}, expected {_NAMES[dtype]}{list(shape)}")
         if views[name].nbytes != math.prod(shape) * host_dtype(dtype).itemsize:
             raise ValueError(f"{name} has {views[name].nbytes} bytes")
+        unread.discard(name)
         return views[name].view(host_dtype(dtype)).reshape(shape)
 
     references = []
-    for number, entry in enumerate(manifest["references"]):
-        tokens = {int(factor): int(count) for factor, count in entry["tokens"].items()}
-        if set(tokens) != set(origin.factors) or min(tokens.values()) < 0 or entry["storage"] not in STORAGES:
-            raise ValueError(f"reference {number} has tokens {tokens}, storage {entry['storage']!r}")
+    for position, entry in enumerate(manifest["references"]):
+        factors, counts = [str(factor) for factor in origin.factors], entry["tokens"]
+        if set(counts) != set(factors) or entry["storage"] not in STORAGES:
+            raise ValueError(f"reference {position} has tokens {shown(counts)}, storage {shown(entry['storage'])}")
+        tokens = dict(zip(origin.factors, whole_numbers([counts[f] for f in factors], "tokens"), strict=True))
         tensors: dict[str, Stored] = {}
         for name, (factor, width) in origin.widths.items():
             full, channels = (origin.steps, tokens[factor], width), (origin.steps, width)
             if entry["storage"] == "8-bit":
                 tensors[name] = EightBit(
-                    array(f"{number}.{name}.levels", "uint8", full),
-                    array(f"{number}.{name}.scale", "float32", channels),
-                    array(f"{number}.{name}.low", "float32", channels),
+                    array(f"{position}.{name}.levels", "uint8", full),
+                    array(f"{position}.{name}.scale", "float32", channels),
+                    array(f"{position}.{name}.low", "float32", channels),
                     origin.dtype,
                 )
             else:
-                tensors[name] = Exact(array(f"{number}.{name}", origin.dtype, full))
+                tensors[name] = Exact(array(f"{position}.{name}", origin.dtype, full))
         references.append(
             KeptReference(
-                str(entry["key"]),
-                str(entry["prompt"]),
+                text_entry(entry, "key"),
+                text_entry(entry, "prompt"),
                 entry["storage"],
                 tokens,
                 tensors,
-                float(entry["error"]),
+                finite_number(entry["error"], "error"),
                 mapped=True,
             )
         )
     pictures = {}
-    for name in (n for n in header if n.startswith(("image_", "mask_"))):
-        height, width = (int(d) for d in header[name]["shape"][:2])
-        pictures[name] = array(
-            name, "uint8", (height, width, 3) if name.startswith("image_") else (MASK_GRID, MASK_GRID)
-        )
-    return KeptConcept(
-        manifest["word"],
+    for name in sorted(unread):
+        if name in {f"image_{k}" for k in range(len(references))}:
+            height, width, _ = whole_numbers(header[name]["shape"], "shape")
+            pictures[name] = array(name, "uint8", (height, width, 3))
+        elif name in {f"mask_{k}" for k in range(len(references))}:
+            pictures[name] = array(name, "uint8", (MASK_GRID, MASK_GRID))
+    concept = KeptConcept(
+        text_entry(manifest, "word"),
         references,
         origin,
         weight=manifest["weight"],
         token_index=manifest["token_index"],
-        name=manifest["name"],
+        name=text_entry(manifest, "name"),
         pictures=pictures,
     )
+    if unread:
+        raise ValueError(f"tensor {min(unread)[:100]!r} is none of a kept concept's")
+    return concept

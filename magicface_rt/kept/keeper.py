@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..backends import Backend
@@ -112,7 +112,16 @@ class Keeper:
             workspace = WORKSPACE if budget is None else min(WORKSPACE, budget // 4)
         return rows_per_pass(self.bundle, tokens, steps, largest, workspace)
 
+    def make_room(self, plan: MemoryPlan, keys: Collection[str]) -> None:
+        """See to it that a request keeps its budget on the device, whatever earlier ones left there.
+
+        keys: content keys of the references that the request will use. What other requests use meanwhile stays, and is
+        in their budgets. Without a budget of the caller's all memory may be used, and is freed when it is needed.
+        """
+        if plan.on_device and plan.bytes_per_step and self.settings.budget is not None:
+            self.on_device.trim(self.settings.budget - plan.peak.device, keys if plan.mode == "keep" else ())
+
     def close(self) -> None:
         """Free what is on the device, and forget the rest."""
-        self.on_device.free_unused()
+        self.on_device.close()
         self.store.forget()

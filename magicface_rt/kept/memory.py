@@ -167,7 +167,11 @@ def make_plan(
     slot = _padded(one_step) * (at_once if own_keys else 1)
     exact = steps * one_step
     stored = {
-        held: sum(r.nbytes or stored_bytes(bundle, r.tokens, steps, storage) for r in references if r.held == held)
+        held: sum(
+            r.nbytes or stored_bytes(bundle, r.tokens, steps, storage)
+            for r in references
+            if r.held == held and (r.used or held != "no")
+        )
         for held in ("no", "memory", "file")
     }
     bare = [r for r in used if r.held == "no"]
@@ -190,7 +194,8 @@ def make_plan(
             "recompute": MemoryUse(stored["memory"] + 2 * slot + spread + beside + other, 0),
         }
     batches = -(-images // at_once)
-    mode = _choose(modes, memory, budget, on_device, bare, stored["no"], store_limit, batches)
+    allowed = budget if used else None  # without references there is nothing that a budget could hold down
+    mode = _choose(modes, memory, allowed, on_device, bare, stored, store_limit, batches)
     return MemoryPlan(
         modes, mode, budget, on_device, steps, images, sum(stored.values()), one_step, tokens, rows if bare else 0
     )
@@ -210,7 +215,7 @@ def _choose(
     budget: int | None,
     on_device: bool,
     bare: Sequence[Tokens],
-    to_prepare: int,
+    stored: Mapping[str, int],
     store_limit: int,
     batches: int,
 ) -> MemoryMode:
@@ -221,8 +226,10 @@ def _choose(
 
     if memory == "auto":
         # Preparing pays where the keys serve again: in a later request, or in a later batch of this one.
-        worth = not bare or batches > 1 or to_prepare <= store_limit
-        order: tuple[MemoryMode, ...] = ("keep", "stream", "recompute") if worth else ("recompute", "keep", "stream")
+        worth = not bare or batches > 1 or stored["no"] <= store_limit
+        # On a CPU a step reads a mapped file as fast as memory, so that nothing is gained by copying it.
+        ready: tuple[MemoryMode, ...] = ("keep", "stream") if on_device or not stored["file"] else ("stream", "keep")
+        order: tuple[MemoryMode, ...] = (*ready, "recompute") if worth else ("recompute", *ready)
         order = tuple(mode for mode in order if bare or mode != "recompute")
     else:
         order = tuple(mode for mode in MODES if mode == memory)

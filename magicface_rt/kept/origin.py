@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..backends.host import BFLOAT16
 from ..bundle import Bundle
 from ..errors import KeptConceptError
 from ..images import LoadedReference
+
+DTYPES = ("float32", "float16", BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,37 @@ class Origin:
         return {**asdict(self), "layers": [list(layer) for layer in self.layers], "timesteps": list(self.timesteps)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Origin:
-        """Raises KeyError, TypeError or ValueError for what is no origin."""
+    def from_dict(cls, data: object) -> Origin:
+        """From what JSON gave.
+
+        Raises:
+            ValueError: it is no origin; the message names the entry.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            raise ValueError(f"origin is {shown(data)}, expected an object with {', '.join(sorted(names))}")
+        dtype, layers, scheduler = text_entry(data, "dtype"), data["layers"], data["scheduler"]
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        if not isinstance(layers, list) or not layers or any(len(whole_numbers(x, "layers")) != 3 for x in layers):
+            raise ValueError(f"layers is {shown(layers)}, expected a list of [index, factor, width]")
+        if any(factor < 1 or width < 1 for _, factor, width in layers):
+            raise ValueError("layers has a factor or a width of 0, expected whole numbers from 1")
+        if not isinstance(scheduler, dict) or not all(_is_setting(value) for value in scheduler.values()):
+            raise ValueError(f"scheduler is {shown(scheduler)}, expected an object of texts, numbers, true or false")
+        timesteps = whole_numbers(data["timesteps"], "timesteps")
+        if not timesteps:
+            raise ValueError("timesteps is empty, expected one for each step")
         return cls(
-            **{
-                **data,
-                "layers": tuple((int(i), int(f), int(w)) for i, f, w in data["layers"]),
-                "timesteps": tuple(int(t) for t in data["timesteps"]),
-            }
+            bundle_hash=text_entry(data, "bundle_hash"),
+            architecture=text_entry(data, "architecture"),
+            dtype=dtype,
+            height=whole_number(data["height"], "height", 1),
+            width=whole_number(data["width"], "width", 1),
+            layers=tuple((index, factor, width) for index, factor, width in layers),
+            scheduler=scheduler,
+            timesteps=tuple(timesteps),
+            reference_seed=whole_number(data["reference_seed"], "reference_seed"),
         )
 
     def check(self, wanted: Origin, name: str) -> None:
@@ -123,3 +150,47 @@ def content_key(origin: Origin, loaded: LoadedReference, prompt: str, storage: s
     }
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- what JSON may hold
+
+
+def whole_number(value: object, name: str, least: int = 0) -> int:
+    """The value, a whole number from `least` to 2**64 - 1; JSON's true and 1.0 are none. Raises ValueError."""
+    if type(value) is not int or not least <= value < 2**64:
+        raise ValueError(f"{name} is {shown(value)}, expected a whole number from {least}")
+    return value
+
+
+def whole_numbers(value: object, name: str, least: int = 0) -> list[int]:
+    """The value, a list of whole numbers. Raises ValueError."""
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {shown(value)}, expected a list of whole numbers")
+    return [whole_number(entry, name, least) for entry in value]
+
+
+def finite_number(value: object, name: str) -> float:
+    """The value, a finite number from 0. Raises ValueError."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e308:
+        raise ValueError(f"{name} is {shown(value)}, expected a number from 0")
+    return float(value)
+
+
+def text_entry(data: Mapping[str, object], name: str) -> str:
+    """The entry of that name, a text. Raises ValueError."""
+    value = data.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {shown(value)}, expected text")
+    return value
+
+
+def shown(value: object) -> str:
+    """The value as a message can hold it."""
+    if isinstance(value, (dict, list)):
+        return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)}"
+    return repr(value) if len(repr(value)) <= 100 else repr(value)[:100] + "..."
+
+
+def _is_setting(value: object) -> bool:
+    """Whether `Schedule.to_config` may hold it."""
+    return isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from .reference import KeptReference
 
+WAIT_SECONDS = 0.2
+
 
 class KeptStore:
     """`limit`: bytes that it may hold; 0 holds nothing, but two requests for one reference still compute it once.
@@ -33,11 +35,21 @@ class KeptStore:
         with self._lock:
             return tuple(self._entries)
 
-    def get_or_make(self, key: str, make: Callable[[], KeptReference]) -> KeptReference:
+    def find(self, key: str) -> KeptReference | None:
+        """The reference of that content key, if it is there."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+            return found
+
+    def get_or_make(
+        self, key: str, make: Callable[[], KeptReference], waiting: Callable[[], object] = lambda: None
+    ) -> KeptReference:
         """The reference of that content key; `make` computes it where it is not there.
 
-        Whoever comes while another thread makes it waits for that. Should the other fail, one of those who waited makes
-        it; each gets the errors of its own attempt only.
+        Whoever comes while another thread makes it waits for that, and calls `waiting` from time to time, which may
+        raise. Should the other fail, one of those who waited makes it; each gets the errors of its own attempt only.
         """
         while True:
             with self._lock:
@@ -50,7 +62,8 @@ class KeptStore:
                 if making is None:
                     making = self._making[key] = _Making()
             if not mine:
-                making.done.wait()
+                while not making.done.wait(WAIT_SECONDS):
+                    waiting()
                 if making.made is not None:
                     return making.made
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -240,6 +241,25 @@ def test_a_run_measures_every_contender_in_its_own_process(report: dict[str, Any
     assert bare["counts"]["request_flops"] > kept["counts"]["request_flops"] > 0
     assert "vae_encode" not in kept["requests"]["stages"]
     assert {(r["baseline"], r["candidate"]) for r in one["ratios"]} == {(f"bare@{OURS}", f"kept@{OURS}")}
+
+
+def test_a_run_that_is_cut_short_leaves_the_cases_before(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The command's modules: those of the package, which are others than `benchmarks` of the repository.
+    installed = importlib.import_module("magicface_rt.benchmarks.bench")
+
+    def measured(one: Any) -> Any:
+        if one.case.concepts == 2:
+            raise KeyboardInterrupt
+        return installed.CaseResult(
+            bundle="b", height=64, width=64, dtype="float32", case=one.case, outcomes=(), ratios=()
+        )
+
+    monkeypatch.setattr(installed._Bench, "run", measured)
+    assert main(["bench", str(tiny_bundle), "--out", str(tmp_path / "out"), "--concepts", "1,2"]) == 130
+    content = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [case["concepts"] for case in content["cases"]] == [1]
 
 
 def test_a_report_is_as_the_schema_says(report: dict[str, Any]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import KeptConcept
+from magicface_rt import KeptConcept, Options, Progress, Session
 from magicface_rt.cli import main
+from magicface_rt.cli.run import progress_bar
+from magicface_rt.kept.keeper import KeepSettings
+
+
+def write_job(folder: Path, name: str = "job.json", **changes: Any) -> Path:
+    concepts = [{"word": n, "image": f"{n}.png", "prompt": f"a {n}", "weight": 2.5} for n in ("man", "hat")]
+    content = {"prompt": "a man with a hat", "concepts": concepts, "steps": 2, "seed": 3, **changes}
+    path = folder / name
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return path
 
 
 @pytest.fixture
@@ -21,10 +34,14 @@ def job(tmp_path: Path) -> Path:
         mask = np.zeros((64, 64), np.uint8)
         mask[16:48, 8:40] = 255
         Image.fromarray(np.dstack([pixels, mask])).save(tmp_path / f"{name}.png")
-    concepts = [{"word": n, "image": f"{n}.png", "prompt": f"a {n}", "weight": 2.5} for n in ("man", "hat")]
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps({"prompt": "a man with a hat", "concepts": concepts, "steps": 2, "seed": 3}))
-    return path
+    return write_job(tmp_path)
+
+
+@pytest.fixture
+def kept(tiny_bundle: Path, job: Path, tmp_path: Path) -> Path:
+    """A folder with man.concept and hat.concept, for two steps."""
+    outcome(tmp_path, "prepare", tiny_bundle, "--job", job, "--out", tmp_path / "kept")
+    return tmp_path / "kept"
 
 
 def outcome(tmp_path: Path, *arguments: object) -> dict[str, Any]:
@@ -32,6 +49,18 @@ def outcome(tmp_path: Path, *arguments: object) -> dict[str, Any]:
     assert main([*map(str, arguments), "--json", str(target)]) == 0
     found: dict[str, Any] = json.loads(target.read_text())
     return found
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main([*map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+def same_pictures(one: Path, other: Path) -> None:
+    for name in ("image-0.png", "regions-0.png"):
+        with Image.open(one / name) as first, Image.open(other / name) as second:
+            np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
 
 
 def test_a_prepared_concept_makes_the_picture_of_the_bare_one(
@@ -45,16 +74,14 @@ def test_a_prepared_concept_makes_the_picture_of_the_bare_one(
     outcome(tmp_path, "run", tiny_bundle, "--job", job, "--out", tmp_path / "bare")
     run = outcome(tmp_path, "run", tiny_bundle, "--job", job, *kept, "--out", tmp_path / "made")["run"]
     assert run["timings"]["reference_pass"] == 0
-    for name in ("image-0.png", "regions-0.png"):
-        with Image.open(tmp_path / "bare" / name) as one, Image.open(tmp_path / "made" / name) as other:
-            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    same_pictures(tmp_path / "bare", tmp_path / "made")
 
     prompt = ["--prompt", "an old person", "--kept", f"file={tmp_path / 'kept' / 'man.concept'},word=person,weight=1"]
     run = outcome(tmp_path, "run", tiny_bundle, *prompt, "--out", tmp_path / "person")["run"]
     assert (run["concepts"][0]["word"], run["concepts"][0]["weight"], run["options"]["steps"]) == ("person", 1.0, 2)
 
     plan = outcome(tmp_path, "plan", tiny_bundle, "--job", job, *kept)
-    assert plan["mode"] == "keep"
+    assert plan["mode"] in ("keep", "stream")
     assert plan["bytes_kept"] == sum(f["bytes"] for f in made["files"])
     assert outcome(tmp_path, "plan", tiny_bundle, "--job", job)["mode"] == "recompute"
     assert outcome(tmp_path, "plan", tiny_bundle, "--job", job, "--keep", "1GiB")["mode"] == "keep"
@@ -68,34 +95,174 @@ def test_a_prepared_concept_makes_the_picture_of_the_bare_one(
     assert "intact" in said
     assert "a man" in said
 
-    assert main(["run", str(tiny_bundle), "--job", str(job), *map(str, kept), "--steps", "3", "--out", "x"]) == 2
-    assert "is for 2 steps" in capsys.readouterr().err
-    assert main(["plan", str(tiny_bundle), "--job", str(job), "--budget", "1kB"]) == 2
-    assert "budget" in capsys.readouterr().err
-    assert main(["prepare", str(tiny_bundle), "--job", str(job), "--out", str(tmp_path / "kept")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "is for 2 steps" in refusal(
+        capsys, "run", tiny_bundle, "--job", job, *kept, "--steps", 3, "--out", tmp_path / "x"
+    )
+    assert "budget" in refusal(capsys, "plan", tiny_bundle, "--job", job, "--budget", "1kB")
+    assert "exists already" in refusal(capsys, "prepare", tiny_bundle, "--job", job, "--out", tmp_path / "kept")
+
+
+def test_a_job_says_how_its_kept_concepts_are_used(tiny_bundle: Path, kept: Path, tmp_path: Path) -> None:
+    """Weight, word and token_index as they were changed in the job after `prepare`, not as the file has them."""
+    changed = write_job(
+        tmp_path,
+        "changed.json",
+        prompt="an old hat on an old man",
+        concepts=[
+            {"word": "old", "name": "man", "token_index": 6, "image": "man.png", "prompt": "a man", "weight": -1.0},
+            {"word": "hat", "image": "hat.png", "prompt": "a hat"},
+        ],
+    )
+    files = ["--kept", kept / "man.concept", "--kept", kept / "hat.concept"]
+    bare = outcome(tmp_path, "run", tiny_bundle, "--job", changed, "--out", tmp_path / "bare")["run"]
+    made = outcome(tmp_path, "run", tiny_bundle, "--job", changed, *files, "--out", tmp_path / "made")["run"]
+    same_pictures(tmp_path / "bare", tmp_path / "made")
+    for found, expected in zip(made["concepts"], bare["concepts"], strict=True):
+        assert {**found, "references": []} == {**expected, "references": []}
+    assert [c["weight"] for c in made["concepts"]] == [-1.0, 3.0]
+    assert made["concepts"][0]["tokens"] == [6]
+
+    files[1] = f"file={kept / 'man.concept'},weight=1"
+    made = outcome(tmp_path, "run", tiny_bundle, "--job", changed, *files, "--out", tmp_path / "light")["run"]
+    assert (made["concepts"][0]["weight"], made["concepts"][0]["tokens"]) == (1.0, [6])
+    files[1] = f"file={kept / 'man.concept'},name=man,word=man"
+    made = outcome(tmp_path, "run", tiny_bundle, "--job", changed, *files, "--out", tmp_path / "word")["run"]
+    assert (made["concepts"][0]["name"], made["concepts"][0]["weight"]) == ("man", -1.0)
+    assert made["concepts"][0]["tokens"] == [7], "the job's token was that of its own word"
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_steps_and_reference_seed_are_the_files_where_nobody_gives_them(
+    verb: str, tiny_bundle: Path, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ["--kept", kept / "man.concept"]
+
+    def line(name: str, *more: object, **changes: Any) -> list[object]:
+        job = write_job(tmp_path, f"{name}.json", **changes)
+        out = ["--out", tmp_path / name] if verb == "run" else []
+        return [verb, tiny_bundle, "--job", job, *file, *more, *out]
+
+    def steps_of(found: dict[str, Any]) -> int:
+        return int(found["run"]["options"]["steps"] if verb == "run" else found["steps"])
+
+    assert steps_of(outcome(tmp_path, *line("open", steps=None))) == 2
+    assert steps_of(outcome(tmp_path, *line("same"))) == 2
+    assert "is for 2 steps, and the request has 50" in refusal(capsys, *line("fifty", steps=50))
+    assert "is for 2 steps, and the request has 3" in refusal(capsys, *line("option", "--steps", 3))
+    yaml = tmp_path / "job.yaml"
+    yaml.write_text("# by hand\nprompt: a man\nsteps: 50\n")
+    out = ["--out", tmp_path / "yaml"] if verb == "run" else []
+    assert "the request has 50" in refusal(capsys, verb, tiny_bundle, "--job", yaml, *file, *out)
+    if verb == "run":
+        assert "reference_seed 0, and the request asks for 4" in refusal(capsys, *line("seed", reference_seed=4))
+        assert "reference_seed 0, and the request asks for 5" in refusal(capsys, *line("r", "--reference-seed", 5))
+
+
+def test_a_file_for_other_noise_brings_its_reference_seed(
+    tiny_bundle: Path, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["prepare", tiny_bundle, "--job", job, "--reference-seed", 9, "--out", tmp_path / "kept"]
+    outcome(tmp_path, *arguments)
+    prompt = ["--prompt", "a man", "--kept", tmp_path / "kept" / "man.concept"]
+    made = outcome(tmp_path, "run", tiny_bundle, *prompt, "--out", tmp_path / "made")["run"]
+    assert (made["options"]["reference_seed"], made["options"]["steps"]) == (9, 2)
+
+
+def test_run_takes_what_plan_advises(
+    tiny_bundle: Path, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[KeepSettings] = []
+
+    class Seen(Session):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            seen.append(self._keeper.settings)
+
+    monkeypatch.setattr("magicface_rt.cli.run.Session", Seen)
+    monkeypatch.setattr("magicface_rt.cli.plan.Session", Seen)
+    options = ["--job", job, "--keep", "1GiB", "--memory", "stream", "--budget", "2GiB", "--storage", "8-bit"]
+    assert outcome(tmp_path, "plan", tiny_bundle, *options)["mode"] == "stream"
+    outcome(tmp_path, "run", tiny_bundle, *options, "--out", tmp_path / "out")
+    assert seen == [KeepSettings(keep=2**30, memory="stream", budget=2**31, storage="8-bit")] * 2
+    assert "budget" in refusal(capsys, "run", tiny_bundle, "--job", job, "--budget", "1kB", "--out", tmp_path / "small")
+
+
+def test_prepare_stores_as_it_is_told(tiny_bundle: Path, job: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    made = outcome(tmp_path, "prepare", tiny_bundle, "--job", job, "--storage", "8-bit", "--with-image", "--out", out)
+    loaded = KeptConcept.load(out / "man.concept")
+    assert {reference.storage for reference in loaded.references} == {"8-bit"}
+    assert sorted(loaded.pictures) == ["image_0", "mask_0"]
+    assert made["files"][0]["error"] == loaded.error > 0
+
+
+def test_prepare_sees_first_whether_it_can_write(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is no such bundle, so what is said of the files was seen before it was looked for."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full" / "man.concept").mkdir(parents=True)
+    long = write_job(tmp_path, "long.json", concepts=[{"word": "man", "name": "m" * 240, "image": "man.png"}])
+    before = sorted(os.listdir(tmp_path))
+    cases = [
+        ("cannot be written", job, tmp_path / "file" / "below", []),
+        ("is not a folder", job, tmp_path / "file", []),
+        ("is not a file", job, tmp_path / "full", ["--overwrite"]),
+        ("cannot be written", long, tmp_path / "new", []),
+    ]
+    for reason, of, out, more in cases:
+        assert reason in refusal(capsys, "prepare", "nowhere", "--job", of, "--out", out, *more)
+    assert "bundle nowhere" in refusal(capsys, "prepare", "nowhere", "--job", job, "--out", tmp_path / "a" / "b")
+    assert sorted(os.listdir(tmp_path)) == before
+    assert os.listdir(tmp_path / "full") == ["man.concept"]
+
+
+def test_kept_options_are_quoted_as_concepts_are(tiny_bundle: Path, kept: Path, tmp_path: Path) -> None:
+    (tmp_path / "red, old").mkdir()
+    odd = (kept / "man.concept").rename(tmp_path / "red, old" / "man.concept")
+    text = f'word=person, file="{odd}", name=the man\\, again, token_index="2,3"'
+    made = outcome(
+        tmp_path, "run", tiny_bundle, "--prompt", "an old person", "--kept", text, "--out", tmp_path / "made"
+    )
+    concept = made["run"]["concepts"][0]
+    assert (concept["word"], concept["name"], concept["tokens"]) == ("person", "the man, again", [2, 3])
+    plan = outcome(tmp_path, "plan", tiny_bundle, "--kept", odd)
+    assert plan["steps"] == 2, "without a key it is a path, comma and all"
 
 
 def test_bad_options_say_what_is_wrong(tmp_path: Path, job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.concept").write_bytes(b"nothing")
+    run = ["run", "nowhere", "--prompt", "a", "--out", tmp_path / "o", "--kept"]
     cases = {
-        "has 7 bytes": ["run", "nowhere", "--prompt", "a", "--kept", tmp_path / "bad.concept", "--out", tmp_path / "o"],
-        "is not expected": [
-            "run",
-            "nowhere",
-            "--prompt",
-            "a",
-            "--kept",
-            "file=x,size=2",
-            "--out",
-            tmp_path / "o",
-        ],
+        "has 7 bytes": [*run, tmp_path / "bad.concept"],
+        "size=2 is not expected": [*run, "file=x,size=2"],
+        "word=b is not expected": [*run, "file=x,word=a,word=b"],
+        "file= is missing": [*run, "word=x"],
+        "weight is 'much', expected a number": [*run, "file=x,weight=much"],
+        "token_index is '1.5', expected a whole number": [*run, "file=x,token_index=1.5"],
+        "expected a closing quote": [*run, 'file="x,word=a'],
         "there is no concept": ["prepare", "nowhere", "--out", tmp_path / "o"],
         "storage is '4-bit'": ["prepare", "nowhere", "--job", job, "--storage", "4-bit", "--out", tmp_path / "o"],
+        "memory is 'ram'": ["run", "nowhere", "--prompt", "a", "--memory", "ram", "--out", tmp_path / "o"],
     }
     for reason, arguments in cases.items():
-        assert main([str(a) for a in arguments]) == 2
-        said = capsys.readouterr().err
-        assert reason in said
-    assert main(["inspect", str(tmp_path / "bad.concept")]) == 2
-    assert "damaged" in capsys.readouterr().err
+        assert reason in refusal(capsys, *arguments)
+    assert "damaged" in refusal(capsys, "inspect", tmp_path / "bad.concept")
+
+
+def test_one_concept_is_given_once(kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = ["--kept", kept / "man.concept", "--kept", f"file={kept / 'hat.concept'},word=man"]
+    assert "given twice for the concept 'man'" in refusal(capsys, "plan", "nowhere", *twice)
+
+
+def test_the_bar_counts_the_steps_of_what_is_being_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name in ("NO_COLOR", "CI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress_bar(Options(steps=20)) as moved:
+        assert moved is not None
+        moved(Progress(37, 40, "prepare", 0, 1))
+    assert "step 37 of 40" in sys.stderr.getvalue()  # type: ignore[attr-defined]

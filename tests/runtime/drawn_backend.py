@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from magicface_rt.backends import Backend, GraphRunner
+from magicface_rt.backends.checks import Limits
 from magicface_rt.bundle import Bundle, GraphContract
 
 Arrays = Mapping[str, np.ndarray]
@@ -21,12 +22,14 @@ Arrays = Mapping[str, np.ndarray]
 
 class Drawn(Backend):
     """`runs`: how often each graph ran; `rows`: how many rows `reference_kv` was given; `keys`: the shapes of a layer's
-    keys; `unseen`: the largest of the keys that nobody may see; `fail`: raised by a graph.
+    keys; `unseen`: the largest of the keys that nobody may see; `fail`: raised by a graph; `limits`: by graph, the
+    shapes that it takes.
     """
 
     name = "drawn"
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Mapping[str, Limits] | None = None) -> None:
+        self.limits = limits or {}
         self.runs: Counter[str] = Counter()
         self.rows: list[int] = []
         self.keys: list[tuple[int, ...]] = []
@@ -42,6 +45,10 @@ class _Runner(GraphRunner):
         super().__init__(contract)
         self.bundle = bundle
         self.backend = backend
+
+    @property
+    def limits(self) -> Limits:
+        return self.backend.limits.get(self.contract.name, {})
 
     def _run(self, inputs: Arrays, outputs: Sequence[str]) -> dict[str, np.ndarray]:
         name = self.contract.name

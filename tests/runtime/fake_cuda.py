@@ -68,6 +68,10 @@ class FakeCuda:
         self.kernel_error = 0
         self.memory: dict[int, np.ndarray] = {}
         self.pinned: dict[int, Any] = {}
+        self.lockable: int | None = None
+        """Bytes that can be page-locked in all; None for no limit."""
+        self.engines: dict[int, int] = {}
+        """Device memory that TensorRT took, by what it took it for."""
         self.streams: dict[int, _Stream] = {}
         self.events: dict[int, tuple[int | None, float]] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
@@ -109,7 +113,10 @@ class FakeCuda:
         return [a[1] for name, a in self.calls if name == "cudaMemcpyAsync" and a[3] == 2]
 
     def allocated(self) -> int:
-        return sum(len(block) for block in self.memory.values())
+        return sum(len(block) for block in list(self.memory.values())) + sum(list(self.engines.values()))
+
+    def locked(self) -> int:
+        return sum(len(block) for block in list(self.pinned.values()))
 
     # ---------------------------------------------------------------------------------------- what engines do
 
@@ -123,7 +130,7 @@ class FakeCuda:
 
     def view(self, address: int, nbytes: int) -> np.ndarray:
         """Live device memory."""
-        for start, block in self.memory.items():
+        for start, block in list(self.memory.items()):
             if start <= address and address + nbytes <= start + len(block):
                 return block[address - start : address - start + nbytes]
         raise AssertionError(f"device memory {address:#x} of {nbytes} bytes is freed or never was allocated")
@@ -189,7 +196,7 @@ class FakeCuda:
         return 0, self.total - self.allocated(), self.total
 
     def cudaMalloc(self, nbytes: int) -> Any:
-        if any(s.recording is not None for s in self.streams.values()):
+        if any(s.recording is not None for s in list(self.streams.values())):
             return ILLEGAL_IN_CAPTURE, None
         if nbytes > self.total - self.allocated():
             return 2, None
@@ -203,6 +210,8 @@ class FakeCuda:
 
     def cudaHostAlloc(self, nbytes: int, flags: int) -> Any:
         self.check_device()
+        if self.lockable is not None and nbytes > self.lockable - self.locked():
+            return 2, None
         block = (ctypes.c_ubyte * nbytes)()
         self.pinned[ctypes.addressof(block)] = block
         return 0, ctypes.addressof(block)
@@ -230,7 +239,8 @@ class FakeCuda:
                 ctypes.memmove(to, self.view(source, nbytes).ctypes.data, nbytes)
 
         if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
-            assert any(start <= source < start + len(b) for start, b in self.pinned.items()), "source is not pinned"
+            pinned = list(self.pinned.items())
+            assert any(start <= source < start + len(b) for start, b in pinned), "source is not pinned"
         self.submit(stream, copy)
         return 0
 

@@ -41,7 +41,10 @@ _TYPES = {
 
 @dataclass
 class Recipe:
-    """What a plan says: the graph, how it computes, its profile by symbol, its scratch memory."""
+    """What a plan says: the graph, how it computes, its profile by symbol, its scratch memory.
+
+    weights: bytes of its file, and of the device's memory that an engine of it takes.
+    """
 
     contract: GraphContract
     compute: Compute
@@ -49,6 +52,7 @@ class Recipe:
     scratch: int = 4096
     capability: str = "8.9"
     location: TensorLocation = TensorLocation.DEVICE
+    weights: int = 0
 
 
 class Run:
@@ -75,6 +79,8 @@ class FakeTensorRT:
         self.alive: set[int] = set()
         """Engines and contexts that were made and not dropped."""
         self.refuse_contexts = False
+        self.beside_weights = 0
+        """Device memory that must be free as well for an engine to be made."""
         self.capturable = True
         self.making: Callable[[], None] = lambda: None
         """Called while an execution context is made."""
@@ -97,9 +103,10 @@ class FakeTensorRT:
 
     def _deserialize(self, data: bytes) -> Any:
         self.cuda.check_device()
-        recipe = self.recipes[data.decode()]
+        recipe = self.recipes[data.decode().rstrip()]
         major, minor = self.cuda.capability
-        if recipe.capability == f"{major}.{minor}":
+        room = self.cuda.total - self.cuda.allocated() - self.beside_weights
+        if recipe.capability == f"{major}.{minor}" and recipe.weights <= room:
             return FakeEngine(self, recipe)
         self.complain()
         return None
@@ -118,10 +125,15 @@ class FakeEngine(_Counted):
     def __init__(self, trt: FakeTensorRT, recipe: Recipe) -> None:
         super().__init__(trt)
         self.recipe = recipe
+        trt.cuda.engines[id(self)] = recipe.weights
         self.device = trt.cuda.current
         contract = recipe.contract
         self.tensors = {t.name: t for t in (*contract.inputs, *contract.outputs)}
         self.num_io_tensors = len(self.tensors)
+
+    def __del__(self) -> None:
+        self.trt.cuda.engines.pop(id(self), None)
+        super().__del__()
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]

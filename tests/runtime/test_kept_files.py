@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 
 from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference
 from magicface_rt.backends.host import from_bfloat16, to_bfloat16
+from magicface_rt.images import load_reference
 from magicface_rt.kept import KeptReference, Origin
-from magicface_rt.kept.files import METADATA
+from magicface_rt.kept.files import METADATA, check_writable
+from magicface_rt.kept.origin import content_key
 from magicface_rt.kept.reference import EightBit, empty_tensors
 from magicface_rt.schedule import Schedule
 
@@ -96,11 +102,19 @@ def test_a_loaded_concept_outlives_a_new_file_in_its_place(path: Path) -> None:
     np.testing.assert_array_equal(KeptConcept.load(path).references[0].tensors["k_ref_10"].step(1), before)
 
 
-def test_an_image_is_stored_only_where_asked(tmp_path: Path) -> None:
+def with_keys_of(source: Concept) -> KeptConcept:
+    """As if it had been prepared from those images."""
     kept = made()
+    references = []
+    for one, of in zip(kept.references, source.references, strict=True):
+        key = content_key(kept.origin, load_reference(of, name="x"), of.prompt, one.storage)
+        references.append(replace(one, prompt=of.prompt, key=key))
+    return KeptConcept("cap", references, kept.origin, source=source)
+
+
+def test_an_image_is_stored_only_where_asked(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
-    source = Concept("cap", *(Reference(pixels, mask=np.ones((20, 30), bool)) for _ in range(2)))
-    with_source = KeptConcept("cap", kept.references, kept.origin, source=source)
+    with_source = with_keys_of(Concept("cap", *(Reference(pixels, mask=np.ones((20, 30), bool)) for _ in range(2))))
     bare = KeptConcept.load(with_source.save(tmp_path / "bare.concept"))
     assert not bare.pictures
     full = KeptConcept.load(with_source.save(tmp_path / "full.concept", with_image=True))
@@ -110,6 +124,42 @@ def test_an_image_is_stored_only_where_asked(tmp_path: Path) -> None:
     with pytest.raises(KeptConceptError, match="without images"):
         bare.save(tmp_path / "no.concept", with_image=True)
     assert not (tmp_path / "no.concept").exists()
+
+
+@pytest.mark.parametrize("changed", ["man.png", "mask.png"])
+def test_an_image_that_has_changed_since_is_not_stored_as_what_was_used(tmp_path: Path, changed: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    mask = np.full((20, 30), 255, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "man.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    other = Reference(pixels, mask=mask.copy(), prompt="side")
+    kept = with_keys_of(Concept("cap", other, Reference(tmp_path / "man.png", mask=tmp_path / "mask.png", prompt="a")))
+    kept.save(tmp_path / "before.concept", with_image=True)
+    mask[:10] = 0
+    Image.fromarray({"man.png": 255 - pixels, "mask.png": mask}[changed]).save(tmp_path / changed)
+    with pytest.raises(KeptConceptError, match="image or mask of reference 2 is not what its keys were made from"):
+        kept.save(tmp_path / "after.concept", with_image=True)
+    assert not (tmp_path / "after.concept").exists()
+    kept.save(tmp_path / "after.concept")
+
+
+def test_a_source_has_the_references_of_its_keys() -> None:
+    kept, source = made(), Concept("cap", Reference(np.zeros((8, 8, 4), np.uint8)))
+    with pytest.raises(KeptConceptError, match="2 references, and its source 1"):
+        KeptConcept("cap", kept.references, kept.origin, source=source)
+
+
+def test_whether_a_file_can_be_written_is_seen_without_leaving_anything(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.concept").mkdir()
+    check_writable(tmp_path / "deep" / "er" / "cap.concept", overwrite=False)
+    check_writable(tmp_path / "file", overwrite=True)
+    for path, overwrite in (("file", False), ("folder.concept", True), ("file/cap.concept", True), ("c" * 240, False)):
+        with pytest.raises(OutputError, match=r"exists already|cannot be written"):
+            check_writable(tmp_path / path, overwrite=overwrite)
+        with pytest.raises(OutputError, match=r"exists already|cannot be written"):
+            made().save(tmp_path / path, overwrite=overwrite)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.concept"]
 
 
 def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +203,20 @@ def changed_manifest(data: bytes, **changes: Any) -> bytes:
     return with_header(header, body)
 
 
+def changed_origin(data: bytes, **changes: Any) -> bytes:
+    return changed_manifest(data, origin={**origin().to_dict(), **changes})
+
+
+def with_a_stowaway(data: bytes) -> bytes:
+    """A tensor more, which header and manifest both name."""
+    header, body = header_of(data)
+    hashes = json.loads(header["__metadata__"][METADATA])["sha256"]
+    header["more"] = {"dtype": "U8", "shape": [4], "data_offsets": [len(body), len(body) + 4]}
+    return changed_manifest(
+        with_header(header, body + b"more"), sha256={**hashes, "more": hashlib.sha256(b"more").hexdigest()}
+    )
+
+
 def changed_header(data: bytes, change: Any) -> bytes:
     header, body = header_of(data)
     change(header)
@@ -173,8 +237,25 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "a changed manifest": (lambda d: d.replace(b"red hat", b"bad hat", 1), "manifest was changed"),
     "a changed key": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), r"SHA-256 of 1\.v_ref_13"),
     "another version": (lambda d: changed_manifest(d, format=2), "format version 2, .* reads 1"),
-    "no origin": (lambda d: changed_manifest(d, origin={}), "KeyError"),
-    "another origin": (lambda d: changed_manifest(d, origin={"layers": [[1, 2, 3]], "timesteps": []}), "TypeError"),
+    "a true version": (lambda d: changed_manifest(d, format=True), "format version True, .* reads 1"),
+    "no origin": (lambda d: changed_manifest(d, origin={}), "origin is a mapping of 0, expected an object with"),
+    "no schedule": (lambda d: changed_origin(d, scheduler=5), "scheduler is 5"),
+    "a bottomless schedule": (lambda d: changed_origin(d, scheduler={"beta_end": float("nan")}), "scheduler is"),
+    "no steps": (lambda d: changed_origin(d, timesteps=[]), "timesteps is empty"),
+    "half a step": (lambda d: changed_origin(d, timesteps=[1, 2.5, 3]), "timesteps is 2.5"),
+    "a flat layer": (lambda d: changed_origin(d, layers=[[10, 2]]), "layers is"),
+    "a layer of no width": (lambda d: changed_origin(d, layers=[[10, 2, 0]]), "a width of 0"),
+    "a dtype of its own": (lambda d: changed_origin(d, dtype="int4"), "dtype is 'int4'"),
+    "a negative seed": (lambda d: changed_origin(d, reference_seed=-1), "reference_seed is -1"),
+    "a hash that is no text": (lambda d: changed_manifest(d, sha256={"0.k_ref_10": 5}), "sha256 is no object of texts"),
+    "an endless weight": (lambda d: changed_manifest(d, weight=float("inf")), "weight"),
+    "a weight of many digits": (lambda d: changed_manifest(d, weight=10**400), "expected form"),
+    "no name": (lambda d: changed_manifest(d, name=None), "name is None"),
+    "a stowaway": (with_a_stowaway, "'more' is none of a kept concept's"),
+    "endless offsets": (
+        lambda d: changed_header(d, lambda h: h["0.k_ref_10"].update(data_offsets=[0, float("inf")])),
+        "data_offsets is inf",
+    ),
     "no references": (lambda d: changed_manifest(d, references=[]), "no reference"),
     "odd references": (lambda d: changed_manifest(d, references=[{"tokens": {"1": -1, "2": 3}}]), "KeyError|tokens"),
     "an odd weight": (lambda d: changed_manifest(d, weight="heavy"), "weight"),
@@ -234,6 +315,73 @@ def test_no_single_changed_byte_goes_unseen(data: st.DataObject, tmp_path_factor
     # Blanks between the header's words, and nothing else, may be changed into other blanks.
     assert blank
     assert loaded.to_dict() == made().to_dict()
+
+
+DEEP = "@deep@"
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, 1, -1, 2**63, 2**64, 10**400, -(10**400), DEEP, "", "1", "\ud800", [], {}])
+    | st.floats()
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where there is a value, at any depth."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield (*at, key)
+        yield from places(entry, (*at, key))
+
+
+def with_value(tree: Any, at: tuple[Any, ...], value: Any) -> Any:
+    changed = copy.deepcopy(tree)
+    inner = changed
+    for key in at[:-1]:
+        inner = inner[key]
+    inner[at[-1]] = value
+    return changed
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), depth=st.sampled_from([50, 900, 5000]), check_hashes=st.booleans())
+@pytest.mark.parametrize("storage", ["exact", "8-bit"])
+def test_a_value_of_another_kind_is_refused_or_does_no_harm(
+    data: st.DataObject, depth: int, check_hashes: bool, storage: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One value of the header or of the manifest is replaced by someone who knows the format."""
+    path = tmp_path_factory.mktemp("value") / "cap.concept"
+    header, body = header_of(made(storage=storage).save(path).read_bytes())
+    manifest = json.loads(header["__metadata__"][METADATA])
+    # Few of the many hashes and tensors: they are all alike.
+    in_manifest = [at for at in places(manifest) if at[0] != "sha256" or len(at) == 1 or at[1].startswith("0.k_ref_13")]
+    in_header = [at for at in places(header) if at[0].startswith(("__", "1.v_ref_13"))]
+    of_manifest = data.draw(st.booleans())
+    at, value = data.draw(st.sampled_from(in_manifest if of_manifest else in_header)), data.draw(values)
+
+    def as_json(tree: Any) -> str:
+        return json.dumps(tree).replace(json.dumps(DEEP), "[" * depth + "]" * depth)
+
+    if of_manifest:
+        text = as_json(with_value(manifest, at, value))
+        header["__metadata__"] = {METADATA: text, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        text = json.dumps(header)
+    else:
+        text = as_json(with_value(header, at, value))
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + body)
+    try:
+        loaded = KeptConcept.load(path, check_hashes=check_hashes)
+        loaded.origin.check(origin(), loaded.name)
+    except KeptConceptError:
+        return
+    again = KeptConcept.load(loaded.save(path.with_name("again.concept")))
+    assert again.to_dict() == loaded.to_dict()
+    for reference in again.references:
+        assert {stored.step(STEPS - 1).dtype for stored in reference.tensors.values()} == {np.dtype(np.float32)}
 
 
 # -------------------------------------------------------------------------------------------------------------- 8 bits
