@@ -14,7 +14,22 @@ from typing import Annotated
 
 import typer
 
-from . import _command, bench, build, checkpoint, demo, doctor, engines, export, inspect, plan, prepare, run, verify
+from . import (
+    _command,
+    bench,
+    build,
+    checkpoint,
+    demo,
+    doctor,
+    engines,
+    export,
+    inspect,
+    plan,
+    prepare,
+    run,
+    serve,
+    verify,
+)
 
 __all__ = ["app", "main"]
 
@@ -61,6 +76,7 @@ for _verb in (
     run.run,
     prepare.prepare,
     plan.plan,
+    serve.serve,
     verify.verify,
     bench.bench,
     inspect.inspect,

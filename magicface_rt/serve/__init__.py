@@ -1,0 +1,76 @@
+"""Serving a Session over HTTP, and the client for it.
+
+    from magicface_rt.serve import Client
+
+    with Client("http://127.0.0.1:8000") as client:
+        man = client.put_concept(Concept("man", Reference("man.jpg", mask="man-mask.png", prompt="a man")), steps=20)
+        made = client.generate("a man in the rain", [man.use(weight=2.5)], seed=7)
+        made.images[0].save("out.png")
+
+The client needs httpx, the service the whole extra `serve`; each is imported when it is first asked for.
+What the service promises: docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BackendMissingError
+
+if TYPE_CHECKING:
+    from .app import build_app
+    from .client import AsyncClient, Client
+    from .concepts import ConceptStore, FolderConcepts, MemoryConcepts
+    from .engine import Engine
+    from .local import LocalService
+    from .server import serve
+    from .service import Service
+    from .settings import ServeSettings
+    from .wire import KeptId, Made
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "ConceptStore",
+    "Engine",
+    "FolderConcepts",
+    "KeptId",
+    "LocalService",
+    "Made",
+    "MemoryConcepts",
+    "ServeSettings",
+    "Service",
+    "build_app",
+    "serve",
+]
+
+_WHERE = {
+    "AsyncClient": "client",
+    "Client": "client",
+    "ConceptStore": "concepts",
+    "Engine": "engine",
+    "FolderConcepts": "concepts",
+    "KeptId": "wire",
+    "LocalService": "local",
+    "Made": "wire",
+    "MemoryConcepts": "concepts",
+    "ServeSettings": "settings",
+    "Service": "service",
+    "build_app": "app",
+    "serve": "server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("magicface_rt"):
+            raise
+        raise BackendMissingError(
+            f"serving needs the extra serve, which is not installed or not whole ({error}). "
+            "Install it: pip install 'magicface_rt[serve]'"
+        ) from error

@@ -1,0 +1,340 @@
+"""The HTTP application over a `Service`: routes, and nothing that computes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from .. import __version__
+from ..errors import Cancelled, MagicFaceError, ServiceError
+from ..request import Progress
+from . import events
+from .auth import Tokens
+from .bodies import Bodies
+from .gate import Gate
+from .metrics import CONTENT_TYPE_LATEST, Metrics
+from .multipart import read_form
+from .openapi import describe, documented
+from .problems import Problem, refused
+from .reading import FORM_PARTS, problem_of_body, upload_of, wants_png
+from .schemas import (
+    FORM_SCHEMA,
+    BundleInfo,
+    ConceptInfo,
+    ConceptList,
+    Erasure,
+    PictureOrder,
+    Pictures,
+    Status,
+)
+from .service import Accepted, Outcome, Service
+from .settings import ServeSettings
+
+__all__ = ["build_app"]
+
+logger = logging.getLogger("magicface_rt.serve")
+
+T = TypeVar("T")
+
+DESCRIPTION = """\
+Pictures of people and things from a prompt and masked reference images, without training.
+
+Put a concept once (`PUT /v1/concepts`), then make pictures with it (`POST /v1/images`). Whatever is refused is answered
+with problem details (RFC 9457) that name the field at fault.
+"""
+
+
+def build_app(
+    service: Service,
+    *,
+    settings: ServeSettings | None = None,
+    tokens: Tokens | None = None,
+    metrics: Metrics | None = None,
+) -> FastAPI:
+    """The application. It starts the service when it starts, and closes it when it ends.
+
+    settings  those that the service has; limits of bodies are of them
+    tokens    who may use it; everybody, unless given
+    metrics   what /metrics shows; give the one that the service tells
+    """
+    limits = settings or ServeSettings()
+    shown = metrics or Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+
+    app = FastAPI(
+        title="magicface_rt",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # its pages would load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.add_middleware(Bodies, settings=limits, told=shown.problem)
+    app.add_middleware(Gate, tokens=tokens or Tokens(), metrics=shown)
+    _add_handlers(app, shown)
+    _add_concepts(app, service)
+    _add_images(app, service, shown)
+    _add_state(app, service, shown)
+    describe(app, protected=bool(tokens))
+    return app
+
+
+def _add_handlers(app: FastAPI, metrics: Metrics) -> None:
+    def answer(problem: Problem) -> Response:
+        metrics.problem(problem.kind)
+        return Response(problem.body, problem.status, problem.headers)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return answer(_problem(error))
+
+    async def not_readable(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return answer(problem_of_body(error, request.headers.get("content-type")))
+
+    async def not_routed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        kind = {404: "no-such-path", 405: "method-not-allowed"}.get(error.status_code, "bad-request")
+        answered = answer(Problem(error.status_code, kind, str(error.detail)))
+        for name, value in (error.headers or {}).items():
+            answered.headers[name] = value
+        return answered
+
+    app.add_exception_handler(MagicFaceError, failed)
+    app.add_exception_handler(MemoryError, failed)
+    app.add_exception_handler(RequestValidationError, not_readable)
+    app.add_exception_handler(HTTPException, not_routed)
+    app.add_exception_handler(Exception, failed)
+
+
+def _add_concepts(app: FastAPI, service: Service) -> None:
+    @app.put(
+        "/v1/concepts",
+        summary="Prepare a concept and keep it",
+        responses=documented(
+            {200: (ConceptInfo, "It was kept already."), 201: (ConceptInfo, "It is kept now.")},
+            *(400, 413, 415, 422, 429, 503, 504, 507),
+        ),
+        response_class=Response,
+        status_code=201,
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}},
+    )
+    async def put_concept(request: Request) -> Response:
+        """The id names the content: the same images, masks, prompts, steps and settings have the same id, and are
+        prepared once. The images are not kept, only keys and values made from them.
+        """
+        body = await request.body()
+        form = await asyncio.to_thread(read_form, request.headers.get("content-type"), body, FORM_PARTS)
+        put = service.put_concept(upload_of(form), owner=request.state.owner)
+        info, made = await _while_here(request, put)
+        where = {"Location": f"/v1/concepts/{info.id}"}
+        return _json(info, 201 if made else 200, where)
+
+    @app.get(
+        "/v1/concepts",
+        summary="All kept concepts",
+        responses=documented({200: (ConceptList, "The oldest first.")}),
+        response_class=Response,
+    )
+    async def list_concepts() -> Response:
+        found = await service.concepts()
+        return _json(ConceptList(concepts=found, bytes=sum(one.bytes for one in found)))
+
+    @app.get(
+        "/v1/concepts/{id}",
+        summary="One kept concept",
+        responses=documented({200: (ConceptInfo, "It is kept.")}, 404),
+        response_class=Response,
+    )
+    async def get_concept(id: str) -> Response:
+        return _json(await service.concept(id))
+
+    @app.delete(
+        "/v1/concepts/{id}",
+        summary="Erase a concept",
+        responses=documented({200: (Erasure, "It is gone: memory, disk and device were looked through.")}, 404, 500),
+        response_class=Response,
+    )
+    async def erase_concept(id: str) -> Response:
+        """Requests that use it are stopped. The answer comes when nothing of it is left."""
+        return _json(await asyncio.shield(service.erase(id)))
+
+
+def _add_images(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    def failed(error: BaseException) -> Problem:
+        problem = _problem(Cancelled("the client has gone.") if isinstance(error, asyncio.CancelledError) else error)
+        metrics.problem(problem.kind)
+        return problem
+
+    @app.post(
+        "/v1/images",
+        summary="Make pictures",
+        responses=documented(
+            {200: (Pictures, "The pictures.")},
+            *(400, 404, 406, 410, 413, 415, 422, 429, 500, 503, 504, 507),
+            more={200: {"image/png": {"type": "string", "format": "binary"}, events.MEDIA_TYPE: events.SCHEMA}},
+        ),
+        response_class=Response,
+    )
+    async def make_images(request: Request, order: PictureOrder) -> Response:
+        """One picture as PNG or pictures as JSON, by `response` or the Accept header; or events, with `stream`.
+
+        The request stops at its next step when its deadline passes or its client goes.
+        """
+        png = wants_png(order, request.headers.get("accept"))
+        if order.stream:
+            return await _stream(request, service, order, failed)
+        outcome = await _while_here(request, service.generate(order, owner=request.state.owner))
+        if not png:
+            return Response(await asyncio.to_thread(_answer, outcome), media_type="application/json")
+        spent = ", ".join(f"{stage};dur={1000 * outcome.timings[stage]:.1f}" for stage in ("queued", "total"))
+        headers = {"Cache-Control": "no-store", "Server-Timing": spent}
+        return Response(outcome.pngs[0], media_type="image/png", headers=headers)
+
+
+def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    @app.get(
+        "/v1/bundle",
+        summary="What is served, and its limits",
+        responses=documented({200: (BundleInfo, "The bundle.")}),
+        response_class=Response,
+    )
+    async def get_bundle() -> Response:
+        return _json(await service.bundle())
+
+    @app.get(
+        "/healthz",
+        summary="Whether the process lives",
+        responses=documented({200: (Status, "It does.")}),
+        response_class=Response,
+    )
+    async def get_health() -> Response:
+        return _json(Status(status="ok"))
+
+    @app.get(
+        "/readyz",
+        summary="Whether it should get requests",
+        responses=documented({200: (Status, "It is warm.")}, 503),
+        response_class=Response,
+    )
+    async def get_readiness() -> Response:
+        reason = service.not_ready()
+        if reason is not None:
+            not_ready = refused(503, "not-ready", reason)
+            not_ready.retry_after = 1.0
+            raise not_ready
+        return _json(Status(status="ready"))
+
+    @app.get(
+        "/metrics",
+        summary="For Prometheus",
+        responses={200: {"description": "Text.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+        response_class=Response,
+    )
+    async def get_metrics() -> Response:
+        return Response(await asyncio.to_thread(metrics.text), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _stream(
+    request: Request, service: Service, order: PictureOrder, failed: Callable[[BaseException], Problem]
+) -> Response:
+    """Events; what is refused before the request has a place in the queue is answered as a problem."""
+    news: asyncio.Queue[Accepted | Progress] = asyncio.Queue()
+    begun = asyncio.Event()
+
+    def listener(one: Accepted | Progress) -> None:
+        news.put_nowait(one)
+        begun.set()
+
+    task = asyncio.ensure_future(service.generate(order, owner=request.state.owner, listener=listener))
+    watch = asyncio.ensure_future(_gone(request))
+    watch.add_done_callback(lambda _: task.cancel())
+    task.add_done_callback(lambda _: watch.cancel())
+    task.add_done_callback(lambda _: begun.set())
+    try:
+        await begun.wait()
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    if news.empty():
+        _result(task)
+    following = events.follow(task, news, _answer, failed)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(following, media_type=events.MEDIA_TYPE, headers=headers)
+
+
+async def _while_here(request: Request, work: Awaitable[T]) -> T:
+    """The outcome of some work, which is cancelled when the client goes.
+
+    Raises:
+        Cancelled: the client has gone.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        return _result(task)
+    finally:
+        task.cancel()
+        watch.cancel()
+
+
+def _result(task: asyncio.Future[T]) -> T:
+    if task.cancelled():
+        raise Cancelled("the client has gone.")
+    return task.result()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _problem(error: BaseException) -> Problem:
+    """The problem of an error. What the service is to blame for is logged; such errors quote nothing of a request."""
+    problem = Problem.of(error)
+    if not isinstance(error, MagicFaceError):
+        logger.error("a request failed", exc_info=error)
+    elif problem.status >= 500 and not isinstance(error, ServiceError):
+        logger.error("%s: %s", type(error).__name__, error)
+    return problem
+
+
+def _json(content: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    text = json.dumps(content.model_dump(mode="json"), ensure_ascii=True, allow_nan=False)
+    return Response(text, status, {"Cache-Control": "no-store", **(headers or {})}, media_type="application/json")
+
+
+def _answer(outcome: Outcome) -> bytes:
+    """An outcome as JSON: the body of an answer, or the data of the last event."""
+    content: dict[str, Any] = {
+        "pictures": [base64.b64encode(png).decode("ascii") for png in outcome.pngs],
+        "regions": outcome.regions.tolist(),
+        "region_names": list(outcome.names),
+        "timings": outcome.timings,
+        "batch": outcome.batch,
+        "settings": outcome.settings,
+    }
+    return json.dumps(content, ensure_ascii=True, allow_nan=False).encode("ascii")

@@ -1,0 +1,86 @@
+"""Bearer tokens: who may use the service. Without tokens everybody may who can reach it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..errors import AnswerError, OptionError
+
+__all__ = ["ENVIRONMENT", "Tokens"]
+
+ENVIRONMENT = "MAGICFACE_RT_TOKENS"
+LEAST_LENGTH = 16
+
+
+class Tokens:
+    """The tokens that are accepted. Only their SHA-256 is held; no message, log or `repr` has one.
+
+    Raises OptionError for a token that is too short or is no printable ASCII text.
+    """
+
+    def __init__(self, tokens: Iterable[str] = (), *, source: str = "tokens") -> None:
+        digests = []
+        for number, token in enumerate(tokens, 1):
+            if len(token) < LEAST_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
+                raise OptionError(
+                    f"{source}: token {number} has {len(token)} characters; expected at least {LEAST_LENGTH}, "
+                    "printable ASCII without blanks. `openssl rand -hex 32` makes one."
+                )
+            digests.append(hashlib.sha256(token.encode("ascii")).digest())
+        self._digests = tuple(digests)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str] | None, environ: Mapping[str, str] | None = None) -> Tokens:
+        """One token a line from a file, or else from the variable MAGICFACE_RT_TOKENS; lines that start with # are
+        comments. Neither: no tokens.
+
+        Raises:
+            OptionError: the file cannot be read, holds no token, or one that cannot be used.
+        """
+        if path is None:
+            text = (os.environ if environ is None else environ).get(ENVIRONMENT)
+            if text is None:
+                return cls()
+            source = f"the variable {ENVIRONMENT}"
+        else:
+            source = f"the file of tokens {os.fspath(path)!r}"
+            try:
+                text = Path(path).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise OptionError(f"{source} cannot be read: {error}.") from error
+        lines = [line.strip() for line in text.splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise OptionError(f"{source} holds no token; with none the service would be open. Give one a line.")
+        return cls(found, source=source)
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def __repr__(self) -> str:
+        return f"Tokens({len(self._digests)})"
+
+    def owner(self, authorization: str | None, client: str) -> str:
+        """Whose request it is, for the fair order: a digest of the token, or the client's address.
+
+        Raises:
+            AnswerError: 401, no token or a wrong one.
+        """
+        if not self._digests:
+            return client
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise _refused("there is no token; expected the header `Authorization: Bearer TOKEN`.")
+        digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
+        # Every token is compared, each in constant time, so that the time says nothing about any of them.
+        if not sum(hmac.compare_digest(digest, known) for known in self._digests):
+            raise _refused("the token is not one of this service's.")
+        return digest.hex()[:16]
+
+
+def _refused(detail: str) -> AnswerError:
+    return AnswerError(detail, status=401, kind="unauthorized", field="Authorization")

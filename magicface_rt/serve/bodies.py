@@ -1,0 +1,132 @@
+"""Bodies are read whole, within limits of bytes and time, before a route sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from ..errors import ServiceError
+from .problems import Problem, refused
+from .settings import ServeSettings
+
+__all__ = ["Bodies", "send_problem"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+DISCARD_SECONDS = 5.0
+DISCARD_TIMES = 4
+"""A client that sends too much is heard out this long and this many times the limit, so that it reads the answer; one
+that is cut off at once sees a broken connection instead.
+"""
+
+
+class Bodies:
+    """An ASGI application around another, which gets each body in one piece.
+
+    told  the kind of each problem that it answers itself
+    """
+
+    def __init__(self, app: App, settings: ServeSettings, told: Callable[[str], object] = lambda kind: None) -> None:
+        self._app = app
+        self._settings = settings
+        self._told = told
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = bytearray()
+        try:
+            try:
+                if not await self._read(scope, receive, body):
+                    return
+            except ServiceError as error:
+                self._told(error.kind)
+                await send_problem(Problem.of(error), send)
+                return
+            whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+
+            async def replay() -> Message:
+                nonlocal whole
+                if whole is not None:
+                    message, whole = whole, None
+                    return message
+                return await receive()
+
+            await self._app(scope, replay, send)
+        finally:
+            self._held -= len(body)
+
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+        """Fill the body; whether the client is still there."""
+        settings = self._settings
+        end = time.monotonic() + settings.body_seconds
+        declared = _content_length(scope)
+        if declared is not None and declared > settings.body_bytes:
+            await self._discard(receive)
+            raise self._too_large(f"{declared:,}")
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise refused(
+                    408, "body-timeout", f"the body did not come within {settings.body_seconds:g} s."
+                ) from None
+            if message["type"] == "http.disconnect":
+                return False
+            chunk = message.get("body", b"")
+            if len(body) + len(chunk) > settings.body_bytes:
+                if message.get("more_body", False):
+                    await self._discard(receive)
+                raise self._too_large("more")
+            if self._held + len(chunk) > settings.bodies_bytes:
+                busy = refused(503, "busy", "too many uploads are being read. Try again later.")
+                busy.retry_after = 1.0
+                raise busy
+            body += chunk
+            self._held += len(chunk)
+            if not message.get("more_body", False):
+                return True
+
+    def _too_large(self, found: str) -> ServiceError:
+        limit = self._settings.body_bytes
+        return refused(413, "body-too-large", f"the body has {found} bytes; at most {limit:,} are taken.")
+
+    async def _discard(self, receive: Receive) -> None:
+        """Hear out the rest, within limits, and hold none of it."""
+        end, left = time.monotonic() + DISCARD_SECONDS, DISCARD_TIMES * self._settings.body_bytes
+        while left > 0:
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except asyncio.TimeoutError:
+                return
+            left -= len(message.get("body", b""))
+            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                return
+
+
+async def send_problem(problem: Problem, send: Send) -> None:
+    """Answer with a problem, below any framework."""
+    headers = {**problem.headers, "Content-Length": str(len(problem.body))}
+    if problem.status in (408, 413):
+        headers["Connection"] = "close"  # what is left of the body may still come
+    raw = [(name.lower().encode("ascii"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": problem.status, "headers": raw})
+    await send({"type": "http.response.body", "body": problem.body})
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The value of a request's header; names are lower-case."""
+    return next((value.decode("latin-1") for found, value in scope["headers"] if found == name), None)
+
+
+def _content_length(scope: Scope) -> int | None:
+    text = header(scope, b"content-length")
+    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 20 else None

@@ -1,0 +1,297 @@
+"""The client of a service, for threads and for asyncio. Needs httpx, and nothing else of the extra `serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from ..concept import Concept
+from ..errors import Cancelled, ServiceError, UnreachableError
+from ..request import Progress, ProgressCallback
+from .wire import Events, KeptId, Made, error_of, form_of, made_of, order_of, pause
+
+__all__ = ["AsyncClient", "Client"]
+
+READ_SECONDS = 660.0
+"""Longer than the service's own limit, so that it is the service that says that a deadline has passed."""
+
+Concepts = Iterable[Concept | KeptId | Mapping[str, Any] | str]
+
+
+def _options(url: str, token: str | None, timeout: float, given: Mapping[str, Any]) -> dict[str, Any]:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    limits = httpx.Timeout(timeout, connect=10.0)
+    return {"base_url": url, "headers": headers, "timeout": limits, **given}
+
+
+def _lost(error: httpx.TransportError, url: httpx.URL) -> UnreachableError:
+    lost = UnreachableError(f"no answer from {url}: {type(error).__name__}: {error}.")
+    lost.__cause__ = error
+    return lost
+
+
+def _repeats(method: str, error: ServiceError) -> bool:
+    """Whether asking again asks for the same. What was erased cannot be erased again, so that must not have begun."""
+    begun = isinstance(error, UnreachableError) and not isinstance(error.__cause__, httpx.ConnectError)
+    return method != "DELETE" or not begun
+
+
+def _failed(answer: httpx.Response) -> ServiceError | None:
+    if answer.is_success:
+        return None
+    return error_of(answer.status_code, answer.content, answer.headers.get("Retry-After"))
+
+
+class Client:
+    """A service, from one or more threads.
+
+        with Client("http://127.0.0.1:8000") as client:
+            man = client.put_concept(Concept("man", Reference("man.jpg", mask="man-mask.png")), steps=20)
+            made = client.generate("a man in the rain", [man.use(weight=2.5)], seed=7)
+            made.images[0].save("out.png")
+
+    token    one of the service's, where it asks for them
+    retries  how often a request is sent again, after the seconds of Retry-After where the service is full, or where
+             the connection is lost: the same request makes the same picture
+    timeout  seconds without a byte of an answer
+    options  of httpx.Client, such as verify=... or trust_env=False
+
+    Raises, in its methods: a child of `ServiceError`, with `status`, `kind` and `field` of the problem.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        token: str | None = None,
+        retries: int = 4,
+        timeout: float = READ_SECONDS,
+        **options: Any,
+    ) -> None:
+        self._http = httpx.Client(**_options(url, token, timeout, options))
+        self._retries = retries
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def generate(
+        self,
+        prompt: str,
+        concepts: Concepts = (),
+        *,
+        progress: ProgressCallback | None = None,
+        **settings: Any,
+    ) -> Made:
+        """Make pictures, as `Session.generate` does.
+
+        concepts  what `put_concept` gave (or its `use`, or its id), or a `Concept`, whose images are sent along
+        progress  called after every step; return False to cancel
+        settings  those of `Options`; and `deadline` in seconds, and `alone=True` for no batch with others
+
+        Raises:
+            Cancelled: `progress` returned False.
+        """
+        order = order_of(prompt, concepts, settings)
+        if progress is None:
+            return made_of(self._send("POST", "/v1/images", json=order).json())
+        for attempt in range(self._retries + 1):
+            try:
+                return self._streamed({**order, "stream": True}, progress)
+            except ServiceError as error:
+                wait = pause(error, attempt, self._retries)
+                if wait is None:
+                    raise
+                time.sleep(wait)
+        raise AssertionError("the last attempt ends the loop")
+
+    def put_concept(
+        self, concept: Concept, *, steps: int | None = None, reference_seed: int = 0, storage: str = "exact"
+    ) -> KeptId:
+        """Have a concept prepared and kept. The same content has the same id, and is prepared once.
+
+        steps  of the pictures that it will serve; None for the service's default
+        """
+        texts, files = form_of(concept, steps, reference_seed, storage)
+        answer = self._send("PUT", "/v1/concepts", data=texts, files=files)
+        return KeptId.of(answer.json(), answer.status_code == 201)
+
+    def concepts(self) -> list[KeptId]:
+        """All kept concepts, the oldest first."""
+        return [KeptId.of(one) for one in self._send("GET", "/v1/concepts").json()["concepts"]]
+
+    def concept(self, id: str) -> KeptId:
+        """One of them."""
+        return KeptId.of(self._send("GET", f"/v1/concepts/{id}").json())
+
+    def erase(self, concept: KeptId | str) -> dict[str, Any]:
+        """Erase a concept; returns when the service has found nothing of it any more."""
+        id = concept if isinstance(concept, str) else concept.id
+        return dict(self._send("DELETE", f"/v1/concepts/{id}").json())
+
+    def bundle(self) -> dict[str, Any]:
+        """What is served, and its limits."""
+        return dict(self._send("GET", "/v1/bundle").json())
+
+    def ready(self) -> bool:
+        """Whether the service is up and warm."""
+        try:
+            return self._http.get("/readyz").is_success
+        except httpx.TransportError:
+            return False
+
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        for attempt in range(self._retries + 1):
+            error: ServiceError | None
+            try:
+                answer = self._http.request(method, path, **arguments)
+                error = _failed(answer)
+            except httpx.TransportError as cause:
+                error = _lost(cause, self._http.base_url)
+            if error is None:
+                return answer
+            wait = pause(error, attempt, self._retries) if _repeats(method, error) else None
+            if wait is None:
+                raise error
+            time.sleep(wait)
+        raise AssertionError("the last attempt ends the loop")
+
+    def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
+        events = Events()
+        try:
+            with self._http.stream("POST", "/v1/images", json=order) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise _failed(answer) or AssertionError
+                for line in answer.iter_lines():
+                    _tell(progress, events.line(line))
+        except httpx.TransportError as cause:
+            raise _lost(cause, self._http.base_url) from cause
+        return events.made()
+
+
+class AsyncClient:
+    """As `Client`, for asyncio; closing the task closes the connection, and so ends the request at its next step."""
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        token: str | None = None,
+        retries: int = 4,
+        timeout: float = READ_SECONDS,
+        **options: Any,
+    ) -> None:
+        self._http = httpx.AsyncClient(**_options(url, token, timeout, options))
+        self._retries = retries
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def generate(
+        self,
+        prompt: str,
+        concepts: Concepts = (),
+        *,
+        progress: ProgressCallback | None = None,
+        **settings: Any,
+    ) -> Made:
+        """As `Client.generate`."""
+        order = await asyncio.to_thread(order_of, prompt, concepts, settings)
+        if progress is None:
+            return made_of((await self._send("POST", "/v1/images", json=order)).json())
+        for attempt in range(self._retries + 1):
+            try:
+                return await self._streamed({**order, "stream": True}, progress)
+            except ServiceError as error:
+                wait = pause(error, attempt, self._retries)
+                if wait is None:
+                    raise
+                await asyncio.sleep(wait)
+        raise AssertionError("the last attempt ends the loop")
+
+    async def put_concept(
+        self, concept: Concept, *, steps: int | None = None, reference_seed: int = 0, storage: str = "exact"
+    ) -> KeptId:
+        """As `Client.put_concept`."""
+        texts, files = await asyncio.to_thread(form_of, concept, steps, reference_seed, storage)
+        answer = await self._send("PUT", "/v1/concepts", data=texts, files=files)
+        return KeptId.of(answer.json(), answer.status_code == 201)
+
+    async def concepts(self) -> list[KeptId]:
+        """All kept concepts, the oldest first."""
+        return [KeptId.of(one) for one in (await self._send("GET", "/v1/concepts")).json()["concepts"]]
+
+    async def concept(self, id: str) -> KeptId:
+        """One of them."""
+        return KeptId.of((await self._send("GET", f"/v1/concepts/{id}")).json())
+
+    async def erase(self, concept: KeptId | str) -> dict[str, Any]:
+        """As `Client.erase`."""
+        id = concept if isinstance(concept, str) else concept.id
+        return dict((await self._send("DELETE", f"/v1/concepts/{id}")).json())
+
+    async def bundle(self) -> dict[str, Any]:
+        """What is served, and its limits."""
+        return dict((await self._send("GET", "/v1/bundle")).json())
+
+    async def ready(self) -> bool:
+        """Whether the service is up and warm."""
+        try:
+            return (await self._http.get("/readyz")).is_success
+        except httpx.TransportError:
+            return False
+
+    async def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        for attempt in range(self._retries + 1):
+            error: ServiceError | None
+            try:
+                answer = await self._http.request(method, path, **arguments)
+                error = _failed(answer)
+            except httpx.TransportError as cause:
+                error = _lost(cause, self._http.base_url)
+            if error is None:
+                return answer
+            wait = pause(error, attempt, self._retries) if _repeats(method, error) else None
+            if wait is None:
+                raise error
+            await asyncio.sleep(wait)
+        raise AssertionError("the last attempt ends the loop")
+
+    async def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
+        events = Events()
+        try:
+            async with self._http.stream("POST", "/v1/images", json=order) as answer:
+                if not answer.is_success:
+                    await answer.aread()
+                    raise _failed(answer) or AssertionError
+                async for line in answer.aiter_lines():
+                    _tell(progress, events.line(line))
+        except httpx.TransportError as cause:
+            raise _lost(cause, self._http.base_url) from cause
+        return events.made()
+
+
+def _tell(progress: ProgressCallback, step: Progress | None) -> None:
+    if step is not None and progress(step) is False:
+        raise Cancelled(f"cancelled by the progress callback after step {step.step} of {step.steps}.")

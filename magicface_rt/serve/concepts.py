@@ -1,0 +1,303 @@
+"""Where a service keeps its concepts: by an id that names their content, in memory or in a folder of files.
+
+An id is a SHA-256 over the content keys of the references, which are over everything that their keys and values depend
+on. So what lies under an id never changes, and the same upload has the same id in every process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import EraseError, KeptConceptError, OutputError, StoreFullError, UnknownConceptError
+from ..kept import KeptConcept
+
+__all__ = ["NO_WORD", "SUFFIX", "ConceptStore", "FolderConcepts", "MemoryConcepts", "StoredConcept", "concept_id"]
+
+logger = logging.getLogger("magicface_rt.serve")
+
+SUFFIX = ".concept"
+NO_WORD = "(none)"
+"""The word of a concept that was put without one; a request must name one then."""
+
+_ID = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredConcept:
+    """created: seconds since 1970."""
+
+    id: str
+    concept: KeptConcept
+    created: float
+
+
+def concept_id(keys: Sequence[str]) -> str:
+    """The id of a concept with references of these content keys, in that order."""
+    return hashlib.sha256("\n".join(keys).encode("ascii")).hexdigest()
+
+
+def unknown(id: str) -> UnknownConceptError:
+    """To raise for an id that is not there; what is no id is not repeated at length."""
+    shown = id if _ID.fullmatch(id) else ascii(id[:80])
+    return UnknownConceptError(f"concept {shown} is not kept here: it was never put, or it was erased. Put it again.")
+
+
+class ConceptStore(ABC):
+    """Kept concepts by id. Thread-safe; calls may block while files are read or written."""
+
+    @abstractmethod
+    def get(self, id: str) -> StoredConcept:
+        """The concept of that id.
+
+        Raises:
+            UnknownConceptError: there is none, or its file is damaged; putting it again replaces that.
+        """
+
+    @abstractmethod
+    def put(self, id: str, concept: KeptConcept) -> StoredConcept:
+        """Keep a concept, and give it back as it is kept. What is there under the id is replaced.
+
+        Raises:
+            StoreFullError: there is no room.
+            OutputError: a file cannot be written.
+        """
+
+    @abstractmethod
+    def erase(self, id: str) -> int:
+        """Remove a concept from memory and disk; who holds it goes on holding it. Returns how many files went.
+
+        Raises:
+            UnknownConceptError: there is none.
+            EraseError: a file cannot be removed.
+        """
+
+    @abstractmethod
+    def left(self, id: str) -> str | None:
+        """Where something of that id still is, in words; None where nothing is."""
+
+    @abstractmethod
+    def entries(self) -> list[StoredConcept]:
+        """All that can be read, the oldest first."""
+
+    @abstractmethod
+    def used(self) -> tuple[int, int]:
+        """Number of concepts, and bytes of them."""
+
+    @abstractmethod
+    def check_room(self, nbytes: int) -> None:
+        """Raises StoreFullError where so many bytes do not fit, before they are computed."""
+
+    def close(self) -> None:  # noqa: B027 - not every store holds something
+        """Let go of what is in memory."""
+
+
+class _Limited(ConceptStore):
+    def __init__(self, *, most: int, most_bytes: int) -> None:
+        self._most, self._most_bytes = most, most_bytes
+
+    def check_room(self, nbytes: int) -> None:
+        count, held = self.used()
+        if count >= self._most:
+            raise StoreFullError(f"{count} concepts are kept, which is the limit. Erase one that is not needed.")
+        if held + nbytes > self._most_bytes:
+            raise StoreFullError(
+                f"the concept needs {nbytes:,} bytes, and {held:,} of {self._most_bytes:,} are used. Erase concepts, "
+                "or put it with fewer steps, a smaller mask or 8-bit storage."
+            )
+
+
+class MemoryConcepts(_Limited):
+    """In this process, for as long as it lives. `most` concepts, `most_bytes` of them."""
+
+    def __init__(self, *, most: int = 1000, most_bytes: int = 2**33) -> None:
+        super().__init__(most=most, most_bytes=most_bytes)
+        self._lock = threading.Lock()
+        self._entries: dict[str, StoredConcept] = {}
+
+    def get(self, id: str) -> StoredConcept:
+        with self._lock:
+            found = self._entries.get(id)
+        if found is None:
+            raise unknown(id)
+        return found
+
+    def put(self, id: str, concept: KeptConcept) -> StoredConcept:
+        stored = StoredConcept(id, concept, time.time())
+        with self._lock:
+            self._entries.pop(id, None)
+        self.check_room(concept.nbytes)
+        with self._lock:
+            self._entries[id] = stored
+        return stored
+
+    def erase(self, id: str) -> int:
+        with self._lock:
+            if self._entries.pop(id, None) is None:
+                raise unknown(id)
+        return 0
+
+    def left(self, id: str) -> str | None:
+        with self._lock:
+            return "memory" if id in self._entries else None
+
+    def entries(self) -> list[StoredConcept]:
+        with self._lock:
+            return sorted(self._entries.values(), key=lambda stored: stored.created)
+
+    def used(self) -> tuple[int, int]:
+        with self._lock:
+            return len(self._entries), sum(stored.concept.nbytes for stored in self._entries.values())
+
+    def close(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+
+class FolderConcepts(_Limited):
+    """In a folder, as `ID.concept`, mapped into memory; several processes may share it.
+
+    Another process's concepts are found when they are asked for, and those that it erased are not found any more.
+    The folder is made where it is missing, for its owner only.
+
+    Raises OutputError where the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, most: int = 1000, most_bytes: int = 2**33) -> None:
+        super().__init__(most=most, most_bytes=most_bytes)
+        self.folder = Path(folder).absolute()
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"folder of concepts {str(folder)!r} cannot be made: {error}.") from error
+        if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
+            raise OutputError(f"folder of concepts {str(folder)!r} may not be read and written.")
+        self._lock = threading.Lock()
+        self._mapped: dict[str, tuple[_Stamp, StoredConcept]] = {}
+
+    def get(self, id: str) -> StoredConcept:
+        path = self._path(id)
+        stamp = _stamp(path) if path is not None else None
+        if path is None or stamp is None:
+            with self._lock:
+                self._mapped.pop(id, None)
+            raise unknown(id)
+        with self._lock:
+            known = self._mapped.get(id)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        try:
+            stored = StoredConcept(id, KeptConcept.load(path), stamp.seconds)
+        except KeptConceptError as error:
+            if not path.exists():  # erased by another process meanwhile
+                raise unknown(id) from None
+            logger.warning("%s", error)
+            raise UnknownConceptError(f"the file of concept {id} is damaged. Put the concept again.") from error
+        with self._lock:
+            self._mapped[id] = (stamp, stored)
+        return stored
+
+    def put(self, id: str, concept: KeptConcept) -> StoredConcept:
+        path = self._path(id)
+        assert path is not None, id
+        if not path.exists():
+            self.check_room(concept.nbytes)
+        concept.save(path, overwrite=True)
+        stamp = _stamp(path)
+        if stamp is None:
+            raise unknown(id)  # erased by another process in this moment
+        stored = StoredConcept(id, KeptConcept.load(path, check_hashes=False), stamp.seconds)
+        with self._lock:
+            self._mapped[id] = (stamp, stored)
+        return stored
+
+    def erase(self, id: str) -> int:
+        path = self._path(id)
+        with self._lock:
+            mapped = self._mapped.pop(id, None)
+        if path is None:
+            raise unknown(id)
+        # A file that a process began and did not finish begins with a dot and has the same content.
+        files = [file for file in (path, *self.folder.glob(f".{path.name}.*")) if file.exists()]
+        if not files and mapped is None:
+            raise unknown(id)
+        for file in files:
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise EraseError(f"file {file.name!r} of the concept cannot be removed: {error}.") from error
+        return len(files)
+
+    def left(self, id: str) -> str | None:
+        path = self._path(id)
+        with self._lock:
+            if id in self._mapped:
+                return "memory"
+        if path is not None and (path.exists() or any(self.folder.glob(f".{path.name}.*"))):
+            return "a file"
+        return None
+
+    def entries(self) -> list[StoredConcept]:
+        found = []
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            id, stamp = path.name.removesuffix(SUFFIX), _stamp(path)
+            if not _ID.fullmatch(id) or stamp is None:
+                continue
+            with self._lock:
+                known = self._mapped.get(id)
+            if known is not None and known[0] == stamp:
+                found.append(known[1])
+                continue
+            with contextlib.suppress(KeptConceptError):  # damaged: `get` says so
+                found.append(StoredConcept(id, KeptConcept.load(path, check_hashes=False), stamp.seconds))
+        return sorted(found, key=lambda stored: stored.created)
+
+    def used(self) -> tuple[int, int]:
+        stamps = [_stamp(path) for path in self.folder.glob(f"*{SUFFIX}") if _ID.fullmatch(path.stem)]
+        sizes = [stamp.nbytes for stamp in stamps if stamp is not None]
+        return len(sizes), sum(sizes)
+
+    def close(self) -> None:
+        with self._lock:
+            self._mapped.clear()
+
+    def _path(self, id: str) -> Path | None:
+        """None for what is no id, so that no name leads out of the folder."""
+        return self.folder / f"{id}{SUFFIX}" if _ID.fullmatch(id) else None
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """What tells a file from one that was put in its place."""
+
+    inode: int
+    nbytes: int
+    changed: int
+
+    @property
+    def seconds(self) -> float:
+        return self.changed / 1e9
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def without_source(concept: KeptConcept, word: str | None) -> KeptConcept:
+    """A prepared concept under the word that requests use unless they say otherwise, without the images that it was
+    made from: only keys are kept.
+    """
+    return KeptConcept(word or NO_WORD, concept.references, concept.origin)

@@ -1,0 +1,304 @@
+"""Sessions at work: a bounded queue, fair order, dynamic batches, deadlines, and an orderly end.
+
+Knows nothing of HTTP. One thread for each execution context, that is for each worker of each Session.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from ..errors import Cancelled, DrainingError, MagicFaceError, OptionError, QueueFullError
+from ..request import Progress, Request
+from ..session import Session
+from .fair import FairQueue
+from .job import Job
+from .settings import ServeSettings
+
+__all__ = ["Engine", "Observer"]
+
+logger = logging.getLogger("magicface_rt.serve")
+
+T = TypeVar("T")
+
+
+class Observer:
+    """What is told about the work as it is done; does nothing. Called in the engine's threads."""
+
+    def batch(self, jobs: Sequence[Job], seconds: float) -> None:
+        """Jobs that were made together, after they were."""
+
+
+class Engine:
+    """Makes pictures and prepares concepts, on one or more Sessions of one bundle.
+
+        engine = Engine([session], ServeSettings(queue=8))
+        engine.start()
+        job = engine.submit(Job(Request("a man", options=Options(steps=20)), owner="me"))
+        job.future.result().result.images[0].save("out.png")
+        engine.drain(60)
+        engine.close()
+
+    sessions  each must be opened with at least `workers` workers; the caller closes them
+    workers   threads for each Session
+    warm      what each thread does first, such as loading graphs; None for nothing
+
+    Raises OptionError for no Session, Sessions of different bundles, or no worker.
+    """
+
+    def __init__(
+        self,
+        sessions: Sequence[Session],
+        settings: ServeSettings | None = None,
+        *,
+        workers: int = 1,
+        warm: Callable[[Session], object] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        if not sessions or len({session.bundle.hash for session in sessions}) > 1:
+            raise OptionError("an Engine needs one or more Sessions, all of one bundle.")
+        if workers < 1:
+            raise OptionError(f"workers is {workers}, expected a whole number from 1.")
+        self.sessions = tuple(sessions)
+        self.bundle = sessions[0].bundle
+        self.settings = settings or ServeSettings()
+        self._warm = warm
+        self._observer = observer or Observer()
+        self._queue: FairQueue[Job] = FairQueue()
+        self._changed = threading.Condition()
+        self._running: set[Job] = set()
+        self._busy = 0
+        self._cold = len(sessions) * workers
+        self._failure: BaseException | None = None
+        self._draining = self._closed = False
+        self._paused = 0
+        self._exclusive = threading.Lock()
+        self._seconds_per_job = 1.0
+        self._threads = [
+            threading.Thread(target=self._serve, args=(session,), name=f"magicface-engine-{n}-{k}", daemon=True)
+            for n, session in enumerate(sessions)
+            for k in range(workers)
+        ]
+
+    # ------------------------------------------------------------------------------------------------- what it is doing
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Jobs that are being done."""
+        return len(self._running)
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no more work."""
+        return self._draining
+
+    @property
+    def warm(self) -> bool:
+        """Whether every thread has done its warm-up."""
+        return self._cold == 0
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the warm-up failed; None where it did not."""
+        return self._failure
+
+    def retry_after(self) -> float:
+        """Seconds after which a place in the queue is likely free, by how long jobs took lately."""
+        return min(600.0, max(1.0, math.ceil(len(self._queue) * self._seconds_per_job / len(self._threads))))
+
+    # ---------------------------------------------------------------------------------------------------- what one does
+
+    def start(self) -> None:
+        """Start the threads; each warms up and then takes work."""
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job) -> Job:
+        """Queue a job and return it.
+
+        Raises:
+            QueueFullError: as many wait as may.
+            DrainingError: no more work is taken.
+        """
+        with self._changed:
+            if self._draining or self._failure is not None:
+                raise DrainingError("the service is ending and takes no more work.", retry_after=1.0)
+            if len(self._queue) >= self.settings.queue:
+                raise QueueFullError(
+                    f"{len(self._queue)} requests wait, which is the limit. Try again later.",
+                    retry_after=self.retry_after(),
+                )
+            job.enqueued = time.monotonic()
+            self._queue.put(job)
+            self._changed.notify_all()
+        return job
+
+    def cancel(self, job: Job, error: MagicFaceError) -> None:
+        """End a job with that error: now where it waits, at its next step where it runs."""
+        job.cancel(error)
+        with self._changed:
+            if self._queue.remove(job):
+                job.forget()
+            self._changed.notify_all()
+
+    def exclusive(self, action: Callable[[Sequence[Session]], T]) -> T:
+        """Do something while no job runs; those that wait go on waiting. Blocks until what runs has ended."""
+        with self._exclusive:
+            with self._changed:
+                self._paused += 1
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: not self._busy)
+            try:
+                return action(self.sessions)
+            finally:
+                with self._changed:
+                    self._paused -= 1
+                    self._changed.notify_all()
+
+    def drain(self, seconds: float) -> int:
+        """Take no more work, and wait so long for what there is. Returns how many jobs were then cut off."""
+        end = time.monotonic() + seconds
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._queue and not self._busy, max(0.0, end - time.monotonic()))
+            left = [job for job in (*self._queue, *self._running) if not job.done]
+        for job in left:
+            self.cancel(job, DrainingError("the service has ended before this request was done.", retry_after=1.0))
+        return len(left)
+
+    def close(self, seconds: float = 30.0) -> bool:
+        """End the threads. Returns whether all have ended in that time; one that computes ends at its next step."""
+        self.drain(0)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    # ------------------------------------------------------------------------------------------------------ the threads
+
+    def _serve(self, session: Session) -> None:
+        try:
+            if self._warm is not None:
+                self._warm(session)
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+            logger.error("the warm-up failed: %s", error)
+            self.drain(0)
+            return
+        with self._changed:
+            self._cold -= 1
+            self._changed.notify_all()
+        while self._do_next(session):
+            pass
+
+    def _do_next(self, session: Session) -> bool:
+        """Do the next batch; False when all is over. Nothing of it is held when this returns."""
+        batch = self._next()
+        if batch is None:
+            return False
+        start = time.monotonic()
+        try:
+            self._run(session, batch)
+        finally:
+            seconds = time.monotonic() - start
+            for job in batch:
+                job.forget()
+            self._observer.batch(batch, seconds)
+            with self._changed:
+                self._seconds_per_job += 0.2 * (seconds / len(batch) - self._seconds_per_job)
+                self._running.difference_update(batch)
+                self._busy -= 1
+                self._changed.notify_all()
+        return True
+
+    def _next(self) -> list[Job] | None:
+        """The next job and what may be made together with it; None when all is over."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._closed or (self._queue and not self._paused))
+                if self._closed:
+                    return None
+                first = self._queue.take()
+                assert first is not None
+                self._busy += 1
+                self._running.add(first)
+                return [first, *self._companions(first)]
+
+    def _companions(self, first: Job) -> list[Job]:
+        """Waiting requests with the same number of steps, as many as fit, and for so long as the first may wait."""
+        found: list[Job] = []
+        images = first.images
+        bare = first.bare
+        most = min(self.settings.batch, self.bundle.limits.images)
+        until = first.enqueued + self.settings.batch_wait
+
+        def fits(job: Job) -> bool:
+            return (
+                job.is_request
+                and not job.alone
+                and job.steps == first.steps
+                and images + job.images <= most
+                and bare + job.bare <= self.bundle.limits.references
+            )
+
+        while first.is_request and not first.alone and images < most and not first.done:
+            job = self._queue.take(fits)
+            if job is not None:
+                self._running.add(job)
+                found.append(job)
+                images += job.images
+                bare += job.bare
+                continue
+            left = until - time.monotonic()
+            if left <= 0 or self._paused or self._draining:
+                break
+            self._changed.wait(left)
+        return found
+
+    def _run(self, session: Session, batch: Sequence[Job]) -> None:
+        jobs = [job for job in batch if job.begin()]
+        if not jobs:
+            return
+
+        def progress(progress: Progress) -> bool:
+            for job in jobs:
+                job.check_deadline()
+                job.report(progress)
+            return not all(job.done for job in jobs)
+
+        try:
+            if isinstance(jobs[0].work, Request):
+                requests = [job.work for job in jobs if isinstance(job.work, Request)]
+                results = list(session.generate_batch(requests, progress=progress))
+            else:
+                results = [jobs[0].work(session, progress)]
+        except Cancelled as error:
+            for job in jobs:
+                job.fail(error)
+        except Exception as error:
+            if len(jobs) == 1:
+                if not isinstance(error, MagicFaceError):
+                    logger.exception("a job failed")
+                jobs[0].fail(error)
+                return
+            # One of them is at fault, or what they need together: each gets its own outcome.
+            for job in jobs:
+                self._run(session, [job])
+        else:
+            for job, result in zip(jobs, results, strict=True):
+                job.succeed(result, sum(one.images for one in jobs))

@@ -1,0 +1,68 @@
+"""A queue in which owners take turns, and each owner's jobs keep their order. Not thread-safe."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+__all__ = ["FairQueue"]
+
+
+class Owned(Protocol):
+    """What the queue needs of a job."""
+
+    @property
+    def owner(self) -> Hashable: ...
+
+
+J = TypeVar("J", bound=Owned)
+
+
+class FairQueue(Generic[J]):
+    """Whoever has many jobs waits for those who have few: after each job that is taken, its owner goes to the back."""
+
+    def __init__(self) -> None:
+        self._jobs: OrderedDict[Hashable, deque[J]] = OrderedDict()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[J]:
+        """Owner by owner, in the order of their next turn."""
+        for jobs in self._jobs.values():
+            yield from jobs
+
+    def put(self, job: J) -> None:
+        """A job behind its owner's others."""
+        self._jobs.setdefault(job.owner, deque()).append(job)
+        self._length += 1
+
+    def take(self, fits: Callable[[J], bool] = lambda job: True) -> J | None:
+        """The next job that fits; None where none does."""
+        for owner, jobs in self._jobs.items():
+            found = next((job for job in jobs if fits(job)), None)
+            if found is not None:
+                self._take(owner, found)
+                return found
+        return None
+
+    def remove(self, job: J) -> bool:
+        """Whether it was there."""
+        jobs = self._jobs.get(job.owner)
+        if jobs is None or job not in jobs:
+            return False
+        self._drop(job.owner, job)
+        return True
+
+    def _take(self, owner: Hashable, job: J) -> None:
+        self._drop(owner, job)
+        if owner in self._jobs:
+            self._jobs.move_to_end(owner)
+
+    def _drop(self, owner: Hashable, job: J) -> None:
+        self._jobs[owner].remove(job)
+        self._length -= 1
+        if not self._jobs[owner]:
+            del self._jobs[owner]

@@ -1,0 +1,402 @@
+"""A service in this process: an Engine, a store of concepts, and a few threads for what is not computing."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from ..errors import (
+    Cancelled,
+    DrainingError,
+    ErasedError,
+    EraseError,
+    MagicFaceError,
+    QueueFullError,
+    UnknownConceptError,
+)
+from ..kept import KeptConcept
+from ..kept.keeper import checked_storage
+from ..kept.origin import content_key
+from ..provenance import software
+from ..request import Progress, ProgressCallback
+from ..results import Result
+from ..session import Session
+from .concepts import NO_WORD, ConceptStore, StoredConcept, concept_id, without_source
+from .engine import Engine
+from .erasure import Trace, scrub
+from .job import Done, Job
+from .orders import check_named, kept_bytes, pixels_of, read_upload, request_of
+from .problems import at
+from .schemas import BundleInfo, BundleLimits, ConceptInfo, Erasure, PictureOrder, ReferenceInfo
+from .service import Accepted, ConceptUpload, Listener, Outcome, Service
+
+__all__ = ["LocalService", "Watcher"]
+
+T = TypeVar("T")
+
+ERASE_ATTEMPTS = 20
+ERASE_PAUSE = 0.05
+
+
+class Watcher:
+    """What is told about concepts and pictures; does nothing. Called in the event loop's thread."""
+
+    def looked_up(self, hit: bool) -> None:
+        """A concept was wanted by its id or its content, and was there or not."""
+
+    def prepared(self) -> None:
+        """A concept was prepared: its references went through the network."""
+
+    def made(self, outcome: Outcome) -> None:
+        """A request has its pictures."""
+
+
+class _Use:
+    """A request that wants concepts, from the moment it names them to the moment its answer is whole."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.ids = frozenset(ids)
+        self.error: MagicFaceError | None = None
+        self.job: Job | None = None
+        self.over = asyncio.Event()
+
+    def check(self) -> None:
+        """Raises where it was stopped."""
+        if self.error is not None:
+            raise self.error
+
+
+class LocalService(Service):
+    """The Engine and the store of concepts are given, and are closed with the service; Sessions are the caller's.
+
+    All calls come from one event loop.
+    """
+
+    def __init__(self, engine: Engine, store: ConceptStore, *, watcher: Watcher | None = None) -> None:
+        self.engine = engine
+        self.store = store
+        self.settings = engine.settings
+        self._watcher = watcher or Watcher()
+        self._session = engine.sessions[0]
+        self._decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="magicface-decode")
+        self._files = ThreadPoolExecutor(2, thread_name_prefix="magicface-files")
+        self._uses: set[_Use] = set()
+        self._making: dict[str, asyncio.Event] = {}
+        self._unfinished: dict[str, Trace] = {}
+        self._held_pixels = 0
+        self._closed = False
+
+    # ------------------------------------------------------------------------------------------------ beginning, ending
+
+    async def start(self) -> None:
+        self.engine.start()
+
+    def failure(self) -> BaseException | None:
+        return self.engine.failure
+
+    def not_ready(self) -> str | None:
+        if self.engine.failure is not None:
+            return "the warm-up failed."
+        if self.engine.draining:
+            return "the service is ending."
+        return None if self.engine.warm else "the service is warming up."
+
+    async def drain(self, seconds: float) -> int:
+        return await asyncio.to_thread(self.engine.drain, seconds)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.to_thread(self.engine.close)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._files.shutdown(wait=False, cancel_futures=True)
+        self.store.close()
+
+    # --------------------------------------------------------------------------------------------------------- pictures
+
+    async def generate(self, order: PictureOrder, *, owner: str, listener: Listener | None = None) -> Outcome:
+        end = time.monotonic() + self._seconds(order.deadline)
+        self._check_taken()
+        check_named(order)
+        with self._using([use.id for use in order.concepts if use.id is not None]) as use:
+            kept = {id: await self._kept(id, k) for k, id in self._ids(order)}
+            use.check()
+            request, pixels = await self._in(
+                self._decoders, request_of, order, kept.__getitem__, self._session, self.settings
+            )
+            kept.clear()
+            use.check()
+            with self._holding(pixels):
+                job = Job(request, owner=owner, deadline=end, alone=order.alone, progress=_relay(listener))
+                del request
+                done = await self._done(job, use, listener)
+            outcome: Outcome = await self._in(self._decoders, _outcome, done)
+            del done
+            use.check()
+        self._watcher.made(outcome)
+        return outcome
+
+    async def bundle(self) -> BundleInfo:
+        bundle, settings = self._session.bundle, self.settings
+        return BundleInfo(
+            hash=bundle.hash,
+            architecture=bundle.architecture,
+            dtype=bundle.dtype,
+            height=bundle.height,
+            width=bundle.width,
+            backend=self._session.backend.name,
+            software=software(),
+            default_steps=settings.default_steps,
+            limits=BundleLimits(
+                concepts=bundle.limits.concepts,
+                references=bundle.limits.references,
+                images=settings.images,
+                steps=settings.steps,
+                pixels=settings.pixels,
+                body_bytes=settings.body_bytes,
+                deadline=settings.deadline,
+                queue=settings.queue,
+            ),
+        )
+
+    # --------------------------------------------------------------------------------------------------------- concepts
+
+    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptInfo, bool]:
+        end = time.monotonic() + self.settings.deadline
+        with at("storage"):
+            storage = checked_storage(upload.storage)
+        concept, bare, origin = await self._in(self._decoders, read_upload, upload, self._session, self.settings)
+
+        def keys() -> list[str]:
+            return [content_key(origin, one.loaded, one.prompt, storage) for one in bare]
+
+        def prepare(session: Session, progress: ProgressCallback) -> KeptConcept:
+            made = session.prepare(
+                concept,
+                steps=origin.steps,
+                reference_seed=origin.reference_seed,
+                storage=storage,
+                progress=progress,
+            )
+            return without_source(made, upload.word)
+
+        with self._holding(pixels_of(concept)):
+            id = concept_id(await self._in(self._decoders, keys))
+            async with self._making_alone(id):
+                found = await self._found(id)
+                self._watcher.looked_up(found is not None)
+                if found is not None:
+                    return _info(found), False
+                await self._in(self._files, self.store.check_room, kept_bytes(origin, bare, storage))
+                with self._using([]) as use:
+                    done = await self._done(Job(prepare, owner=owner, deadline=end), use, None)
+                self._watcher.prepared()
+                return _info(await self._in(self._files, self.store.put, id, done.result)), True
+
+    async def concepts(self) -> list[ConceptInfo]:
+        return [_info(stored) for stored in await self._in(self._files, self.store.entries)]
+
+    async def concept(self, id: str) -> ConceptInfo:
+        return _info(await self._in(self._files, self.store.get, id))
+
+    async def erase(self, id: str) -> Erasure:
+        async with self._making_alone(id):
+            found = await self._found(id)
+            trace = self._unfinished.get(id) if found is None else Trace(found.concept)
+            del found
+            if trace is not None:
+                self._unfinished[id] = trace
+            files = 0
+            try:
+                files = await self._in(self._files, self.store.erase, id)
+            except UnknownConceptError:
+                if trace is None:
+                    raise
+            stopped = await self._stop_uses(id)
+            place = await self._in(self._files, self.store.left, id)
+            if place is None and trace is not None:
+                place = await asyncio.to_thread(self.engine.exclusive, partial(scrub, trace=trace))
+            if place is None and trace is not None:
+                place = await self._still_in_memory(trace)
+            if place is not None:
+                raise EraseError(f"concept {id}: something of it is left in {place}. Erase it again, or restart.")
+            self._unfinished.pop(id, None)
+            return Erasure(id=id, files=files, stopped=stopped)
+
+    # ----------------------------------------------------------------------------------------------------------- inside
+
+    def _seconds(self, wanted: float | None) -> float:
+        return self.settings.deadline if wanted is None else min(wanted, self.settings.deadline)
+
+    def _check_taken(self) -> None:
+        """Refuse early what the Engine would refuse when the images are decoded."""
+        if self.engine.draining:
+            raise DrainingError("the service is ending and takes no more work.", retry_after=1.0)
+        if self.engine.waiting >= self.settings.queue:
+            raise QueueFullError(
+                f"{self.engine.waiting} requests wait, which is the limit. Try again later.",
+                retry_after=self.engine.retry_after(),
+            )
+
+    @staticmethod
+    def _ids(order: PictureOrder) -> Iterator[tuple[int, str]]:
+        return ((k, use.id) for k, use in enumerate(order.concepts) if use.id is not None)
+
+    async def _kept(self, id: str, position: int) -> KeptConcept:
+        with at(f"concepts[{position}].id"):
+            try:
+                found: StoredConcept = await self._in(self._files, self.store.get, id)
+            except UnknownConceptError:
+                self._watcher.looked_up(False)
+                raise
+        self._watcher.looked_up(True)
+        return found.concept
+
+    async def _found(self, id: str) -> StoredConcept | None:
+        """What is kept under an id; None where nothing is, or what is there is damaged."""
+        try:
+            return await self._in(self._files, self.store.get, id)
+        except UnknownConceptError:
+            return None
+
+    async def _done(self, job: Job, use: _Use, listener: Listener | None) -> Done:
+        """Queue a job and wait for it. Whatever ends the wait ends the job."""
+        before = self.engine.waiting
+        self.engine.submit(job)
+        use.job = job
+        if listener is not None:
+            listener(Accepted(before))
+        future = asyncio.wrap_future(job.future)
+        future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may be left to ask
+        assert job.deadline is not None
+        try:
+            while not future.done():  # the loop's clock may ring a little early
+                await asyncio.wait({future}, timeout=max(0.001, job.deadline - time.monotonic()))
+                job.check_deadline()
+            return future.result()
+        finally:
+            self.engine.cancel(job, Cancelled("the client has gone."))
+            use.job = None
+
+    async def _stop_uses(self, id: str) -> int:
+        """End every request that uses a concept, and wait until it has. Returns how many there were."""
+        using = [use for use in self._uses if id in use.ids]
+        for use in using:
+            use.error = ErasedError(f"the concept {id} was erased while this request used it.")
+            if use.job is not None:
+                self.engine.cancel(use.job, use.error)
+        for use in using:
+            await use.over.wait()
+        return len(using)
+
+    @staticmethod
+    async def _still_in_memory(trace: Trace) -> str | None:
+        """Where keys of an erased concept are, in words. Answers that are being sent may hold them for a moment."""
+        for _ in range(ERASE_ATTEMPTS):
+            alive = await asyncio.to_thread(trace.alive)
+            if not alive:
+                return None
+            await asyncio.sleep(ERASE_PAUSE)
+        return f"memory ({alive} arrays)"
+
+    @asynccontextmanager
+    async def _making_alone(self, id: str) -> AsyncIterator[None]:
+        """Nobody else makes or erases the concept of that id meanwhile."""
+        while id in self._making:
+            await self._making[id].wait()
+        over = self._making[id] = asyncio.Event()
+        try:
+            yield
+        finally:
+            del self._making[id]
+            over.set()
+
+    @contextmanager
+    def _using(self, ids: Sequence[str]) -> Iterator[_Use]:
+        use = _Use(ids)
+        self._uses.add(use)
+        try:
+            yield use
+        finally:
+            self._uses.discard(use)
+            use.over.set()
+
+    @contextmanager
+    def _holding(self, pixels: int) -> Iterator[None]:
+        if self._held_pixels and self._held_pixels + pixels > self.settings.held_pixels:
+            raise QueueFullError(
+                f"the images of the requests that wait have {self._held_pixels:,} pixels, and this one's {pixels:,}; "
+                f"{self.settings.held_pixels:,} are held at most. Try again later.",
+                retry_after=self.engine.retry_after(),
+            )
+        self._held_pixels += pixels
+        try:
+            yield
+        finally:
+            self._held_pixels -= pixels
+
+    async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
+        if self._closed:
+            raise DrainingError("the service has ended.", retry_after=1.0)
+        return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
+
+
+def _relay(listener: Listener | None) -> Callable[[Progress], object] | None:
+    """The listener, called in this event loop from another thread."""
+    if listener is None:
+        return None
+    loop = asyncio.get_running_loop()
+    heard = listener
+
+    def relay(progress: Progress) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(heard, progress)
+
+    return relay
+
+
+def _outcome(done: Done) -> Outcome:
+    result: Result = done.result
+    pngs = []
+    for image in result.images:
+        file = io.BytesIO()
+        image.save(file, format="PNG")
+        pngs.append(file.getvalue())
+    return Outcome(
+        pngs=pngs,
+        regions=result.regions,
+        names=result.concept_names,
+        timings={**result.timings.to_dict(), "queued": done.queued},
+        batch=done.batch,
+        settings=result.to_dict(),
+    )
+
+
+def _info(stored: StoredConcept) -> ConceptInfo:
+    concept = stored.concept
+    return ConceptInfo(
+        id=stored.id,
+        word=None if concept.word == NO_WORD else concept.word,
+        steps=concept.steps,
+        reference_seed=concept.reference_seed,
+        bytes=concept.nbytes,
+        bundle=concept.origin.bundle_hash,
+        references=[
+            ReferenceInfo(
+                key=reference.key,
+                prompt=reference.prompt,
+                storage=reference.storage,
+                tokens={str(factor): count for factor, count in reference.tokens.items()},
+                error=reference.error,
+            )
+            for reference in concept.references
+        ],
+        created=stored.created,
+    )

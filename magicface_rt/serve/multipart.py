@@ -1,0 +1,138 @@
+"""multipart/form-data, read in memory. (Starlette's form parser spools larger files to disk, which must not be.)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from .problems import refused
+
+__all__ = ["Form", "read_form"]
+
+MOST_PARTS = 64
+MOST_HEADER_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Form:
+    """The parts by name, in their order."""
+
+    parts: dict[str, list[bytes]]
+
+    def files(self, name: str) -> list[bytes]:
+        """The bytes of every part of that name."""
+        return self.parts.get(name, [])
+
+    def texts(self, name: str) -> list[str]:
+        """The text of every part of that name.
+
+        Raises:
+            AnswerError: 422, it is no UTF-8.
+        """
+        try:
+            return [part.decode("utf-8") for part in self.parts.get(name, [])]
+        except UnicodeDecodeError as error:
+            raise refused(422, "form", f"the part {name!r} is no UTF-8 text.", name) from error
+
+    def text(self, name: str) -> str | None:
+        """The text of the one part of that name, None where there is none.
+
+        Raises:
+            AnswerError: 422, it stands twice, or is no UTF-8.
+        """
+        found = self.texts(name)
+        if len(found) > 1:
+            raise refused(422, "form", f"the part {name!r} stands {len(found)} times, expected once.", name)
+        return found[0] if found else None
+
+
+def read_form(content_type: str | None, body: bytes, known: Sequence[str]) -> Form:
+    """The parts of a body.
+
+    Raises:
+        AnswerError: 415, another Content-Type; 400, a body that is cut short or malformed; 422, a part that is not
+            known, or too many parts.
+    """
+    kind, options = parse_options_header(content_type or "")
+    boundary = options.get(b"boundary")
+    if kind.lower() != b"multipart/form-data" or not boundary:
+        raise refused(
+            415, "content-type", "expected Content-Type: multipart/form-data with a boundary.", "Content-Type"
+        )
+    reader = _Reader()
+    try:
+        parser = MultipartParser(boundary, reader.callbacks())  # type: ignore[arg-type]  # a TypedDict of callables
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise refused(400, "form", f"the multipart body is malformed: {ascii(str(error))[:200]}.") from error
+    if not reader.ended:
+        raise refused(400, "form", "the multipart body is cut short: its closing boundary is missing.")
+    parts: dict[str, list[bytes]] = {}
+    for name, data in reader.parts:
+        if name not in known:
+            raise refused(422, "form", f"the part {name[:80]!a} is not known; there are {', '.join(known)}.", name)
+        parts.setdefault(name, []).append(data)
+    return Form(parts)
+
+
+class _Reader:
+    """Gathers what the parser finds."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[str, bytes]] = []
+        self.ended = False
+        self._field = self._value = b""
+        self._name = ""
+        self._data = bytearray()
+
+    def callbacks(self) -> dict[str, object]:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_headers_finished": self._headers_finished,
+            "on_part_data": self._part_data,
+            "on_part_end": self._part_end,
+            "on_end": self._end,
+        }
+
+    def _begin(self) -> None:
+        self._name, self._data = "", bytearray()
+        if len(self.parts) >= MOST_PARTS:
+            raise refused(422, "form", f"there are more than {MOST_PARTS} parts.")
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._field = self._bounded(self._field + data[start:end])
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value = self._bounded(self._value + data[start:end])
+
+    def _header_end(self) -> None:
+        if self._field.lower() == b"content-disposition":
+            _, options = parse_options_header(self._value)
+            self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        self._field = self._value = b""
+
+    def _headers_finished(self) -> None:
+        if not self._name:
+            raise refused(400, "form", "a part of the multipart body has no name in its Content-Disposition.")
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        self._data += data[start:end]
+
+    def _part_end(self) -> None:
+        self.parts.append((self._name, bytes(self._data)))
+
+    def _end(self) -> None:
+        self.ended = True
+
+    @staticmethod
+    def _bounded(text: bytes) -> bytes:
+        if len(text) > MOST_HEADER_BYTES:
+            raise refused(400, "form", "a header of a part is too long.")
+        return text

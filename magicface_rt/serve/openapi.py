@@ -1,0 +1,74 @@
+"""The OpenAPI document: every answer with its schema, problems as problem details."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from . import problems
+from .schemas import BundleInfo, ConceptInfo, ConceptList, Erasure, Pictures, ProblemBody, Status
+
+__all__ = ["describe", "documented"]
+
+_REF = "#/components/schemas/{model}"
+_ANSWERS = (BundleInfo, ConceptInfo, ConceptList, Erasure, Pictures, ProblemBody, Status)
+_FRAMEWORKS = ("HTTPValidationError", "ValidationError")
+"""FastAPI's own form of refusals, which no route here has."""
+
+_EVERYWHERE = (401, 408, 413, 503)
+"""What any route may answer: no token, a body that is late or too large, too many bodies at a time."""
+
+
+def documented(
+    answers: Mapping[int, tuple[type[BaseModel], str]],
+    *refusals: int,
+    more: Mapping[int, Mapping[str, Any]] | None = None,
+) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route. more: other media types of an answer, with their schemas."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for status, (model, text) in answers.items():
+        content: dict[str, Any] = {"application/json": {"schema": _ref(model)}}
+        for media_type, schema in ((more or {}).get(status) or {}).items():
+            content[media_type] = {"schema": schema}
+        found[status] = {"description": text, "content": content}
+    for status in sorted({*refusals, *_EVERYWHERE}):
+        found[status] = {
+            "description": problems.title(status),
+            "content": {problems.MEDIA_TYPE: {"schema": _ref(ProblemBody)}},
+        }
+        if status in (429, 503):
+            found[status]["headers"] = {
+                "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+            }
+    return found
+
+
+def describe(app: FastAPI, *, protected: bool) -> None:
+    """Give the application its document. protected: it asks for tokens."""
+
+    def openapi() -> dict[str, Any]:
+        if not app.openapi_schema:
+            document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            _, schemas = models_json_schema([(model, "serialization") for model in _ANSWERS], ref_template=_REF)
+            components = document.setdefault("components", {})
+            found = {**components.get("schemas", {}), **schemas["$defs"]}
+            components["schemas"] = {name: schema for name, schema in found.items() if name not in _FRAMEWORKS}
+            for operation in (one for path in document["paths"].values() for one in path.values()):
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
+            if protected:
+                components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+                document["security"] = [{"token": []}]
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation does it
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}

@@ -1,0 +1,244 @@
+"""From what a client sent to what a Session takes, every part checked and named where it is at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, cast
+
+from PIL import Image
+
+from ..backends.host import host_dtype
+from ..bundle import Bundle
+from ..concept import Concept, NamedConcept, Reference, place_concepts
+from ..errors import AnswerError, ImageError, MaskError
+from ..images import Resample
+from ..kept import KeptConcept, Origin, Storage
+from ..options import Options
+from ..preparing import BareReference, load_bare
+from ..request import Request, check_concept, check_request
+from ..session import Session
+from .concepts import NO_WORD
+from .problems import at, refused
+from .schemas import ConceptUse, PictureOrder
+from .service import ConceptUpload
+from .settings import ServeSettings
+from .uploads import from_base64, open_image
+
+__all__ = ["check_named", "kept_bytes", "pixels_of", "read_upload", "request_of"]
+
+_OPTIONS = tuple(option.name for option in fields(Options))
+_OF_A_CONCEPT = ("weight", "token_index", "name", "word")
+
+
+def check_named(order: PictureOrder) -> None:
+    """Raises AnswerError, 422, for a concept that has not exactly one of id and references."""
+    for k, use in enumerate(order.concepts):
+        if (use.id is None) == (use.references is None):
+            found = "neither id nor references" if use.id is None else "both id and references"
+            raise refused(422, "concept", f"{found}; expected one of them.", f"concepts[{k}]")
+
+
+def request_of(
+    order: PictureOrder, kept: Callable[[str], KeptConcept], session: Session, settings: ServeSettings
+) -> tuple[Request, int]:
+    """The request, and the pixels of the images that were decoded for it. Blocks: run it in a thread.
+
+    order: `check_named` has let it pass; kept: gives a kept concept by its id.
+
+    Raises:
+        AnswerError: 422, with the field at fault.
+        UnknownConceptError: an id that is not kept, with the field.
+    """
+    bundle, tokenizer = session.bundle, session.tokenizer
+    with at("prompt"):
+        tokenizer.encode(order.prompt)
+    with at("negative_prompt"):
+        tokenizer.encode(order.negative_prompt)
+    if len(order.concepts) > bundle.limits.concepts:
+        raise refused(
+            422,
+            "concept",
+            f"{len(order.concepts)} concepts were given; the bundle takes at most {bundle.limits.concepts}.",
+            "concepts",
+        )
+    pixels = 0
+    concepts: list[NamedConcept] = []
+    for k, use in enumerate(order.concepts):
+        concept, decoded = _concept(use, f"concepts[{k}]", kept, settings)
+        pixels += decoded
+        concepts.append(concept)
+    options = _options(order, concepts, bundle, settings)
+    for k, concept in enumerate(concepts):
+        field = f"concepts[{k}]"
+        with at(f"{field}.word" if concept.token_index is None else f"{field}.token_index"):
+            place_concepts(order.prompt, [concept], tokenizer, bundle.limits.concepts)
+        origin = Origin.of(bundle, options.steps, options.reference_seed)
+        if isinstance(concept, Concept):
+            _check_references(concept, field, session, origin)
+        else:
+            with at(f"{field}.id"):
+                check_concept(concept, origin, tokenizer)
+        if options.weight_mode == "scale":
+            with at(f"{field}.weight"):
+                check_request(Request(order.prompt, (concept,), options), bundle, tokenizer)
+    request = Request(order.prompt, tuple(concepts), options)
+    with at("concepts"):
+        check_request(request, bundle, tokenizer)
+    return request, pixels
+
+
+def read_upload(
+    upload: ConceptUpload, session: Session, settings: ServeSettings
+) -> tuple[Concept, list[BareReference], Origin]:
+    """The concept, its references as they were read, and what its keys are to be made for. Blocks.
+
+    Raises:
+        AnswerError: 422, with the part at fault.
+    """
+    bundle = session.bundle
+    steps = settings.default_steps if upload.steps is None else upload.steps
+    with at("", "steps", "reference_seed"):
+        options = Options(steps=steps, reference_seed=upload.reference_seed)
+    origin = _origin(options, bundle, settings)
+    if len(upload.references) > bundle.limits.references:
+        raise refused(
+            422,
+            "concept",
+            f"{len(upload.references)} images were given; the bundle takes at most {bundle.limits.references}.",
+            "image",
+        )
+    references = []
+    for number, one in enumerate(upload.references):
+        place = f"[{number}]" if len(upload.references) > 1 else ""
+        image = _image(one.image, f"image{place}", settings)
+        mask = None if one.mask is None else _mask(one.mask, f"mask{place}", settings)
+        with at(f"prompt{place}"):
+            session.tokenizer.encode(one.prompt)
+        with at("", "mask_threshold", "resample"):
+            references.append(
+                Reference(
+                    image,
+                    mask=mask,
+                    prompt=one.prompt,
+                    mask_threshold=upload.mask_threshold,
+                    resample=cast(Resample, upload.resample),
+                )
+            )
+    with at("word"):
+        concept = Concept(NO_WORD if upload.word is None else upload.word, references=references)
+    bare: list[BareReference] = []
+    for number, reference in enumerate(references):
+        place = f"[{number}]" if len(references) > 1 else ""
+        bare += _loaded(concept, reference, session, f"image{place}", f"mask{place}")
+    return concept, bare, origin
+
+
+def pixels_of(concept: Concept) -> int:
+    """Pixels of the decoded images and masks of an upload."""
+    files = [file for reference in concept.references for file in (reference.image, reference.mask)]
+    return sum(file.width * file.height for file in files if isinstance(file, Image.Image))
+
+
+def kept_bytes(origin: Origin, bare: Sequence[BareReference], storage: Storage) -> int:
+    """Bytes of the keys of references, as they will be kept."""
+    itemsize, of_channel = (1, 8) if storage == "8-bit" else (host_dtype(origin.dtype).itemsize, 0)
+    return sum(
+        origin.steps * width * (one.tokens[factor] * itemsize + of_channel)
+        for one in bare
+        for factor, width in origin.widths.values()
+    )
+
+
+def _concept(
+    use: ConceptUse, field: str, kept: Callable[[str], KeptConcept], settings: ServeSettings
+) -> tuple[NamedConcept, int]:
+    index: Any = use.token_index
+    if use.id is not None:
+        with at(f"{field}.id"):
+            known = kept(use.id)
+        word = known.word if use.word is None else use.word
+        if word == NO_WORD and use.word is None:
+            if index is None:
+                raise refused(
+                    422, "concept", "the concept was put without a word; say which word it is.", f"{field}.word"
+                )
+            word = use.name or "concept"
+        with at(field, *_OF_A_CONCEPT):
+            return known.renamed(word, weight=use.weight, token_index=index, name=use.name), 0
+    if use.word is None:
+        raise refused(422, "concept", "word is missing; expected a word of the prompt.", f"{field}.word")
+    references, pixels = [], 0
+    for j, one in enumerate(use.references or ()):
+        place = f"{field}.references[{j}]"
+        with at(f"{place}.image"):
+            image = _image(from_base64(one.image, name="the image", error=ImageError), f"{place}.image", settings)
+        pixels += image.width * image.height
+        mask = None
+        if one.mask is not None:
+            with at(f"{place}.mask"):
+                mask = _mask(from_base64(one.mask, name="the mask", error=MaskError), f"{place}.mask", settings)
+            pixels += mask.width * mask.height
+        with at(place, "mask_threshold", "resample", "prompt"):
+            references.append(
+                Reference(image, mask=mask, prompt=one.prompt, mask_threshold=one.mask_threshold, resample=one.resample)
+            )
+    with at(field, *_OF_A_CONCEPT):
+        return Concept(use.word, references=references, weight=use.weight, token_index=index, name=use.name), pixels
+
+
+def _options(order: PictureOrder, concepts: Sequence[NamedConcept], bundle: Bundle, settings: ServeSettings) -> Options:
+    """The settings; what is not said is as the kept concepts have it."""
+    kept = [concept for concept in concepts if isinstance(concept, KeptConcept)]
+    steps, seed = order.steps, order.reference_seed
+    if steps is None:
+        steps = kept[0].steps if kept else settings.default_steps
+    if seed is None:
+        seed = kept[0].reference_seed if kept else 0
+    given = order.model_dump(include=set(_OPTIONS))
+    with at("", *_OPTIONS):
+        options = Options(**{**given, "steps": steps, "reference_seed": seed})
+    if options.images > settings.images:
+        raise refused(
+            422, "option", f"images is {options.images}; this service makes at most {settings.images}.", "images"
+        )
+    _origin(options, bundle, settings)
+    return options
+
+
+def _origin(options: Options, bundle: Bundle, settings: ServeSettings) -> Origin:
+    if options.steps > settings.steps:
+        raise refused(422, "option", f"steps is {options.steps}; this service takes at most {settings.steps}.", "steps")
+    with at("steps"):
+        return Origin.of(bundle, options.steps, options.reference_seed)
+
+
+def _check_references(concept: Concept, field: str, session: Session, origin: Origin) -> None:
+    for j, reference in enumerate(concept.references):
+        place = f"{field}.references[{j}]"
+        with at(f"{place}.prompt"):
+            session.tokenizer.encode(reference.prompt)
+        if concept.weight != 0:
+            _loaded(concept, reference, session, f"{place}.image", f"{place}.mask")
+
+
+def _loaded(concept: Concept, reference: Reference, session: Session, image: str, mask: str) -> list[BareReference]:
+    """A reference, read and checked; an error names the image or the mask."""
+    one = Concept(concept.word, reference, name=concept.name)
+    try:
+        with at(mask):
+            return load_bare(one, session.bundle)
+    except AnswerError as error:
+        if error.kind == "image":
+            error.field = image
+        raise
+
+
+def _image(data: bytes, field: str, settings: ServeSettings) -> Image.Image:
+    with at(field):
+        return open_image(data, pixels=settings.pixels, name="the image", error=ImageError)
+
+
+def _mask(data: bytes, field: str, settings: ServeSettings) -> Image.Image:
+    with at(field):
+        return open_image(data, pixels=settings.pixels, name="the mask", error=MaskError)

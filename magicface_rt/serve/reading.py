@@ -1,0 +1,139 @@
+"""Reading what a client sent: forms, refused bodies, the Accept header."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fastapi.exceptions import RequestValidationError
+
+from .multipart import Form
+from .problems import Problem, refused
+from .schemas import FORM_SCHEMA, MOST_TEXT, MOST_WORD, ConceptUse, InlineReference, PictureOrder
+from .service import ConceptUpload, Upload
+
+__all__ = ["FORM_PARTS", "problem_of_body", "upload_of", "wants_png"]
+
+FORM_PARTS = tuple(FORM_SCHEMA["properties"])
+
+_FIELDS = {*PictureOrder.model_fields, *ConceptUse.model_fields, *InlineReference.model_fields}
+_MOST_ERRORS = 20
+
+
+def upload_of(form: Form) -> ConceptUpload:
+    """The concept of a form.
+
+    Raises:
+        AnswerError: 422, a part that is missing, stands too often, or is no number where one is expected.
+    """
+    images, masks, prompts = form.files("image"), form.files("mask"), form.texts("prompt")
+    if not images:
+        raise refused(422, "form", "the part 'image' is missing; expected a PNG, JPEG or WebP file.", "image")
+    if masks and len(masks) != len(images):
+        raise refused(
+            422,
+            "form",
+            f"there are {len(masks)} masks for {len(images)} images; expected one for each or none.",
+            "mask",
+        )
+    if len(prompts) not in (0, 1, len(images)):
+        raise refused(
+            422,
+            "form",
+            f"there are {len(prompts)} prompts for {len(images)} images; expected one for all or one for each.",
+            "prompt",
+        )
+    if len(prompts) < len(images):
+        prompts = (prompts or [""]) * len(images)
+    word = form.text("word")
+    for name, text, most in (("word", word or "", MOST_WORD), *(("prompt", text, MOST_TEXT) for text in prompts)):
+        if len(text) > most:
+            raise refused(422, "form", f"{name} has {len(text)} characters; at most {most} are taken.", name)
+    return ConceptUpload(
+        references=[
+            Upload(image, masks[k] if masks else None, prompt)
+            for k, (image, prompt) in enumerate(zip(images, prompts, strict=True))
+        ],
+        word=word,
+        steps=_whole(form, "steps"),
+        reference_seed=_whole(form, "reference_seed") or 0,
+        storage=form.text("storage") or "exact",
+        mask_threshold=128 if (threshold := _whole(form, "mask_threshold")) is None else threshold,
+        resample=form.text("resample") or "lanczos",
+    )
+
+
+def wants_png(order: PictureOrder, accept: str | None) -> bool:
+    """Whether the answer is a PNG; else it is JSON.
+
+    Raises:
+        AnswerError: 406, the Accept header allows neither; 422, a PNG of several pictures.
+    """
+    png = order.response == "png"
+    if order.response is None and accept is not None and not order.stream:
+        for_png, for_json = _quality(accept, "image", "png"), _quality(accept, "application", "json")
+        if not for_png and not for_json:
+            raise refused(406, "not-acceptable", "an answer is image/png or application/json; accept one.", "Accept")
+        png = for_png > for_json
+    if png and order.images > 1 and not order.stream:
+        raise refused(
+            422, "option", f"images is {order.images}, and a PNG holds one picture. Ask for response=json.", "images"
+        )
+    return png
+
+
+def problem_of_body(error: RequestValidationError, content_type: str | None) -> Problem:
+    """A JSON body that is not as it should be. The values that were found are not repeated: they may be photographs."""
+    found = error.errors()
+    if any(one["type"] == "json_invalid" for one in found):
+        return Problem(400, "json", "the body is not JSON.")
+    errors = tuple(
+        (_field(one["loc"], one["type"]), str(one["msg"])) for one in found[:_MOST_ERRORS] if one["loc"][0] == "body"
+    )
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        return Problem(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
+    if not errors:
+        return Problem(422, "body", "the request cannot be used.")
+    field, detail = errors[0]
+    return Problem(422, "body", f"{field or 'the body'}: {detail}.", field or None, errors=errors)
+
+
+def _field(loc: Iterable[int | str], kind: str) -> str:
+    """A place such as concepts[0].weight; names of alternatives that pydantic tried are left out."""
+    parts = list(loc)[1:]
+    text = ""
+    for position, part in enumerate(parts):
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part in _FIELDS or (kind == "extra_forbidden" and position == len(parts) - 1):
+            text += f".{part[:80]}" if text else part[:80]
+    return text
+
+
+def _whole(form: Form, name: str) -> int | None:
+    text = form.text(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 20):
+        raise refused(422, "form", f"{name} is {text[:80]!a}, expected a whole number.", name)
+    return int(text)
+
+
+def _quality(accept: str, kind: str, subtype: str) -> float:
+    """How much an Accept header wants a media type: the quality of the most specific range that holds it."""
+    best = (-3, 0.0)
+    for part in accept.split(","):
+        media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        ranges = (f"{kind}/{subtype}", f"{kind}/*", "*/*")
+        if media_range not in ranges:
+            continue
+        quality = 1.0
+        for parameter in parameters:
+            name, _, value = parameter.partition("=")
+            if name.strip() == "q":
+                try:
+                    quality = float(value)
+                except ValueError:
+                    quality = 0.0
+        best = max(best, (-ranges.index(media_range), quality if 0 <= quality <= 1 else 0.0))
+    return best[1]

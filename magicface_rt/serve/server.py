@@ -1,0 +1,253 @@
+"""uvicorn around the application: a socket of our own, warm-up, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+
+from ..concept import Concept, Reference
+from ..errors import BackendError, MagicFaceError, OptionError
+from ..options import Options
+from ..request import Request
+from ..session import Session
+from .app import build_app
+from .auth import Tokens
+from .concepts import ConceptStore, MemoryConcepts
+from .engine import Engine
+from .local import LocalService
+from .metrics import Metrics
+from .service import Service
+from .settings import ServeSettings
+
+__all__ = ["Server", "listen", "local_service", "serve", "warm_up"]
+
+logger = logging.getLogger("magicface_rt.serve")
+
+CLOSE_SECONDS = 10
+"""What connections have left, when all requests are done, before they are cut."""
+
+
+def serve(
+    sessions: Sequence[Session],
+    *,
+    store: ConceptStore | None = None,
+    settings: ServeSettings | None = None,
+    tokens: Tokens | None = None,
+    workers: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    told: Callable[[str], object] = logger.info,
+) -> int:
+    """Serve until SIGTERM, SIGINT or Ctrl-C, and then until the requests that are being done have their answers, or
+    `settings.drain` seconds have passed. Returns how many were cut off.
+
+    workers  execution contexts of each Session, which must have been opened with as many
+    port     0 for any that is free
+    told     what is going on, line by line
+
+    Raises:
+        OptionError: the port is in use, or the address is none of this machine's.
+        MagicFaceError: the warm-up failed.
+    """
+    settings = settings or ServeSettings()
+    with contextlib.closing(listen(host, port)) as where:
+        metrics = Metrics()
+        service = local_service(sessions, store=store, settings=settings, workers=workers, metrics=metrics)
+        app = build_app(service, settings=settings, tokens=tokens, metrics=metrics)
+        server = Server(app, service, drain=settings.drain, told=told)
+        found = where.getsockname()
+        told(f"listening on http://{f'[{found[0]}]' if ':' in found[0] else found[0]}:{found[1]}")
+        server.run(sockets=[where])
+    failure = service.failure()
+    if failure is not None:
+        if isinstance(failure, MagicFaceError):
+            raise failure
+        raise BackendError(f"the warm-up failed: {type(failure).__name__}: {failure}.") from failure
+    return server.cut_off
+
+
+def local_service(
+    sessions: Sequence[Session],
+    *,
+    store: ConceptStore | None = None,
+    settings: ServeSettings | None = None,
+    workers: int = 1,
+    metrics: Metrics | None = None,
+    warm: bool = True,
+) -> LocalService:
+    """A service in this process, with everything that it needs."""
+    settings = settings or ServeSettings()
+    store = store or MemoryConcepts(most=settings.concepts, most_bytes=settings.concept_bytes)
+    engine = Engine(
+        sessions,
+        settings,
+        workers=workers,
+        warm=(lambda session: warm_up(session, settings)) if warm else None,
+        observer=metrics,
+    )
+    if metrics is not None:
+        metrics.watch(engine, store)
+    return LocalService(engine, store, watcher=metrics)
+
+
+def warm_up(session: Session, settings: ServeSettings) -> None:
+    """Load every graph and run a few steps, so that the first request does not wait for that.
+
+    On a GPU also a full batch, for whose shapes things are compiled and captured.
+
+    Raises what `Session.generate` raises.
+    """
+    bundle = session.bundle
+    image = np.zeros((bundle.height, bundle.width, 3), np.uint8)
+    mask = np.ones((bundle.height, bundle.width), np.bool_)
+    concept = Concept("man", Reference(image, mask=mask, prompt="a man"))
+    session.warm_up("a man", [concept])
+    most = min(settings.batch, bundle.limits.images)
+    if session.backend.free_device_memory() is not None and most > 1:
+        session.generate_batch([Request("a man", options=Options(steps=4, images=most))])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        OptionError: the port is in use, needs privileges, or is none; the host is none of this machine's.
+    """
+    if not 0 <= port <= 65535:
+        raise OptionError(f"--port is {port}, expected 0 to 65535.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise OptionError(
+            f"--host {host!r} is no address of this machine: {error}. Give one, such as 0.0.0.0."
+        ) from error
+    where = socket.socket(family, kind, protocol)
+    try:
+        where.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        where.bind(address)
+        where.listen(2048)
+    except OSError as error:
+        where.close()
+        raise OptionError(_why_not_bound(host, port, error)) from error
+    return where
+
+
+def _why_not_bound(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} of {host} is in use by another process. Stop that, or give another --port (0 for a free one)."
+        )
+    if error.errno == errno.EACCES:
+        return f"port {port} of {host} may not be used without privileges. Give a --port from 1024 up."
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"--host {host} is no address of this machine. Give one that is, or 0.0.0.0 for all."
+    return f"{host}:{port} cannot be listened on: {error}."
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but a signal first drains the service, while /readyz and /healthz still answer; a second one cuts the
+    requests off. Runs in any thread; signals reach it in the main thread only.
+
+    cut_off  how many requests had no time left, when all is over
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        service: Service,
+        *,
+        drain: float = 60.0,
+        told: Callable[[str], object] = logger.info,
+        **config: Any,
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+                **config,
+            )
+        )
+        self.cut_off = 0
+        self._service = service
+        self._drain = drain
+        self._told = told
+        self._draining: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """As a signal does; from any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop, number)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._watching = asyncio.ensure_future(self._watch())
+        try:
+            await super().serve(sockets)
+        finally:
+            self._watching.cancel()
+            if self._draining is not None:
+                self._draining.cancel()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """In place of uvicorn's, which would raise the signals again in the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.stop(number)
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int) -> None:
+        if self._draining is None:
+            self._told(
+                f"{signal.Signals(number).name}: ending when the requests that are being done have their answers"
+            )
+            self._draining = asyncio.ensure_future(self._end(self._drain))
+        else:
+            self._told(f"{signal.Signals(number).name} again: ending now")
+            self._draining.cancel()
+            self._draining = asyncio.ensure_future(self._end(0))
+
+    async def _end(self, seconds: float) -> None:
+        self.cut_off += await self._service.drain(seconds)
+        self.should_exit = True
+
+    async def _watch(self) -> None:
+        """Say when the service is warm; end where it cannot be."""
+        while not self.started:
+            await asyncio.sleep(0.05)
+        while self._service.not_ready() is not None and self._draining is None:
+            if self._service.failure() is not None:
+                self.should_exit = True
+                return
+            await asyncio.sleep(0.05)
+        if self._draining is None:
+            self._told("ready")

@@ -1,0 +1,118 @@
+"""What the HTTP application needs of whatever makes the pictures: this process, or replicas elsewhere.
+
+Everything that goes through can be pickled. To stop a call, cancel the task that awaits it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..request import Progress
+from .schemas import BundleInfo, ConceptInfo, Erasure, PictureOrder
+
+__all__ = ["Accepted", "ConceptUpload", "Listener", "Outcome", "Service", "Upload"]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A request has a place in the queue; so many are before it."""
+
+    waiting: int
+
+
+Listener = Callable[[Accepted | Progress], object]
+"""Told how a request gets on, in the event loop's thread."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A reference as it came: the bytes of its files."""
+
+    image: bytes = field(repr=False)
+    mask: bytes | None = field(default=None, repr=False)
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class ConceptUpload:
+    """A concept to be prepared and kept. `steps`: None for the service's default."""
+
+    references: Sequence[Upload]
+    word: str | None = None
+    steps: int | None = None
+    reference_seed: int = 0
+    storage: str = "exact"
+    mask_threshold: int = 128
+    resample: str = "lanczos"
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The pictures of a request.
+
+    pngs     the files' bytes, as `Result.images[k].save` writes them
+    regions  int64 [B,h/2,w/2]
+    names    of the regions
+    timings  seconds by stage, and `queued`
+    batch    pictures that were made together
+    settings what run.json of a saved result holds
+    """
+
+    pngs: Sequence[bytes]
+    regions: NDArray[np.int64]
+    names: Sequence[str]
+    timings: dict[str, Any]
+    batch: int
+    settings: dict[str, Any]
+
+
+class Service(ABC):
+    """Errors are of the family `MagicFaceError`; `problems.Problem.of` says which status each is."""
+
+    async def start(self) -> None:  # noqa: B027 - a service may be ready as it is
+        """Begin to work; called once, in the event loop that all other calls come from."""
+
+    async def drain(self, seconds: float) -> int:
+        """Take no more work, and wait so long for what there is. Returns how many requests were then cut off."""
+        return 0
+
+    async def close(self) -> None:  # noqa: B027 - not every service holds something
+        """Free everything."""
+
+    def failure(self) -> BaseException | None:
+        """Why it will never be ready; None where it may be, or is."""
+        return None
+
+    @abstractmethod
+    def not_ready(self) -> str | None:
+        """Why it should get no requests for now; None where it should."""
+
+    @abstractmethod
+    async def bundle(self) -> BundleInfo:
+        """What is served."""
+
+    @abstractmethod
+    async def generate(self, order: PictureOrder, *, owner: str, listener: Listener | None = None) -> Outcome:
+        """Make pictures."""
+
+    @abstractmethod
+    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptInfo, bool]:
+        """Prepare a concept and keep it; and whether it was not kept already."""
+
+    @abstractmethod
+    async def concepts(self) -> list[ConceptInfo]:
+        """All kept concepts, the oldest first."""
+
+    @abstractmethod
+    async def concept(self, id: str) -> ConceptInfo:
+        """One of them."""
+
+    @abstractmethod
+    async def erase(self, id: str) -> Erasure:
+        """Remove a concept from memory, disk and device; returns when it is gone."""

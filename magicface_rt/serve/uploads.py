@@ -1,0 +1,58 @@
+"""Uploaded images: bytes to pictures, with their size seen before anything is decoded. Nothing is written."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+
+from PIL import Image
+
+from ..errors import ImageError, MaskError
+
+__all__ = ["FORMATS", "from_base64", "open_image"]
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""What is decoded. Few formats: each decoder that strangers can reach is a risk."""
+
+
+def open_image(data: bytes, *, pixels: int, name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
+    """A decoded image of at most so many pixels, as its file has it; `Reference` takes it from there.
+
+    Raises `error`: another format, damaged, cut short, or too many pixels, which is seen before it is decoded.
+    """
+    if not data:
+        raise error(f"{name} is empty, expected the bytes of a {' or '.join(FORMATS)} file.")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > pixels:
+            raise error(
+                f"{name} is {width} x {height}, {width * height:,} pixels; at most {pixels:,} are taken. Scale it down."
+            )
+        image.load()
+    except (ImageError, MaskError):
+        raise
+    except Image.DecompressionBombError as cause:
+        raise error(f"{name} has more than the {pixels:,} pixels that are taken. Scale it down.") from cause
+    except Exception as cause:  # decoders raise anything on damaged files
+        raise error(
+            f"{name} cannot be read: it is damaged, cut short, or no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file "
+            f"({type(cause).__name__})."
+        ) from cause
+    return image
+
+
+def from_base64(text: str, *, name: str, error: type[ImageError] | type[MaskError]) -> bytes:
+    """The bytes of base64 text, or of a data URL of it.
+
+    Raises `error` for what is not base64.
+    """
+    if text.startswith("data:"):
+        head, comma, text = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise error(f"{name} is a data URL, but not of base64; expected data:image/png;base64,....")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as cause:
+        raise error(f"{name} is not base64 ({cause}); expected the file's bytes in standard base64.") from cause

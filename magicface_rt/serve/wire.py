@@ -1,0 +1,318 @@
+"""What the client sends and what it makes of the answers; no connection in here."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..concept import Concept, Reference
+from ..errors import (
+    AnswerError,
+    ConceptError,
+    DeadlineError,
+    DrainingError,
+    ErasedError,
+    EraseError,
+    ImageError,
+    MaskError,
+    OptionError,
+    QueueFullError,
+    ServiceError,
+    StoreFullError,
+    UnknownConceptError,
+    UnreachableError,
+)
+from ..images import load_image, load_mask
+from ..options import Options
+from ..request import Progress
+
+__all__ = ["Events", "KeptId", "Made", "error_of", "form_of", "made_of", "order_of", "pause"]
+
+MOST_PAUSE = 60.0
+
+_OPTIONS = {option.name for option in fields(Options)}
+_OF_SERVICE = {"deadline", "alone"}
+_KINDS: dict[str, type[ServiceError]] = {
+    kind.kind: kind
+    for kind in (
+        DeadlineError,
+        DrainingError,
+        EraseError,
+        ErasedError,
+        QueueFullError,
+        StoreFullError,
+        UnknownConceptError,
+    )
+}
+
+
+@dataclass(frozen=True)
+class KeptId:
+    """A concept that a service keeps.
+
+    word    what requests use unless they say otherwise; None where it was put without one
+    new     whether it was prepared now, and had not been kept already
+    info    all that the service says of it
+    """
+
+    id: str
+    word: str | None
+    steps: int
+    reference_seed: int
+    nbytes: int
+    new: bool = False
+    info: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def use(
+        self,
+        word: str | None = None,
+        *,
+        weight: float = 3.0,
+        token_index: int | Sequence[int] | None = None,
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        """The concept in a picture, for `generate`."""
+        index = token_index if token_index is None or isinstance(token_index, int) else list(token_index)
+        return {"id": self.id, "word": word, "weight": weight, "token_index": index, "name": name}
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any], new: bool = False) -> KeptId:
+        """From what the service says of it."""
+        return cls(info["id"], info["word"], info["steps"], info["reference_seed"], info["bytes"], new, info)
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """The pictures of a request.
+
+    pngs      their files, byte for byte
+    regions   int64 [B,h/2,w/2]: 0 where no concept is, k where `region_names[k - 1]` is
+    timings   seconds by stage, of the batch that it was made in, and `queued`
+    batch     pictures that were made together
+    settings  what run.json of a saved result holds
+    """
+
+    pngs: tuple[bytes, ...] = field(repr=False)
+    regions: NDArray[np.int64] = field(repr=False)
+    region_names: tuple[str, ...]
+    timings: Mapping[str, Any]
+    batch: int
+    settings: Mapping[str, Any] = field(repr=False)
+
+    @cached_property
+    def images(self) -> tuple[Image.Image, ...]:
+        """The pictures, RGB; a PNG's own text is in their `info`."""
+        opened = tuple(Image.open(io.BytesIO(png), formats=["PNG"]) for png in self.pngs)
+        for image in opened:
+            image.load()
+        return opened
+
+
+def order_of(
+    prompt: str, concepts: Iterable[Concept | KeptId | Mapping[str, Any] | str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The body of POST /v1/images. What is None is left to the service.
+
+    Raises:
+        OptionError: a setting that is not known.
+        ConceptError, ImageError, MaskError: a concept that cannot be sent.
+    """
+    if isinstance(concepts, (Concept, KeptId, Mapping, str)):
+        raise ConceptError("concepts is one concept, expected a list of concepts: [concept].")
+    unknown = sorted(set(settings) - _OPTIONS - _OF_SERVICE)
+    if unknown:
+        known = ", ".join(sorted(_OPTIONS | _OF_SERVICE))
+        raise OptionError(f"setting {unknown[0]!r} is not known. There are {known}.")
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {"prompt": prompt, "concepts": [_use(one) for one in concepts], **given, "response": "json"}
+
+
+def form_of(
+    concept: Concept, steps: int | None, reference_seed: int, storage: str
+) -> tuple[dict[str, Any], list[tuple[str, tuple[str, bytes, str]]]]:
+    """The texts and the files of PUT /v1/concepts.
+
+    Raises:
+        ConceptError, ImageError, MaskError: a concept that cannot be sent.
+    """
+    if not isinstance(concept, Concept):
+        raise ConceptError(f"concept is a {type(concept).__name__}, expected a Concept.")
+    resample = {reference.resample for reference in concept.references}
+    if len(resample) > 1:
+        raise ConceptError(f"concept {concept.name!r}: its references differ in resample; put them one by one.")
+    files = []
+    for number, reference in enumerate(concept.references, 1):
+        name = f"concept {concept.name!r}, reference {number}"
+        files.append(("image", ("image", _image_bytes(reference, name), "application/octet-stream")))
+        files.append(("mask", ("mask", _mask_bytes(reference, name, explicit=True), "image/png")))
+    texts: dict[str, Any] = {
+        "prompt": [reference.prompt for reference in concept.references],
+        "word": concept.word,
+        "reference_seed": str(reference_seed),
+        "storage": storage,
+        "resample": resample.pop(),
+    }
+    if steps is not None:
+        texts["steps"] = str(steps)
+    return texts, files
+
+
+def made_of(content: Mapping[str, Any]) -> Made:
+    """The pictures of a JSON answer."""
+    return Made(
+        pngs=tuple(base64.b64decode(text) for text in content["pictures"]),
+        regions=np.array(content["regions"], np.int64),
+        region_names=tuple(content["region_names"]),
+        timings=content["timings"],
+        batch=int(content["batch"]),
+        settings=content["settings"],
+    )
+
+
+def error_of(status: int, body: bytes, retry_after: str | None = None) -> ServiceError:
+    """The error of an answer that is no success."""
+    try:
+        problem = json.loads(body)
+        if not isinstance(problem, dict):
+            problem = {}
+    except ValueError:  # something on the way has answered in place of the service
+        problem = {}
+    kind = str(problem.get("kind", "no-problem-details"))
+    where = f"{problem['field']}: " if problem.get("field") else ""
+    detail = f"{where}{problem.get('detail', f'the service answered {status}')}"
+    try:
+        seconds = None if retry_after is None else float(retry_after)
+    except ValueError:  # a date
+        seconds = 1.0
+    if kind in _KINDS and _KINDS[kind].status == status:
+        return _KINDS[kind](detail, field=problem.get("field"), retry_after=seconds)
+    return AnswerError(detail, status=status, kind=kind, field=problem.get("field"), retry_after=seconds)
+
+
+def pause(error: ServiceError, attempt: int, retries: int) -> float | None:
+    """Seconds before the request is sent again; None where it is not. attempt: 0 for the first."""
+    if attempt >= retries:
+        return None
+    if isinstance(error, UnreachableError):
+        return min(8.0, 0.25 * 2.0**attempt)
+    if error.status in (429, 503) and error.retry_after is not None:
+        return min(MOST_PAUSE, error.retry_after)
+    return None
+
+
+class Events:
+    """Reads server-sent events line by line. `content`: of the last, when it has come."""
+
+    def __init__(self) -> None:
+        self.content: Mapping[str, Any] | None = None
+        self._name = ""
+        self._data: list[str] = []
+
+    def line(self, line: str) -> Progress | None:
+        """A line without its end; gives a step's progress where that is what it ends.
+
+        Raises:
+            ServiceError: the request failed.
+        """
+        if line.startswith("event:"):
+            self._name = line[6:].strip()
+        elif line.startswith("data:"):
+            self._data.append(line[5:].removeprefix(" "))
+        elif not line and self._data:
+            name, text = self._name, "\n".join(self._data)
+            self._name, self._data = "", []
+            if name == "problem":
+                raise error_of(int(json.loads(text)["status"]), text.encode())
+            content = json.loads(text)
+            if name == "pictures":
+                self.content = content
+            elif name == "progress":
+                return Progress(**content)
+        return None
+
+    def made(self) -> Made:
+        """The pictures.
+
+        Raises:
+            UnreachableError: the events ended before they came.
+        """
+        if self.content is None:
+            raise UnreachableError("the connection ended before the pictures came.")
+        return made_of(self.content)
+
+
+def _use(one: Concept | KeptId | Mapping[str, Any] | str) -> dict[str, Any]:
+    if isinstance(one, str):
+        return {"id": one}
+    if isinstance(one, KeptId):
+        return one.use()
+    if isinstance(one, Mapping):
+        return dict(one)
+    if not isinstance(one, Concept):
+        raise ConceptError(
+            f"a concept is a {type(one).__name__}; expected a Concept, what put_concept gave, or an id. A KeptConcept "
+            "stays on this machine: put its Concept."
+        )
+    references = []
+    for number, reference in enumerate(one.references, 1):
+        name = f"concept {one.name!r}, reference {number}"
+        mask = None if reference.mask is None else _mask_bytes(reference, name, explicit=False)
+        references.append(
+            {
+                "image": base64.b64encode(_image_bytes(reference, name)).decode("ascii"),
+                "mask": None if mask is None else base64.b64encode(mask).decode("ascii"),
+                "prompt": reference.prompt,
+                "mask_threshold": 128 if mask is not None else int(reference.mask_threshold),
+                "resample": reference.resample,
+            }
+        )
+    return {
+        "references": references,
+        "word": one.word,
+        "weight": one.weight,
+        "token_index": None if one.token_index is None else list(one.token_index),
+        "name": one.name,
+    }
+
+
+def _image_bytes(reference: Reference, name: str) -> bytes:
+    """The file as it is where the service reads its format; else a PNG of its pixels."""
+    source = reference.image
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{name}: image {os.fspath(source)!r} cannot be read: {error}.") from error
+        if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
+            return data
+    return _png(load_image(source, name=f"{name}: image"))
+
+
+def _mask_bytes(reference: Reference, name: str, *, explicit: bool) -> bytes:
+    """The mask, thresholded here, as a PNG of 0 and 255. explicit: made of the alpha channel where there is none."""
+    source = reference.mask
+    if source is None and explicit:
+        image = load_image(reference.image, name=f"{name}: image")
+        if image.mode != "RGBA":
+            raise MaskError(f"{name}: there is no mask, and the image has no alpha channel. Give mask=....")
+        source = np.asarray(image.getchannel("A"))
+    assert source is not None
+    mask = load_mask(source, image_size=None, threshold=reference.mask_threshold, name=f"{name}: mask")
+    return _png(Image.fromarray(mask.astype(np.uint8) * np.uint8(255)))
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()

@@ -1,0 +1,490 @@
+"""Everything that a client can get wrong: the right status, the field at fault, and the service goes on."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import socket
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from loopback import PROMPT, Gated, Running, concept, disc, picture, png, running, until
+from PIL import Image, ImageFile
+
+from magicface_rt.errors import AnswerError, OptionError
+from magicface_rt.serve import FolderConcepts, ServeSettings
+from magicface_rt.serve.auth import Tokens
+
+ID = "0" * 64
+TOKEN = "correct-horse-battery-staple"
+SETTINGS = ServeSettings(
+    default_steps=1, pixels=10_000, body_bytes=400_000, bodies_bytes=800_000, body_seconds=0.5, steps=20
+)
+
+
+@pytest.fixture(scope="module")
+def server(session: Gated) -> Iterator[Running]:
+    with running(session, settings=SETTINGS) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def http(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, trust_env=False, verify=False, timeout=30) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def _the_service_goes_on(server: Running, session: Gated) -> Iterator[None]:
+    yield
+    session.free.set()
+    with server.client() as client:
+        assert client.generate(PROMPT, steps=1).batch == 1
+    assert not server.service._uses
+    assert server.service._held_pixels == 0
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of side x side pixels whose bytes are few, and which claims to be well-formed as far as its header."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+IMAGE, MASK = png(picture(1)), png(disc((10, 20, 80, 90)))
+FLOATS = io.BytesIO()
+Image.fromarray(np.zeros((8, 8), np.float32)).save(FLOATS, "TIFF")
+
+
+def inline(**changes: Any) -> dict[str, Any]:
+    return {"word": "man", "references": [{"image": text(IMAGE), "mask": text(MASK), **changes}]}
+
+
+ORDERS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
+    "no prompt": ({"prompt": None}, 422, "prompt", "body"),
+    "prompt a number": ({"prompt": 3}, 422, "prompt", "body"),
+    "prompt too long to read": ({"prompt": "a " * 1500}, 422, "prompt", "body"),
+    "prompt of too many tokens": ({"prompt": "zebra " * 100}, 422, "prompt", "prompt"),
+    "negative prompt of too many tokens": ({"negative_prompt": "a " * 100}, 422, "negative_prompt", "prompt"),
+    "unknown key": ({"stepz": 3}, 422, "stepz", "body"),
+    "10,000 steps": ({"steps": 10_000}, 422, "steps", "body"),
+    "more steps than the service takes": ({"steps": 21}, 422, "steps", "option"),
+    "no steps": ({"steps": 0}, 422, "steps", "body"),
+    "steps as text": ({"steps": "3"}, 422, "steps", "body"),
+    "steps true": ({"steps": True}, 422, "steps", "body"),
+    "too many images": ({"images": 5}, 422, "images", "option"),
+    "two images as PNG": ({"images": 2, "response": "png"}, 422, "images", "option"),
+    "guidance of 0": ({"guidance": 0}, 422, "guidance", "body"),
+    "alpha above 1": ({"alpha": 1.5}, 422, "alpha", "body"),
+    "seed below 0": ({"seed": -1}, 422, "seed", "body"),
+    "seed of 2^64": ({"seed": 2**64}, 422, "seed", "body"),
+    "no such weight mode": ({"weight_mode": "much"}, 422, "weight_mode", "body"),
+    "a deadline of 0": ({"deadline": 0}, 422, "deadline", "body"),
+    "concepts no list": ({"concepts": {"id": ID}}, 422, "concepts", "body"),
+    "an id that is not there": ({"concepts": [{"id": ID}]}, 404, "concepts[0].id", "concept-not-found"),
+    "an id that is a path": ({"concepts": [{"id": "../../etc"}]}, 404, "concepts[0].id", "concept-not-found"),
+    "neither id nor references": ({"concepts": [{"word": "man"}]}, 422, "concepts[0]", "concept"),
+    "both": ({"concepts": [{**inline(), "id": ID}]}, 422, "concepts[0]", "concept"),
+    "no references": ({"concepts": [{"references": [], "word": "man"}]}, 422, "concepts[0].references", "body"),
+    "no word": ({"concepts": [{**inline(), "word": None}]}, 422, "concepts[0].word", "concept"),
+    "a blank word": ({"concepts": [{**inline(), "word": "  "}]}, 422, "concepts[0].word", "concept"),
+    "a word that is not there": ({"concepts": [{**inline(), "word": "dog"}]}, 422, "concepts[0].word", "prompt"),
+    "one word twice": ({"concepts": [inline(), inline()]}, 422, "concepts", "concept"),
+    "too many concepts": ({"concepts": [inline()] * 7}, 422, "concepts", "concept"),
+    "a weight of 101": ({"concepts": [{**inline(), "weight": 101}]}, 422, "concepts[0].weight", "concept"),
+    "a weight as text": ({"concepts": [{**inline(), "weight": "2"}]}, 422, "concepts[0].weight", "body"),
+    "a weight too large to scale": (
+        {"concepts": [{**inline(), "weight": 50}], "weight_mode": "scale"},
+        422,
+        "concepts[0].weight",
+        "concept",
+    ),
+    "a token that is not there": (
+        {"concepts": [{**inline(), "token_index": 70}]},
+        422,
+        "concepts[0].token_index",
+        "concept",
+    ),
+    "a token that is the start": (
+        {"concepts": [{**inline(), "token_index": [0]}]},
+        422,
+        "concepts[0].token_index",
+        "concept",
+    ),
+    "a token that is text": (
+        {"concepts": [{**inline(), "token_index": "first"}]},
+        422,
+        "concepts[0].token_index",
+        "body",
+    ),
+    "no base64": ({"concepts": [inline(image="%%%")]}, 422, "concepts[0].references[0].image", "image"),
+    "a data URL of text": (
+        {"concepts": [inline(image="data:image/png,abc")]},
+        422,
+        "concepts[0].references[0].image",
+        "image",
+    ),
+    "an empty image": ({"concepts": [inline(image="")]}, 422, "concepts[0].references[0].image", "image"),
+    "no image": ({"concepts": [inline(image=text(b"hello"))]}, 422, "concepts[0].references[0].image", "image"),
+    "half an image": (
+        {"concepts": [inline(image=text(IMAGE[: len(IMAGE) // 2]))]},
+        422,
+        "concepts[0].references[0].image",
+        "image",
+    ),
+    "a format that is not read": (
+        {"concepts": [inline(image=text(FLOATS.getvalue()))]},
+        422,
+        "concepts[0].references[0].image",
+        "image",
+    ),
+    "a bomb": ({"concepts": [inline(image=text(bomb(60_000)))]}, 422, "concepts[0].references[0].image", "image"),
+    "a small bomb": ({"concepts": [inline(image=text(bomb(101)))]}, 422, "concepts[0].references[0].image", "image"),
+    "a bomb of a mask": (
+        {"concepts": [inline(mask=text(bomb(60_000)))]},
+        422,
+        "concepts[0].references[0].mask",
+        "mask",
+    ),
+    "no mask and no alpha": ({"concepts": [inline(mask=None)]}, 422, "concepts[0].references[0].mask", "mask"),
+    "an empty mask": (
+        {"concepts": [inline(mask=text(png(Image.new("L", (96, 96)))))]},
+        422,
+        "concepts[0].references[0].mask",
+        "mask",
+    ),
+    "a mask of another shape": (
+        {"concepts": [inline(mask=text(png(Image.new("L", (90, 30), 255))))]},
+        422,
+        "concepts[0].references[0].mask",
+        "mask",
+    ),
+    "a reference's prompt of too many tokens": (
+        {"concepts": [inline(prompt="a " * 100)]},
+        422,
+        "concepts[0].references[0].prompt",
+        "prompt",
+    ),
+    "a threshold of 0": (
+        {"concepts": [inline(mask_threshold=0)]},
+        422,
+        "concepts[0].references[0].mask_threshold",
+        "body",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "status", "field", "kind"), ORDERS.values(), ids=ORDERS.keys())
+def test_an_order_that_cannot_be_used_is_refused_by_name(
+    http: httpx.Client, session: Gated, changes: dict[str, Any], status: int, field: str | None, kind: str
+) -> None:
+    answer = http.post("/v1/images", json={"prompt": PROMPT, **changes})
+    assert (answer.status_code, answer.json()["field"], answer.json()["kind"]) == (status, field, kind), answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert not session.calls
+
+
+def test_a_bomb_is_seen_before_it_is_decoded(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    real = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(str(self.size)) or real(self))
+    for image in (bomb(101), bomb(60_000), png(picture(1, size=101))):
+        order = {"prompt": PROMPT, "concepts": [inline(image=text(image))]}
+        for answer in (http.post("/v1/images", json=order), http.put("/v1/concepts", files=[("image", ("i", image))])):
+            assert answer.status_code == 422
+            assert "10,000" in answer.json()["detail"]
+    assert not decoded
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (b"", {}, 422),
+        (b"{", {}, 400),
+        (b"[]", {}, 422),
+        (b"null", {}, 422),
+        (b'"text"', {}, 422),
+        (b"\xff\xfe", {}, 400),
+        (b"[" * 100_000, {}, 400),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", {}, 400),
+        (b'{"prompt": "a \\ud800 b"}', {}, 422),
+        (b'{"prompt": "a", "\\ud800": 1}', {}, 422),
+        (b'{"prompt": "a", "guidance": NaN}', {}, 422),
+        (b'{"prompt": "a", "guidance": 1e999}', {}, 422),
+        (json.dumps({"prompt": PROMPT, "concepts": [{**inline(), "weight": float("nan")}]}).encode(), {}, 422),
+        (b'{"prompt": "a"}', {"Content-Type": "text/plain"}, 415),
+        (b'{"prompt": "a"}', {"Accept": "text/html"}, 406),
+        (b'{"prompt": "a"}', {"Accept": "image/png;q=0, application/json;q=x"}, 406),
+    ],
+)
+def test_a_body_that_is_no_order_is_refused(
+    http: httpx.Client, body: bytes, headers: dict[str, str], status: int
+) -> None:
+    answer = http.post("/v1/images", content=body, headers={"Content-Type": "application/json", **headers})
+    assert answer.status_code == status, answer.text
+    assert answer.json()["status"] == status
+    assert "NaN" not in answer.text
+
+
+def test_what_was_sent_is_not_repeated_in_the_answer(http: httpx.Client) -> None:
+    secret = text(b"a photograph")
+    for order in ({"prompt": {"x": secret}}, {"prompt": "a", "concepts": [{"image": secret, "weight": secret}]}):
+        answer = http.post("/v1/images", json=order)
+        assert answer.status_code == 422
+        assert secret not in answer.text
+        assert len(answer.json()["errors"]) >= 1
+
+
+FORM: dict[str, tuple[Any, int, str | None]] = {
+    "no image": ([("word", (None, "man"))], 422, "image"),
+    "an unknown part": ([("image", ("i", IMAGE)), ("colour", (None, "red"))], 422, "colour"),
+    "a word twice": ([("image", ("i", IMAGE)), ("word", (None, "a")), ("word", (None, "b"))], 422, "word"),
+    "steps as text": ([("image", ("i", IMAGE)), ("steps", (None, "many"))], 422, "steps"),
+    "steps beyond counting": ([("image", ("i", IMAGE)), ("steps", (None, "9" * 20))], 422, "steps"),
+    "more steps than are taken": ([("image", ("i", IMAGE)), ("steps", (None, "21"))], 422, "steps"),
+    "no steps": ([("image", ("i", IMAGE)), ("steps", (None, "0"))], 422, "steps"),
+    "a seed that is none": ([("image", ("i", IMAGE)), ("reference_seed", (None, "-1"))], 422, "reference_seed"),
+    "a storage that is none": ([("image", ("i", IMAGE)), ("storage", (None, "4-bit"))], 422, "storage"),
+    "a resample that is none": ([("image", ("i", IMAGE)), ("resample", (None, "best"))], 422, "resample"),
+    "a threshold that is none": ([("image", ("i", IMAGE)), ("mask_threshold", (None, "300"))], 422, "mask_threshold"),
+    "no mask and no alpha": ([("image", ("i", IMAGE))], 422, "mask"),
+    "one mask for two images": ([("image", ("i", IMAGE))] * 2 + [("mask", ("m", MASK))], 422, "mask"),
+    "three prompts for two images": (
+        [("image", ("i", IMAGE)), ("mask", ("m", MASK))] * 2 + [("prompt", (None, "a"))] * 3,
+        422,
+        "prompt",
+    ),
+    "a mask of another shape": (
+        [("image", ("i", IMAGE)), ("mask", ("m", png(Image.new("L", (90, 30), 255))))],
+        422,
+        "mask",
+    ),
+    "a bomb": ([("image", ("i", bomb(60_000))), ("mask", ("m", MASK))], 422, "image"),
+    "a second image that is none": (
+        [("image", ("i", IMAGE)), ("image", ("j", b"x")), ("mask", ("m", MASK)), ("mask", ("m", MASK))],
+        422,
+        "image[1]",
+    ),
+    "too many images": ([("image", ("i", IMAGE)), ("mask", ("m", MASK))] * 7, 422, "image"),
+    "a prompt that is too long": (
+        [("image", ("i", IMAGE)), ("mask", ("m", MASK)), ("prompt", (None, "a " * 100))],
+        422,
+        "prompt",
+    ),
+    "a blank word": ([("image", ("i", IMAGE)), ("mask", ("m", MASK)), ("word", (None, " "))], 422, "word"),
+    "a word that is no text": ([("image", ("i", IMAGE)), ("word", (None, b"\xff"))], 422, "word"),
+}
+
+
+@pytest.mark.parametrize(("parts", "status", "field"), FORM.values(), ids=FORM.keys())
+def test_an_upload_that_cannot_be_used_is_refused_by_name(
+    http: httpx.Client, session: Gated, parts: Any, status: int, field: str | None
+) -> None:
+    answer = http.put("/v1/concepts", files=parts)
+    assert (answer.status_code, answer.json().get("field")) == (status, field), answer.text
+    assert not session.prepared
+
+
+def test_half_a_multipart_body_is_refused(http: httpx.Client, server: Running) -> None:
+    request = http.build_request("PUT", "/v1/concepts", files=[("image", ("i", IMAGE)), ("mask", ("m", MASK))])
+    whole, kind = request.read(), request.headers["Content-Type"]
+    for body in (whole[: len(whole) // 2], whole[:-4], b"", b"--", whole.replace(b'name="image"', b"")):
+        answer = http.put("/v1/concepts", content=body, headers={"Content-Type": kind})
+        assert answer.status_code == 400, answer.text
+    for wrong in ("multipart/form-data", "application/json", "multipart/mixed; boundary=x", ""):
+        answer = http.put("/v1/concepts", content=whole, headers={"Content-Type": wrong})
+        assert answer.status_code == 415, (wrong, answer.text)
+    # and one whose sender goes away in the middle
+    with socket.create_connection(server.socket.getsockname()) as connection:
+        head = f"PUT /v1/concepts HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(whole)}\r\n\r\n"
+        connection.sendall(head.encode() + whole[:100])
+
+
+def test_a_body_that_is_too_large_or_too_slow_is_refused(http: httpx.Client, server: Running) -> None:
+    declared = http.post("/v1/images", content=bytes(600_000), headers={"Content-Type": "application/json"})
+    chunked = http.post(
+        "/v1/images", content=(bytes(10_000) for _ in range(60)), headers={"Content-Type": "application/json"}
+    )
+    for answer in (declared, chunked):
+        assert answer.status_code == 413
+        assert answer.json()["kind"] == "body-too-large"
+    with socket.create_connection(server.socket.getsockname()) as connection:
+        connection.sendall(b"POST /v1/images HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_images_of_all_requests_together_are_limited(session: Gated, http: httpx.Client) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    settings = ServeSettings(default_steps=1, held_pixels=30_000)
+    with running(session, settings=settings) as server, ThreadPoolExecutor(1) as pool:
+        session.free.clear()
+        order = {"prompt": PROMPT, "concepts": [inline()]}
+        first = pool.submit(httpx.post, f"{server.url}/v1/images", json=order, trust_env=False, timeout=30)
+        session.wait_for_step()
+        with httpx.Client(base_url=server.url, trust_env=False, verify=False) as more:
+            refused = more.post("/v1/images", json=order)
+            assert (refused.status_code, refused.json()["kind"]) == (429, "queue-full")
+            session.free.set()
+            assert first.result(30).status_code == 200
+            assert more.post("/v1/images", json=order).status_code == 200
+
+
+def test_paths_and_methods_that_there_are_not(http: httpx.Client) -> None:
+    for method, path, status in (
+        ("GET", "/", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/v1/images", 405),
+        ("POST", "/v1/concepts", 405),
+        ("PATCH", "/v1/bundle", 405),
+        ("GET", f"/v1/concepts/{ID}", 404),
+        ("DELETE", "/v1/concepts/..%2f..%2fetc", 404),
+        ("DELETE", "/v1/concepts/%00", 404),
+        ("DELETE", "/v1/concepts/" + "x" * 3000, 404),
+    ):
+        answer = http.request(method, path)
+        assert answer.status_code == status, (method, path)
+        assert answer.json()["status"] == status
+
+
+def test_a_kept_concept_does_not_fit_every_request(http: httpx.Client, server: Running) -> None:
+    with server.client() as client:
+        kept = client.put_concept(concept("man", 1), steps=2)
+        for settings in ({"steps": 3}, {"reference_seed": 5}):
+            with pytest.raises(AnswerError) as refused:
+                client.generate(PROMPT, [kept], **settings)
+            assert (refused.value.status, refused.value.field) == (422, "concepts[0].id")
+        with pytest.raises(AnswerError, match="'man' is not in the prompt") as refused:
+            client.generate("a house", [kept])
+        assert refused.value.field == "concepts[0].word"
+        client.erase(kept)
+        parts = [("image", ("i", IMAGE)), ("mask", ("m", MASK))]
+        nameless = http.put("/v1/concepts", files=parts).json()
+        assert nameless["word"] is None
+        with pytest.raises(AnswerError, match="put without a word") as refused:
+            client.generate(PROMPT, [nameless["id"]])
+        assert refused.value.field == "concepts[0].word"
+        client.generate(PROMPT, [{"id": nameless["id"], "word": "hat"}])
+        client.generate(PROMPT, [{"id": nameless["id"], "token_index": 2}])
+        client.erase(nameless["id"])
+
+
+def test_a_concept_of_another_bundle_is_refused(session: Gated, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from magicface_rt import KeptConcept
+
+    kept = session.prepare(concept("man", 1), steps=1)
+    foreign = KeptConcept("man", kept.references, replace(kept.origin, bundle_hash="f" * 64))
+    store = FolderConcepts(tmp_path)
+    store.put(ID, foreign)
+    with running(session, store=store, settings=SETTINGS) as server, server.client() as client:
+        with pytest.raises(AnswerError, match="is of the bundle ffffffffffffffff") as refused:
+            client.generate(PROMPT, [ID])
+        assert (refused.value.status, refused.value.field) == (422, "concepts[0].id")
+        assert client.concept(ID).info["bundle"] == "f" * 64
+
+
+def test_only_who_has_a_token_is_served(session: Gated, tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(f"# mine\n\n{TOKEN}\n{'x' * 40}\n")
+    tokens = Tokens.read(file)
+    assert TOKEN not in repr(tokens) + str(vars(tokens))
+    with running(session, settings=SETTINGS, tokens=tokens) as server:
+        with httpx.Client(base_url=server.url, trust_env=False, verify=False) as http:
+            for header in (
+                None,
+                "Bearer wrong-wrong-wrong",
+                f"Basic {TOKEN}",
+                "Bearer",
+                f"Bearer {TOKEN}x",
+                "Bearer ü",
+            ):
+                headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+                for path in ("/v1/bundle", "/v1/concepts", "/metrics", "/openapi.json", "/nothing"):
+                    answer = http.get(path, headers=headers)
+                    assert answer.status_code == 401
+                    assert answer.headers["WWW-Authenticate"] == "Bearer"
+                    assert answer.json()["kind"] == "unauthorized"
+            assert http.post("/v1/images", content=bytes(600_000)).status_code == 401
+            assert http.get("/healthz").status_code == http.get("/readyz").status_code == 200
+        with server.client(token=TOKEN) as client, server.client(token="x" * 40) as other:
+            assert client.bundle() == other.bundle()
+            client.generate(PROMPT, steps=1)
+
+
+def test_tokens_that_cannot_be_used_are_refused_without_being_shown(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    for content, reason in (("", "holds no token"), ("short-one", "9 characters"), ("ü" * 20, "printable ASCII")):
+        file.write_text(content)
+        with pytest.raises(OptionError, match=reason) as refused:
+            Tokens.read(file)
+        assert not content or content not in str(refused.value)
+    with pytest.raises(OptionError, match="cannot be read"):
+        Tokens.read(tmp_path / "missing")
+    assert not Tokens.read(None, {})
+    assert Tokens.read(None, {"MAGICFACE_RT_TOKENS": TOKEN}).owner(f"bearer {TOKEN}", "x") != "x"
+    with pytest.raises(OptionError, match="MAGICFACE_RT_TOKENS holds no token"):
+        Tokens.read(None, {"MAGICFACE_RT_TOKENS": " \n"})
+
+
+def test_a_bundle_that_vanishes_fails_requests_and_not_the_service(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, copy)
+    with (
+        Gated(copy, backend="onnxruntime-cpu", threads=1) as session,
+        running(session, settings=SETTINGS) as server,
+        server.client() as client,
+    ):
+        aside = copy.rename(tmp_path / "aside")
+        with pytest.raises(AnswerError) as refused:
+            client.generate(PROMPT)
+        assert refused.value.status == 503
+        assert str(tmp_path) not in str(refused.value)
+        assert httpx.get(f"{server.url}/healthz", trust_env=False).status_code == 200
+        aside.rename(copy)
+        client.generate(PROMPT)
+        copy.rename(tmp_path / "aside")  # what is loaded stays
+        client.generate(PROMPT)
+
+
+def test_an_error_of_ours_is_a_problem_without_details(server: Running, session: Gated, monkeypatch: Any) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("/a/secret/path")
+
+    monkeypatch.setattr(Gated, "generate_batch", fails)
+    with pytest.raises(AnswerError) as refused, server.client() as client:
+        client.generate(PROMPT)
+    assert (refused.value.status, refused.value.kind) == (500, "internal")
+    assert "secret" not in str(refused.value)
+    until(lambda: server.service.engine.running == 0, "the job did not end")
+    monkeypatch.undo()
+
+
+def test_the_log_has_nothing_of_a_request(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    with server.client() as client:
+        client.generate("a pelican with a hat", [concept("hat", 2)], steps=1)
+        with pytest.raises(AnswerError):
+            client.generate("a pelican", [concept("hat", 2)], steps=1)
+    ours = [
+        record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "PIL"))
+    ]
+    assert "pelican" not in " ".join(ours)

@@ -1,0 +1,251 @@
+"""Kept concepts over HTTP: prepared once, shared by processes through a folder, and erased so that nothing is left."""
+
+from __future__ import annotations
+
+import gc
+import stat
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, running, until
+
+from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference
+from magicface_rt.errors import ErasedError, StoreFullError, UnknownConceptError
+from magicface_rt.serve import FolderConcepts, KeptId, Made, MemoryConcepts, ServeSettings
+from magicface_rt.serve.concepts import ConceptStore
+
+MAN, HAT = concept("man", 1), concept("hat", 2)
+STEPS = 2
+
+
+@pytest.fixture(params=["memory", "folder"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ConceptStore:
+    return MemoryConcepts() if request.param == "memory" else FolderConcepts(tmp_path / "concepts")
+
+
+@pytest.fixture
+def server(session: Gated, store: ConceptStore) -> Iterator[Running]:
+    with running(session, store=store, settings=ServeSettings(default_steps=STEPS, batch_wait=0)) as started:
+        yield started
+
+
+def arrays_of(concept: KeptConcept) -> list[np.ndarray[Any, Any]]:
+    return [a for r in concept.references for stored in r.tensors.values() for a in stored.arrays.values()]
+
+
+def test_uploads_of_the_same_that_race_are_prepared_once(server: Running, session: Gated) -> None:
+    session.free.clear()
+
+    def put() -> KeptId:
+        with server.client() as client:
+            return client.put_concept(MAN)
+
+    with ThreadPoolExecutor(4) as pool:
+        racing = [pool.submit(put) for _ in range(4)]
+        until(lambda: session.prepared == 1, "nothing was prepared")
+        late = pool.submit(put)
+        session.free.set()
+        found = [one.result(30) for one in (*racing, late)]
+    assert session.prepared == 1
+    assert len({one.id for one in found}) == 1
+    assert sorted(one.new for one in found) == [False] * 4 + [True]
+    with server.client() as client:
+        assert not client.put_concept(MAN).new
+        assert client.put_concept(MAN, steps=3).new
+        assert client.put_concept(MAN, storage="8-bit").new
+        assert client.put_concept(Concept("man", Reference(picture(1), mask=disc((0, 0, 50, 50))))).new
+        assert len(client.concepts()) == 4
+    assert session.prepared == 4
+
+
+def test_an_upload_that_fails_leaves_its_place_to_the_next(server: Running, session: Gated) -> None:
+    session.free.clear()
+    with ThreadPoolExecutor(2) as pool, server.client() as client:
+        first = pool.submit(client.put_concept, MAN)
+        until(lambda: session.prepared == 1, "nothing was prepared")
+        job = next(iter(server.service.engine._running))
+        second = pool.submit(client.put_concept, MAN)
+        server.service.engine.cancel(job, MagicFaceError("made to fail"))
+        session.free.set()
+        with pytest.raises(MagicFaceError):
+            first.result(30)
+        assert second.result(30).new
+
+
+def test_a_concept_may_have_several_references(server: Running, oracle: Oracle) -> None:
+    both = Concept("man", *MAN.references, *HAT.references)
+    with server.client() as client:
+        kept = client.put_concept(both)
+        assert [one["prompt"] for one in kept.info["references"]] == ["a man", "a hat"]
+        assert list(client.generate(PROMPT, [kept], seed=1).pngs) == oracle.pngs([both], seed=1, steps=STEPS)
+
+
+def test_what_was_erased_is_nowhere(server: Running, session: Gated, store: ConceptStore) -> None:
+    with server.client() as client:
+        kept, other = client.put_concept(MAN), client.put_concept(HAT)
+        client.generate(PROMPT, [kept], seed=1)
+        assert client.concept(kept.id) == KeptId.of(kept.info)
+        told = client.erase(kept)
+        assert told == {"id": kept.id, "erased": True, "files": isinstance(store, FolderConcepts), "stopped": 0}
+        for again in (lambda: client.erase(kept), lambda: client.concept(kept.id)):
+            with pytest.raises(UnknownConceptError, match="never put, or it was erased"):
+                again()
+        with pytest.raises(UnknownConceptError) as refused:
+            client.generate(PROMPT, [HAT, kept], seed=1)
+        assert refused.value.field == "concepts[1].id"
+        assert [one.id for one in client.concepts()] == [other.id]
+        client.generate(PROMPT, [other], seed=1)
+    if isinstance(store, FolderConcepts):
+        assert [path.name for path in store.folder.iterdir()] == [f"{other.id}.concept"]
+        assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+
+
+def test_what_a_session_keeps_by_itself_and_its_bindings_are_cleared_too(tiny_bundle: Path) -> None:
+    held = {"reference_kv", "vae_encoder", "denoise_step"}
+    with (
+        Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1, keep="1GiB") as session,
+        running(session, settings=ServeSettings(default_steps=STEPS)) as server,
+        server.client() as client,
+    ):
+        kept = client.put_concept(MAN)
+        client.generate(PROMPT, [kept], seed=1)
+        assert session._keeper.store.keys
+        (place,) = session._workplaces._free
+        assert held <= place._bindings.keys()
+        client.erase(kept)
+        assert not session._keeper.store.keys
+        assert not held & place._bindings.keys()
+
+
+def test_erasing_says_so_where_something_holds_on_to_it(
+    server: Running, store: ConceptStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("magicface_rt.serve.local.ERASE_ATTEMPTS", 2)
+    with server.client() as client:
+        kept = client.put_concept(MAN)
+        held = arrays_of(store.get(kept.id).concept)
+        with pytest.raises(MagicFaceError, match=r"left in memory \(\d+ arrays\)"):
+            client.erase(kept)
+        del held
+        gc.collect()
+        with pytest.raises(UnknownConceptError):
+            client.concept(kept.id)
+        assert client.erase(kept)["erased"]
+        with pytest.raises(UnknownConceptError):
+            client.erase(kept)
+
+
+def test_requests_that_use_an_erased_concept_end_and_others_of_their_batch_go_on(
+    server: Running, session: Gated, oracle: Oracle
+) -> None:
+    with server.client() as client, ThreadPoolExecutor(4) as pool:
+        man, hat = client.put_concept(MAN), client.put_concept(HAT)
+        session.reset()
+        session.free.clear()
+
+        def generate(concepts: list[Any], seed: int) -> Made:
+            with server.client() as own:
+                return own.generate(PROMPT, concepts, seed=seed)
+
+        with server.patient(1.0):
+            using, other = pool.submit(generate, [man, hat], 1), pool.submit(generate, [hat], 2)
+            session.wait_for_step()
+        waiting = pool.submit(generate, [man], 3)
+        until(lambda: server.service.engine.waiting == 1, "the third request was not queued")
+        erasing: Future[dict[str, Any]] = pool.submit(client.erase, man)
+        for one in (using, waiting):
+            with pytest.raises(ErasedError, match="erased while this request used it"):
+                one.result(30)
+        assert not erasing.done()  # the batch still runs, for the other request
+        session.free.set()
+        assert erasing.result(30)["stopped"] == 2
+        assert list(other.result(30).pngs) == oracle.pngs([HAT], seed=2, steps=STEPS)
+        with pytest.raises(UnknownConceptError):
+            client.generate(PROMPT, [man])
+        assert client.put_concept(MAN).new
+    assert len(session.calls) == 1
+
+
+def test_a_second_process_serves_what_the_first_prepared(
+    session: Gated, tiny_bundle: Path, oracle: Oracle, tmp_path: Path
+) -> None:
+    settings = ServeSettings(default_steps=STEPS)
+    with (
+        Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1) as beside,
+        running(session, store=FolderConcepts(tmp_path), settings=settings) as first,
+        running(beside, store=FolderConcepts(tmp_path), settings=settings) as second,
+        first.client() as one,
+        second.client() as other,
+    ):
+        kept = one.put_concept(MAN)
+        assert not other.put_concept(MAN).new
+        assert beside.prepared == 0
+        made = other.generate(PROMPT, [kept], seed=4)
+        assert list(made.pngs) == oracle.pngs([MAN], seed=4, steps=STEPS)
+        assert made.timings["reference_pass"] == 0
+        one.erase(kept)
+        with pytest.raises(UnknownConceptError):
+            other.generate(PROMPT, [kept], seed=4)
+        assert other.concepts() == []
+
+
+def test_a_damaged_file_is_named_and_replaced_by_putting_it_again(session: Gated, tmp_path: Path) -> None:
+    settings = ServeSettings(default_steps=STEPS)
+    with running(session, store=FolderConcepts(tmp_path), settings=settings) as server, server.client() as client:
+        kept = client.put_concept(MAN)
+        (path,) = tmp_path.iterdir()
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(UnknownConceptError, match="is damaged"):
+            client.generate(PROMPT, [kept])
+        assert client.concepts() == []
+        assert client.put_concept(MAN).new
+        client.generate(PROMPT, [kept])
+        path.write_bytes(path.read_bytes()[:-100])
+        client.erase(kept)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_upload_is_written_and_no_image_is_kept(server: Running, store: ConceptStore) -> None:
+    with server.client() as client:
+        kept = client.put_concept(MAN)
+        found = store.get(kept.id).concept
+        assert found.source is None
+        assert not found.pictures
+        if isinstance(store, FolderConcepts):
+            assert not KeptConcept.load(store.folder / f"{kept.id}.concept").pictures
+
+
+def test_limits_of_number_and_bytes_refuse_before_anything_is_prepared(session: Gated) -> None:
+    settings = ServeSettings(default_steps=STEPS)
+    with running(session, store=MemoryConcepts(most=1), settings=settings) as server, server.client() as client:
+        kept = client.put_concept(MAN)
+        with pytest.raises(StoreFullError, match="1 concepts are kept"):
+            client.put_concept(HAT)
+        assert session.prepared == 1
+        client.erase(kept)
+        client.put_concept(HAT)
+    exactly = MemoryConcepts(most_bytes=kept.nbytes)
+    with running(session, store=exactly, settings=settings) as server, server.client() as client:
+        client.erase(client.put_concept(MAN))
+    session.prepared = 0
+    for store in (MemoryConcepts(most_bytes=kept.nbytes - 1), MemoryConcepts(most=0)):
+        full = running(session, store=store, settings=settings)
+        with full as server, server.client() as client, pytest.raises(StoreFullError):
+            client.put_concept(MAN)
+    assert session.prepared == 0
+
+
+def test_a_name_that_is_no_id_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "secret.concept").write_bytes(b"x")
+    store = FolderConcepts(tmp_path / "kept")
+    for name in ("../secret", "secret", "", "0" * 63, "G" * 64, "0" * 64, "/etc/passwd", "\x00"):
+        with pytest.raises(UnknownConceptError):
+            store.get(name)
+        with pytest.raises(UnknownConceptError):
+            store.erase(name)
+        assert store.left(name) is None
+    assert (tmp_path / "secret.concept").exists()

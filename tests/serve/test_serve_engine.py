@@ -1,0 +1,228 @@
+"""The engine without HTTP: fair order, cancelling, draining, errors of one request among several."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback import PROMPT, Gated, Oracle, concept, png
+
+from magicface_rt import Cancelled, MagicFaceError, NonFiniteError, OptionError, Options, Request
+from magicface_rt.errors import DeadlineError, DrainingError, QueueFullError
+from magicface_rt.serve.engine import Engine
+from magicface_rt.serve.fair import FairQueue
+from magicface_rt.serve.job import Job
+from magicface_rt.serve.settings import ServeSettings
+
+MAN = concept("man", 1)
+
+
+def job(seed: int = 0, owner: str = "", *, alone: bool = True, steps: int = 1, **settings: Any) -> Job:
+    return Job(Request(PROMPT, (), Options(seed=seed, steps=steps)), owner=owner, alone=alone, **settings)
+
+
+@pytest.fixture
+def engine(session: Gated) -> Iterator[Engine]:
+    started = Engine([session], ServeSettings(batch_wait=0, queue=8))
+    started.start()
+    yield started
+    session.free.set()
+    assert started.close()
+
+
+def hold(engine: Engine, session: Gated) -> Job:
+    session.free.clear()
+    first = engine.submit(job(1000))
+    session.wait_for_step()
+    return first
+
+
+def test_owners_take_turns(engine: Engine, session: Gated) -> None:
+    hold(engine, session)
+    jobs = [job(n, owner) for n, owner in enumerate(["a", "a", "a", "b", "b", "c"])]
+    for one in jobs:
+        engine.submit(one)
+    session.free.set()
+    for one in jobs:
+        one.future.result(30)
+    assert session.calls[1:] == [[0], [3], [5], [1], [4], [2]]
+
+
+def test_a_fair_queue_keeps_each_owners_order_and_counts() -> None:
+    queue: FairQueue[Job] = FairQueue()
+    jobs = [job(n, owner, steps=n % 2 + 1) for n, owner in enumerate("aabab")]
+    for one in jobs:
+        queue.put(one)
+    assert queue.take(lambda one: one.steps == 2) is jobs[1]
+    assert queue.remove(jobs[2])
+    assert not queue.remove(jobs[2])
+    assert [len(queue), queue.take(), queue.take(), queue.take(), queue.take(), len(queue)] == [
+        3,
+        jobs[4],
+        jobs[0],
+        jobs[3],
+        None,
+        0,
+    ]
+
+
+def test_a_job_that_waits_is_cancelled_at_once_and_makes_room(engine: Engine, session: Gated) -> None:
+    hold(engine, session)
+    waiting = [engine.submit(job(n)) for n in range(8)]
+    with pytest.raises(QueueFullError) as full:
+        engine.submit(job())
+    assert full.value.retry_after is not None
+    assert full.value.retry_after >= 1
+    engine.cancel(waiting[3], Cancelled("no more"))
+    with pytest.raises(Cancelled):
+        waiting[3].future.result(0)
+    last = engine.submit(job(8))
+    session.free.set()
+    last.future.result(30)
+    assert [3] not in session.calls
+    assert engine.waiting == 0
+
+
+def test_a_deadline_that_passed_before_the_work_began_does_none(engine: Engine, session: Gated) -> None:
+    hold(engine, session)
+    late = engine.submit(job(1, deadline=time.monotonic() + 0.01))
+    time.sleep(0.02)
+    session.free.set()
+    with pytest.raises(DeadlineError, match="deadline"):
+        late.future.result(30)
+    assert session.calls == [[1000]]
+
+
+def test_one_request_that_fails_in_a_batch_fails_alone(
+    session: Gated, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Gated.generate_batch
+
+    def failing(self: Gated, requests: Any, **settings: Any) -> Any:
+        if any(request.options.seed == 2 for request in requests):
+            self.calls.append([request.options.seed for request in requests])
+            raise NonFiniteError("made to fail")
+        return real(self, requests, **settings)
+
+    monkeypatch.setattr(Gated, "generate_batch", failing)
+    engine = Engine([session], ServeSettings(batch_wait=0.5))
+    engine.start()
+    jobs = [engine.submit(job(seed, alone=False)) for seed in (1, 2, 3)]
+    for one in (jobs[0], jobs[2]):
+        seed = 1 if one is jobs[0] else 3
+        assert [png(i) for i in one.future.result(30).result.images] == oracle.pngs(seed=seed, steps=1)
+    with pytest.raises(NonFiniteError):
+        jobs[1].future.result(30)
+    assert session.calls == [[1, 2, 3], [1], [2], [3]]
+    engine.close()
+
+
+def test_an_unexpected_error_ends_its_job_and_not_the_engine(engine: Engine) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("made to fail")
+
+    with pytest.raises(ZeroDivisionError):
+        engine.submit(Job(fails)).future.result(30)
+    assert engine.submit(job(1)).future.result(30).batch == 1
+
+
+def test_draining_finishes_what_is_there_and_takes_nothing_new(engine: Engine, session: Gated) -> None:
+    first = hold(engine, session)
+    waiting = engine.submit(job(1))
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(engine.drain(30)))
+    thread.start()
+    while not engine.draining:
+        time.sleep(0.001)
+    with pytest.raises(DrainingError):
+        engine.submit(job(2))
+    assert not done
+    session.free.set()
+    thread.join(30)
+    assert done == [0]
+    assert first.future.done()
+    assert waiting.future.result(0).batch == 1
+
+
+def test_draining_cuts_off_what_takes_too_long(engine: Engine, session: Gated) -> None:
+    first, waiting = hold(engine, session), engine.submit(job(1))
+    assert engine.drain(0.05) == 2
+    for one in (first, waiting):
+        with pytest.raises(DrainingError, match="before this request was done"):
+            one.future.result(0)
+
+
+def test_what_runs_exclusively_runs_alone(engine: Engine, session: Gated) -> None:
+    first = hold(engine, session)
+    seen: list[tuple[bool, int]] = []
+    thread = threading.Thread(
+        target=lambda: engine.exclusive(lambda sessions: seen.append((first.future.done(), len(session.calls))))
+    )
+    thread.start()
+    time.sleep(0.02)
+    second = engine.submit(job(1))
+    assert not seen
+    session.free.set()
+    second.future.result(30)
+    thread.join(30)
+    assert seen == [(True, 1)]
+
+
+def test_a_job_lets_go_of_its_images_when_it_has_ended(engine: Engine, session: Gated) -> None:
+    done = job(1)
+    engine.submit(done).future.result(30)
+    while engine.running:
+        time.sleep(0.001)
+    assert done._work is None
+    hold(engine, session)
+    waiting = engine.submit(job(2))
+    engine.cancel(waiting, Cancelled("no more"))
+    assert waiting._work is None
+
+
+def test_a_warm_up_that_fails_is_told_and_nothing_is_taken(session: Gated) -> None:
+    def fails(_: object) -> None:
+        raise MagicFaceError("made to fail")
+
+    engine = Engine([session], warm=fails)
+    engine.start()
+    while engine.failure is None:
+        time.sleep(0.001)
+    assert not engine.warm
+    with pytest.raises(DrainingError):
+        engine.submit(job())
+    engine.close()
+
+
+def test_several_sessions_work_at_the_same_time(session: Gated, tiny_bundle: Path) -> None:
+    with Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1) as other:
+        engine = Engine([session, other], ServeSettings(batch=1))
+        for one in (session, other):
+            one.free.clear()
+        engine.start()
+        jobs = [engine.submit(job(n)) for n in range(2)]
+        session.wait_for_step()
+        other.wait_for_step()
+        assert engine.running == 2
+        for one in (session, other):
+            one.free.set()
+        for done in jobs:
+            done.future.result(30)
+        engine.close()
+    assert len(session.calls) == len(other.calls) == 1
+
+
+def test_settings_that_cannot_be_used_are_named(session: Gated) -> None:
+    for name, value in {"queue": 0, "batch": True, "deadline": 0.0, "batch_wait": -1.0, "drain": float("nan")}.items():
+        with pytest.raises(OptionError, match=f"^{name} is "):
+            ServeSettings(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="default_steps"):
+        ServeSettings(steps=10)
+    with pytest.raises(OptionError, match="workers"):
+        Engine([session], workers=0)
+    with pytest.raises(OptionError, match="Sessions"):
+        Engine([])
