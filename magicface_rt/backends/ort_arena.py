@@ -2,7 +2,7 @@
 
 By itself each graph keeps an arena of its own and plans a block of it for every shape that it has seen. A request runs
 its graphs one after the other, so that the arenas lie idle beside each other: at full size, in fp32 with three kept
-concepts, 9.4 GB at the peak, against 5.8 GB with one arena and no such plans, in the same time
+concepts, 9.4 GB at the peak, against 5.8 GB with one arena and no such plans
 (docs/design.md, "On the device").
 """
 

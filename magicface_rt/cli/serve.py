@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from magicface_rt import Session
-from magicface_rt.errors import BackendMissingError, OptionError
+from magicface_rt.errors import OptionError
 from magicface_rt.images import MagicFaceWarning
+from magicface_rt.serve import module as serving_module
 from magicface_rt.sizes import parse_size
 
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
@@ -127,20 +127,3 @@ def serve(
             )
         verb.outcome = {"cut_off": cut_off}
         verb.note(f"ended; {cut_off} requests were cut off" if cut_off else "ended")
-
-
-def serving_module(name: str) -> Any:
-    """A module of `magicface_rt.serve`.
-
-    Raises:
-        BackendMissingError: the extra is not installed.
-    """
-    try:
-        return importlib.import_module(f"magicface_rt.serve.{name}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("magicface_rt"):
-            raise
-        raise BackendMissingError(
-            f"serving needs the extra serve, which is not installed or not whole ({error}). "
-            "Install it: pip install 'magicface_rt[serve]'"
-        ) from error

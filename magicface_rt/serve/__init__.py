@@ -62,11 +62,14 @@ _WHERE = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def module(name: str) -> Any:
+    """A module of this package.
+
+    Raises:
+        BackendMissingError: the extra is not installed.
+    """
     try:
-        return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+        return importlib.import_module(f".{name}", __name__)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("magicface_rt"):
             raise
@@ -74,3 +77,9 @@ def __getattr__(name: str) -> Any:
             f"serving needs the extra serve, which is not installed or not whole ({error}). "
             "Install it: pip install 'magicface_rt[serve]'"
         ) from error
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(module(_WHERE[name]), name)
