@@ -40,6 +40,7 @@ NEAR_TIE = 1e-4  # a margin under this may change its sign under other arithmeti
 # measured over 16 recordings, PyTorch on another version: rate 7e-7, margins 2.4e-5 (relative, 2-norm)
 RATE_TOLERANCE = 1e-4
 MARGIN_TOLERANCE = 1e-3
+WIDEST_NEAR_TIE = 1e-3  # however far the margins of a free run have moved
 CONSISTENCY_TOLERANCE = 1e-5  # between arrays of a recording that follow from one another
 
 
@@ -243,7 +244,9 @@ def replay_free(recording: Recording, runner: StepRunner, *, progress: Progress 
     """Run from x_T with the runner's own latents and regions; the latents after every step are judged, labels are not.
 
     Where nothing but near-ties flipped, the step's guidance and the next step's regions are the recorded ones, as in
-    `replay_steps`: one such cell moves the latents a thousand times further than the arithmetic that flipped it.
+    `replay_steps`: one such cell moves the latents a thousand times further than the arithmetic that flipped it. The
+    runner's latents have drifted here, and its margins with them, so a near-tie is as wide as the margins of the cells
+    that did not flip have moved in this very step, up to `WIDEST_NEAR_TIE`.
 
     Raises `RecordingError` for a case that does not say how far a free run may go astray.
     """
@@ -254,7 +257,7 @@ def replay_free(recording: Recording, runner: StepRunner, *, progress: Progress 
     for i in range(recording.recorded_steps):
         before, outputs = latents, runner.run(i, latents, regions)
         latents, regions = np.asarray(outputs.latents_out, dtype=np.float32), np.asarray(outputs.regions, dtype=bool)
-        flips = _flips(recording, i, outputs)
+        flips = _flips(recording, i, outputs, **_widths_after_drift(recording, i, outputs))
         resolved = bool(flips) and all(flip.near_tie for flip in flips)
         own: tuple[TensorCheck, ...] = ()
         if resolved:
@@ -368,27 +371,56 @@ def _judge(recording: Recording, i: int, outputs: RunnerOutputs, *, recorded_reg
     )
 
 
-def _flips(recording: Recording, i: int, outputs: RunnerOutputs) -> tuple[Flip, ...]:
+def _widths_after_drift(recording: Recording, i: int, outputs: RunnerOutputs) -> dict[str, float]:
+    """How small a margin, of labels and of the foreground, this step's drift explains a flip with.
+
+    Only cells that agree with the recording are asked: what a flip did to its own cell must not excuse it. A runner
+    without margins, and margins that are not finite, widen nothing.
+    """
+    recorded = recording.recorded
+    of = {
+        "width": (outputs.margin, recorded.margin[i], outputs.token_label, recorded.label[i]),
+        "fore_width": (outputs.fore_margin, recorded.fore_margin[i], outputs.foreground, recorded.fore_mask[i]),
+    }
+    widths = {}
+    for name, (found, expected, cells, recorded_cells) in of.items():
+        moved = 0.0
+        if found is not None:
+            distances = np.abs(np.float64(found) - np.float64(expected))[np.asarray(cells) == recorded_cells]
+            moved = float(distances.max(initial=0.0))
+        widths[name] = min(max(NEAR_TIE, moved), WIDEST_NEAR_TIE) if math.isfinite(moved) else NEAR_TIE
+    return widths
+
+
+def _flips(
+    recording: Recording, i: int, outputs: RunnerOutputs, *, width: float = NEAR_TIE, fore_width: float = NEAR_TIE
+) -> tuple[Flip, ...]:
     """The cells of label, regions and foreground that differ from the recorded ones, each with what excuses it.
 
-    A label is excused by its margin, the foreground by its own, a region by the margin, or by the foreground's where
-    the constraint is active.
+    A label is excused by a margin under `width`, the foreground by its own under `fore_width`, a region by the first,
+    or by the second where the constraint is active.
     """
     recorded = recording.recorded
     margin, fore_margin = recorded.margin[i], recorded.fore_margin[i]
-    of_region = np.minimum(margin, fore_margin) if recording.ca_scale < CONSTRAINED_BELOW else margin
+    of_label, of_foreground = margin < width, fore_margin < fore_width
+    constrained = recording.ca_scale < CONSTRAINED_BELOW
+    of_region = of_label | of_foreground if constrained else of_label
+    region_margin = np.minimum(margin, fore_margin) if constrained else margin
     maps = [
-        ("label", outputs.token_label, recorded.label[i], margin),
-        ("foreground", outputs.foreground, recorded.fore_mask[i], fore_margin),
+        ("label", outputs.token_label, recorded.label[i], margin, of_label),
+        ("foreground", outputs.foreground, recorded.fore_mask[i], fore_margin, of_foreground),
     ]
     found = np.asarray(outputs.regions)
     if found.shape != recorded.concept_mask[i].shape:
         raise RecordingError(
             f"regions: the implementation gave shape {found.shape}, the recording has {recorded.concept_mask[i].shape}."
         )
-    maps += [(f"regions[{k}]", found[k], expected, of_region) for k, expected in enumerate(recorded.concept_mask[i])]
+    maps += [
+        (f"regions[{k}]", found[k], expected, region_margin, of_region)
+        for k, expected in enumerate(recorded.concept_mask[i])
+    ]
     flips = []
-    for name, computed, expected, decides in maps:
+    for name, computed, expected, decides, near_tie in maps:
         computed = np.asarray(computed)
         if computed.shape != expected.shape:
             raise RecordingError(
@@ -402,7 +434,7 @@ def _flips(recording: Recording, i: int, outputs: RunnerOutputs) -> tuple[Flip, 
                 recorded=int(expected[row, col]),
                 computed=int(computed[row, col]),
                 margin=float(decides[row, col]),
-                near_tie=bool(decides[row, col] < NEAR_TIE),
+                near_tie=bool(near_tie[row, col]),
             )
             for row, col in np.argwhere(computed != expected)
         ]

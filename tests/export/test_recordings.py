@@ -304,6 +304,31 @@ def test_a_free_run_excuses_neither_other_flips_nor_latents_that_do_not_follow(r
         assert not replay_free(near, Playback(near, {2: {**changed, name: value}})).passed, name
 
 
+@pytest.mark.parametrize(
+    ("moved", "margin", "excused"),
+    [(5e-4, 2e-4, True), (1.5e-4, 2e-4, False), (5e-2, 2e-3, False), (np.nan, 2e-4, False)],
+    ids=["the drift explains it", "the drift is smaller", "wider than any near-tie", "no margins to speak of"],
+)
+def test_a_free_run_excuses_a_flip_as_far_as_the_margins_have_moved(recording, unet, moved, margin, excused):
+    row, col, changed = flip(recording, unet, 2)
+    drifted = with_margin(replace(recording, free_run_latents=1e-6), 2, row, col, margin)
+    margins = drifted.recorded.margin[2].copy()
+    margins[row, col] += 1.0  # what happened to the cell itself excuses nothing
+    margins[(row + 1) % len(margins), col] += moved
+    report = replay_free(drifted, Playback(drifted, {2: {**changed, "margin": margins}}))
+    assert report.passed == excused
+    assert report.steps[2].recorded_regions_out == excused
+
+
+def test_one_step_excuses_no_flip_by_margins_that_have_moved(recording, unet):
+    """From the recorded latents nothing has drifted."""
+    row, col, changed = flip(recording, unet, 2)
+    clear = with_margin(recording, 2, row, col, 2e-4)
+    margins = clear.recorded.margin[2] + np.float32(5e-4)
+    report = replay_steps(clear, Playback(clear, {2: {**changed, "margin": margins}}))
+    assert len(report.wrong_cells) == 2
+
+
 def test_predictions_that_are_not_finite_fail(recording):
     broken = np.full_like(recording.recorded.eps_c[1], np.nan)
     report = replay_steps(recording, Playback(recording, {1: {"eps_c": broken}}))
