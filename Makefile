@@ -53,7 +53,7 @@ BUNDLE       ?= $(BENCH)/sd15/bundle
 CHECKPOINT   ?= $(BENCH)/sd15/checkpoint
 CONCEPTS     ?= 0,1,2,3,4
 CONTENDERS   ?= authors,strong,plain,kept
-ROUNDS       ?= 5
+ROUNDS       ?= 6
 ALONE_ROUNDS ?= 3
 
 bench-full: $(BUNDLE)/bundle.json  ## the same with the full-size network, single steps

@@ -8,16 +8,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from random import Random
 from time import perf_counter
 from typing import Any
 
 from magicface_rt import Bundle
 
-from .bootstrap import figures, ratio_of_medians
+from .bootstrap import MIN_SAMPLES, figures, ratio_of_medians
 from .contender import Run, Task
 from .counting import Cost, graph_cost, rows_of_theory
 from .judging import Verdicts, judge
-from .machine import describe, measure_peaks, memory
+from .machine import Busy, describe, measure_peaks, memory
 from .results import CaseResult, Counts, Figures, Outcome, Parity, Ratio, Report, Requests
 from .settings import TORCH_KINDS, Case, Contender, Settings
 from .worker import PREPARE, ContenderError, Worker
@@ -80,6 +81,8 @@ class _Entrant:
     parity: Parity | None = None
     cold_start: float = 0.0
     steps: dict[str, list[float]] = field(default_factory=dict)
+    # Of the SDK's forms that took turns with it after all others had ended, by name.
+    beside: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     requests: list[dict[str, float]] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -106,7 +109,9 @@ class _Bench:
         ]
 
     def run(self) -> CaseResult:
+        busy = Busy.start()
         self.say(f"  oracle of parity: {self.settings.judge}")
+        self._check_memory_of_the_judge()
         plain = any(entrant.contender.kind == "plain" for entrant in self.entrants)
         verdicts = judge(self.entrants[0].task, with_plain=plain)
         self._prepare()
@@ -114,13 +119,13 @@ class _Bench:
         try:
             for entrant in together:
                 self._start(entrant, verdicts)
-            self._rounds(together, self.settings.step_rounds)
+            self._rounds(together)
             for entrant in together:
                 entrant.close()
             for entrant in self.entrants:
                 if entrant.alone:
                     self._start(entrant, verdicts)
-                    self._rounds([entrant], self.settings.alone_rounds)
+                    self._alone(entrant, [e for e in together if e.contender.ours])
                     entrant.close()
         finally:
             for entrant in self.entrants:
@@ -133,7 +138,18 @@ class _Bench:
             case=self.case,
             outcomes=tuple(self._outcome(entrant) for entrant in self.entrants),
             ratios=tuple(self._ratios()),
+            foreign_load=busy.share(),
+            notes=tuple(f"concept {k} has no region when the compared run ends" for k in verdicts.empty),
         )
+
+    def _check_memory_of_the_judge(self) -> None:
+        kind, free = self.settings.judge, memory()[0]
+        need = memory_needed(kind, self.bundle, self.case.concepts)
+        if need and free is not None and need + MEMORY_MARGIN > free and self.settings.torch_device != "cuda":
+            raise ContenderError(
+                f"the oracle {kind!r} needs about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free. "
+                "Name --oracle strong, which needs less."
+            )
 
     def _prepare(self) -> None:
         """Keys and values for "kept", by the first backend that has it: they are the same for all."""
@@ -184,34 +200,66 @@ class _Bench:
     def _on_cpu(self, entrant: _Entrant) -> bool:
         return entrant.contender.ours or self.settings.torch_device != "cuda"
 
-    def _rounds(self, entrants: Sequence[_Entrant], rounds: int) -> None:
+    def _rounds(self, entrants: Sequence[_Entrant]) -> None:
+        """All of them in turn, in another order each round: who follows whom must not decide."""
+        for entrant in entrants:
+            for stage in STAGES:
+                self._one(entrant, "step", stage)  # untimed: the first step of drawn regions allocates for them
+        rounds, order = self.settings.step_rounds, Random(self.settings.seed)
         for number in range(rounds):
             for stage in STAGES:
-                for entrant in entrants:
-                    self._one(entrant, "step", stage)
+                for entrant in order.sample(entrants, len(entrants)):
+                    self._keep(entrant.steps, self._one(entrant, "step", stage))
             self.say(f"  steps, round {number + 1} of {rounds}")
+        self._requests_in_turn(entrants)
+
+    def _alone(self, entrant: _Entrant, ours: Sequence[_Entrant]) -> None:
+        """One that needs much memory, in turn with those of ours that fit beside it: what their ratio is taken from."""
+        beside, free = [], memory()[0]
+        for other in ours if entrant.worker is not None else ():
+            need = other.state.get("host") or 0
+            if other.status == "measured" and free is not None and need + MEMORY_MARGIN < free:
+                free -= need
+                other.worker = Worker(other.task)
+                beside.append(other)
+        for other in beside:
+            for stage in STAGES:
+                self._one(other, "step", stage)
+        order = Random(self.settings.seed)
+        for number in range(self.settings.alone_rounds):
+            for stage in STAGES:
+                for one in order.sample([entrant, *beside], 1 + len(beside)):
+                    samples = entrant.steps if one is entrant else entrant.beside.setdefault(str(one.contender), {})
+                    self._keep(samples, self._one(one, "step", stage))
+            self.say(f"  steps, round {number + 1} of {self.settings.alone_rounds}")
+        for other in beside:
+            other.close()
+        self._requests_in_turn([entrant])
+
+    def _requests_in_turn(self, entrants: Sequence[_Entrant]) -> None:
         for number in range(self.settings.request_rounds):
             for entrant in entrants:
-                self._one(entrant, "request")
+                if seconds := self._one(entrant, "request"):
+                    entrant.requests.append(seconds)
             self.say(f"  requests, round {number + 1} of {self.settings.request_rounds}")
         for entrant in entrants:
-            if entrant.worker is not None:
-                entrant.state = entrant.worker.call("state")
+            entrant.state = self._one(entrant, "state")
 
-    def _one(self, entrant: _Entrant, what: str, *arguments: str) -> None:
+    @staticmethod
+    def _keep(samples: dict[str, list[float]], seconds: dict[str, float]) -> None:
+        for name, value in seconds.items():
+            samples.setdefault(name, []).append(value)
+
+    def _one(self, entrant: _Entrant, what: str, *arguments: str) -> dict[str, Any]:
+        """What it answers; nothing where it does not run, or fails now."""
         if entrant.worker is None:
-            return
+            return {}
         try:
-            seconds = entrant.worker.call(what, *arguments)
+            return dict(entrant.worker.call(what, *arguments))
         except ContenderError as error:
             entrant.stop("failed", f"{what}: {error}")
             self.say(f"  {entrant.contender}: failed: {error}")
-            return
-        if what == "request":
-            entrant.requests.append(seconds)
-            return
-        for name, value in seconds.items():
-            entrant.steps.setdefault(name, []).append(value)
+            return {}
 
     # --------------------------------------------------------------------------------------------------------- outcomes
 
@@ -226,6 +274,7 @@ class _Bench:
             steps={name: figures(samples) for name, samples in entrant.steps.items()},
             requests=self._requests(entrant),
             counts=self._counts(entrant),
+            threads=entrant.state.get("threads"),
             host_peak_bytes=entrant.state.get("host"),
             device_peak_bytes=entrant.state.get("device"),
             notes=(*entrant.notes, *entrant.state.get("notes", ())),
@@ -290,25 +339,30 @@ class _Bench:
         return found
 
     def _ratios_of(self, baseline: _Entrant, candidate: _Entrant) -> list[Ratio]:
-        pairs = [(f"{stage} step", baseline.steps.get(stage), candidate.steps.get(stage)) for stage in STAGES]
+        ours = baseline.beside.get(str(candidate.contender), candidate.steps)
+        pairs = [(f"{stage} step", baseline.steps.get(stage), ours.get(stage)) for stage in STAGES]
         pairs.append(("request", *([r["total"] for r in e.requests[1:]] for e in (baseline, candidate))))  # type: ignore[arg-type]
-        interleaved = not (baseline.alone or candidate.alone)
+        together = not (baseline.alone or candidate.alone)
         made = []
         for name, a, b in pairs:
             if not a or not b:
                 continue
+            interleaved = together or (name != "request" and ours is not candidate.steps)
             ratio, low, high = ratio_of_medians(
                 a, b, paired=interleaved, confidence=self.settings.confidence, seed=self.settings.seed
             )
             names = str(baseline.contender), str(candidate.contender)
-            made.append(Ratio(*names, name, ratio, low, high, min(len(a), len(b)), interleaved))
+            rounds = min(len(a), len(b))
+            interval = "bootstrap" if rounds >= MIN_SAMPLES else "none" if low is None else "range"
+            made.append(Ratio(*names, name, ratio, low, high, interval, rounds, interleaved))
         return made
 
 
 def memory_needed(kind: str, bundle: Bundle, concepts: int) -> int:
     """A lower estimate in bytes of what a kind holds on the host, in float32; 0 where it is far from mattering.
 
-    (a) and the reference write attention out: logits, probabilities and two more of their size at once.
+    (a) and the reference write attention out: 2.5 times the logits of all rows of the largest layer, as was measured
+    for (a) at full size with three concepts.
     """
     if kind not in ("authors", "reference"):
         return 0
@@ -317,7 +371,7 @@ def memory_needed(kind: str, bundle: Bundle, concepts: int) -> int:
     tokens = bundle.grid(layer.factor)[0] * bundle.grid(layer.factor)[1]
     weights = sum(int(entry["bytes"]) for name, entry in bundle.files.items() if name == "weights.bin")
     weights = weights * 4 // (4 if bundle.dtype == "float32" else 2)
-    return int(0.8 * weights) + 4 * rows * layer.num_heads * tokens**2 * 4
+    return int(0.8 * weights + 2.5 * rows * layer.num_heads * tokens**2 * 4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,6 +36,7 @@ class Run:
     """A whole run in a few steps: latents [B, 4, h, w], last regions [B, h/2, w/2], and what each stage's step cost.
 
     rows, flops, bytes by stage, for one step; empty where it was not counted. sixteen_bit: whether it was computed so.
+    margin: of each cell's last region, [B, h/2, w/2], what it would take to become another; None where it is not known.
     """
 
     latents: NDArray[np.float32]
@@ -44,6 +45,7 @@ class Run:
     flops: Mapping[str, float] = field(default_factory=dict)
     bytes: Mapping[str, float] = field(default_factory=dict)
     sixteen_bit: bool = False
+    margin: NDArray[np.float32] | None = None
 
 
 class Runner(ABC):
@@ -66,6 +68,10 @@ class Runner(ABC):
     def kept_bytes(self) -> int:
         """Of keys and values that a step reads and that were made before."""
         return 0
+
+    def threads(self) -> int | None:
+        """Threads that it computes with on the CPU, where that can be told."""
+        return None
 
     def device_bytes(self) -> int | None:
         """Device memory that this process holds at most, where it can be told."""

@@ -2,8 +2,8 @@
 
 PyTorch's contenders are counted as they run, operator by operator. A bundle's graphs are counted from their shapes:
 the ONNX file with the case's sizes put in for its symbols. On both sides matrix products and convolutions count, 2 for
-each multiply-add, and bytes are what every operator reads and writes, as if nothing stayed in a cache; reshapes and
-slices that move nothing are left out.
+each multiply-add, and bytes are what every operator reads and writes, as if nothing stayed in a cache. Views, reshapes
+and new tensors that nobody has filled move nothing; a slice that is copied does.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ MOVES_NOTHING = {
     "Unsqueeze",
     "Identity",
     "Flatten",
-    "Slice",
-    "Split",
-    "Expand",
 }
+COPIES_ITS_OUTPUT = {"Slice", "Split", "Expand", "Gather"}
+"""They read no more than they write, however large their input is."""
 
 
 def rows_of_theory(kind: str, concepts: int, *, steps: int = 1, images: int = 1) -> int:
@@ -76,7 +75,10 @@ def graph_cost(bundle: Bundle, graph: str, sizes: Mapping[str, int]) -> Cost:
             flops += _attention_flops(call, shapes)
         else:
             flops += _node_flops(node, shapes)
-        if (call or node).op_type not in MOVES_NOTHING:
+        kind = (call or node).op_type
+        if kind in COPIES_ITS_OUTPUT:
+            moved += 2 * sum(prod(shapes[name]) * widths.get(name, 4) for name in node.output if name)
+        elif kind not in MOVES_NOTHING:
             moved += sum(prod(shapes[name]) * widths.get(name, 4) for name in tensors)
     return Cost(flops, moved)
 
@@ -183,6 +185,11 @@ def _byte_counter() -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
+    aten = torch.ops.aten
+    # A reshape after a product is no view to PyTorch, and moves nothing; nor does memory that is only asked for.
+    moves_nothing = {aten._unsafe_view.default, aten.empty_like.default, aten.empty.memory_format}
+    moves_nothing |= {aten.new_empty.default, aten.empty_strided.default}
+
     class ByteCounter(TorchDispatchMode):
         moved = 0
 
@@ -190,7 +197,7 @@ def _byte_counter() -> Any:
             result = func(*args, **(kwargs or {}))
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-            if not func.is_view:
+            if not func.is_view and func not in moves_nothing:
                 self.moved += sum(x.numel() * x.element_size() for x in (*tensors, *made))
             return result
 

@@ -6,8 +6,8 @@ import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,21 +33,24 @@ QUIET_LOAD = 0.3
 @dataclass(frozen=True)
 class Peaks:
     """flops: float32 multiply-adds by a large matrix product, 2 for each, per second; bytes_per_second: of a copy much
-    larger than the caches, what is read and what is written counted; where: the device that was measured."""
+    larger than the caches, what is read and what is written counted; where: the device that was measured; by_library:
+    the same flops by each library that was tried."""
 
     flops: float
     bytes_per_second: float
     where: str
+    by_library: Mapping[str, float] = field(default_factory=dict)
 
 
 def describe() -> dict[str, Any]:
     """Machine, versions, commit. Call it before anything runs: the load average is of that moment."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    load = os.getloadavg() if hasattr(os, "getloadavg") else (float("nan"),) * 3
+    load = list(os.getloadavg()) if hasattr(os, "getloadavg") else []
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "system": platform.platform(),
         "processor": _processor(),
+        "vector_instructions": _vector_instructions(),
         "cores": cores,
         "memory_bytes": memory()[1],
         "gpu": _gpu(),
@@ -55,7 +58,7 @@ def describe() -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(),
         "load_average": [round(value, 2) for value in load],
-        "quiet": load[0] < QUIET_LOAD * cores,
+        "quiet": bool(load) and load[0] < QUIET_LOAD * cores,
     }
 
 
@@ -82,7 +85,8 @@ def measure_peaks(size: int = 2048, megabytes: int = 256, device: str = "cpu") -
     source = np.ones(megabytes << 18, np.float32)
     target = np.empty_like(source)
     copying = _best(lambda: np.copyto(target, source), 4)
-    return Peaks(2 * size**3 / found[fastest], 2 * source.nbytes / copying, f"cpu, float32 ({fastest})")
+    flops = {name: 2 * size**3 / seconds for name, seconds in found.items()}
+    return Peaks(flops[fastest], 2 * source.nbytes / copying, f"cpu, float32 ({fastest})", flops)
 
 
 def _products(size: int) -> dict[str, Callable[[], object]]:
@@ -167,6 +171,50 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _vector_instructions() -> list[str]:
+    """Those that matrix products are written for; a library that does not know the best of them is slow here."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                wanted = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+                return [flag for flag in wanted if flag in line.split()]
+    return []
+
+
+@dataclass
+class Busy:
+    """How busy others keep the processors, between `Busy.start()` and `share()`."""
+
+    all: float
+    own: float
+    since: float
+
+    @classmethod
+    def start(cls) -> Busy:
+        return cls(*_busy_seconds(), perf_counter())
+
+    def share(self) -> float | None:
+        """Processor seconds of processes that are neither this one nor ended children of it, for each core's second;
+        None where the system does not say."""
+        everyone, own = _busy_seconds()
+        passed = (perf_counter() - self.since) * (os.cpu_count() or 1)
+        if not everyone or passed <= 0:
+            return None
+        return max(0.0, (everyone - self.all) - (own - self.own)) / passed
+
+
+def _busy_seconds() -> tuple[float, float]:
+    """Since the start: of all processors, and of this process with its children that have ended."""
+    times = os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    try:
+        fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    except OSError:
+        return 0.0, own
+    user, nice, system, _, _, irq, softirq = fields[:7]
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK"), own
+
+
 def _gpu() -> str | None:
     """What the driver says of the first GPU; None where there is none that can be asked."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -178,7 +226,10 @@ def _gpu() -> str | None:
 
 
 def _commit() -> str | None:
-    """The repository's commit, with "+changes" where the tree differs from it; None outside a repository."""
+    """The repository's commit, with "+changes" where the tree differs from it. Outside a repository what the variable
+    MAGICFACE_RT_COMMIT says, which is for a copy without its history; None where it says nothing."""
+    if named := os.environ.get("MAGICFACE_RT_COMMIT"):
+        return named
     folder = Path(__file__).resolve().parent
     try:
         git = ["git", "-C", str(folder)]

@@ -24,12 +24,15 @@ def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = Tru
         OutputError: the folder cannot be written.
     """
     content = report.to_json() if isinstance(report, Report) else dict(report)
-    wrong = problems(content := json.loads(json.dumps(content, allow_nan=False)))
-    assert not wrong, f"the report is not as benchmarks/schema.json says: {wrong[:5]}"
-    text = markdown(content)
+    content = json.loads(json.dumps(content))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Before anything is asked of it: hours of measuring are not to be lost to a mistake in their report.
         (folder / JSON).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        wrong = problems(content)
+        if wrong:
+            raise OutputError(f"{folder / JSON} was written, and is not as schema.json says: {'; '.join(wrong[:5])}.")
+        text = markdown(content)
         made = [folder / JSON, folder / TABLE]
         try:
             if plots:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.graphs import Form, VaeDecoder, VaeEncoder
-from magicface_rt.export.reference import MagicFaceReference, StepInputs, generate_latents
+from magicface_rt.export.reference import CONSTRAINED_BELOW, MagicFaceReference, StepInputs, generate_latents
 from magicface_rt.images import load_reference, pixels_to_images
 from magicface_rt.schedule import reference_noise, target_noise
 from magicface_rt.tokenizer import Tokenizer
@@ -63,6 +63,7 @@ class PyTorch(Runner):
         work = self.workload
         latents = [self._tensor(x[None]) for x in work.noise()]
         regions: list[Tensor | None] = [None] * len(latents)
+        margins: list[Tensor | None] = [None] * len(latents)
         costs: dict[str, dict[str, float]] = {"rows": {}, "flops": {}, "bytes": {}}
         moments = work.run(self.settings.parity_steps)
         if self.kind == "plain":
@@ -73,7 +74,7 @@ class PyTorch(Runner):
             before = getattr(self.network, "rows_run", 0)
             with counter or contextlib.nullcontext():
                 for image, x in enumerate(latents):
-                    latents[image], regions[image] = self._step(moment, x, regions[image])
+                    latents[image], regions[image], margins[image] = self._step(moment, x, regions[image])
             costs["rows"].setdefault(moment.stage, getattr(self.network, "rows_run", 0) - before)
             if counter is not None:
                 costs["flops"][moment.stage] = counter.cost.flops
@@ -85,7 +86,10 @@ class PyTorch(Runner):
             for k, region in enumerate([] if found is None else found.cpu().numpy()):
                 labels[image][region] = k + 1
         sixteen_bit = self.dtype != torch.float32
-        return Run(torch.cat(latents).float().cpu().numpy(), labels, **costs, sixteen_bit=sixteen_bit)  # type: ignore[arg-type]
+        known = [m.float().cpu().numpy() for m in margins if m is not None]
+        margin = np.stack(known) if known else None
+        found = torch.cat(latents).float().cpu().numpy()
+        return Run(found, labels, **costs, sixteen_bit=sixteen_bit, margin=margin)  # type: ignore[arg-type]
 
     def step(self, stage: str) -> dict[str, float]:
         moment = self.workload.moment(stage)
@@ -98,10 +102,13 @@ class PyTorch(Runner):
         self._wait()
         return {stage: perf_counter() - start}
 
-    def _step(self, moment: Moment, latents: Tensor, regions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _step(
+        self, moment: Moment, latents: Tensor, regions: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Latents, regions, and how far each cell is from another region."""
         work = self.workload
         if self.kind == "plain":
-            return self.network.step(moment.index, latents, self._tensor(work.text[:2]), GUIDANCE), None
+            return self.network.step(moment.index, latents, self._tensor(work.text[:2]), GUIDANCE), None, None
         out = self.network.step(
             StepInputs(
                 latents=latents,
@@ -120,7 +127,8 @@ class PyTorch(Runner):
                 coefficients=moment.coefficients.tolist(),
             )
         )
-        return out.latents, out.regions
+        margin = out.margin if work.ca_scale >= CONSTRAINED_BELOW else torch.minimum(out.margin, out.fore_margin)
+        return out.latents, out.regions, margin
 
     # --------------------------------------------------------------------------------------------------------- requests
 
@@ -216,6 +224,9 @@ class PyTorch(Runner):
     def _wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+    def threads(self) -> int | None:
+        return torch.get_num_threads() if self.device == "cpu" else None
 
     def device_bytes(self) -> int | None:
         return torch.cuda.max_memory_reserved() if self.device == "cuda" else None

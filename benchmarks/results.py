@@ -78,7 +78,8 @@ class Requests:
 @dataclass(frozen=True)
 class Outcome:
     """One contender in one case. `status`: measured, skipped, failed, or wrong picture; then `reason` says why, and no
-    time is given. steps: by stage, and "reference_pass" where that is a part of its own (included in the stages)."""
+    time is given. steps: by stage, and "reference_pass" where that is a part of its own (included in the stages);
+    threads: on the CPU; interleaved: whether it took turns with all others."""
 
     contender: Contender
     status: str
@@ -88,6 +89,7 @@ class Outcome:
     steps: Mapping[str, Figures] = field(default_factory=dict)
     requests: Requests | None = None
     counts: Counts = field(default_factory=Counts)
+    threads: int | None = None
     host_peak_bytes: int | None = None
     device_peak_bytes: int | None = None
     notes: tuple[str, ...] = ()
@@ -102,7 +104,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer the baseline takes than the candidate: medians, with a bootstrap interval of its rounds."""
+    """How many times longer the baseline takes than the candidate: medians. low, high: a bootstrap interval of the
+    rounds, or the range that they span where they are too few for one (`interval`: "bootstrap", "range", "none").
+    interleaved: whether the two took turns."""
 
     baseline: str
     candidate: str
@@ -110,12 +114,15 @@ class Ratio:
     ratio: float
     low: float | None
     high: float | None
+    interval: str
     rounds: int
     interleaved: bool
 
 
 @dataclass(frozen=True)
 class CaseResult:
+    """foreign_load: the part of the processors' time that other processes took meanwhile; None if it is not known."""
+
     bundle: str
     height: int
     width: int
@@ -123,6 +130,8 @@ class CaseResult:
     case: Case
     outcomes: tuple[Outcome, ...]
     ratios: tuple[Ratio, ...]
+    foreign_load: float | None = None
+    notes: tuple[str, ...] = ()
 
     def outcome(self, kind: str) -> Outcome | None:
         """The first measured one of a kind."""
@@ -137,6 +146,8 @@ class CaseResult:
             **asdict(self.case),
             "outcomes": [outcome.to_json() for outcome in self.outcomes],
             "ratios": [asdict(ratio) for ratio in self.ratios],
+            "foreign_load": self.foreign_load,
+            "notes": list(self.notes),
         }
 
 

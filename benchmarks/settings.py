@@ -74,6 +74,7 @@ class Settings:
     alone_rounds    rounds for those
     alpha           part of the steps that a request spends in RSA
     threads         of each contender, 0 for their own choice
+    limit           seconds that a contender may take for one step, request or compared run
     torch_device    "cpu", "cuda", or "auto": cuda where torch finds it
     seed            of drawn inputs and of the bootstrap
 
@@ -96,6 +97,7 @@ class Settings:
     alone_rounds: int = 1
     alpha: float = 0.4
     threads: int = 0
+    limit: float = 3600.0
     torch_device: str = "auto"
     store: str | None = None
     seed: int = 0
@@ -118,6 +120,15 @@ class Settings:
         _between("alone_rounds", (self.alone_rounds,), 1, 10_000)
         _between("alpha", (self.alpha,), 0.0, 1.0)
         _between("threads", (self.threads,), 0, 4096)
+        _between("limit", (self.limit,), 1.0, 1e6)
+        strangers = [kind for kind in self.alone if kind not in self.kinds]
+        if strangers:
+            raise OptionError(f"alone: {', '.join(strangers)} takes no part; the kinds are {', '.join(self.kinds)}.")
+        if self.judge == "bare" and self.checkpoint is not None and "plain" in self.kinds:
+            raise OptionError(
+                "oracle is 'bare', and plain Stable Diffusion takes part: the SDK cannot judge it. Name the oracle "
+                "'reference' or 'strong', or leave out 'plain'."
+            )
         if self.checkpoint is None:
             named = [kind for kind in self.kinds if kind in TORCH_KINDS]
             if named or self.oracle in ("reference", "strong"):

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .bootstrap import MIN_SAMPLES
 from .settings import Contender
 
 Json = Mapping[str, Any]
+
+ENOUGH_FOR_P95 = 20
+"""Of fewer samples a 95th percentile is the slowest, or a guess between the two slowest."""
 
 
 def markdown(report: Json) -> str:
@@ -42,7 +46,8 @@ def _case(case: Json, settings: Json) -> list[str]:
         f"## {case['width']} x {case['height']}, {case['dtype']}, N = {case['concepts']}, masks "
         f"{case['mask_share']:.0%}, {images}, {case['steps']} steps",
         "",
-        "One step of all images, median (p95) in seconds; memory in GB; work of one RBA step.",
+        "One step of all images, median (p95; the slowest of fewer than 20) in seconds; memory in GB; work of one RBA "
+        "step.",
         "",
     ]
     head = ["contender", "RSA step", "RBA step", "reference pass", "host", "device", "rows", "GFLOP", "parity error"]
@@ -50,13 +55,24 @@ def _case(case: Json, settings: Json) -> list[str]:
     with_requests = [o for o in case["outcomes"] if o["requests"]]
     if with_requests:
         lines += ["", f"Requests of {case['steps']} steps, from prompt and images to pictures, seconds.", ""]
-        head = ["contender", "process start to first picture", "first request", "next: median (p95)", "rows", "GFLOP"]
+        head = [
+            "contender",
+            "process start to first picture",
+            "first request",
+            "next: median (p95)",
+            "rows",
+            "U-Net GFLOP",
+        ]
         lines += _table(head, [_request_row(outcome) for outcome in with_requests])
     if case["ratios"]:
         share = f"{settings['confidence']:.0%}"
-        lines += ["", f"How many times longer than ours; ratio of medians, {share} bootstrap interval.", ""]
+        said = f"How many times longer than ours; ratio of medians, {share} bootstrap interval, or the range that was "
+        lines += ["", said + f"seen where fewer than {MIN_SAMPLES} rounds were made.", ""]
         lines += _ratios(case["ratios"])
     notes = [f"- {name(o)}: {note}" for o in case["outcomes"] for note in _notes(o)]
+    notes += [f"- {note}" for note in case["notes"]]
+    if case["foreign_load"] is not None:
+        notes.append(f"- other processes took {case['foreign_load']:.1%} of the processors' time meanwhile")
     return [*lines, *(["", *notes] if notes else [])]
 
 
@@ -103,6 +119,7 @@ def _ratio(ratio: Json | None) -> str:
         return ""
     rounds = "1 round" if ratio["rounds"] == 1 else f"{ratio['rounds']} rounds"
     interval = "no interval" if ratio["low"] is None else f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+    interval = f"range {interval}" if ratio["interval"] == "range" else interval
     apart = "" if ratio["interleaved"] else ", not interleaved"
     return f"{ratio['ratio']:.2f} ({interval}, {rounds}{apart})"
 
@@ -114,7 +131,9 @@ def _notes(outcome: Json) -> list[str]:
     if outcome["parity"]:
         found.append(outcome["parity"]["note"])
     if not outcome["interleaved"]:
-        found.append("ran when the others had ended, because of its memory")
+        found.append(
+            "ran when the others had ended, because of its memory; beside it those of ours that it has ratios to"
+        )
     return [note for note in found if note]
 
 
@@ -129,7 +148,10 @@ def title(contender: str) -> str:
 
 
 def _figures(found: Json | None) -> str:
-    return "" if found is None else f"{found['median']:.3g} ({found['p95']:.3g})"
+    if found is None:
+        return ""
+    high = found["p95"] if len(found["samples"]) >= ENOUGH_FOR_P95 else found["slowest"]
+    return f"{found['median']:.3g} ({high:.3g})"
 
 
 def _scaled(value: float | None, unit: float) -> str:

@@ -36,6 +36,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, far = context.Pipe()
         self._process = context.Process(target=_serve, args=(far, task, role), daemon=True)
+        self._limit = task.settings.limit
         self.started = perf_counter()
         self._process.start()
         far.close()
@@ -44,10 +45,13 @@ class Worker:
         """Have it do something and wait for what it returns.
 
         Raises:
-            ContenderError: it could not; after that the process is of no more use.
+            ContenderError: it could not, or not in time; after that the process is of no more use.
         """
         try:
             self._pipe.send((what, arguments))
+            if not self._pipe.poll(self._limit):
+                self._process.kill()
+                raise ContenderError(f"{what}: no answer after {self._limit:g} s")
             good, result = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(10)
@@ -119,6 +123,7 @@ def _handlers(task: Task, role: str) -> tuple[Runner | None, dict[str, Callable[
         return {
             "host": peak_host_bytes(),
             "device": runner.device_bytes(),
+            "threads": runner.threads(),
             "kept": runner.kept_bytes(),
             "notes": runner.notes,
         }

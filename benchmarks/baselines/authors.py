@@ -1,9 +1,11 @@
 """Baseline (a): the authors' algorithm in eager PyTorch, with all the work that their code does.
 
 2 (1 + R) U-Net rows a step: the references under the negative prompt as well, whose results nothing reads. Attention is
-written out, with its probabilities stored, in every layer and row. Stage 2 computes each region by gathering its tokens
-with a boolean mask. Every step forms S S, the square of each self-attention map. What they compute is described in
-docs/design.md, "The algorithm"; the code is ours.
+written out in every layer and row, logits and probabilities both kept until its end; the heads' mean of every map is
+taken for all rows, of which two are used. Stage 1 attends for the unconditional target twice. Stage 2 computes each
+region by gathering its tokens with a boolean mask, after all of them were computed without. Every step forms S S, the
+square of each self-attention map, three times. What they compute is described in docs/design.md, "The algorithm"; the
+code is ours.
 """
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ class _Squared(LayerMaps):
 
     def evidence(self, row: int) -> Tensor:
         s = self.self_map[row]  # (n, n)
-        return (s + 3 * (s @ s)) / 4 @ self.cross_map[row]  # (n, 77)
+        total = s.clone()
+        for _ in range(3):
+            total += s @ s  # the same product each time, as theirs is
+        return total / 4 @ self.cross_map[row]  # (n, 77)
 
 
 class _SelfAttention:
@@ -64,12 +69,16 @@ class _SelfAttention:
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         q, k, v = (split_heads(to(hidden_states), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
-        probabilities = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)  # (2+2R, heads, n, n)
+        logits = q @ k.transpose(-1, -2) * attn.scale  # (2+2R, heads, n, n), held to the end
+        probabilities = logits.softmax(-1)
         conditional = len(q) // 2
+        mean = probabilities.mean(1)[[0, conditional]]  # (2, n, n)
         if LAYER_DIVISORS[self.layer] in SEGMENTATION_DIVISORS:
-            self.state.self_maps[self.layer] = probabilities[[0, conditional]].mean(1)  # (2, n, n)
+            self.state.self_maps[self.layer] = mean
         out = probabilities @ v  # (2+2R, heads, n, d)
         if self.injects and self.state.step.stage != "off" and len(self.state.step.weights):
+            if self.state.step.stage == "rsa":
+                out[0] = (q[0] @ k[0].transpose(-1, -2) * attn.scale).softmax(-1) @ v[0]
             out[conditional] = self._injected(q, k, v, out[conditional], conditional, attn.scale)
         return attn.to_out[0](join_heads(out))
 
@@ -113,7 +122,9 @@ class _CrossAttention:
     def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
         q = split_heads(attn.to_q(hidden_states), attn.heads)
         k, v = (split_heads(to(encoder_hidden_states), attn.heads) for to in (attn.to_k, attn.to_v))
-        probabilities = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)  # (2+2R, heads, n, 77)
+        logits = q @ k.transpose(-1, -2) * attn.scale  # (2+2R, heads, n, 77)
+        probabilities = logits.softmax(-1)
+        mean = probabilities.mean(1)[[0, len(q) // 2]]  # (2, n, 77)
         if LAYER_DIVISORS[self.layer] in SEGMENTATION_DIVISORS:
-            self.state.cross_maps[self.layer] = probabilities[[0, len(q) // 2]].mean(1)  # (2, n, 77)
+            self.state.cross_maps[self.layer] = mean
         return attn.to_out[0](join_heads(probabilities @ v))

@@ -30,6 +30,7 @@ class Pass:
     def __init__(self) -> None:
         self.self_maps: dict[int, Tensor] = {}
         self.cross_maps: dict[int, Tensor] = {}
+        self.tokens: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     @property
     def step(self) -> StepInputs:
@@ -69,6 +70,9 @@ class Baseline(ABC):
     def batch(self, inputs: StepInputs) -> tuple[Tensor, Tensor, int]:
         """Latents and text of all rows, and the row of the conditional target; the unconditional one is row 0."""
 
+    def prepare(self, inputs: StepInputs) -> None:  # noqa: B027 - not every baseline has something to prepare
+        """Whatever is the same for all layers of a step."""
+
     @abstractmethod
     def segment(self, inputs: StepInputs) -> Segmentation:
         """The regions, from the maps that the pass left."""
@@ -84,6 +88,7 @@ class Baseline(ABC):
         self.state.inputs = inputs
         self.state.self_maps.clear()
         self.state.cross_maps.clear()
+        self.prepare(inputs)
         eps = self.predict(latents, inputs.timestep, text)
         self.rows_run += len(latents)
         eps_u, eps_c = eps[0:1], eps[conditional : conditional + 1]

@@ -43,6 +43,15 @@ class Strong(Baseline):
         latents = torch.cat([inputs.latents, inputs.latents, inputs.references])
         return latents, torch.cat([inputs.text, inputs.reference_text]), CONDITIONAL
 
+    def prepare(self, inputs: StepInputs) -> None:
+        """Which tokens are kept, and who sees them: the same for all layers of a grid, so found once a step."""
+        self.state.tokens.clear()
+        for grid in {self.state.grid(layer) for layer in self.injection_layers}:
+            masks = nearest_grid(inputs.reference_masks.bool(), *grid).flatten(1)  # (R, n)
+            usable = masks & (inputs.weights != 0)[:, None]
+            access = reference_access(inputs.stage, inputs.regions, inputs.concept_of_reference, *grid)  # (n, R)
+            self.state.tokens[grid] = usable, access
+
     def segment(self, inputs: StepInputs) -> Segmentation:
         h, w = inputs.latents.shape[-2:]
         layers = self.state.layers()
@@ -50,11 +59,15 @@ class Strong(Baseline):
 
 
 class Compiled(Strong):
-    """The same under torch.compile."""
+    """The same under torch.compile: the whole U-Net as one graph, for both stages.
+
+    How many tokens a region has is known when it is there, and a compiler breaks its graph where Python asks. So the
+    injected row's attention is one operator to it (`injected_attention`), as it would be if it were a kernel.
+    """
 
     def install(self) -> None:
         super().install()
-        self.compiled = torch.compile(self.unet)
+        self.compiled = torch.compile(self.unet, fullgraph=True)
 
     def predict(self, latents: Tensor, timestep: int, text: Tensor) -> Tensor:
         # A tensor, because a number would be compiled in, step after step.
@@ -80,33 +93,51 @@ class _SelfAttention:
         return attn.to_out[0](join_heads(out))
 
     def _injected(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """[heads, n, d] of the conditional row: tokens that see the same references attend together."""
+        """[heads, n, d] of the conditional row."""
         inputs = self.state.step
-        rows, cols = self.state.grid(self.layer)
-        masks = nearest_grid(inputs.reference_masks.bool(), rows, cols).flatten(1)  # (R, n)
-        usable = masks & (inputs.weights != 0)[:, None]
-        kept = [mask.nonzero()[:, 0] for mask in usable]
-        access = reference_access(inputs.stage, inputs.regions, inputs.concept_of_reference, rows, cols)  # (n, R)
-        patterns, pattern_of_token = access.unique(dim=0, return_inverse=True)
-        out = torch.empty_like(q[CONDITIONAL])
-        for number, pattern in enumerate(patterns):
-            here = (pattern_of_token == number).nonzero()[:, 0]
-            seen = [r for r in range(len(kept)) if pattern[r] and len(kept[r])]
-            keys = torch.cat([k[CONDITIONAL], *(_scaled(k, r, kept[r], inputs) for r in seen)], 1)
-            values = torch.cat([v[CONDITIONAL], *(v[REFERENCES + r][:, kept[r]] for r in seen)], 1)
-            bias = None
-            if seen and inputs.weight_mode == "bias":
-                added = [inputs.weights[r].expand(len(kept[r])) for r in seen]
-                bias = torch.cat([q.new_zeros(q.shape[2]), *added])  # (n + M)
-                bias = bias.expand(len(here), -1)
-            out[:, here] = _attend(q[CONDITIONAL][:, here], keys, values, scale, bias)
-        return out
+        usable, access = self.state.tokens[self.state.grid(self.layer)]
+        attend = injected_attention if torch.compiler.is_compiling() else _injected_attention
+        return attend(q, k, v, usable, access, inputs.weights, inputs.weight_mode == "bias", scale)
 
 
-def _scaled(k: Tensor, reference: int, kept: Tensor, inputs: StepInputs) -> Tensor:
-    """A reference's kept keys; weight mode "scale" multiplies their logits, so the keys."""
-    factor = inputs.weights[reference] if inputs.weight_mode == "scale" else 1.0
-    return k[REFERENCES + reference][:, kept] * factor
+def _injected_attention(
+    q: Tensor, k: Tensor, v: Tensor, usable: Tensor, access: Tensor, weights: Tensor, adds: bool, scale: float
+) -> Tensor:
+    """[heads, n, d] of the conditional row: tokens that see the same references attend together.
+
+    q, k, v  [2 + R, heads, n, d]
+    usable   bool [R, n]: a reference's tokens that may be seen
+    access   bool [n, R]: the references that a token of the target sees
+    weights  float32 [R]: added to the logits of a reference (adds), or their factor
+    """
+    kept = [tokens.nonzero()[:, 0] for tokens in usable]
+    patterns, pattern_of_token = access.unique(dim=0, return_inverse=True)
+    out = torch.empty_like(q[CONDITIONAL])
+    for number, pattern in enumerate(patterns):
+        here = (pattern_of_token == number).nonzero()[:, 0]
+        seen = [r for r in range(len(kept)) if pattern[r] and len(kept[r])]
+        factors = [1.0 if adds else weights[r] for r in seen]
+        reference_keys = [k[REFERENCES + r][:, kept[r]] * f for r, f in zip(seen, factors, strict=True)]
+        keys = torch.cat([k[CONDITIONAL], *reference_keys], 1)
+        values = torch.cat([v[CONDITIONAL], *(v[REFERENCES + r][:, kept[r]] for r in seen)], 1)
+        bias = None
+        if seen and adds:
+            added = [weights[r].expand(len(kept[r])) for r in seen]
+            bias = torch.cat([q.new_zeros(q.shape[2]), *added])  # (n + M)
+            bias = bias.expand(len(here), -1)
+        # With a batch axis: the fused kernels take four dimensions, and anything less goes by written-out logits.
+        out[:, here] = _attend(q[CONDITIONAL, None][:, :, here], keys[None], values[None], scale, bias)[0]
+    return out
+
+
+injected_attention = torch.library.custom_op(
+    "magicface_benchmarks::injected_attention", _injected_attention, mutates_args=()
+)
+
+
+@injected_attention.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q[CONDITIONAL])
 
 
 class _CrossAttention:

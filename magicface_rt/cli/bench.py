@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from magicface_rt.errors import BackendMissingError, OptionError
+from magicface_rt import Bundle
+from magicface_rt.errors import BackendMissingError, InputError, OptionError, OutputError
 
 from ._backend_options import StoreOption
 from ._command import JsonOption, command
@@ -53,6 +55,9 @@ def bench(
     alone_rounds: Annotated[int, typer.Option(metavar="N", help="Rounds for those.")] = 1,
     alpha: Annotated[float, typer.Option(metavar="X", help="Share of the first stage.")] = 0.4,
     threads: Annotated[int, typer.Option(metavar="N", help="Of each contender on the CPU; 0 for its own choice.")] = 0,
+    limit: Annotated[
+        float, typer.Option(metavar="S", help="Seconds for one step, request or compared run; then it has failed.")
+    ] = 3600.0,
     torch_device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="PyTorch's.")] = "auto",
     seed: Annotated[int, typer.Option(metavar="N", help="Of drawn inputs.")] = 0,
     store: StoreOption = None,
@@ -80,11 +85,13 @@ def bench(
             alone_rounds=alone_rounds,
             alpha=alpha,
             threads=threads,
+            limit=limit,
             torch_device=torch_device,
             store=None if store is None else str(store),
             seed=seed,
         )
         write = benchmark_module("output").write
+        _check_before_hours(out, bundle, checkpoint)
         report = benchmark_module("bench").run(settings, verb.note, lambda so_far: write(so_far, out, plots=False))
         made = write(report, out, plots=plots)
         verb.outcome = report.to_json()
@@ -95,6 +102,33 @@ def bench(
         if "wrong picture" in statuses or "failed" in statuses:
             verb.note("error: a contender failed or made another picture; the table says which.")
             verb.fail()
+
+
+def _check_before_hours(out: Path, bundles: list[Path], checkpoint: Path | None) -> None:
+    """What would otherwise be noticed when the first case has been measured.
+
+    Raises:
+        OutputError: nothing can be written there.
+        InputError: the checkpoint is not what a bundle was made from.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OutputError(f"nothing can be written into {out}: {error}. Name another folder with --out.") from error
+    if checkpoint is None:
+        return
+    from magicface_rt.export.checkpoint import Checkpoint
+
+    found = Checkpoint.open(checkpoint).content_hash()
+    for path in bundles:
+        expected = Bundle.open(path, check_hashes=False).checkpoint_hash
+        if expected != found:
+            raise InputError(
+                f"bundle {path} was exported from a checkpoint with hash {expected[:16]}..., and {checkpoint} has "
+                f"{found[:16]}...: their pictures differ. Name the checkpoint that the bundle was made from."
+            )
 
 
 def benchmark_module(name: str) -> Any:

@@ -63,6 +63,16 @@ def test_a_baseline_replays_every_recording(kind: type[Baseline], case: Any) -> 
         assert replay_free(recording, steps).passed
 
 
+def test_the_injected_attention_of_the_strong_baseline_takes_a_fused_kernel() -> None:
+    """With three dimensions, or another mask, PyTorch would write the logits out."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    recording = Recording.load(SHIPPED)
+    _, steps = runner(Strong, recording)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert replay_steps(recording, steps).passed
+
+
 def test_plain_stable_diffusion_is_what_the_schedule_says() -> None:
     """Two rows a step, and the DDIM step of the SDK's own schedule."""
     recording = Recording.load(SHIPPED)
