@@ -8,7 +8,7 @@ JOBS   ?= 2
 PIP    := $(VENV)/bin/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint types bench bench-full clean
+.PHONY: help venv demo test test-all lint types bench bench-full bench-sweep clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -60,6 +60,10 @@ bench-full: $(BUNDLE)/bundle.json  ## the same with the full-size network, singl
 	$(VENV)/bin/magicface-rt bench $(BUNDLE) --checkpoint $(CHECKPOINT) --out bench-out/full \
 	  --contenders $(CONTENDERS) --concepts $(CONCEPTS) --mask-share 30 --steps 50 --requests 0 \
 	  --rounds $(ROUNDS) --parity-steps 2 --oracle strong --alone authors --alone-rounds $(ALONE_ROUNDS)
+
+bench-sweep: $(BENCH)/tiny/bundle/bundle.json  ## masks of 10 to 100 %, batches of 1 to 8, 20 and 50 steps, on the small model
+	$(VENV)/bin/magicface-rt bench $(BENCH)/tiny/bundle --checkpoint $(BENCH)/tiny/checkpoint --out bench-out/sweep \
+	  --one-at-a-time --concepts 3,0,1,2,4 --mask-share 30,10,60,100 --images 1,2,4,8 --steps 20,50 --rounds 6 --requests 1
 
 $(BENCH)/%/bundle/bundle.json: | $(STAMP)
 	rm -rf $(BENCH)/$*

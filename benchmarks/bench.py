@@ -5,32 +5,41 @@ python -m benchmarks.bench BUNDLE [--checkpoint DIR] ...        the same as `mag
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from random import Random
 from time import perf_counter
 from typing import Any
 
 from magicface_rt import Bundle
 
-from .bootstrap import MIN_SAMPLES, figures, ratio_of_medians
-from .contender import Run, Task
-from .counting import Cost, graph_cost, rows_of_theory
+from .contender import Task
+from .counting import rows_of_theory
 from .judging import Verdicts, judge
-from .machine import Busy, describe, measure_peaks, memory
-from .results import CaseResult, Counts, Figures, Outcome, Parity, Ratio, Report, Requests
-from .settings import TORCH_KINDS, Case, Contender, Settings
+from .machine import Busy, describe, memory
+from .outcomes import Entrant, outcome_of, ratios_of
+from .peaks import peaks_of
+from .results import CaseResult, Outcome, Report
+from .resuming import Earlier
+from .settings import Case, Settings
 from .worker import PREPARE, ContenderError, Worker
-from .workload import STAGES, Workload, sizes_of
+from .workload import STAGES, Workload
 
 Say = Callable[[str], object]
 
 MEMORY_MARGIN = 1 << 30
 
 
-def run(settings: Settings, say: Say = lambda _: None, so_far: Callable[[Report], object] = lambda _: None) -> Report:
-    """Everything that the settings name. `so_far` is given the report after every case: a long run may be cut short.
+def run(
+    settings: Settings,
+    say: Say = lambda _: None,
+    so_far: Callable[[Report], object] = lambda _: None,
+    earlier: Earlier | None = None,
+) -> Report:
+    """Everything that the settings name, and that an earlier report lacks. `so_far` is given the report after every
+    case: a long run may be cut short.
 
     Raises:
         BundleError: a bundle cannot be opened.
@@ -40,61 +49,38 @@ def run(settings: Settings, say: Say = lambda _: None, so_far: Callable[[Report]
     machine = describe()
     if not machine["quiet"]:
         say(f"the machine is not quiet: load average {machine['load_average'][0]} on {machine['cores']} cores")
-    say("measuring the machine's peaks")
-    on_gpu = settings.torch_device == "cuda" or any(not b.endswith("cpu") for b in settings.backends)
-    peaks: dict[str, Any] = {"cpu": asdict(measure_peaks())}
-    if on_gpu:
-        peaks["cuda"] = _cuda_peaks()
+    if earlier is None:
+        say("measuring the machine's peaks")
+    peaks = _peaks(settings, {bundle.dtype for _, bundle in bundles}) if earlier is None else dict(earlier.peaks)
     cases: list[CaseResult] = []
 
     def report() -> Report:
         now = {**machine, "load_average_at_end": describe()["load_average"]}
-        return Report(now, peaks, settings.to_json(), tuple(cases))
+        return Report(now, peaks, settings.to_json(), tuple(cases), () if earlier is None else earlier.cases)
 
     for path, bundle in bundles:
         for case in settings.cases():
+            if earlier is not None and earlier.has(str(bundle.path), case):
+                continue
             say(f"{bundle.width} x {bundle.height}, {bundle.dtype}: {case}")
             with tempfile.TemporaryDirectory(prefix="magicface-bench-") as folder:
-                cases.append(_Bench(settings, path, bundle, case, folder, say).run())
+                found = _Bench(settings, path, bundle, case, folder, say).run()
+            cases.append(replace(found, started=machine["started"], commit=machine["commit"]))
             so_far(report())
     return report()
 
 
-def _cuda_peaks() -> dict[str, Any] | None:
-    try:
-        return asdict(measure_peaks(device="cuda"))
-    except (ImportError, RuntimeError, AssertionError):  # no torch, or none that sees a GPU
-        return None
+def _peaks(settings: Settings, dtypes: set[str]) -> dict[str, Any]:
+    """The processor's limits, and the GPU's in the precisions that it is used in; None where they cannot be measured.
 
-
-@dataclass
-class _Entrant:
-    """A contender on its way through a case."""
-
-    contender: Contender
-    task: Task
-    alone: bool
-    worker: Worker | None = None
-    status: str = "measured"
-    reason: str = ""
-    found: Run | None = None
-    parity: Parity | None = None
-    cold_start: float = 0.0
-    steps: dict[str, list[float]] = field(default_factory=dict)
-    # Of the SDK's forms that took turns with it after all others had ended, by name.
-    beside: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    requests: list[dict[str, float]] = field(default_factory=list)
-    state: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def stop(self, status: str, reason: str) -> None:
-        self.status, self.reason = status, reason
-        self.close()
-
-    def close(self) -> None:
-        if self.worker is not None:
-            self.worker.close()
-            self.worker = None
+    In a process of its own, so that no memory of the measuring stays.
+    """
+    wanted = ["cpu"]
+    if settings.torch_device != "cpu" or any(not backend.endswith("cpu") for backend in settings.backends):
+        wanted += [f"cuda {dtype}" for dtype in sorted(dtypes)]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = {name: pool.apply(peaks_of, (name,)) for name in wanted}
+    return {name: None if peak is None else asdict(peak) for name, peak in found.items() if peak or name == "cpu"}
 
 
 class _Bench:
@@ -104,7 +90,7 @@ class _Bench:
         self.settings, self.bundle, self.case, self.say = settings, bundle, case, say
         self.workload = Workload.of(bundle, case, settings.seed)
         self.entrants = [
-            _Entrant(contender, Task(contender, path, case, settings, folder), contender.kind in settings.alone)
+            Entrant(contender, Task(contender, path, case, settings, folder), contender.kind in settings.alone)
             for contender in settings.contenders(case)
         ]
 
@@ -136,8 +122,8 @@ class _Bench:
             width=self.bundle.width,
             dtype=self.bundle.dtype,
             case=self.case,
-            outcomes=tuple(self._outcome(entrant) for entrant in self.entrants),
-            ratios=tuple(self._ratios()),
+            outcomes=tuple(self.outcome(entrant) for entrant in self.entrants),
+            ratios=tuple(ratios_of(self.entrants, self.settings)),
             foreign_load=busy.share(),
             notes=tuple(f"concept {k} has no region when the compared run ends" for k in verdicts.empty),
         )
@@ -172,7 +158,7 @@ class _Bench:
             if entrant.contender.kind == "kept":
                 entrant.notes += (f"made before, once: {said}",)
 
-    def _start(self, entrant: _Entrant, verdicts: Verdicts) -> None:
+    def _start(self, entrant: Entrant, verdicts: Verdicts) -> None:
         """Load it, take its first request, and compare its run with the oracle's."""
         if entrant.status != "measured":
             return
@@ -197,10 +183,10 @@ class _Bench:
             entrant.stop("wrong picture", f"{said}, against {verdicts.oracle}")
         self.say(f"  {entrant.contender}: parity {'passed' if entrant.parity.passed else 'FAILED'}, {said}")
 
-    def _on_cpu(self, entrant: _Entrant) -> bool:
+    def _on_cpu(self, entrant: Entrant) -> bool:
         return entrant.contender.ours or self.settings.torch_device != "cuda"
 
-    def _rounds(self, entrants: Sequence[_Entrant]) -> None:
+    def _rounds(self, entrants: Sequence[Entrant]) -> None:
         """All of them in turn, in another order each round: who follows whom must not decide."""
         for entrant in entrants:
             for stage in STAGES:
@@ -213,7 +199,7 @@ class _Bench:
             self.say(f"  steps, round {number + 1} of {rounds}")
         self._requests_in_turn(entrants)
 
-    def _alone(self, entrant: _Entrant, ours: Sequence[_Entrant]) -> None:
+    def _alone(self, entrant: Entrant, ours: Sequence[Entrant]) -> None:
         """One that needs much memory, in turn with those of ours that fit beside it: what their ratio is taken from."""
         beside, free = [], memory()[0]
         for other in ours if entrant.worker is not None else ():
@@ -236,7 +222,7 @@ class _Bench:
             other.close()
         self._requests_in_turn([entrant])
 
-    def _requests_in_turn(self, entrants: Sequence[_Entrant]) -> None:
+    def _requests_in_turn(self, entrants: Sequence[Entrant]) -> None:
         for number in range(self.settings.request_rounds):
             for entrant in entrants:
                 if seconds := self._one(entrant, "request"):
@@ -250,7 +236,7 @@ class _Bench:
         for name, value in seconds.items():
             samples.setdefault(name, []).append(value)
 
-    def _one(self, entrant: _Entrant, what: str, *arguments: str) -> dict[str, Any]:
+    def _one(self, entrant: Entrant, what: str, *arguments: str) -> dict[str, Any]:
         """What it answers; nothing where it does not run, or fails now."""
         if entrant.worker is None:
             return {}
@@ -261,101 +247,9 @@ class _Bench:
             self.say(f"  {entrant.contender}: failed: {error}")
             return {}
 
-    # --------------------------------------------------------------------------------------------------------- outcomes
-
-    def _outcome(self, entrant: _Entrant) -> Outcome:
-        if entrant.status != "measured":
-            return Outcome(entrant.contender, entrant.status, entrant.reason, not entrant.alone, entrant.parity)
-        return Outcome(
-            contender=entrant.contender,
-            status="measured",
-            interleaved=not entrant.alone,
-            parity=entrant.parity,
-            steps={name: figures(samples) for name, samples in entrant.steps.items()},
-            requests=self._requests(entrant),
-            counts=self._counts(entrant),
-            threads=entrant.state.get("threads"),
-            host_peak_bytes=entrant.state.get("host"),
-            device_peak_bytes=entrant.state.get("device"),
-            notes=(*entrant.notes, *entrant.state.get("notes", ())),
-        )
-
-    def _requests(self, entrant: _Entrant) -> Requests | None:
-        if not entrant.requests:
-            return None
-        first, *others = entrant.requests
-        stages: dict[str, Figures] = {}
-        for name in [] if not others else others[0]:
-            if name != "total" and any(one[name] for one in others):
-                stages[name] = figures([one[name] for one in others])
-        total = figures([one["total"] for one in others]) if others else None
-        return Requests(entrant.cold_start, first["total"], total, stages)
-
-    def _counts(self, entrant: _Entrant) -> Counts:
-        assert entrant.found is not None
-        kind, found, references = entrant.contender.kind, entrant.found, 0
-        flops, moved, note = dict(found.flops), dict(found.bytes), ""
-        if entrant.contender.ours:
-            references = self.case.concepts if kind == "bare" else 0
-            try:
-                cost = self._graphs_cost(kind)
-                flops, moved = dict.fromkeys(STAGES, cost.flops), dict.fromkeys(STAGES, cost.bytes)
-            except ImportError:
-                note = "operations not counted: the package onnx is not installed"
-            except ValueError as error:
-                note = f"operations not counted: {error}"
-        elif not flops:
-            note = "operations not counted: compiled code is not seen by the counter"
-        stages = self.workload.stages(self.settings.alpha)
-        return Counts(
-            rows=dict(found.rows),
-            flops=flops,
-            bytes=moved,
-            reference_rows=references,
-            kept_bytes=int(entrant.state.get("kept", 0)),
-            request_rows=sum(found.rows[stage] for stage in stages),
-            request_flops=sum(flops[stage] for stage in stages) if flops else None,
-            note=note,
-        )
-
-    def _graphs_cost(self, kind: str) -> Cost:
-        sizes = sizes_of(self.bundle, self.workload)
-        cost = graph_cost(self.bundle, "denoise_step", sizes)
-        if kind == "bare" and self.case.concepts:
-            more = graph_cost(self.bundle, "reference_kv", sizes)
-            cost = Cost(cost.flops + more.flops, cost.bytes + more.bytes)
-        return cost
-
-    def _ratios(self) -> list[Ratio]:
-        """Every baseline of PyTorch's over every form of ours, and ours without kept keys over ours with them."""
-        measured = [e for e in self.entrants if e.status == "measured"]
-        found = []
-        for candidate in (e for e in measured if e.contender.ours):
-            for baseline in measured:
-                same = baseline.contender.backend == candidate.contender.backend
-                gain = same and (baseline.contender.kind, candidate.contender.kind) == ("bare", "kept")
-                if baseline.contender.kind in TORCH_KINDS or gain:
-                    found += self._ratios_of(baseline, candidate)
-        return found
-
-    def _ratios_of(self, baseline: _Entrant, candidate: _Entrant) -> list[Ratio]:
-        ours = baseline.beside.get(str(candidate.contender), candidate.steps)
-        pairs = [(f"{stage} step", baseline.steps.get(stage), ours.get(stage)) for stage in STAGES]
-        pairs.append(("request", *([r["total"] for r in e.requests[1:]] for e in (baseline, candidate))))  # type: ignore[arg-type]
-        together = not (baseline.alone or candidate.alone)
-        made = []
-        for name, a, b in pairs:
-            if not a or not b:
-                continue
-            interleaved = together or (name != "request" and ours is not candidate.steps)
-            ratio, low, high = ratio_of_medians(
-                a, b, paired=interleaved, confidence=self.settings.confidence, seed=self.settings.seed
-            )
-            names = str(baseline.contender), str(candidate.contender)
-            rounds = min(len(a), len(b))
-            interval = "bootstrap" if rounds >= MIN_SAMPLES else "none" if low is None else "range"
-            made.append(Ratio(*names, name, ratio, low, high, interval, rounds, interleaved))
-        return made
+    def outcome(self, entrant: Entrant) -> Outcome:
+        """What the report says of it."""
+        return outcome_of(entrant, self.bundle, self.workload, self.settings.alpha)
 
 
 def memory_needed(kind: str, bundle: Bundle, concepts: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from magicface_rt.errors import InputError, MagicFaceError
 from magicface_rt.schedule import is_region_step
 
 from .schema import problems
+from .table import was_quiet
 
 Json = Mapping[str, Any]
 
@@ -83,7 +85,8 @@ def capacity(report: Json, fleet: Sequence[Machines], assumptions: Assumptions) 
         raise InputError(f"this is no report of `magicface-rt bench`: {wrong[0]}.")
     measured_on = str(report["machine"]["gpu"] or report["machine"]["processor"])
     for machines in fleet:
-        if not assumptions.as_measured and machines.name.lower() not in measured_on.lower():
+        named = re.search(rf"\b{re.escape(machines.name)}\b", measured_on, re.IGNORECASE)
+        if not assumptions.as_measured and not named:
             raise InputError(
                 f"fleet: {machines.name!r} was not measured; the report is of {measured_on!r}. Run `magicface-rt "
                 "bench` there, or say --as-measured if it shall be taken to be as fast."
@@ -110,7 +113,8 @@ def _one(case: Json, outcome: Json, machines: Machines, assumed: Assumptions) ->
                 seconds += outcome["requests"]["stages"][stage]["median"]
     kept = outcome["counts"]["kept_bytes"]
     per_concept = kept * assumed.steps / case["concepts"] if kept and case["concepts"] else None
-    peak = outcome["device_peak_bytes"] or outcome["host_peak_bytes"]
+    on_host = outcome["backend"].endswith("cpu")
+    peak = outcome["host_peak_bytes"] if on_host else outcome["device_peak_bytes"]
     resident = None
     if per_concept and peak:
         free = machines.memory_bytes - assumed.reserve_bytes - peak
@@ -132,8 +136,9 @@ def text(report: Json, found: Sequence[Capacity], assumed: Assumptions) -> str:
     machine = report["machine"]
     where = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
     case = report["cases"][0]
+    quiet = all(was_quiet(report, one) for one in report["cases"])
     lines = [
-        f"Measured on {where}, {machine['started']}, {'quiet' if machine['quiet'] else 'NOT quiet'}; "
+        f"Measured on {where}, {machine['started']}, {'quiet' if quiet else 'NOT quiet'}; "
         f"{case['width']} x {case['height']}, {case['dtype']}.",
         "",
         "Assumed:",

@@ -49,9 +49,10 @@ class Run:
 
 
 class Runner(ABC):
-    """A contender, loaded. `notes`: what a reader of its figures should know."""
+    """A contender, loaded. `notes`: what a reader of its figures should know; `on_device`: it computes on a GPU."""
 
     notes: tuple[str, ...] = ()
+    on_device: bool = False
 
     @abstractmethod
     def run(self) -> Run:
@@ -71,10 +72,6 @@ class Runner(ABC):
 
     def threads(self) -> int | None:
         """Threads that it computes with on the CPU, where that can be told."""
-        return None
-
-    def device_bytes(self) -> int | None:
-        """Device memory that this process holds at most, where it can be told."""
         return None
 
     def close(self) -> None:  # noqa: B027 - not every contender holds something

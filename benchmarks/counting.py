@@ -40,7 +40,7 @@ def rows_of_theory(kind: str, concepts: int, *, steps: int = 1, images: int = 1)
         "authors": 2 * (1 + n) * t * b,
         "strong": (2 + n) * t * b,
         "compiled": (2 + n) * t * b,
-        "plain": 2 * t * b,
+        "plain": 2 * b * t,
         "bare": (2 * b + n) * t,
         "kept": 2 * b * t,
     }[kind]

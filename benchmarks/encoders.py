@@ -59,7 +59,15 @@ class Encoder:
         if not hasattr(self.model, "get_text_features"):
             raise InputError(f"encoder {self.path}: it has no text encoder; expected a CLIP model.")
         if self._tokenizer is None:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            if not any((self.path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+                # transformers would make one that knows no word
+                raise InputError(
+                    f"encoder {self.path}: there is no tokenizer.json and no vocab.json for its tokenizer."
+                )
+            try:
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            except (OSError, ValueError) as error:
+                raise InputError(f"encoder {self.path}: its tokenizer cannot be loaded: {error}") from error
         tokens = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=77)
         return _unit(_vector(self.model.get_text_features(**tokens)))
 
@@ -95,18 +103,19 @@ class Encoders:
         prompt: str,
         regions: Mapping[str, Image.Image],
         references: Mapping[str, Image.Image],
-    ) -> dict[str, float]:
-        """Cosines: of the picture and its prompt; and, mean over the concepts, of a concept's part of the picture and
-        its reference's masked part. regions and references: cut-outs by concept's name."""
-        found: dict[str, float] = {}
+    ) -> dict[str, dict[str, float]]:
+        """Cosines by concept's name: of the picture and its prompt, which is the same for all; and of a concept's part
+        of the picture and its reference's masked part, for those that have a region. regions and references: cut-outs
+        by concept's name."""
+        whole: dict[str, float] = {}
         if "clip" in self.by_name:
-            found["clip_t"] = float(self.by_name["clip"].image(picture) @ self.by_name["clip"].text(prompt))
-        both = [name for name in references if name in regions]
+            whole["clip_t"] = float(self.by_name["clip"].image(picture) @ self.by_name["clip"].text(prompt))
+        found = {name: dict(whole) for name in references}
         for column in ("clip_i", "dino", "face"):
             encoder = self.by_name.get(COLUMNS[column])
-            if encoder is not None and both:
-                cosines = [float(encoder.image(regions[n]) @ encoder.image(references[n])) for n in both]
-                found[column] = float(np.mean(cosines))
+            for name in found if encoder is not None else ():
+                if name in regions:
+                    found[name][column] = float(encoder.image(regions[name]) @ encoder.image(references[name]))
         return found
 
 

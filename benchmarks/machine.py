@@ -1,4 +1,4 @@
-"""What a benchmark ran on: the machine in words, how busy it was, and its peaks, measured here."""
+"""What a benchmark ran on: the machine in words, how busy it was, and the memory that a process has held."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-
-import numpy as np
 
 PACKAGES = (
     "magicface_rt",
@@ -28,18 +25,6 @@ PACKAGES = (
 )
 QUIET_LOAD = 0.3
 """Load average per core under which a machine counts as quiet."""
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """flops: float32 multiply-adds by a large matrix product, 2 for each, per second; bytes_per_second: of a copy much
-    larger than the caches, what is read and what is written counted; where: the device that was measured; by_library:
-    the same flops by each library that was tried."""
-
-    flops: float
-    bytes_per_second: float
-    where: str
-    by_library: Mapping[str, float] = field(default_factory=dict)
 
 
 def describe() -> dict[str, Any]:
@@ -72,75 +57,6 @@ def memory() -> tuple[int | None, int | None]:
     return found.get("MemAvailable"), found.get("MemTotal")
 
 
-def measure_peaks(size: int = 2048, megabytes: int = 256, device: str = "cpu") -> Peaks:
-    """The best of a few: what the machine can do, not what it did on average. Takes seconds.
-
-    On a CPU the matrix product is that of the fastest library here: one whose kernels do not know the processor would
-    set a limit that others pass.
-    """
-    if device == "cuda":
-        return _measure_cuda_peaks()
-    found = {name: _best(work, 4) for name, work in _products(size).items()}
-    fastest = min(found, key=found.__getitem__)
-    source = np.ones(megabytes << 18, np.float32)
-    target = np.empty_like(source)
-    copying = _best(lambda: np.copyto(target, source), 4)
-    flops = {name: 2 * size**3 / seconds for name, seconds in found.items()}
-    return Peaks(flops[fastest], 2 * source.nbytes / copying, f"cpu, float32 ({fastest})", flops)
-
-
-def _products(size: int) -> dict[str, Callable[[], object]]:
-    """A product of two float32 matrices of that size, by each library that is installed."""
-    a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
-    b, out = a.T.copy(), np.empty_like(a)
-    found: dict[str, Callable[[], object]] = {"numpy": lambda: np.matmul(a, b, out=out)}
-    with contextlib.suppress(ImportError):
-        import torch
-
-        x, y = torch.from_numpy(a), torch.from_numpy(b)
-        found["torch"] = lambda: torch.matmul(x, y)
-    with contextlib.suppress(ImportError):
-        import onnxruntime
-        from onnx import TensorProto, helper
-
-        names = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "abc"]
-        graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", names[:2], names[2:])
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        found["onnxruntime"] = lambda: session.run(None, {"a": a, "b": b})
-    return found
-
-
-def _measure_cuda_peaks() -> Peaks:
-    import torch
-
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
-    source = torch.ones(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-
-    def timed(work: Any) -> float:
-        def run() -> None:
-            work()
-            torch.cuda.synchronize()
-
-        return _best(run, 5)
-
-    seconds = timed(lambda: torch.matmul(a, a))
-    copying = timed(lambda: target.copy_(source))
-    name = torch.cuda.get_device_name()
-    return Peaks(2 * 8192**3 / seconds, 2 * source.numel() * 4 / copying, f"{name}, float16 (torch)")
-
-
-def _best(work: Any, times: int) -> float:
-    work()
-    found = []
-    for _ in range(times):
-        start = perf_counter()
-        work()
-        found.append(perf_counter() - start)
-    return min(found)
-
-
 def peak_host_bytes() -> int | None:
     """The most host memory that this process has held; None where the system does not say.
 
@@ -159,6 +75,35 @@ def reset_peak_host_bytes() -> None:
     """Let the peak start anew from what the process holds now, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+class DevicePeak:
+    """The most device memory that this process was seen to hold, by what the driver says of it: contexts, plans and
+    pools included, and the same for every library. `bytes`: None before the first look, and where it cannot be told,
+    as in a container whose process numbers are not the driver's."""
+
+    def __init__(self, on_device: bool) -> None:
+        self.bytes: int | None = None
+        self._on_device = on_device
+
+    def look(self) -> None:
+        """To be called between measurements: asking takes a tenth of a second."""
+        if self._on_device and (found := _device_bytes(os.getpid())):
+            self.bytes = max(self.bytes or 0, found)
+
+
+def _device_bytes(pid: int) -> int | None:
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = 0
+    for line in done.stdout.splitlines():
+        owner, _, mebibytes = (part.strip() for part in line.partition(","))
+        if owner == str(pid) and mebibytes.isdigit():
+            found += int(mebibytes) << 20
+    return found or None
 
 
 def _processor() -> str:

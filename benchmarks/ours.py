@@ -15,7 +15,6 @@ from magicface_rt import Bundle, Session
 from magicface_rt.backends import Backend, Binding, GraphRunner, open_backend
 from magicface_rt.backends.host import host_dtype, to_bfloat16
 from magicface_rt.denoiser import STATE, Denoiser, Guidance, ReferenceSet
-from magicface_rt.errors import BackendMissingError, DeviceError
 from magicface_rt.regions import cell_groups, key_access
 
 from .contender import Run, Runner, Task
@@ -29,8 +28,8 @@ class Ours(Runner):
 
     def __init__(self, task: Task) -> None:
         self.settings, self.case = task.settings, task.case
-        self._free_before = _free_device_memory(task.contender.backend)
         self._name = task.contender.backend
+        self.on_device = self._name != "onnxruntime-cpu"
         self.bundle, self.workload = task.open()
         self.backend = _open(task, self.bundle)
         self.folder = Path(task.folder)
@@ -43,7 +42,7 @@ class Ours(Runner):
         self._keys: dict[str, Arrays] = {}
         self._prepared: list[Any] | None = None
         self.references = ReferenceSet.of(self.bundle, self.workload.masked)
-        if self._name != "onnxruntime-cpu" and self.kept and self.with_references:
+        if self.on_device and self.kept and self.with_references:
             self.notes += ("a single step uploads its keys and values; a Session holds them on the device",)
 
     def run(self) -> Run:
@@ -101,18 +100,12 @@ class Ours(Runner):
         }
 
     def threads(self) -> int | None:
-        return self.settings.threads or len(os.sched_getaffinity(0)) if self._name == "onnxruntime-cpu" else None
+        return self.settings.threads or len(os.sched_getaffinity(0)) if not self.on_device else None
 
     def kept_bytes(self) -> int:
         if not self.kept or not self.with_references:
             return 0
         return sum(array.nbytes for array in self._load_keys(self.workload.moment("rba")).values())
-
-    def device_bytes(self) -> int | None:
-        if self._free_before is None:
-            return None
-        free = _free_device_memory(self._name)
-        return None if free is None else self._free_before - free
 
     def close(self) -> None:
         if self.session is not None:
@@ -245,15 +238,3 @@ def _no_keys(bundle: Bundle) -> Arrays:
 def _open(task: Task, bundle: Bundle) -> Backend:
     settings = task.settings
     return open_backend(task.contender.backend, threads=settings.threads, store=settings.store, bundle=bundle)
-
-
-def _free_device_memory(backend: str) -> int | None:
-    """Of the first GPU, whoever uses it; None for a backend on the CPU."""
-    if backend == "onnxruntime-cpu":
-        return None
-    try:
-        from magicface_rt.backends.device import Device
-
-        return int(Device().memory()[0])
-    except (BackendMissingError, DeviceError):
-        return None

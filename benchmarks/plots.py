@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from magicface_rt.errors import BackendMissingError
-
+from .roofline import roofline
+from .style import COLOURS, HEIGHT, MARKERS, WIDTH, comparable, legend_below, plain_numbers, pyplot, subject
 from .table import name
 
 Json = Mapping[str, Any]
 
-WIDTH, HEIGHT = 7.0, 4.2
-"""Inches: read at the width of a page."""
-COLOURS = {
-    "authors": "#b2182b",
-    "strong": "#ef8a62",
-    "compiled": "#8073ac",
-    "plain": "#666666",
-    "bare": "#67a9cf",
-    "kept": "#2166ac",
-}
-MARKERS = {"authors": "o", "strong": "s", "compiled": "D", "plain": "x", "bare": "^", "kept": "v"}
 STAGE_TITLES = {
     "loading": "read images",
     "text": "text encoder",
@@ -42,16 +33,9 @@ def draw(report: Json, folder: Path) -> list[Path]:
     Raises:
         BackendMissingError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise BackendMissingError(
-            "plots need matplotlib, which is not installed. Install it: pip install 'magicface_rt[bench]'"
-        ) from error
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"font.size": 9, "svg.hashsalt": "magicface", "figure.dpi": 150})
+    plt = pyplot()
     made: list[Path] = []
-    for plot in (latency, memory, stages, roofline):
+    for plot in (latency, latency_by_mask, latency_by_batch, memory, stages, roofline):
         figure = plot(report)
         if figure is None:
             continue
@@ -59,18 +43,43 @@ def draw(report: Json, folder: Path) -> list[Path]:
             file = folder / f"{plot.__name__}.{kind}"
             figure.savefig(file, bbox_inches="tight")
             made.append(file)
-        _pyplot().close(figure)
+        plt.close(figure)
     return made
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What cases differ in: their key, its label, and what a value is multiplied with to be shown."""
+
+    key: str
+    label: str
+    scale: float = 1.0
+
+
+CONCEPTS = Axis("concepts", "concepts N, one reference each")
+MASK_SHARE = Axis("mask_share", "part of each reference inside its mask, %", 100.0)
+IMAGES = Axis("images", "images of a request, made together")
 
 
 def latency(report: Json) -> Any:
     """Seconds of an RBA step against the number of concepts."""
+    return _against(report, CONCEPTS, _step_seconds, "seconds for one RBA step", whiskers=True)
 
-    def value(outcome: Json) -> tuple[float, float, float] | None:
-        found = outcome["steps"].get("rba")
-        return None if found is None else (found["median"], found["fastest"], found["slowest"])
 
-    return _against_concepts(report, value, "seconds for one RBA step", logarithmic=True, whiskers="fastest to slowest")
+def latency_by_mask(report: Json) -> Any:
+    """Seconds of an RBA step against the mask's share, where it was varied."""
+    return _against(report, MASK_SHARE, _step_seconds, "seconds for one RBA step", whiskers=True, several=True)
+
+
+def latency_by_batch(report: Json) -> Any:
+    """Seconds of an RBA step for each image against the batch, where it was varied."""
+
+    def for_each_image(case: Json, outcome: Json) -> tuple[float, float, float] | None:
+        found = _step_seconds(case, outcome)
+        return None if found is None else tuple(value / case["images"] for value in found)  # type: ignore[return-value]
+
+    label = "seconds for one RBA step, an image"
+    return _against(report, IMAGES, for_each_image, label, whiskers=True, several=True)
 
 
 def memory(report: Json) -> Any:
@@ -79,37 +88,50 @@ def memory(report: Json) -> Any:
     on_device = any(o["device_peak_bytes"] for o in measured)
     key = "device_peak_bytes" if on_device else "host_peak_bytes"
 
-    def value(outcome: Json) -> tuple[float, float, float] | None:
+    def value(case: Json, outcome: Json) -> tuple[float, float, float] | None:
         found = outcome[key]
         return None if found is None else (found / 1e9,) * 3
 
     where = "device" if on_device else "host"
-    return _against_concepts(report, value, f"peak {where} memory of the process, GB", logarithmic=False)
+    return _against(report, CONCEPTS, value, f"peak {where} memory of the process, GB")
 
 
-def _against_concepts(
+def _step_seconds(case: Json, outcome: Json) -> tuple[float, float, float] | None:
+    """Median, fastest, slowest."""
+    found = outcome["steps"].get("rba")
+    return None if found is None else (found["median"], found["fastest"], found["slowest"])
+
+
+def _against(
     report: Json,
-    value: Callable[[Json], tuple[float, float, float] | None],
+    axis: Axis,
+    value: Callable[[Json, Json], tuple[float, float, float] | None],
     label: str,
     *,
-    logarithmic: bool,
-    whiskers: str = "",
+    whiskers: bool = False,
+    several: bool = False,
 ) -> Any:
-    cases = _comparable(report)
-    lines: dict[str, list[tuple[int, float, float, float]]] = {}
+    """A line for each contender. whiskers: times, on a logarithmic axis, with fastest and slowest; several: no plot
+    where the cases do not differ in it."""
+    cases = comparable(report, axis.key)
+    ticks = sorted({case[axis.key] * axis.scale for case in cases})
+    if several and len(ticks) < 2:
+        return None
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
     kinds: dict[str, str] = {}
     for case in cases:
         for outcome in case["outcomes"]:
-            found = value(outcome) if outcome["status"] == "measured" else None
+            found = value(case, outcome) if outcome["status"] == "measured" else None
             if found is not None:
                 kinds[name(outcome)] = outcome["kind"]
-                lines.setdefault(name(outcome), []).append((case["concepts"], *found))
+                lines.setdefault(name(outcome), []).append((case[axis.key] * axis.scale, *found))
     if not lines:
         return None
-    figure, axes = _pyplot().subplots(figsize=(WIDTH, HEIGHT))
+    room = 0.5 * min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
+    figure, axes = pyplot().subplots(figsize=(WIDTH, HEIGHT))
     for number, (title, points) in enumerate(lines.items()):
         x, y, low, high = zip(*sorted(points), strict=True)
-        shift = (number - (len(lines) - 1) / 2) * 0.03  # so that whiskers do not hide each other
+        shift = (number - (len(lines) - 1) / 2) * 0.06 * room  # so that whiskers do not hide each other
         bars = [[b - a for a, b in zip(low, y, strict=True)], [max(0.0, c - b) for b, c in zip(y, high, strict=True)]]
         axes.errorbar(
             [v + shift for v in x],
@@ -122,25 +144,27 @@ def _against_concepts(
             linewidth=1.4,
             capsize=2,
         )
-    axes.set_xlabel("concepts N, one reference each")
+    axes.set_xlabel(axis.label)
     axes.set_ylabel(label)
-    ticks = sorted({case["concepts"] for case in cases})
-    axes.set_xticks(ticks)
-    axes.set_xlim(ticks[0] - 0.5, ticks[-1] + 0.5)
-    if logarithmic:
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlim(ticks[0] - room, ticks[-1] + room)
+    if whiskers:
         axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
+        plain_numbers(axes.yaxis)
     else:
         axes.set_ylim(bottom=0)
     axes.grid(True, which="major", linewidth=0.4, alpha=0.6)
-    axes.set_title(_subject(report, cases[0]) + (f"; whiskers: {whiskers}" if whiskers else ""), fontsize=8)
-    _legend_below(figure, axes)
+    varies = axis is not CONCEPTS
+    axes.set_title(
+        subject(report, cases[0], concepts=varies) + ("; whiskers: fastest to slowest" if whiskers else ""), fontsize=8
+    )
+    legend_below(figure, axes)
     return figure
 
 
 def stages(report: Json) -> Any:
     """Where a request's seconds go, for the case with most concepts; a step's, where no requests were made."""
-    case = max(_comparable(report), key=lambda case: case["concepts"], default=None)
+    case = max(comparable(report), key=lambda case: case["concepts"], default=None)
     if case is None:
         return None
     measured = [o for o in case["outcomes"] if o["status"] == "measured"]
@@ -153,6 +177,9 @@ def stages(report: Json) -> Any:
         label = "seconds of one RSA step and one RBA step, medians"
         for outcome in measured:
             found = {k: v["median"] for k, v in outcome["steps"].items()}
+            if outcome["kind"] == "plain":  # the two are the same to it
+                bars[name(outcome)] = {"steps": found["rsa"] + found["rba"]}
+                continue
             apart = found.get("reference_pass", 0.0)
             bars[name(outcome)] = {
                 "reference_pass": 2 * apart,
@@ -161,7 +188,7 @@ def stages(report: Json) -> Any:
             }
     if not bars:
         return None
-    figure, axes = _pyplot().subplots(figsize=(WIDTH, 1.6 + 0.42 * len(bars)))
+    figure, axes = pyplot().subplots(figsize=(WIDTH, 1.6 + 0.42 * len(bars)))
     left = dict.fromkeys(bars, 0.0)
     for (stage, title), colour in zip(STAGE_TITLES.items(), STAGE_COLOURS, strict=True):
         values = [found.get(stage, 0.0) for found in bars.values()]
@@ -174,85 +201,6 @@ def stages(report: Json) -> Any:
     axes.set_xlim(0, longest * 1.12)
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    axes.set_title(_subject(report, case, concepts=True), fontsize=8)
-    _legend_below(figure, axes)
+    axes.set_title(subject(report, case, concepts=True), fontsize=8)
+    legend_below(figure, axes)
     return figure
-
-
-def roofline(report: Json) -> Any:
-    """An RBA step's FLOP/s against its FLOP per byte, under the machine's measured peaks."""
-    case = max(_comparable(report), key=lambda case: case["concepts"], default=None)
-    points = []
-    for outcome in case["outcomes"] if case else ():
-        counts, found = outcome["counts"], outcome["steps"].get("rba")
-        if found and counts["flops"].get("rba") and counts["bytes"].get("rba"):
-            flops, moved = counts["flops"]["rba"], counts["bytes"]["rba"]
-            points.append((outcome, flops / moved, flops / found["median"] / 1e9))
-    if case is None or not points:
-        return None
-    on_gpu = report["peaks"].get("cuda") and any(not p[0]["backend"].endswith("cpu") for p in points if p[0]["backend"])
-    peak = report["peaks"]["cuda" if on_gpu else "cpu"]
-    flops, bandwidth = peak["flops"] / 1e9, peak["bytes_per_second"] / 1e9
-    ridge = flops / bandwidth
-    low = min([ridge, *(p[1] for p in points)]) / 3
-    high = max([ridge, *(p[1] for p in points)]) * 3
-    figure, axes = _pyplot().subplots(figsize=(WIDTH, HEIGHT))
-    roof = f"measured limit: {flops:.3g} GFLOP/s, {bandwidth:.3g} GB/s\n({peak['where']})"
-    axes.plot([low, ridge, high], [low * bandwidth, flops, flops], color="black", linewidth=1.4, label=roof)
-    for outcome, x, y in points:
-        colour, marker = COLOURS[outcome["kind"]], MARKERS[outcome["kind"]]
-        axes.plot([x], [y], marker=marker, color=colour, linestyle="none", markersize=7, label=name(outcome))
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(low, high)
-    _plain_numbers(axes.xaxis)
-    _plain_numbers(axes.yaxis)
-    axes.set_xlabel("FLOP per byte; bytes: what every operator reads and writes, caches not counted")
-    axes.set_ylabel("GFLOP/s in one RBA step")
-    axes.grid(True, which="major", linewidth=0.4, alpha=0.6)
-    axes.set_title(_subject(report, case, concepts=True), fontsize=8)
-    _legend_below(figure, axes)
-    return figure
-
-
-def _comparable(report: Json) -> list[Json]:
-    """Cases that differ from the first in the number of concepts alone."""
-    keys = ("bundle", "images", "steps")
-    cases = report["cases"]
-    first = next((c for c in cases if c["concepts"]), cases[0]) if cases else None
-    return [
-        c
-        for c in cases
-        if all(c[key] == first[key] for key in keys) and (c["mask_share"] == first["mask_share"] or not c["concepts"])
-    ]
-
-
-def _subject(report: Json, case: Json, concepts: bool = False) -> str:
-    machine = report["machine"]
-    where = machine["gpu"].split(",")[0] if machine["gpu"] else f"{machine['cores']} CPU cores"
-    count = f"N = {case['concepts']}, " if concepts else ""
-    images = "" if case["images"] == 1 else f", {case['images']} images"
-    load = "" if machine["quiet"] else "; machine not quiet"
-    share = report["settings"]["mask_shares"][0] if not case["concepts"] else case["mask_share"]
-    return f"{case['width']} x {case['height']} px, {case['dtype']}, {count}masks {share:.0%}{images}, {where}{load}"
-
-
-def _plain_numbers(axis: Any) -> None:
-    """Numbers as people write them on a logarithmic axis, between the powers of ten too where it is short."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _legend_below(figure: Any, axes: Any) -> None:
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
-    figure.set_layout_engine("constrained")
-
-
-def _pyplot() -> Any:
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -15,7 +15,7 @@ from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.graphs import Form, VaeDecoder, VaeEncoder
 from magicface_rt.export.reference import CONSTRAINED_BELOW, MagicFaceReference, StepInputs, generate_latents
 from magicface_rt.images import load_reference, pixels_to_images
-from magicface_rt.schedule import reference_noise, target_noise
+from magicface_rt.schedule import reference_noise
 from magicface_rt.tokenizer import Tokenizer
 
 from .baselines.authors import Authors
@@ -29,7 +29,8 @@ KINDS = {"authors": Authors, "strong": Strong, "compiled": Compiled, "reference"
 
 
 class PyTorch(Runner):
-    """Images are made one after another: the baselines' step is that of one image."""
+    """Plain Stable Diffusion makes the images of a batch together. The baselines' step is that of one image, so theirs
+    are made one after another."""
 
     def __init__(self, task: Task) -> None:
         settings = task.settings
@@ -39,6 +40,7 @@ class PyTorch(Runner):
         self.settings = settings
         self.bundle, self.workload = task.open()
         self.device = _device(settings.torch_device)
+        self.on_device = self.device == "cuda"
         # On a GPU in the bundle's precision, as one would serve; a CPU computes fast in float32 only.
         self.dtype = getattr(torch, self.bundle.dtype) if self.device == "cuda" else torch.float32
         assert settings.checkpoint is not None
@@ -52,7 +54,7 @@ class PyTorch(Runner):
             self.network = KINDS[self.kind](unet, injection_layers=layers)
         self.like = torch.empty(0, dtype=self.dtype, device=self.device)
         self._parts: Any = None
-        if task.case.images > 1:
+        if task.case.images > 1 and self.kind != "plain":
             self.notes += ("images are made one after another",)
         if self.kind == "compiled":
             self.notes += ("compiled code is not seen by the counter of operations",)
@@ -61,7 +63,7 @@ class PyTorch(Runner):
 
     def run(self) -> Run:
         work = self.workload
-        latents = [self._tensor(x[None]) for x in work.noise()]
+        latents = self._batches(work.noise())
         regions: list[Tensor | None] = [None] * len(latents)
         margins: list[Tensor | None] = [None] * len(latents)
         costs: dict[str, dict[str, float]] = {"rows": {}, "flops": {}, "bytes": {}}
@@ -81,7 +83,7 @@ class PyTorch(Runner):
                 costs["bytes"][moment.stage] = counter.cost.bytes
         if self.kind == "plain":
             self.network.scheduler.set_timesteps(work.case.steps)
-        labels = np.zeros((len(latents), *work.region_label.shape), np.int64)
+        labels = np.zeros((work.case.images, *work.region_label.shape), np.int64)
         for image, found in enumerate(regions):
             for k, region in enumerate([] if found is None else found.cpu().numpy()):
                 labels[image][region] = k + 1
@@ -93,7 +95,7 @@ class PyTorch(Runner):
 
     def step(self, stage: str) -> dict[str, float]:
         moment = self.workload.moment(stage)
-        latents = [self._tensor(x[None]) for x in self.workload.noise()]
+        latents = self._batches(self.workload.noise())
         regions = torch.from_numpy(self.workload.regions).to(self.device)
         self._wait()
         start = perf_counter()
@@ -101,6 +103,10 @@ class PyTorch(Runner):
             self._step(moment, x, regions)
         self._wait()
         return {stage: perf_counter() - start}
+
+    def _batches(self, noise: np.ndarray[Any, Any]) -> list[Tensor]:
+        """What goes through a step together: all images, or each alone."""
+        return [self._tensor(noise)] if isinstance(self.network, Plain) else [self._tensor(x[None]) for x in noise]
 
     def _step(
         self, moment: Moment, latents: Tensor, regions: Tensor | None
@@ -133,7 +139,7 @@ class PyTorch(Runner):
     # --------------------------------------------------------------------------------------------------------- requests
 
     def request(self) -> dict[str, float]:
-        work, case = self.workload, self.workload.case
+        work = self.workload
         tokenizer, encoder, vae_encoder, vae_decoder = self._load_parts()
         clock = _Clock(self._wait)
         concepts = work.concepts() if self.kind != "plain" else []
@@ -151,14 +157,13 @@ class PyTorch(Runner):
                     z0 = vae_encoder(self._tensor(pixels)).to(self.dtype)
             stages = work.stages(self.settings.alpha)
             latents = []
-            for image in range(case.images):
-                x = self._tensor(target_noise(work.seed, image, work.shape))
+            for x in self._batches(work.noise()):
                 for stage, step in zip(stages, self._steps(x, text, z0, loaded, stages, tokenizer), strict=True):
                     with clock.stage("steps" if self.kind == "plain" else f"{stage}_steps"):
                         x = step()
                 latents.append(x)
             with clock.stage("decode"):
-                for x in latents:
+                for x in torch.cat(latents).split(1):
                     pixels_to_images(vae_decoder(x.float()).float().cpu().numpy())
         return clock.finished()
 
@@ -227,9 +232,6 @@ class PyTorch(Runner):
 
     def threads(self) -> int | None:
         return torch.get_num_threads() if self.device == "cpu" else None
-
-    def device_bytes(self) -> int | None:
-        return torch.cuda.max_memory_reserved() if self.device == "cuda" else None
 
 
 class Judge(PyTorch):

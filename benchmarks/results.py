@@ -79,7 +79,7 @@ class Requests:
 class Outcome:
     """One contender in one case. `status`: measured, skipped, failed, or wrong picture; then `reason` says why, and no
     time is given. steps: by stage, and "reference_pass" where that is a part of its own (included in the stages);
-    threads: on the CPU; interleaved: whether it took turns with all others."""
+    on_device: on a GPU; threads: on the CPU; interleaved: whether it took turns with all others."""
 
     contender: Contender
     status: str
@@ -89,6 +89,7 @@ class Outcome:
     steps: Mapping[str, Figures] = field(default_factory=dict)
     requests: Requests | None = None
     counts: Counts = field(default_factory=Counts)
+    on_device: bool = False
     threads: int | None = None
     host_peak_bytes: int | None = None
     device_peak_bytes: int | None = None
@@ -121,7 +122,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """foreign_load: the part of the processors' time that other processes took meanwhile; None if it is not known."""
+    """foreign_load: the part of the processors' time that other processes took meanwhile; None if it is not known.
+    started, commit: of the run that it is from, as a report may be made in several."""
 
     bundle: str
     height: int
@@ -132,6 +134,8 @@ class CaseResult:
     ratios: tuple[Ratio, ...]
     foreign_load: float | None = None
     notes: tuple[str, ...] = ()
+    started: str = ""
+    commit: str | None = None
 
     def outcome(self, kind: str) -> Outcome | None:
         """The first measured one of a kind."""
@@ -148,17 +152,21 @@ class CaseResult:
             "ratios": [asdict(ratio) for ratio in self.ratios],
             "foreign_load": self.foreign_load,
             "notes": list(self.notes),
+            "started": self.started,
+            "commit": self.commit,
         }
 
 
 @dataclass(frozen=True)
 class Report:
-    """machine: what it ran on, see `machine.describe`; peaks: the machine's measured limits, see `machine.Peaks`."""
+    """machine: what it ran on, see `machine.describe`; peaks: the machine's measured limits, see `peaks.Peaks`;
+    earlier: cases of a report that this one goes on with, as they stand there."""
 
     machine: Mapping[str, Any]
     peaks: Mapping[str, Any]
     settings: Mapping[str, Any]
     cases: tuple[CaseResult, ...]
+    earlier: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -166,5 +174,5 @@ class Report:
             "machine": dict(self.machine),
             "peaks": dict(self.peaks),
             "settings": dict(self.settings),
-            "cases": [case.to_json() for case in self.cases],
+            "cases": [*map(dict, self.earlier), *(case.to_json() for case in self.cases)],
         }

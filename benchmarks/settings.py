@@ -60,8 +60,9 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All combinations of the tuples are run, for each bundle.
+    """All combinations of the tuples are run, for each bundle; or one thing is varied at a time.
 
+    one_at_a_time   each tuple is gone through with the first value of all others
     bundles         folders; one for each size, as a bundle has one
     checkpoint      what they were exported from; without it there is nothing of PyTorch's to compare with
     backends        for the SDK's kinds
@@ -101,6 +102,7 @@ class Settings:
     torch_device: str = "auto"
     store: str | None = None
     seed: int = 0
+    one_at_a_time: bool = False
     confidence: float = field(default=0.95)
 
     def __post_init__(self) -> None:
@@ -145,9 +147,14 @@ class Settings:
         return "bare" if self.checkpoint is None else "reference"
 
     def cases(self) -> list[Case]:
-        """Every combination; without concepts the mask's share means nothing, and is tried once."""
+        """In order, each once; without concepts the mask's share means nothing."""
+        axes = (self.concepts, self.mask_shares, self.images, self.steps)
+        combinations = list(product(*axes))
+        if self.one_at_a_time:
+            base = tuple(axis[0] for axis in axes)
+            combinations = [c for c in combinations if sum(x != y for x, y in zip(c, base, strict=True)) <= 1]
         found = []
-        for count, share, images, steps in product(self.concepts, self.mask_shares, self.images, self.steps):
+        for count, share, images, steps in combinations:
             case = Case(count, share if count else self.mask_shares[0], images, steps)
             if case not in found:
                 found.append(case)

@@ -10,6 +10,8 @@ from .settings import Contender
 
 Json = Mapping[str, Any]
 
+QUIET_SHARE = 0.05
+"""Of the processors' time, that others may take of a quiet machine."""
 ENOUGH_FOR_P95 = 20
 """Of fewer samples a 95th percentile is the slowest, or a guess between the two slowest."""
 
@@ -17,7 +19,9 @@ ENOUGH_FOR_P95 = 20
 def markdown(report: Json) -> str:
     """Tables for each case. A contender that was not measured has its reason instead of times."""
     machine = report["machine"]
-    quiet = "quiet" if machine["quiet"] else "NOT quiet: other work ran, so absolute times are too long"
+    quiet = "quiet"
+    if not all(was_quiet(report, case) for case in report["cases"]):
+        quiet = "NOT quiet: other work ran, so absolute times are too long"
     memory = machine["memory_bytes"]
     lines = [
         "# Benchmark",
@@ -36,11 +40,17 @@ def markdown(report: Json) -> str:
         + ".",
     ]
     for case in report["cases"]:
-        lines += ["", *_case(case, report["settings"])]
+        lines += ["", *_case(case, report["settings"], machine["started"])]
     return "\n".join(lines) + "\n"
 
 
-def _case(case: Json, settings: Json) -> list[str]:
+def was_quiet(report: Json, case: Json) -> bool:
+    """Whether nothing else ran to speak of: by what others took of the processors, else by the load at the start."""
+    share = case["foreign_load"]
+    return bool(report["machine"]["quiet"]) if share is None else share < QUIET_SHARE
+
+
+def _case(case: Json, settings: Json, started: str) -> list[str]:
     images = "1 image" if case["images"] == 1 else f"{case['images']} images"
     lines = [
         f"## {case['width']} x {case['height']}, {case['dtype']}, N = {case['concepts']}, masks "
@@ -71,6 +81,8 @@ def _case(case: Json, settings: Json) -> list[str]:
         lines += _ratios(case["ratios"])
     notes = [f"- {name(o)}: {note}" for o in case["outcomes"] for note in _notes(o)]
     notes += [f"- {note}" for note in case["notes"]]
+    if case["started"] != started:
+        notes.append(f"- measured in a run that began {case['started']}, commit {case['commit'] or 'unknown'}")
     if case["foreign_load"] is not None:
         notes.append(f"- other processes took {case['foreign_load']:.1%} of the processors' time meanwhile")
     return [*lines, *(["", *notes] if notes else [])]

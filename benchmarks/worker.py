@@ -18,7 +18,7 @@ from typing import Any
 from magicface_rt.errors import MagicFaceError
 
 from .contender import Run, Runner, Task, load
-from .machine import peak_host_bytes
+from .machine import DevicePeak, peak_host_bytes
 
 JUDGE, PREPARE = "judge", "prepare"
 
@@ -118,11 +118,21 @@ def _handlers(task: Task, role: str) -> tuple[Runner | None, dict[str, Callable[
 
         return judge, {"run": judge.run, "rounded": rounded, "become_plain": judge.become_plain}
     runner = load(task)
+    device = DevicePeak(runner.on_device)
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def and_look(*arguments: Any) -> Any:
+            result = call(*arguments)
+            device.look()
+            return result
+
+        return and_look
 
     def state() -> dict[str, Any]:
         return {
             "host": peak_host_bytes(),
-            "device": runner.device_bytes(),
+            "device": device.bytes,
+            "on_device": runner.on_device,
             "threads": runner.threads(),
             "kept": runner.kept_bytes(),
             "notes": runner.notes,
@@ -130,8 +140,8 @@ def _handlers(task: Task, role: str) -> tuple[Runner | None, dict[str, Callable[
 
     return runner, {
         "load": lambda: None,
-        "run": runner.run,
-        "step": runner.step,
-        "request": runner.request,
+        "run": watched(runner.run),
+        "step": watched(runner.step),
+        "request": watched(runner.request),
         "state": state,
     }

@@ -20,8 +20,9 @@ class Plain:
 
     @torch.no_grad()
     def step(self, index: int, latents: Tensor, text: Tensor, guidance: float) -> Tensor:
-        """The latents [1, 4, h, w] after step `index`; text [2, 77, D]: negative prompt, prompt."""
+        """The latents [B, 4, h, w] after step `index`; text [2, 77, D]: negative prompt, prompt."""
         timestep = self.scheduler.timesteps[index]
-        eps_u, eps_c = self.unet(torch.cat([latents, latents]), timestep, text).sample.chunk(2)
-        self.rows_run += 2
+        both = text.repeat_interleave(len(latents), 0)
+        eps_u, eps_c = self.unet(torch.cat([latents, latents]), timestep, both).sample.chunk(2)
+        self.rows_run += 2 * len(latents)
         return self.scheduler.step(eps_u + guidance * (eps_c - eps_u), timestep, latents).prev_sample

@@ -41,6 +41,10 @@ def bench(
     mask_share: Annotated[str, typer.Option(metavar="LIST", help="Percent of a reference inside its mask.")] = "30",
     images: Annotated[str, typer.Option(metavar="LIST", help="Pictures of a request.")] = "1",
     steps: Annotated[str, typer.Option(metavar="LIST", help="Denoising steps of a request.")] = "50",
+    one_at_a_time: Annotated[
+        bool,
+        typer.Option("--one-at-a-time", help="Vary each list alone, with the first value of the others; else all."),
+    ] = False,
     rounds: Annotated[int, typer.Option(metavar="N", help="Single steps of each stage, by each in turn.")] = 5,
     requests: Annotated[
         int, typer.Option(metavar="N", help="Whole requests after the first, by each in turn; 0 for none.")
@@ -55,6 +59,9 @@ def bench(
     alone_rounds: Annotated[int, typer.Option(metavar="N", help="Rounds for those.")] = 1,
     alpha: Annotated[float, typer.Option(metavar="X", help="Share of the first stage.")] = 0.4,
     threads: Annotated[int, typer.Option(metavar="N", help="Of each contender on the CPU; 0 for its own choice.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the cases that OUT/bench.json has; measure those that it lacks.")
+    ] = False,
     limit: Annotated[
         float, typer.Option(metavar="S", help="Seconds for one step, request or compared run; then it has failed.")
     ] = 3600.0,
@@ -89,10 +96,13 @@ def bench(
             torch_device=torch_device,
             store=None if store is None else str(store),
             seed=seed,
+            one_at_a_time=one_at_a_time,
         )
         write = benchmark_module("output").write
         _check_before_hours(out, bundle, checkpoint)
-        report = benchmark_module("bench").run(settings, verb.note, lambda so_far: write(so_far, out, plots=False))
+        earlier = benchmark_module("resuming").Earlier(out / "bench.json", settings) if resume else None
+        run = benchmark_module("bench").run
+        report = run(settings, verb.note, lambda so_far: write(so_far, out, plots=False), earlier)
         made = write(report, out, plots=plots)
         verb.outcome = report.to_json()
         verb.print((out / "bench.md").read_text(encoding="utf-8"))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import bench, output, schema, table
 from benchmarks.bootstrap import figures, ratio_of_medians
@@ -18,6 +26,7 @@ from benchmarks.capacity import text as capacity_text
 from benchmarks.contender import Run, Task
 from benchmarks.counting import graph_cost, rows_of_theory
 from benchmarks.judging import END_TO_END, NEAR_TIE, Verdicts
+from benchmarks.machine import DevicePeak
 from benchmarks.ours import Ours, prepare
 from benchmarks.settings import Case, Contender, Settings
 from benchmarks.workload import Workload, mask_of_share, sizes_of
@@ -106,7 +115,7 @@ def test_a_contender_with_another_weight_has_no_speed(
     monkeypatch.setattr(bench, "Worker", lambda _: _Stub(wrong))
     one._start(entrant, verdicts)
     one._rounds([entrant])
-    outcome = one._outcome(entrant)
+    outcome = one.outcome(entrant)
     assert (outcome.status, outcome.steps, outcome.requests) == ("wrong picture", {}, None)
     assert "error" in outcome.reason
 
@@ -175,6 +184,25 @@ def test_operations_are_counted_from_the_graphs_shapes(
     more = graph_cost(bundle, "denoise_step", sizes | {"M1": 101}).flops - step.flops
     expected = sum(2 * tokens[x.index] * 100 * (2 * x.width + 8 * x.num_heads) for x in layers if x.factor == 1)
     assert more == expected
+
+
+def test_one_thing_is_varied_at_a_time() -> None:
+    settings = Settings(
+        bundles=("b",),
+        kinds=("kept",),
+        concepts=(3, 0, 1),
+        mask_shares=(0.3, 1.0),
+        images=(1, 8),
+        steps=(20, 50),
+        one_at_a_time=True,
+    )
+    found = [(c.concepts, c.mask_share, c.images, c.steps) for c in settings.cases()]
+    base = (3, 0.3, 1, 20)
+    assert found[0] == base
+    assert sorted(found[1:]) == sorted(
+        [(0, 0.3, 1, 20), (1, 0.3, 1, 20), (3, 1.0, 1, 20), (3, 0.3, 8, 20), (3, 0.3, 1, 50)]
+    )
+    assert len(replace(settings, one_at_a_time=False).cases()) == (2 * 2 + 1) * 4
 
 
 def test_figures_and_ratios() -> None:
@@ -290,6 +318,26 @@ def test_a_run_that_is_cut_short_leaves_the_cases_before(
     assert [case["concepts"] for case in content["cases"]] == [1]
 
 
+def test_a_run_goes_on_with_a_report(report: dict[str, Any], tiny_bundle: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "bench.json").write_text(json.dumps(report["content"]))
+    arguments = ["bench", str(tiny_bundle), "--out", str(out), "--concepts", "1,0", "--steps", "2", "--rounds", "3"]
+    arguments += ["--requests", "1", "--parity-steps", "2", "--no-plots", "--resume"]
+    # With another number of threads its figures could not stand beside new ones.
+    assert main([*arguments, "--threads", "2"]) == 2
+    assert "settings.threads is 1, and now 2" in capsys.readouterr().err
+    assert main([*arguments, "--threads", "1"]) == 0
+    content = json.loads((out / "bench.json").read_text())
+    (old,) = report["content"]["cases"]
+    assert content["cases"][0] == old
+    assert [case["concepts"] for case in content["cases"]] == [1, 0]
+    assert content["cases"][1]["outcomes"][0]["status"] == "measured"
+    assert f"measured in a run that began {old['started']}" in (out / "bench.md").read_text()
+    (out / "bench.json").write_text("{}")
+    assert main([*arguments, "--threads", "1"]) == 2
+
+
 def test_a_report_is_as_the_schema_says(report: dict[str, Any]) -> None:
     content = report["content"]
     assert schema.problems(content) == []
@@ -349,9 +397,42 @@ def test_the_plots_axes_name_their_units(report: dict[str, Any]) -> None:
 
     units = {plots.latency: "seconds", plots.memory: "GB", plots.stages: "seconds", plots.roofline: "GFLOP/s"}
     for plot, unit in units.items():
-        (axes,) = plot(report["content"]).axes
+        figure = plot(report["content"])
+        (axes,) = figure.axes
         assert unit in axes.get_xlabel() + axes.get_ylabel()
         assert axes.get_xlabel()
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in (axes.xaxis.label, axes.title, *figure.legends[0].get_texts())]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2)), plot
+
+
+def test_what_was_varied_is_drawn(report: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    content = json.loads(json.dumps(report["content"]))
+    assert plots.latency_by_mask(content) is None
+    (one,) = content["cases"]
+    content["cases"] += [{**one, "mask_share": 1.0}, {**one, "images": 8}, {**one, "concepts": 3}]
+    for plot, ticks in ((plots.latency_by_mask, [30, 100]), (plots.latency_by_batch, [1, 8]), (plots.latency, [1, 3])):
+        figure = plot(content)
+        assert figure.axes[0].get_xticks().tolist() == ticks
+        assert len(figure.legends[0].get_texts()) == 2
+    # Eight images in the time of one: each takes an eighth.
+    heights = plots.latency_by_batch(content).axes[0].containers[0].lines[0].get_ydata()
+    assert heights[0] == pytest.approx(8 * heights[1])
+
+
+def test_a_step_on_a_gpu_stands_under_the_gpus_roof(report: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    content = json.loads(json.dumps(report["content"]))
+    content["peaks"]["cuda float32"] = {**content["peaks"]["cpu"], "where": "a GPU"}
+    content["cases"][0]["outcomes"][0]["on_device"] = True
+    labels = [text.get_text() for text in plots.roofline(content).legends[0].get_texts()]
+    assert sum("a GPU" in label for label in labels) == 1
+    assert sum("cpu" in label for label in labels) == 1
 
 
 def test_memory_is_asked_for_before_a_contender_starts(
@@ -366,9 +447,107 @@ def test_memory_is_asked_for_before_a_contender_starts(
     monkeypatch.setattr(bench, "memory", lambda: (1000, 2000))
     monkeypatch.setattr(bench, "Worker", None)  # it must not be started
     one._start(one.entrants[0], None)  # type: ignore[arg-type]
-    outcome = one._outcome(one.entrants[0])
+    outcome = one.outcome(one.entrants[0])
     assert outcome.status == "skipped"
     assert "GB" in outcome.reason
+
+
+def test_device_memory_is_what_the_driver_says_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    peak = DevicePeak(on_device=True)
+    for lines in (f"{os.getpid()}, 500", f"1, 9000\n{os.getpid()}, 700\n{os.getpid()}, 100", f"{os.getpid()}, 600"):
+        driver.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines.splitlines()))
+        driver.chmod(0o755)
+        peak.look()
+    assert peak.bytes == 800 << 20
+    driver.write_text("#!/bin/sh\nexit 9\n")
+    unknown = DevicePeak(on_device=True)
+    unknown.look()
+    assert unknown.bytes is None
+    on_host = DevicePeak(on_device=False)
+    on_host.look()
+    assert on_host.bytes is None
+
+
+@pytest.mark.slow
+def test_a_whole_comparison_with_pytorch(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["bench", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint), "--out", str(out), "--concepts", "1"]
+    arguments += ["--steps", "4", "--rounds", "2", "--requests", "2", "--parity-steps", "2", "--threads", "1"]
+    arguments += ["--contenders", "authors,strong,plain,kept", "--alone", "authors", "--alone-rounds", "2"]
+    assert main([*arguments, "--no-plots"]) == 0
+    (case,) = json.loads((out / "bench.json").read_text())["cases"]
+    assert {o["kind"]: o["status"] for o in case["outcomes"]} == dict.fromkeys(
+        ("authors", "strong", "plain", "kept"), "measured"
+    )
+    assert all(o["requests"]["next"]["median"] > 0 for o in case["outcomes"])
+    ratios = {(r["baseline"], r["of"]): r for r in case["ratios"]}
+    for kind in ("authors", "strong", "plain"):
+        assert ratios[kind, "rba step"]["ratio"] > 0
+        assert ratios[kind, "rba step"]["interval"] == "range"
+        assert ratios[kind, "rba step"]["interleaved"]
+    # A request of ours was not made in turn with one of (a)'s, which ran when ours had ended.
+    assert not ratios["authors", "request"]["interleaved"]
+    assert ratios["plain", "request"]["interleaved"]
+
+
+@pytest.mark.slow
+def test_the_compiled_baseline_runs_the_rows_of_theory_in_one_graph(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured by the compiler, and run by PyTorch's own kernels: what takes minutes is the generated code."""
+    compile_it = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **how: compile_it(module, **how, backend="eager"))
+    torch._dynamo.reset()
+    case = Case(concepts=2, mask_share=0.3, images=1, steps=4)
+    strong = load(task("strong", tiny_bundle, tiny_checkpoint, tmp_path, case)).run()
+    compiled = load(task("compiled", tiny_bundle, tiny_checkpoint, tmp_path, case))
+    run = compiled.run()
+    assert run.rows == strong.rows == {"rsa": 4, "rba": 4}
+    np.testing.assert_allclose(run.latents, strong.latents, atol=1e-3)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled.step("rba")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
+
+
+def test_an_interrupted_run_leaves_no_process_and_no_folder(tiny_bundle: Path, tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    arguments = ["bench", str(tiny_bundle), "--out", str(tmp_path / "out"), "--concepts", "1", "--rounds", "10000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "magicface_rt.cli", *arguments, "--steps", "2", "--requests", "0", "--threads", "1"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        # A shell that starts tests in the background lets them ignore the signal, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "round 2 of" in line)
+        process.send_signal(signal.SIGINT)
+        said += process.stderr.read()
+        assert process.wait(60) == 130, said
+        for _ in range(200):  # multiprocessing's own helper sees a moment later that nobody is left
+            if not _alive(process.pid):
+                break
+            time.sleep(0.05)
+        assert not _alive(process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert list(temporary.glob("magicface*")) == []
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_capacity_counts_with_what_was_measured(report: dict[str, Any]) -> None:

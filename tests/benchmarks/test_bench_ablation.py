@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from benchmarks import ablation
-from benchmarks.ablation import Ablation, Sweeps, Variant
 from benchmarks.encoders import Encoder, Encoders, prepared_pixels
+from benchmarks.sweeping import Ablation, Sweeps, Variant
 from benchmarks.watching import WatchedReference
 from benchmarks.workload import PROMPT, drawn_concepts
 from magicface_rt import Options
@@ -187,12 +187,39 @@ def test_encoders_of_the_user_fill_their_columns(clip: Path) -> None:
     rng = np.random.default_rng(0)
     one, other = (Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)) for _ in range(2))
     scores = encoders.scores(one, "a man", {"man": one, "hat": other}, {"man": one, "hat": one})
-    assert scores.keys() == {"clip_t", "clip_i", "dino"}
-    itself = encoders.scores(one, "a man", {"man": one}, {"man": one, "hat": one})
-    assert itself["clip_i"] == pytest.approx(1, abs=1e-5)
-    assert scores["clip_i"] < 1 - 1e-6
-    assert encoders.scores(one, "a man", {}, {"man": one}).keys() == {"clip_t"}
-    assert scores["clip_t"] == pytest.approx(float(Encoder(clip).image(one) @ Encoder(clip).text("a man")))
+    assert scores.keys() == {"man", "hat"}
+    assert scores["man"].keys() == scores["hat"].keys() == {"clip_t", "clip_i", "dino"}
+    assert scores["man"]["clip_i"] == pytest.approx(1, abs=1e-5)
+    assert scores["hat"]["clip_i"] < 1 - 1e-6
+    without = encoders.scores(one, "a man", {"man": one}, {"man": one, "hat": one})
+    assert without["hat"].keys() == {"clip_t"}
+    expected = float(Encoder(clip).image(one) @ Encoder(clip).text("a man"))
+    assert scores["man"]["clip_t"] == scores["hat"]["clip_t"] == pytest.approx(expected)
+
+
+def test_a_clip_folder_without_a_tokenizer_is_refused_by_name(clip: Path) -> None:
+    for file in clip.glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match="tokenizer"):
+        Encoder(clip).text("a man")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--weight-modes", "foo"], "weight_mode"),
+        (["--semantic", "maybe"], "maybe"),
+        (["--alphas", "7"], "alpha"),
+        (["--weights", "nan"], "weight"),
+        (["--seeds", ""], "seeds"),
+    ],
+)
+def test_settings_that_are_none_are_refused_before_the_first_picture(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: Any, arguments: list[str], says: str
+) -> None:
+    assert ablation.main([str(tiny_checkpoint), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert says in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def test_pictures_are_prepared_as_the_folder_says() -> None:

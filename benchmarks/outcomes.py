@@ -1,0 +1,149 @@
+"""A contender on its way through a case, and what a report says of it in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from magicface_rt import Bundle
+
+from .bootstrap import MIN_SAMPLES, figures, ratio_of_medians
+from .contender import Run, Task
+from .counting import Cost, graph_cost
+from .results import Counts, Figures, Outcome, Parity, Ratio, Requests
+from .settings import TORCH_KINDS, Contender, Settings
+from .worker import Worker
+from .workload import STAGES, Workload, sizes_of
+
+
+@dataclass
+class Entrant:
+    """A contender on its way through a case."""
+
+    contender: Contender
+    task: Task
+    alone: bool
+    worker: Worker | None = None
+    status: str = "measured"
+    reason: str = ""
+    found: Run | None = None
+    parity: Parity | None = None
+    cold_start: float = 0.0
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    # Of the SDK's forms that took turns with it after all others had ended, by name.
+    beside: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    requests: list[dict[str, float]] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def stop(self, status: str, reason: str) -> None:
+        self.status, self.reason = status, reason
+        self.close()
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+
+
+def outcome_of(entrant: Entrant, bundle: Bundle, workload: Workload, alpha: float) -> Outcome:
+    """What a report says of it."""
+    if entrant.status != "measured":
+        return Outcome(entrant.contender, entrant.status, entrant.reason, not entrant.alone, entrant.parity)
+    return Outcome(
+        contender=entrant.contender,
+        status="measured",
+        interleaved=not entrant.alone,
+        parity=entrant.parity,
+        steps={name: figures(samples) for name, samples in entrant.steps.items()},
+        requests=_requests(entrant),
+        counts=_counts(entrant, bundle, workload, alpha),
+        on_device=bool(entrant.state.get("on_device")),
+        threads=entrant.state.get("threads"),
+        host_peak_bytes=entrant.state.get("host"),
+        device_peak_bytes=entrant.state.get("device"),
+        notes=(*entrant.notes, *entrant.state.get("notes", ())),
+    )
+
+
+def _requests(entrant: Entrant) -> Requests | None:
+    if not entrant.requests:
+        return None
+    first, *others = entrant.requests
+    stages: dict[str, Figures] = {}
+    for name in [] if not others else others[0]:
+        if name != "total" and any(one[name] for one in others):
+            stages[name] = figures([one[name] for one in others])
+    total = figures([one["total"] for one in others]) if others else None
+    return Requests(entrant.cold_start, first["total"], total, stages)
+
+
+def _counts(entrant: Entrant, bundle: Bundle, workload: Workload, alpha: float) -> Counts:
+    assert entrant.found is not None
+    kind, found, references = entrant.contender.kind, entrant.found, 0
+    flops, moved, note = dict(found.flops), dict(found.bytes), ""
+    if entrant.contender.ours:
+        references = workload.case.concepts if kind == "bare" else 0
+        try:
+            cost = _graphs_cost(kind, bundle, workload)
+            flops, moved = dict.fromkeys(STAGES, cost.flops), dict.fromkeys(STAGES, cost.bytes)
+        except ImportError:
+            note = "operations not counted: the package onnx is not installed"
+        except ValueError as error:
+            note = f"operations not counted: {error}"
+    elif not flops:
+        note = "operations not counted: compiled code is not seen by the counter"
+    stages = workload.stages(alpha)
+    return Counts(
+        rows=dict(found.rows),
+        flops=flops,
+        bytes=moved,
+        reference_rows=references,
+        kept_bytes=int(entrant.state.get("kept", 0)),
+        request_rows=sum(found.rows[stage] for stage in stages),
+        request_flops=sum(flops[stage] for stage in stages) if flops else None,
+        note=note,
+    )
+
+
+def _graphs_cost(kind: str, bundle: Bundle, workload: Workload) -> Cost:
+    sizes = sizes_of(bundle, workload)
+    cost = graph_cost(bundle, "denoise_step", sizes)
+    if kind == "bare" and workload.case.concepts:
+        more = graph_cost(bundle, "reference_kv", sizes)
+        cost = Cost(cost.flops + more.flops, cost.bytes + more.bytes)
+    return cost
+
+
+def ratios_of(entrants: Sequence[Entrant], settings: Settings) -> list[Ratio]:
+    """Every baseline of PyTorch's over every form of ours, and ours without kept keys over ours with them."""
+    measured = [e for e in entrants if e.status == "measured"]
+    found = []
+    for candidate in (e for e in measured if e.contender.ours):
+        for baseline in measured:
+            same = baseline.contender.backend == candidate.contender.backend
+            gain = same and (baseline.contender.kind, candidate.contender.kind) == ("bare", "kept")
+            if baseline.contender.kind in TORCH_KINDS or gain:
+                found += _ratios_between(baseline, candidate, settings)
+    return found
+
+
+def _ratios_between(baseline: Entrant, candidate: Entrant, settings: Settings) -> list[Ratio]:
+    ours = baseline.beside.get(str(candidate.contender), candidate.steps)
+    pairs = [(f"{stage} step", baseline.steps.get(stage), ours.get(stage)) for stage in STAGES]
+    pairs.append(("request", *([r["total"] for r in e.requests[1:]] for e in (baseline, candidate))))  # type: ignore[arg-type]
+    together = not (baseline.alone or candidate.alone)
+    made = []
+    for name, a, b in pairs:
+        if not a or not b:
+            continue
+        interleaved = together or (name != "request" and ours is not candidate.steps)
+        ratio, low, high = ratio_of_medians(
+            a, b, paired=interleaved, confidence=settings.confidence, seed=settings.seed
+        )
+        names = str(baseline.contender), str(candidate.contender)
+        rounds = min(len(a), len(b))
+        interval = "bootstrap" if rounds >= MIN_SAMPLES else "none" if low is None else "range"
+        made.append(Ratio(*names, name, ratio, low, high, interval, rounds, interleaved))
+    return made

@@ -1,0 +1,56 @@
+"""Going on with a report: what it has is kept, what it lacks is measured. For runs that take hours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from magicface_rt.errors import InputError
+
+from .machine import describe
+from .schema import problems
+from .settings import Case, Settings
+
+SAME_MACHINE = ("system", "processor", "cores", "memory_bytes", "gpu", "python", "versions")
+MAY_DIFFER = ("bundles", "concepts", "mask_shares", "images", "steps", "one_at_a_time", "limit")
+"""Settings that say which cases there are, or that no figure depends on."""
+
+
+class Earlier:
+    """The cases of a report. `missing` tells those that it lacks.
+
+    Raises InputError: the file is no report, or was measured on another machine, with other packages or settings, so
+    that its figures could not stand beside new ones.
+    """
+
+    def __init__(self, file: Path, settings: Settings) -> None:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"report {file}: it cannot be read: {error}. Measure anew without --resume.") from error
+        wrong = problems(content)
+        if wrong:
+            raise InputError(f"report {file}: it is no report of `magicface-rt bench`: {wrong[0]}.")
+        now = describe()
+        for name in SAME_MACHINE:
+            _same(file, f"machine.{name}", content["machine"].get(name), now[name])
+        for name, value in settings.to_json().items():
+            if name not in MAY_DIFFER:
+                _same(file, f"settings.{name}", content["settings"].get(name), value)
+        self.cases: tuple[Mapping[str, Any], ...] = tuple(content["cases"])
+        self.peaks: Mapping[str, Any] = content["peaks"]
+
+    def has(self, bundle: str, case: Case) -> bool:
+        """Whether a case of the bundle in that folder was measured."""
+        wanted = (bundle, case.concepts, case.mask_share, case.images, case.steps)
+        return any((c["bundle"], c["concepts"], c["mask_share"], c["images"], c["steps"]) == wanted for c in self.cases)
+
+
+def _same(file: Path, name: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise InputError(
+            f"report {file}: {name} is {found!r}, and now {expected!r}: figures of the two cannot stand beside each "
+            "other. Measure anew without --resume, into another folder."
+        )

@@ -1,0 +1,1 @@
+"""The parts of the load run, `python -m benchmarks.serve_load`."""
