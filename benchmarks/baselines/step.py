@@ -26,6 +26,7 @@ class Pass:
     """What the attention processors share during one pass of the U-Net."""
 
     inputs: StepInputs | None = None
+    size: tuple[int, int] = (0, 0)  # of the latents: numbers, as a compiler would watch the tensor
 
     def __init__(self) -> None:
         self.self_maps: dict[int, Tensor] = {}
@@ -39,7 +40,7 @@ class Pass:
 
     def grid(self, layer: int) -> tuple[int, int]:
         """Rows and columns of a self-attention's tokens."""
-        h, w = self.step.latents.shape[-2:]
+        h, w = self.size
         return h // LAYER_DIVISORS[layer], w // LAYER_DIVISORS[layer]
 
     def layers(self) -> list[LayerMaps]:
@@ -85,7 +86,7 @@ class Baseline(ABC):
     def step(self, inputs: StepInputs) -> StepOutputs:
         """One denoising step of one image."""
         latents, text, conditional = self.batch(inputs)
-        self.state.inputs = inputs
+        self.state.inputs, self.state.size = inputs, (inputs.latents.shape[-2], inputs.latents.shape[-1])
         self.state.self_maps.clear()
         self.state.cross_maps.clear()
         self.prepare(inputs)

@@ -46,6 +46,8 @@ class Strong(Baseline):
     def prepare(self, inputs: StepInputs) -> None:
         """Which tokens are kept, and who sees them: the same for all layers of a grid, so found once a step."""
         self.state.tokens.clear()
+        if inputs.stage == "off" or not len(inputs.weights):
+            return
         for grid in {self.state.grid(layer) for layer in self.injection_layers}:
             masks = nearest_grid(inputs.reference_masks.bool(), *grid).flatten(1)  # (R, n)
             usable = masks & (inputs.weights != 0)[:, None]
@@ -80,7 +82,7 @@ class _SelfAttention:
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         q, k, v = (split_heads(to(hidden_states), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
-        injects = self.injects and self.state.step.stage != "off" and len(self.state.step.weights) > 0
+        injects = self.injects and bool(self.state.tokens)
         out = torch.empty_like(q)
         out[REFERENCES:] = _attend(q[REFERENCES:], k[REFERENCES:], v[REFERENCES:], attn.scale)
         if LAYER_DIVISORS[self.layer] in SEGMENTATION_DIVISORS:
