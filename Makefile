@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt
 	  || { echo "$(PYTHON) is not supported: 3.10 to 3.13 is needed. Name another: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -qq -c constraints.txt -e '.[cpu,export,tensorrt-rtx,bench,serve,dev]'
+	$(PIP) install -qq -c constraints.txt -e '.[cpu,export,tensorrt-rtx,bench,serve,ray,ui,dev]'
 	@touch $(STAMP)
 
 demo: venv  ## the whole chain on a small random model: checkpoint, export, picture, parity

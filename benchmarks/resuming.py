@@ -14,8 +14,8 @@ from .schema import problems
 from .settings import Case, Settings
 
 SAME_MACHINE = ("system", "processor", "cores", "memory_bytes", "gpu", "python", "versions")
-MAY_DIFFER = ("bundles", "concepts", "mask_shares", "images", "steps", "one_at_a_time", "limit")
-"""Settings that say which cases there are, or that no figure depends on."""
+MAY_DIFFER = ("bundles", "checkpoint", "concepts", "mask_shares", "images", "steps", "one_at_a_time", "limit")
+"""Settings that say which cases there are, or that no figure depends on; the checkpoint is the bundle's in any case."""
 
 
 class Earlier:

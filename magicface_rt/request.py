@@ -10,7 +10,7 @@ from .bundle import Bundle
 from .concept import Concept, NamedConcept, PlacedConcept, place_concepts
 from .errors import ConceptError, OptionError
 from .kept import KeptConcept, Origin
-from .options import Options
+from .options import Options, shown
 from .regions import Stage
 from .tokenizer import Tokenizer
 
@@ -38,11 +38,15 @@ ProgressCallback = Callable[[Progress], object]
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One request of a batch: what `Session.generate` takes."""
+    """One request of a batch: what `Session.generate` takes.
+
+    record_regions: whether the result holds the regions after every step, `Result.regions_per_step`.
+    """
 
     prompt: str
     concepts: Sequence[NamedConcept] = ()
     options: Options = field(default_factory=Options)
+    record_regions: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class CheckedRequest:
     prompt: str
     options: Options
     placed: tuple[PlacedConcept, ...]
+    record_regions: bool = False
 
     @property
     def concepts(self) -> list[NamedConcept]:
@@ -81,7 +86,8 @@ def check_batch(requests: object) -> tuple[Request, ...]:
     """The requests of a batch, as a tuple.
 
     Raises:
-        OptionError: there is none; one is no `Request` or has no `Options`; they differ in `steps`.
+        OptionError: there is none; one is no `Request` or has no `Options`; they differ in `steps`; record_regions is
+            neither True nor False.
     """
     if isinstance(requests, (str, bytes)) or not isinstance(requests, Iterable):
         raise OptionError(f"requests is a {type(requests).__name__}, expected a list of Request objects.")
@@ -95,6 +101,8 @@ def check_batch(requests: object) -> tuple[Request, ...]:
             raise OptionError(
                 f"requests[{position}].options is a {type(request.options).__name__}, expected an Options object."
             )
+        if not isinstance(request.record_regions, bool):
+            raise OptionError(f"record_regions is {shown(request.record_regions)}, expected True or False.")
     steps = sorted({request.options.steps for request in found})
     if len(steps) > 1:
         raise OptionError(
@@ -123,7 +131,7 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> Che
                 f"logits, and is expected from -{MAX_SCALE_WEIGHT:g} to {MAX_SCALE_WEIGHT:g}."
             )
     check_number(sum(len(one.concept.references) for one in placed), bundle)
-    return CheckedRequest(request.prompt, options, placed)
+    return CheckedRequest(request.prompt, options, placed, request.record_regions)
 
 
 def check_concept(concept: NamedConcept, origin: Origin, tokenizer: Tokenizer) -> None:

@@ -65,6 +65,8 @@ class Result:
     images         tuple of B PIL images, RGB. With `provenance` their own `save` writes it into PNG, JPEG, WebP, AVIF
     regions        int64 [B,h/2,w/2]: 0 where no concept is, k where `concept_names[k - 1]` is
     latents        float32 [B,4,h,w], as they enter the VAE decoder
+    regions_per_step    uint8 [T,B,h/2,w/2]: the regions after each of the T steps, the last of which are `regions`;
+                        None where they were not asked for, see `record_regions` of `Session.generate`
     prompt, concepts, options    what was asked for
     token_indices  for each concept its token positions in the prompt
     timings        seconds by stage
@@ -88,6 +90,7 @@ class Result:
     backend: str = ""
     provenance: bool = True
     details: Mapping[str, Any] = field(default_factory=dict)
+    regions_per_step: npt.NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.images)
@@ -95,6 +98,12 @@ class Result:
             raise OptionError(
                 f"a result of {count} images needs regions [{count},h/2,w/2] and latents [{count},4,h,w]; "
                 f"found {list(self.regions.shape)} and {list(self.latents.shape)}."
+            )
+        steps = self.regions_per_step
+        if steps is not None and (steps.ndim != 4 or steps.shape[1:] != self.regions.shape):
+            raise OptionError(
+                f"regions_per_step has shape {list(steps.shape)}, expected a number of steps and then the shape of "
+                f"regions, {list(self.regions.shape)}."
             )
         if self.regions.size and not 0 <= self.regions.min() <= self.regions.max() <= len(self.concepts):
             raise OptionError(f"regions hold values outside 0..{len(self.concepts)}, the number of concepts.")
@@ -122,7 +131,7 @@ class Result:
 
             image-0.png     the pictures, with their provenance
             regions-0.png   the same with regions and legend
-            regions.npz     `regions` int64 [B,h/2,w/2] and `concept_names`
+            regions.npz     `regions` int64 [B,h/2,w/2] and `concept_names`; `regions_per_step` where it was recorded
             run.json        prompt, concepts, options, timings, bundle and software
 
         The folder appears complete or not at all: it is written beside its place and renamed. `overwrite` replaces an
@@ -190,7 +199,10 @@ class Result:
             image.save(folder / f"image-{index}.png")
             self.overlay(index).save(folder / f"regions-{index}.png")
         names = np.array(self.concept_names, dtype=np.str_)
-        np.savez_compressed(folder / "regions.npz", regions=self.regions, concept_names=names)
+        arrays: dict[str, Any] = {"regions": self.regions, "concept_names": names}
+        if self.regions_per_step is not None:
+            arrays["regions_per_step"] = self.regions_per_step
+        np.savez_compressed(folder / "regions.npz", **arrays)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         # a name that is no Unicode text (from a file system, say) becomes a JSON escape
         (folder / "run.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")

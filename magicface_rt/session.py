@@ -216,13 +216,15 @@ class Session:
         *,
         options: Options | None = None,
         progress: ProgressCallback | None = None,
+        record_regions: bool = False,
         **settings: Any,
     ) -> Result:
         """Make pictures of the prompt with the concepts in them.
 
         The settings are those of `Options` (`seed=7, steps=20, ...`), or an `Options` object, or both: a setting
         given by name wins. Without concepts this is plain Stable Diffusion. A concept is a `Concept` or a
-        `KeptConcept`, in any mixture.
+        `KeptConcept`, in any mixture. With `record_regions` the result holds the regions after every step as well;
+        the pictures are the same.
 
         Raises:
             InputError: a setting, prompt, concept, image or mask that cannot be used; nothing has been computed.
@@ -233,7 +235,7 @@ class Session:
             SessionClosedError: the session is closed.
         """
         chosen = Options.of(options, settings)
-        return self.generate_batch([Request(prompt, concepts, chosen)], progress=progress)[0]
+        return self.generate_batch([Request(prompt, concepts, chosen, record_regions)], progress=progress)[0]
 
     def generate_batch(self, requests: Sequence[Request], *, progress: ProgressCallback | None = None) -> list[Result]:
         """Make the pictures of several requests together, each as it would be made alone.

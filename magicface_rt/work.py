@@ -75,6 +75,8 @@ class Work:
         self.held: dict[tuple[int, int], list[KeptReference | None]] = {}
         """By concept and reference_seed what the store had of a bare concept when the request was planned."""
         self.step_seconds: list[float] = []
+        self.step_regions: dict[int, list[NDArray[np.uint8]]] = {}
+        """By request, where it asked for them, its pictures' regions [T, h/2, w/2] after every step."""
 
     def run(self, requests: Sequence[CheckedRequest], *, backend: str, provenance: bool) -> list[Result]:
         """A result for each request; all have the same number of steps."""
@@ -108,6 +110,7 @@ class Work:
                     bundle_hash=self.bundle.hash,
                     backend=backend,
                     provenance=provenance,
+                    regions_per_step=self._regions_per_step(number),
                 )
             )
         return results
@@ -294,15 +297,18 @@ class Work:
             for number in sorted({image.request for image in images})
         ]
         requests = [self.requests[number] for number, _ in together]
+        denoise_step = self.place.binding("denoise_step")
         loop = DenoisingLoop(
             self.bundle,
-            self.place.binding("denoise_step"),
+            denoise_step,
             latents=self._noise(together),
             guidance=[self._guidance(number, len(indices)) for number, indices in together],
             keys=self._keys(references, together),
         )
         timesteps = [int(t) for t in schedule.timesteps(steps)]
         coefficients = schedule.step_coefficients(steps)
+        recording = place is not None and any(request.record_regions for request in requests)
+        recorded: list[NDArray[np.uint8]] = []
         for i, timestep in enumerate(timesteps):
             start = perf_counter()
             stages: list[Stage] = ["rba" if is_region_step(i, steps, r.options.alpha) else "rsa" for r in requests]
@@ -318,8 +324,23 @@ class Work:
             self.course.spent("reference_pass", reference_seconds)
             self.course.spent("denoising", seconds - reference_seconds)
             self.step_seconds.append(seconds)
+            if recording:
+                recorded.append(denoise_step.read("region_label_out").astype(np.uint8))
             self.course.report(Progress(i + 1, steps, stages[0], *place))
+        if recording:
+            self._record(images, np.stack(recorded, axis=1))
         return loop.read()
+
+    def _record(self, images: Sequence[_Image], regions: NDArray[np.uint8]) -> None:
+        """Keep the regions [B, T, h/2, w/2] of the pictures whose requests asked for them."""
+        for image, of_steps in zip(images, regions, strict=True):
+            if self.requests[image.request].record_regions:
+                self.step_regions.setdefault(image.request, []).append(of_steps)
+
+    def _regions_per_step(self, number: int) -> NDArray[np.uint8] | None:
+        """Of a request, [T, B, h/2, w/2]; None where it did not ask for them."""
+        found = self.step_regions.get(number)
+        return None if found is None else np.stack(found, axis=1)
 
     def _noise(self, together: Sequence[tuple[int, list[int]]]) -> Float32Array:
         shape = (1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns)

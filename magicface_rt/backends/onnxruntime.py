@@ -57,11 +57,14 @@ _registering = threading.Lock()
 
 
 def import_onnxruntime() -> Any:
-    """The onnxruntime module.
+    """The onnxruntime module, with its telemetry off unless the environment has decided.
 
     Raises:
         BackendMissingError: neither wheel is installed; the message names both.
     """
+    # Official builds report to their maker, and leave an identifier in the temporary folder. The variable is read when
+    # the library starts, and later there is no way to have none of it.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         module = importlib.import_module("onnxruntime")
         _ = module.InferenceSession

@@ -28,6 +28,7 @@ from . import (
     prepare,
     run,
     serve,
+    ui,
     verify,
 )
 
@@ -77,6 +78,7 @@ for _verb in (
     prepare.prepare,
     plan.plan,
     serve.serve,
+    ui.ui,
     verify.verify,
     bench.bench,
     inspect.inspect,

@@ -1,10 +1,13 @@
-"""`magicface-rt serve`: a bundle over HTTP, one process and no other service."""
+"""`magicface-rt serve`: a bundle over HTTP, in one process, or on Ray Serve."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +18,10 @@ from magicface_rt.errors import OptionError
 from magicface_rt.images import MagicFaceWarning
 from magicface_rt.serve import module as serving_module
 from magicface_rt.sizes import parse_size
+from magicface_rt.ui import module as ui_module
 
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
-from ._command import JsonOption, command
+from ._command import Command, JsonOption, command
 from ._kept_options import BudgetOption, KeepOption, MemoryOption, StorageOption
 
 
@@ -62,6 +66,14 @@ def serve(
     target: TargetOption = None,
     build_missing: BuildMissingOption = False,
     threads: Annotated[int, typer.Option(metavar="N", min=0, help="Of one batch; 0: the runtime's choice.")] = 0,
+    ui: Annotated[bool, typer.Option("--ui", help="With a page for browsers at /ui; see docs/ui.md.")] = False,
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="This process, or replicas on Ray Serve, docs/serving-ray.md.")
+    ] = "local",
+    replicas: Annotated[
+        str | None,
+        typer.Option(metavar="N|MIN-MAX", help="With --engine ray, one for each GPU; within the range by the queue."),
+    ] = None,
     provenance: Annotated[
         bool, typer.Option("--provenance/--no-provenance", help="Let pictures say how they were made.")
     ] = True,
@@ -73,6 +85,11 @@ def serve(
     """
     with command(json_to) as verb:
         serving = serving_module("server")
+        on_ray = _on_ray(engine, replicas=replicas, device=device, ui=ui)
+        if on_ray:
+            serving_module("ray.cluster")
+        if ui:
+            ui_module("mounting")
         if deadline <= 0:
             raise OptionError(f"--deadline is {deadline:g}, expected seconds above 0.")
         settings = serving_module("settings").ServeSettings(
@@ -96,6 +113,23 @@ def serve(
         serving.listen(host, port).close()  # a bundle takes long to open: what cannot be served is said before
         if host not in ("127.0.0.1", "::1", "localhost") and not accepted:
             verb.note(f"warning: {host} can be reached by others, and no --tokens were given: anyone may use it.")
+        if on_ray:
+            of_each = {"backend": backend, "threads": threads, "provenance": provenance, "target": target}
+            of_each |= {"store": None if store is None else str(store.absolute()), "build_missing": build_missing}
+            of_each |= {"keep": keep, "memory": memory, "budget": budget, "storage": storage}
+            with _shared_folder(concepts) as folder:
+                plan = serving_module("ray.plan").RayPlan(
+                    bundle=str(bundle.absolute()),
+                    concepts=str(folder),
+                    session=of_each,
+                    workers=workers,
+                    replicas=None if replicas is None else serving_module("ray.plan").parse_replicas(replicas),
+                    settings=settings,
+                    tokens=accepted,
+                )
+                cut_off = serving_module("ray.cluster").serve(plan, host=host, port=port, told=verb.note)
+            _say_how_it_ended(verb, cut_off)
+            return
         with Session(
             bundle,
             backend=backend,
@@ -123,7 +157,40 @@ def serve(
                 workers=workers,
                 host=host,
                 port=port,
+                page=ui,
                 told=verb.note,
             )
-        verb.outcome = {"cut_off": cut_off}
-        verb.note(f"ended; {cut_off} requests were cut off" if cut_off else "ended")
+        _say_how_it_ended(verb, cut_off)
+
+
+def _say_how_it_ended(verb: Command, cut_off: int) -> None:
+    verb.outcome = {"cut_off": cut_off}
+    verb.note(f"ended; {cut_off} requests were cut off" if cut_off else "ended")
+
+
+def _on_ray(engine: str, *, replicas: str | None, device: int, ui: bool) -> bool:
+    """Whether Ray serves; raises OptionError where an option does not go with that."""
+    if engine not in ("local", "ray"):
+        raise OptionError(f"--engine is {engine!r}, expected local or ray.")
+    if engine == "local":
+        if replicas is not None:
+            raise OptionError("--replicas goes with --engine ray; this process is one. Leave it out, or serve on Ray.")
+        return False
+    if device:
+        raise OptionError(f"--device is {device}; with --engine ray each replica has a GPU of its own. Leave it out.")
+    if ui:
+        raise OptionError("--ui goes with --engine local only. Leave it out, or serve in this process.")
+    return True
+
+
+@contextlib.contextmanager
+def _shared_folder(concepts: Path | None) -> Iterator[Path]:
+    """Where replicas keep concepts: the folder that was given, or one in memory, which goes when they have ended."""
+    if concepts is not None:
+        yield concepts.absolute()
+        return
+    folder: Path = serving_module("ray.cluster").shared_memory_folder()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -73,9 +73,11 @@ def module(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("magicface_rt"):
             raise
+        on_ray = (error.name or "").partition(".")[0] == "ray"
+        what, extras = ("serving on Ray", "serve,ray") if on_ray else ("serving", "serve")
         raise BackendMissingError(
-            f"serving needs the extra serve, which is not installed or not whole ({error}). "
-            "Install it: pip install 'magicface_rt[serve]'"
+            f"{what} needs the extra {extras.rpartition(',')[2]}, which is not installed or not whole ({error}). "
+            f"Install it: pip install 'magicface_rt[{extras}]'"
         ) from error
 
 

@@ -337,4 +337,6 @@ def _answer(outcome: Outcome) -> bytes:
         "batch": outcome.batch,
         "settings": outcome.settings,
     }
+    if outcome.regions_per_step is not None:
+        content["regions_per_step"] = outcome.regions_per_step.tolist()
     return json.dumps(content, ensure_ascii=True, allow_nan=False).encode("ascii")

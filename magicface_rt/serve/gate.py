@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import time
 
 from ..errors import ServiceError
@@ -14,6 +16,13 @@ __all__ = ["Gate"]
 
 OPEN = ("/healthz", "/readyz")
 """What needs no token."""
+
+PAGE = "/ui"
+"""Where the page is, if there is one. A browser cannot be told to send a bearer token, but asks its user for a name and
+a password (RFC 7617): the password is the token, the name may be anything.
+"""
+
+_ASK = 'Basic realm="magicface_rt: any name, and a token as the password", charset="UTF-8"'
 
 
 class Gate:
@@ -44,11 +53,14 @@ class Gate:
             state["owner"] = ""
             if scope["path"] not in OPEN:
                 client = scope.get("client") or ("",)
+                on_page = scope["path"] == PAGE or scope["path"].startswith(f"{PAGE}/")
+                authorization = header(scope, b"authorization")
                 try:
-                    state["owner"] = self._tokens.owner(header(scope, b"authorization"), str(client[0]))
+                    given = _bearer(authorization) if on_page else authorization
+                    state["owner"] = self._tokens.owner(given, str(client[0]))
                 except ServiceError as error:
                     self._metrics.problem(error.kind)
-                    await send_problem(Problem.of(error), watched)
+                    await send_problem(Problem.of(error), _asking(watched) if on_page else watched)
                     return
             await self._app(scope, receive, watched)
         except Exception:
@@ -59,3 +71,27 @@ class Gate:
             status = status or 499  # there was nobody to answer
             method = scope["method"] if scope["method"] in ("GET", "PUT", "POST", "DELETE") else "other"
             self._metrics.answered(route, method, status, time.perf_counter() - start)
+
+
+def _bearer(authorization: str | None) -> str | None:
+    """A header in which a browser sent a name and a token, as the header that a client would have sent."""
+    scheme, _, encoded = (authorization or "").partition(" ")
+    if scheme.lower() != "basic":
+        return authorization
+    try:
+        password = base64.b64decode(encoded.strip(), validate=True).decode("utf-8").partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return None
+    return f"Bearer {password}"
+
+
+def _asking(send: Send) -> Send:
+    """Lets a browser ask its user."""
+
+    async def asking(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            others = [(name, value) for name, value in message["headers"] if name != b"www-authenticate"]
+            message = {**message, "headers": [*others, (b"www-authenticate", _ASK.encode("ascii"))]}
+        await send(message)
+
+    return asking

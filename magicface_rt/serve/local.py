@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -132,6 +133,7 @@ class LocalService(Service):
                 self._decoders, request_of, order, kept.__getitem__, self._session, self.settings
             )
             kept.clear()
+            request = replace(request, record_regions=order.record_regions)
             use.check()
             with self._holding(pixels):
                 job = Job(request, owner=owner, deadline=end, alone=order.alone, progress=_relay(listener))
@@ -376,6 +378,7 @@ def _outcome(done: Done) -> Outcome:
         timings={**result.timings.to_dict(), "queued": done.queued},
         batch=done.batch,
         settings=result.to_dict(),
+        regions_per_step=result.regions_per_step,
     )
 
 

@@ -96,6 +96,9 @@ class PictureOrder(_Body):
         False, description="Never together with other requests; see docs/serving.md on what batches may change."
     )
     response: Literal["png", "json"] | None = Field(None, description="Null: by the Accept header.")
+    record_regions: bool = Field(
+        False, description="Give the regions after every step as well, in a JSON answer or the last event."
+    )
     stream: bool = Field(False, description="Progress as server-sent events, and the JSON answer as the last of them.")
 
 
@@ -146,6 +149,9 @@ class Pictures(BaseModel):
         description="For each picture its cells, h/2 x w/2 of the latents: 0, or k for the k-th of region_names."
     )
     region_names: list[str]
+    regions_per_step: list[list[list[list[int]]]] | None = Field(
+        None, description="With record_regions, for each step the same as `regions` after it; else it is not there."
+    )
     timings: dict[str, Any] = Field(description="Seconds by stage, of the batch that it was made in; and `queued`.")
     batch: int = Field(description="Pictures that were made together.")
     settings: dict[str, Any] = Field(description="What run.json of a saved result holds.")

@@ -22,10 +22,12 @@ from ..errors import BackendError, MagicFaceError, OptionError
 from ..options import Options
 from ..request import Request
 from ..session import Session
+from ..ui import module as ui_module
 from .app import build_app
 from .auth import Tokens
 from .concepts import ConceptStore, MemoryConcepts
 from .engine import Engine
+from .gate import PAGE
 from .local import LocalService
 from .metrics import Metrics
 from .service import Service
@@ -48,6 +50,7 @@ def serve(
     workers: int = 1,
     host: str = "127.0.0.1",
     port: int = 8000,
+    page: bool = False,
     told: Callable[[str], object] = logger.info,
 ) -> int:
     """Serve until SIGTERM, SIGINT or Ctrl-C, and then until the requests that are being done have their answers, or
@@ -55,20 +58,29 @@ def serve(
 
     workers  execution contexts of each Session, which must have been opened with as many
     port     0 for any that is free
+    page     with the page of `magicface_rt.ui` at /ui
     told     what is going on, line by line
 
     Raises:
         OptionError: the port is in use, or the address is none of this machine's.
+        BackendMissingError: the page needs an extra that is not installed.
         MagicFaceError: the warm-up failed.
     """
     settings = settings or ServeSettings()
+    mounting = ui_module("mounting") if page else None
     with contextlib.closing(listen(host, port)) as where:
         metrics = Metrics()
         service = local_service(sessions, store=store, settings=settings, workers=workers, metrics=metrics)
         app = build_app(service, settings=settings, tokens=tokens, metrics=metrics)
         server = Server(app, service, drain=settings.drain, told=told)
+        if mounting is not None:
+            facts = ui_module("facts").Facts.of(sessions[0], settings, protected=bool(tokens))
+            server.at_end = mounting.mount_page(app, service, sessions[0].tokenizer, facts).end
         found = where.getsockname()
-        told(f"listening on http://{f'[{found[0]}]' if ':' in found[0] else found[0]}:{found[1]}")
+        url = f"http://{f'[{found[0]}]' if ':' in found[0] else found[0]}:{found[1]}"
+        told(f"listening on {url}")
+        if page:
+            told(f"the page is at {url}{PAGE}/")
         server.run(sockets=[where])
     failure = service.failure()
     if failure is not None:
@@ -162,6 +174,7 @@ class Server(uvicorn.Server):
     """uvicorn's, but a signal first drains the service, while /readyz and /healthz still answer; a second one cuts the
     requests off. Runs in any thread; signals reach it in the main thread only.
 
+    at_end   called when the requests are done, in the event loop: lets go of connections that would stay open
     cut_off  how many requests had no time left, when all is over
     """
 
@@ -186,6 +199,7 @@ class Server(uvicorn.Server):
             )
         )
         self.cut_off = 0
+        self.at_end: Callable[[], object] = lambda: None
         self._service = service
         self._drain = drain
         self._told = told
@@ -238,6 +252,7 @@ class Server(uvicorn.Server):
 
     async def _end(self, seconds: float) -> None:
         self.cut_off += await self._service.drain(seconds)
+        self.at_end()
         self.should_exit = True
 
     async def _watch(self) -> None:

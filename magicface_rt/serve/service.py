@@ -62,6 +62,7 @@ class Outcome:
     timings  seconds by stage, and `queued`
     batch    pictures that were made together
     settings what run.json of a saved result holds
+    regions_per_step    uint8 [T,B,h/2,w/2], None where the order did not ask for them
     """
 
     pngs: Sequence[bytes]
@@ -70,6 +71,7 @@ class Outcome:
     timings: dict[str, Any]
     batch: int
     settings: dict[str, Any]
+    regions_per_step: NDArray[np.uint8] | None = None
 
 
 class Service(ABC):

@@ -42,7 +42,7 @@ __all__ = ["Events", "KeptId", "Made", "error_of", "form_of", "made_of", "order_
 MOST_PAUSE = 60.0
 
 _OPTIONS = {option.name for option in fields(Options)}
-_OF_SERVICE = {"deadline", "alone"}
+_OF_SERVICE = {"deadline", "alone", "record_regions"}
 _KINDS: dict[str, type[ServiceError]] = {
     kind.kind: kind
     for kind in (
@@ -101,6 +101,7 @@ class Made:
     timings   seconds by stage, of the batch that it was made in, and `queued`
     batch     pictures that were made together
     settings  what run.json of a saved result holds
+    regions_per_step    uint8 [T,B,h/2,w/2] after every step; None where `record_regions` was not asked for
     """
 
     pngs: tuple[bytes, ...] = field(repr=False)
@@ -109,6 +110,7 @@ class Made:
     timings: Mapping[str, Any]
     batch: int
     settings: Mapping[str, Any] = field(repr=False)
+    regions_per_step: NDArray[np.uint8] | None = field(default=None, repr=False)
 
     @cached_property
     def images(self) -> tuple[Image.Image, ...]:
@@ -170,6 +172,7 @@ def form_of(
 
 def made_of(content: Mapping[str, Any]) -> Made:
     """The pictures of a JSON answer."""
+    steps = content.get("regions_per_step")
     return Made(
         pngs=tuple(base64.b64decode(text) for text in content["pictures"]),
         regions=np.array(content["regions"], np.int64),
@@ -177,6 +180,7 @@ def made_of(content: Mapping[str, Any]) -> Made:
         timings=content["timings"],
         batch=int(content["batch"]),
         settings=content["settings"],
+        regions_per_step=None if steps is None else np.array(steps, np.uint8),
     )
 
 

@@ -6,6 +6,8 @@ import gc
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -795,3 +797,15 @@ def test_auto_takes_a_flavour_only_with_a_gpu_the_library_and_all_plans(
     world.cuda.count_status = 35
     assert chosen() == cpu, "the driver is too old"
     assert world.nothing_left()
+
+
+def test_onnxruntime_reports_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    """Its telemetry would leave an identifier in the temporary folder as soon as it starts."""
+    script = """
+from magicface_rt.backends.onnxruntime import import_onnxruntime
+
+options = import_onnxruntime().SessionOptions()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", script], env={**environment, "TMPDIR": str(tmp_path)}, check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,317 @@
+"""The application on Ray Serve: a front, which speaks HTTP, and the replicas, which make the pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import warnings
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import ray as _ray
+from fastapi import FastAPI
+from ray import serve as _serve
+from ray.exceptions import ActorDiedError, RayError
+
+from ...errors import BackendError, MagicFaceError
+from ...images import MagicFaceWarning
+from ...session import Session
+from ..app import build_app
+from ..auth import Tokens
+from ..engine import Engine
+from ..schemas import BundleInfo, PictureOrder
+from ..server import warm_up
+from ..service import ConceptUpload
+from .counting import FrontMetrics
+from .front import RayService
+from .messages import Part
+from .plan import RayPlan
+from .replica import Counts, ReplicaService, said
+from .roster import PING_SECONDS, Roster
+from .shared import SharedConcepts
+
+__all__ = ["RosterLink", "build"]
+
+logger = logging.getLogger("magicface_rt.serve")
+
+ray: Any = _ray  # Ray's types do not know all of its own options
+serve: Any = _serve
+
+NAMESPACE = "magicface_rt"
+
+MOST_HELD = 1000
+"""Concepts that a replica is known to have. They are maps of files: address space, and no memory of its own."""
+
+MOST_HTTP = 10_000
+"""HTTP requests that the front has at the same time; those for pictures are bounded by the queue."""
+
+SPARE_SECONDS = 30.0
+"""What a replica that is told to end has over a request's limit, so that it finishes whatever it was given."""
+
+
+def build(plan: RayPlan) -> Any:
+    """The application of a plan, for `serve.run`, or to be returned by a builder."""
+    patience = plan.settings.deadline + SPARE_SECONDS
+    least, most = plan.range
+    number: dict[str, Any] = {"num_replicas": least}
+    if most > least:
+        number = {
+            "autoscaling_config": {
+                "min_replicas": least,
+                "max_replicas": most,
+                "initial_replicas": least,
+                "target_ongoing_requests": plan.at_once,  # twice as many fit: that the queue fills is seen by it
+                "upscale_delay_s": 10.0,
+                "downscale_delay_s": 300.0,
+            }
+        }
+    quiet = {"enable_access_log": False, "log_level": "WARNING"}
+    pictures: Any = serve.deployment(
+        Pictures,
+        name="pictures",
+        ray_actor_options={"num_cpus": plan.cpus, "num_gpus": plan.gpus},
+        max_ongoing_requests=2 * plan.at_once,
+        max_constructor_retry_count=3,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=patience,
+        health_check_period_s=5.0,
+        logging_config=quiet,
+        **number,
+    )
+    front: Any = serve.deployment(
+        serve.ingress()(Front),
+        name="front",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=MOST_HTTP,
+        max_constructor_retry_count=3,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=patience,
+        max_surge_percent=100,  # the next one is there before this one ends
+        logging_config=quiet,
+    )
+    # A replica has no use for the tokens.
+    return front.bind(pictures.bind(replace(plan, tokens=None, token_file=None)), plan)
+
+
+async def _gone(handle: Any) -> bool:
+    try:
+        await asyncio.wait_for(handle.__ray_ready__.remote(), PING_SECONDS)
+    except ActorDiedError:
+        return True
+    except (asyncio.TimeoutError, RayError):
+        return False
+    return False
+
+
+class _Roster(Roster):
+    def __init__(self) -> None:
+        super().__init__(_gone)
+
+
+_RosterActor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=10_000)(_Roster)
+"""Detached: it belongs to no replica, as any of them may end."""
+
+
+class RosterLink:
+    """The way to an application's roster."""
+
+    def __init__(self, application: str) -> None:
+        self._name = f"roster-of-{application}"
+        self._handle: Any = None
+
+    @property
+    def actor(self) -> Any:
+        """The roster's actor, which is made where there is none."""
+        if self._handle is None:
+            self._handle = _RosterActor.options(
+                name=self._name, namespace=NAMESPACE, get_if_exists=True, lifetime="detached"
+            ).remote()
+        return self._handle
+
+    def lost(self) -> None:
+        """It does not answer: look for it again the next time."""
+        self._handle = None
+
+
+class Pictures:
+    """A replica: one Session, its engine, and its map of the shared folder."""
+
+    async def __init__(self, plan: RayPlan) -> None:  # type: ignore[misc]  # Ray awaits it
+        # Warnings quote the names that clients give their concepts; nothing of a request is logged.
+        warnings.simplefilter("ignore", MagicFaceWarning)
+        context = serve.get_replica_context()
+        self._plan = plan
+        self._roster = RosterLink(context.app_name)
+        self._name = context.replica_id.unique_id
+        self._session: Session | None = None
+        self._service: ReplicaService | None = None
+        self._erasing: dict[str, asyncio.Task[None]] = {}
+        self._seen = 0
+        settings = plan.settings
+        self._store = SharedConcepts(plan.concepts, most=settings.concepts, most_bytes=settings.concept_bytes)
+        self._handle = ray.get_runtime_context().current_actor
+        await self._roster.actor.register.remote(self._name, self._handle)
+        self._watching = asyncio.ensure_future(self._watch())
+        try:
+            await self._open()
+        except BaseException as error:
+            known = isinstance(error, MagicFaceError)
+            shown = error if known else BackendError(f"a replica could not start: {type(error).__name__}: {error}.")
+            with contextlib.suppress(RayError):
+                await self._roster.actor.failed.remote(shown)
+            await self.__del__()
+            raise
+
+    async def _open(self) -> None:
+        plan = self._plan
+        self._session = await asyncio.to_thread(plan.opener, plan.bundle, workers=plan.workers, **plan.session)
+        settings = replace(plan.settings, queue=max(plan.settings.queue, 2 * plan.at_once))
+        self._counts = Counts(self._name, self._session)
+        engine = Engine(
+            [self._session],
+            settings,
+            workers=plan.workers,
+            warm=lambda session: warm_up(session, settings),
+            observer=self._counts,
+        )
+        self._service = ReplicaService(engine, self._store, watcher=self._counts)
+        self._service.condemn(self._store.condemned)
+        await self._service.start()
+        while (reason := self._service.not_ready()) is not None:
+            if (failure := self._service.failure()) is not None:
+                raise failure
+            logger.debug("%s", reason)
+            await asyncio.sleep(0.02)
+        self._info: BundleInfo = await self._service.bundle()
+        await self._roster.actor.ready.remote(self._name, self._info)
+
+    # ---------------------------------------------------------------------------------------------- called by the front
+
+    async def generate(self, order: PictureOrder, owner: str) -> AsyncIterator[Any]:
+        """What there is to say of the request, and `Ended` last."""
+        service = self._ready()
+        for use in order.concepts:
+            if use.id is not None and await asyncio.to_thread(self._store.has, use.id):
+                await self._held(use.id)
+
+        async with contextlib.aclosing(
+            said(lambda listener: service.generate(order, owner=owner, listener=listener), self._counts)
+        ) as all_said:
+            async for one in all_said:
+                yield one
+
+    async def put_concept(self, upload: ConceptUpload, owner: str) -> AsyncIterator[Any]:
+        """`Ended`, with what `Service.put_concept` gives."""
+        service = self._ready()
+        async with contextlib.aclosing(
+            said(lambda _: service.put_concept(upload, owner=owner), self._counts)
+        ) as all_said:
+            async for one in all_said:
+                if one.result is not None:
+                    await self._held(one.result[0].id)
+                yield one
+
+    async def check_health(self) -> None:
+        """Raises where it can make no pictures any more; Ray then puts another one in its place."""
+        failure = None if self._service is None else self._service.failure()
+        if failure is not None:
+            raise failure
+
+    async def __del__(self) -> None:
+        """Called by Ray when the replica ends and no request is left."""
+        self._watching.cancel()
+        if self._service is not None:
+            await self._service.close()
+        if self._session is not None:
+            await asyncio.to_thread(self._session.close)
+        with contextlib.suppress(RayError):
+            await self._roster.actor.leave.remote(self._name)
+
+    # ----------------------------------------------------------------------------------------------------------- inside
+
+    def _ready(self) -> ReplicaService:
+        assert self._service is not None, "Ray sends no requests before the constructor is through"
+        return self._service
+
+    @serve.multiplexed(max_num_models_per_replica=MOST_HELD)  # type: ignore[untyped-decorator]
+    async def _held(self, id: str) -> _Held:
+        """From now on Ray knows that this replica has the concept, and sends requests for it here."""
+        return _Held(self._store, id)
+
+    async def _watch(self) -> None:
+        """Do what the roster says, for as long as the replica lives."""
+        while True:
+            try:
+                view = await self._roster.actor.watch.remote(self._name, self._seen)
+                if not view.known:  # the roster was lost, and there is a new one
+                    await self._roster.actor.register.remote(self._name, self._handle)
+                    if self._service is not None and self._service.not_ready() is None:
+                        await self._roster.actor.ready.remote(self._name, self._info)
+                    self._seen = 0
+                    continue
+            except (RayError, ValueError) as error:
+                logger.warning("the roster does not answer: %s", type(error).__name__)
+                self._roster.lost()
+                await asyncio.sleep(0.5)
+                continue
+            self._seen = view.version
+            self._store.condemn(view.condemned)
+            if self._service is not None:
+                self._service.condemn(view.condemned)
+            for id in view.condemned - self._erasing.keys():
+                self._erasing[id] = asyncio.ensure_future(self._erase(id))
+            for id in self._erasing.keys() - view.condemned:
+                del self._erasing[id]
+
+    async def _erase(self, id: str) -> None:
+        """Do this replica's part of an erasure. One that still starts has nothing in memory."""
+        part = Part()
+        if self._service is not None:
+            try:
+                part = await self._service.erase_here(id)
+            except Exception as error:
+                logger.exception("an erasure failed")
+                part = Part(True, 0, f"{type(error).__name__}")
+        with contextlib.suppress(RayError):
+            await self._roster.actor.done.remote(self._name, id, part)
+
+
+class _Held:
+    """What Ray takes for a loaded model: that the file of a concept is mapped. It holds no keys by itself."""
+
+    def __init__(self, store: SharedConcepts, id: str) -> None:
+        self._store, self._id = store, id
+
+    def __del__(self) -> None:
+        self._store.unmap(self._id)
+
+
+class Front:
+    """The HTTP application, in a process that computes nothing."""
+
+    def __init__(self, pictures: Any, plan: RayPlan) -> None:
+        warnings.simplefilter("ignore", MagicFaceWarning)
+        self._plan = plan
+        self._pictures = pictures
+        self._roster = RosterLink(serve.get_replica_context().app_name)
+        self._tokens = Tokens.read(plan.token_file) if plan.tokens is None else plan.tokens
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        plan, metrics = self._plan, FrontMetrics()
+        limits = {"most": plan.settings.concepts, "most_bytes": plan.settings.concept_bytes}
+        self._service = RayService(
+            self._pictures,
+            self._roster,
+            settings=plan.settings,
+            workers=plan.workers,
+            store=SharedConcepts(plan.concepts, **limits),
+            metrics=metrics,
+        )
+        return build_app(self._service, settings=plan.settings, tokens=self._tokens, metrics=metrics)
+
+    async def drain(self, seconds: float) -> int:
+        """See `Service.drain`; called by whoever is about to end the application."""
+        return await self._service.drain(seconds)

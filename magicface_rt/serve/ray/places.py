@@ -1,0 +1,110 @@
+"""Which requests are at the replicas, and which wait for that: bounded, and owners take turns."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from ...errors import DrainingError, QueueFullError
+from ..fair import FairQueue
+
+__all__ = ["Places"]
+
+
+@dataclass(eq=False)
+class _Ticket:
+    owner: str
+    turn: asyncio.Future[None]
+
+
+class Places:
+    """Lets as many requests through as the replicas have places; the others wait in fair order.
+
+    queue     requests that may wait, over those that the replicas make at once
+    replicas  how many there are; may change at any time
+    at_once   requests that one replica makes at once
+    ahead     more that are at a replica already and wait there, to be made together with others
+
+    All calls come from one event loop.
+    """
+
+    def __init__(self, queue: int, *, at_once: int, ahead: int) -> None:
+        self._limit, self._at_once, self._ahead = queue, at_once, ahead
+        self._replicas = 0
+        self._taken = 0
+        self._queue: FairQueue[_Ticket] = FairQueue()
+        self._seconds = 1.0
+        self.closed = False
+
+    @property
+    def admitted(self) -> int:
+        """Requests that wait or are at a replica."""
+        return self._taken + len(self._queue)
+
+    @property
+    def replicas(self) -> int:
+        return self._replicas
+
+    @replicas.setter
+    def replicas(self, count: int) -> None:
+        self._replicas = count
+        self._let_in()
+
+    def retry_after(self) -> float:
+        """Seconds after which a place is likely free, by how long requests took lately."""
+        width = max(1, self._replicas * self._at_once)
+        return min(600.0, max(1.0, math.ceil(self.admitted * self._seconds / width)))
+
+    @asynccontextmanager
+    async def taken(self, owner: str, waits: Callable[[int], object]) -> AsyncIterator[None]:
+        """Have a place for the block, after a wait for it. waits: told how many are before it, where it has to wait.
+
+        Raises:
+            QueueFullError: as many wait as may.
+            DrainingError: no more work is taken.
+        """
+        if self.closed:
+            raise DrainingError("the service is ending and takes no more work.", retry_after=1.0)
+        if self.admitted >= self._limit + self._replicas * self._at_once:
+            raise QueueFullError(
+                f"{max(0, self.admitted - self._replicas * self._at_once)} requests wait, which is the limit. Try "
+                "again later.",
+                retry_after=self.retry_after(),
+            )
+        if self._taken < self._most and not self._queue:
+            self._taken += 1
+        else:
+            await self._wait(owner, waits)
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        try:
+            yield
+        finally:
+            self._seconds += 0.2 * ((loop.time() - start) - self._seconds)
+            self._taken -= 1
+            self._let_in()
+
+    @property
+    def _most(self) -> int:
+        return self._replicas * (self._at_once + self._ahead)
+
+    async def _wait(self, owner: str, waits: Callable[[int], object]) -> None:
+        ticket = _Ticket(owner, asyncio.get_running_loop().create_future())
+        waits(self.admitted)
+        self._queue.put(ticket)
+        try:
+            await ticket.turn
+        except asyncio.CancelledError:
+            if not self._queue.remove(ticket):  # its turn had come in the same moment
+                self._taken -= 1
+                self._let_in()
+            raise
+
+    def _let_in(self) -> None:
+        while self._taken < self._most and (ticket := self._queue.take()) is not None:
+            self._taken += 1
+            if not ticket.turn.cancelled():  # else `_wait` is about to give the place back
+                ticket.turn.set_result(None)

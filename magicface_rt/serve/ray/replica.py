@@ -1,0 +1,150 @@
+"""One replica's service: a Session and its engine in this process, over the shared folder of concepts. No Ray here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from ...errors import Cancelled, MagicFaceError
+from ...session import Session
+from ..engine import Engine, Observer
+from ..erasure import Trace, scrub
+from ..job import Job
+from ..local import LocalService, Watcher
+from ..problems import refused
+from ..service import Listener
+from .messages import Ended, Part, Tally
+from .shared import SharedConcepts
+
+__all__ = ["Counts", "ReplicaService", "said"]
+
+logger = logging.getLogger("magicface_rt.serve")
+
+
+class Counts(Observer, Watcher):
+    """What has been done since it was last asked. Told by the engine's threads and by the event loop."""
+
+    def __init__(self, replica: str, session: Session) -> None:
+        self._replica, self._session = replica, session
+        self._lock = threading.Lock()
+        self._clear()
+
+    def batch(self, jobs: Sequence[Job], seconds: float) -> None:
+        pictures = sum(job.images for job in jobs)
+        if pictures:
+            with self._lock:
+                self._batches.append(pictures)
+
+    def looked_up(self, hit: bool) -> None:
+        with self._lock:
+            self._hits += hit
+            self._misses += not hit
+
+    def prepared(self) -> None:
+        with self._lock:
+            self._prepared += 1
+
+    def take(self) -> Tally:
+        """What was counted; it counts from nothing again."""
+        keeper = self._session._keeper
+        with self._lock:
+            tally = Tally(
+                self._replica,
+                tuple(self._batches),
+                self._prepared,
+                self._hits,
+                self._misses,
+                keeper.store.nbytes,
+                keeper.on_device.nbytes,
+            )
+            self._clear()
+        return tally
+
+    def _clear(self) -> None:
+        self._batches: list[int] = []
+        self._prepared = self._hits = self._misses = 0
+
+
+class ReplicaService(LocalService):
+    """A `LocalService` that does its part of erasures, which the roster orders."""
+
+    def __init__(self, engine: Engine, store: SharedConcepts, *, watcher: Watcher | None = None) -> None:
+        super().__init__(engine, store, watcher=watcher)
+        self._shared = store
+        self._pardoned = asyncio.Event()
+
+    def condemn(self, ids: Iterable[str]) -> None:
+        """From now on these are being erased, and no others."""
+        self._shared.condemn(frozenset(ids))
+        pardoned, self._pardoned = self._pardoned, asyncio.Event()
+        pardoned.set()
+
+    async def erase_here(self, id: str) -> Part:
+        """Stop the requests that use a condemned concept, and let go of it; files are not looked at.
+
+        A preparation of it that is going on here is waited for.
+        """
+        async with super()._making_alone(id):
+            self._shared.unmap(id)
+            traces = self._shared.traces(id)
+            stopped = await self._stop_uses(id)
+            place = None
+            if traces:
+                place = await asyncio.to_thread(self.engine.exclusive, partial(_scrub, traces=traces))
+            for trace in traces:
+                place = place or await self._still_in_memory(trace)
+            if place is None:
+                self._shared.forget(id)
+            return Part(bool(traces), stopped, place)
+
+    @asynccontextmanager
+    async def _making_alone(self, id: str) -> AsyncIterator[None]:
+        """As for any service; and a concept that is being erased is made again when that is over everywhere."""
+        while True:
+            if id in self._shared.condemned:
+                await self._pardoned.wait()
+            elif id in self._making:
+                await self._making[id].wait()
+            else:
+                break
+        async with super()._making_alone(id):
+            yield
+
+
+def _scrub(sessions: Sequence[Session], traces: Sequence[Trace]) -> str | None:
+    return next((place for trace in traces if (place := scrub(sessions, trace)) is not None), None)
+
+
+async def said(start: Callable[[Listener], Coroutine[Any, Any, Any]], counts: Counts) -> AsyncGenerator[Any, None]:
+    """What there is to say of a call, as it comes, and `Ended` last. Whoever stops listening cancels the call."""
+    news: asyncio.Queue[Any] = asyncio.Queue()
+    task = asyncio.ensure_future(start(news.put_nowait))
+    over = object()
+    task.add_done_callback(lambda _: news.put_nowait(over))
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
+    try:
+        while (one := await news.get()) is not over:
+            yield one
+        yield _ended(task, counts)
+    finally:
+        task.cancel()
+
+
+def _ended(task: asyncio.Future[Any], counts: Counts) -> Ended:
+    if task.cancelled():
+        return Ended(error=Cancelled("the client has gone."), tally=counts.take())
+    error = task.exception()
+    if error is None:
+        return Ended(task.result(), tally=counts.take())
+    if isinstance(error, MagicFaceError):
+        return Ended(error=error, tally=counts.take())
+    if isinstance(error, MemoryError):
+        return Ended(error=MemoryError(), tally=counts.take())
+    logger.error("a request failed", exc_info=error)
+    unexpected = refused(500, "internal", f"An unexpected {type(error).__name__}; the service's log says more.")
+    return Ended(error=unexpected, tally=counts.take())

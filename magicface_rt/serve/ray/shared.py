@@ -1,0 +1,106 @@
+"""A replica's view of the shared folder of concepts."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Collection
+from pathlib import Path
+
+from ...errors import KeptConceptError
+from ...kept import KeptConcept
+from ..concepts import FolderConcepts, StoredConcept, unknown
+from ..erasure import Trace
+
+__all__ = ["SharedConcepts"]
+
+
+class SharedConcepts(FolderConcepts):
+    """Maps files of the folder, and remembers of which concepts it ever had keys in memory.
+
+    A concept that is being erased is not there for anybody, whether its file still is or not.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, most: int = 1000, most_bytes: int = 2**33) -> None:
+        super().__init__(folder, most=most, most_bytes=most_bytes)
+        self._watching = threading.Lock()
+        self._traces: dict[str, list[tuple[weakref.ref[KeptConcept], Trace]]] = {}
+        self._condemned: frozenset[str] = frozenset()
+
+    @property
+    def condemned(self) -> frozenset[str]:
+        """Ids that are being erased."""
+        return self._condemned
+
+    def condemn(self, ids: Collection[str]) -> None:
+        """From now on these are being erased, and no others."""
+        self._condemned = frozenset(ids)
+
+    def get(self, id: str) -> StoredConcept:
+        if id in self._condemned:
+            raise unknown(id)
+        stored = super().get(id)
+        self._watch(id, stored.concept)
+        if id in self._condemned:  # since this moment
+            raise unknown(id)
+        return stored
+
+    def put(self, id: str, concept: KeptConcept) -> StoredConcept:
+        self._watch(id, concept)  # what was prepared is in memory, beside the file that is mapped then
+        stored = super().put(id, concept)
+        self._watch(id, stored.concept)
+        return stored
+
+    def has(self, id: str) -> bool:
+        """Whether there is a file of it; it may be damaged."""
+        path = self._path(id)
+        return id not in self._condemned and path is not None and path.exists()
+
+    def is_id(self, id: str) -> bool:
+        """Whether it has the form of one."""
+        return self._path(id) is not None
+
+    def peek(self, id: str) -> StoredConcept:
+        """A concept as its file says it is, without reading its keys or remembering it.
+
+        Raises:
+            UnknownConceptError: there is none, or its file is damaged.
+        """
+        path = self._path(id)
+        stored = None if path is None or id in self._condemned else self._read(id, path)
+        if stored is None:
+            raise unknown(id)
+        return stored
+
+    def unmap(self, id: str) -> None:
+        """Let go of a concept's map; who uses it goes on holding it, and the file stays."""
+        with self._lock:
+            self._mapped.pop(id, None)
+
+    def traces(self, id: str) -> list[Trace]:
+        """Of everything of that id that was in memory since it was last forgotten."""
+        with self._watching:
+            return [trace for _, trace in self._traces.get(id, ())]
+
+    def forget(self, id: str) -> None:
+        """Nothing of it is in memory."""
+        with self._watching:
+            self._traces.pop(id, None)
+
+    @staticmethod
+    def _read(id: str, path: Path) -> StoredConcept | None:
+        try:
+            return StoredConcept(id, KeptConcept.load(path, check_hashes=False), path.stat().st_mtime)
+        except (KeptConceptError, OSError):
+            return None
+
+    def _watch(self, id: str, concept: KeptConcept) -> None:
+        """A trace for each map of it. The last one stays when its memory is free, because a Session may have copied
+        keys.
+        """
+        with self._watching:
+            known = self._traces.get(id, [])
+            if not any(ref() is concept for ref, _ in known):
+                alive = [(ref, trace) for ref, trace in known if trace.alive()]
+                self._traces[id] = [*alive, (weakref.ref(concept), Trace(concept))]

@@ -1,0 +1,116 @@
+"""What stands between the service and the page's framework: which paths there are, and what a browser may do with it.
+
+Gradio's application has routes that the page has no use for: files that are uploaded to its cache and served from it,
+proxies. They are not there for a caller.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from urllib.parse import urlsplit
+
+from ..serve.bodies import App, Message, Receive, Scope, Send, header, send_problem
+from ..serve.problems import Problem
+
+__all__ = ["Door"]
+
+_CALLS = ("app_id", "info", "login_check", "queue/join", "queue/data", "startup-events")
+_PATHS = {"", "/", "/config", "/config/", "/theme.css", *(f"/gradio_api/{call}" for call in _CALLS)}
+_FOLDERS = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
+
+POLICY = (
+    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; base-uri 'self'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+"""Nothing from elsewhere, whatever the framework's scripts would like to load. They make functions out of text, which
+needs unsafe-eval.
+"""
+
+_HEADERS = (
+    (b"content-security-policy", POLICY.encode("ascii")),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
+_OWN = {"/page.js": b"text/javascript; charset=utf-8", "/page.css": b"text/css; charset=utf-8"}
+
+_FOREIGN = re.compile(r'\s*<(?:meta\s[^>]*(?:property|name)="(?:og|twitter):[^>]*|link rel="manifest"[^>]*)>')
+_HEAD = (
+    '<link rel="icon" href="data:,"><link rel="stylesheet" href="./page.css"><script src="./page.js"></script></head>'
+)
+
+
+class Door:
+    """An ASGI application around the framework's, mounted under a path."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._assets = {path: (files(__package__) / "assets" / path[1:]).read_bytes() for path in _OWN}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return  # there are no web sockets here
+        path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+        if path in self._assets:
+            await _send(send, self._assets[path], _OWN[path])
+        elif path not in _PATHS and not path.startswith(_FOLDERS):
+            await send_problem(Problem(404, "no-such-path", "the page has nothing there."), send)
+        elif scope["method"] not in ("GET", "HEAD") and not _same_origin(scope):
+            await send_problem(Problem(403, "other-origin", "this was sent by another site's page."), send)
+        elif path in ("", "/"):
+            await self._page(scope, receive, send)
+        else:
+            await self._app(scope, receive, _guarded(send))
+
+    async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The HTML, with this package's assets and without what points elsewhere."""
+        plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
+        start: Message = {}
+        body = bytearray()
+
+        async def hold(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+            else:
+                body.extend(message.get("body", b""))
+
+        await self._app({**scope, "headers": plain}, receive, hold)
+        text = _FOREIGN.sub("", body.decode("utf-8")).replace("</head>", _HEAD, 1)
+        await _send(send, text.encode("utf-8"), b"text/html; charset=utf-8", int(start["status"]))
+
+
+def _same_origin(scope: Scope) -> bool:
+    """Whether what changes something comes from this page, or from no page at all.
+
+    Browsers say so themselves over TLS and on this machine; elsewhere the page's address is compared.
+    """
+    site = header(scope, b"sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = header(scope, b"origin")
+    return origin is None or urlsplit(origin).netloc == header(scope, b"host")
+
+
+def _guarded(send: Send) -> Send:
+    async def guarded(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+        await send(message)
+
+    return guarded
+
+
+async def _send(send: Send, body: bytes, content_type: bytes, status: int = 200) -> None:
+    headers = [
+        (b"content-type", content_type),
+        (b"content-length", str(len(body)).encode("ascii")),
+        (b"cache-control", b"no-store"),
+        *_HEADERS,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

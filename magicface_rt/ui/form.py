@@ -1,0 +1,150 @@
+"""What stands on the page when somebody asks for a picture, and the order that it makes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import OptionError
+from ..serve.schemas import PictureOrder
+from ..tokenizer import Tokenizer
+from .words import chosen, words_of
+
+__all__ = ["Form", "FormConcept", "Photograph", "photographs"]
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_FIELD = re.compile(r"concepts\[(\d+)\](?:\.references\[0\])?(?:\.(\w+))?")
+_PARTS = {"image": "photograph", "mask": "mask", "prompt": "what the photograph shows", "word": "word"}
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """What the browser holds for one concept: base64 of the files' bytes, and the photograph's name there.
+
+    image: empty where there is none; mask: None where the photograph could not be shown, so that nothing was painted.
+    """
+
+    slot: int
+    image: str = field(default="", repr=False)
+    mask: str | None = field(default=None, repr=False)
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class FormConcept:
+    """A concept as it stands on the page, under the number that the page gives it."""
+
+    photograph: Photograph
+    word: str
+    weight: float
+    prompt: str
+
+    @property
+    def slot(self) -> int:
+        return self.photograph.slot
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has begun to fill it in."""
+        return not (self.photograph.image or self.word.strip())
+
+
+@dataclass(frozen=True)
+class Form:
+    """All of the page's fields."""
+
+    prompt: str
+    concepts: Sequence[FormConcept]
+    settings: Mapping[str, Any]
+
+    @property
+    def used(self) -> list[FormConcept]:
+        """The concepts of the request; those that nobody has begun to fill in are none."""
+        return [concept for concept in self.concepts if not concept.untouched]
+
+    def order(self, tokenizer: Tokenizer) -> PictureOrder:
+        """The body of POST /v1/images that makes the picture.
+
+        Raises:
+            OptionError: a field that is empty, or out of its range.
+        """
+        words = words_of(tokenizer, self.prompt)
+        concepts = []
+        for concept in self.used:
+            word, tokens = chosen(words, concept.word)
+            concepts.append(
+                {
+                    "references": [
+                        {
+                            "image": concept.photograph.image,
+                            "mask": concept.photograph.mask,
+                            "prompt": concept.prompt,
+                        }
+                    ],
+                    "word": word or None,
+                    "weight": concept.weight,
+                    "token_index": tokens,
+                }
+            )
+        try:
+            return PictureOrder.model_validate(
+                {"prompt": self.prompt, "concepts": concepts, "record_regions": True, **self.settings}
+            )
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            raise OptionError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+
+    def place(self, name: str | None) -> str:
+        """A field of the order in the page's words: concepts[0].references[0].mask is "Concept 1, mask"."""
+        if name is None:
+            return ""
+        match = _FIELD.fullmatch(name)
+        if match is None:
+            return name.replace("_", " ").capitalize()
+        used, part = self.used, match.group(2)
+        number = int(match.group(1))
+        slot = used[number].slot if number < len(used) else number + 1
+        return f"Concept {slot}" + (f", {_PARTS.get(part, part)}" if part else "")
+
+    def files(self) -> list[tuple[str, str]]:
+        """For each concept used the names that its photograph and mask have in the calls shown, all different."""
+        taken: set[str] = set()
+        found = []
+        for concept in self.used:
+            stem, dot, suffix = concept.photograph.name.rpartition(".")
+            stem = _UNSAFE.sub("-", stem if dot else suffix).strip("-.") or f"photograph-{concept.slot}"
+            suffix = _UNSAFE.sub("", suffix).lower() if dot else "png"
+            if stem in taken:
+                stem = f"{stem}-{concept.slot}"
+            taken.add(stem)
+            found.append((f"{stem}.{suffix or 'png'}", f"{stem}-mask.png"))
+        return found
+
+
+def photographs(text: str) -> list[Photograph]:
+    """What the page's script sends: a JSON list of {slot, image, mask, name}, or {problem} where it could not.
+
+    Raises:
+        OptionError: the problem; or something else than the script sends.
+    """
+    try:
+        content = json.loads(text) if text else []
+        if isinstance(content, dict) and isinstance(content.get("problem"), str):
+            raise OptionError(content["problem"])
+        return [_photograph(one) for one in content]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError("the page sent something else than photographs. Load it again.") from error
+
+
+def _photograph(one: Mapping[str, Any]) -> Photograph:
+    image, mask, name = one["image"], one["mask"], one["name"]
+    if not (isinstance(image, str) and isinstance(name, str) and (mask is None or isinstance(mask, str))):
+        raise TypeError("image, mask and name are texts")
+    return Photograph(int(one["slot"]), image, mask, name[:100])

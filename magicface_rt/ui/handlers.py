@@ -1,0 +1,218 @@
+"""What happens when somebody does something on the page. Knows the fields, and nothing of how they look."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..errors import MagicFaceError
+from ..request import Progress
+from ..serve.problems import Problem
+from ..serve.service import Accepted, Service
+from ..tokenizer import Tokenizer
+from . import saying
+from .examples import Example, bridged
+from .facts import Facts
+from .form import Form, FormConcept, photographs
+from .result import NOTHING_YET, result_html, timings_html
+from .runs import Runs
+from .snippets import curl_call, python_call
+from .words import words_of
+
+__all__ = ["Fields", "Handlers", "Slot", "Views"]
+
+logger = logging.getLogger("magicface_rt.ui")
+
+FORGET_SECONDS = 1.0
+"""What a request that was stopped needs to end: its last words would make the framework remember the tab again."""
+
+Updates = dict[Any, Any]
+"""New values or properties by component."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The fields of one concept, and the block that holds them."""
+
+    number: int
+    block: gr.Column
+    word: gr.Dropdown
+    weight: gr.Slider
+    prompt: gr.Textbox
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What is filled in. `bridge` carries what only the page's script has: the photographs and masks."""
+
+    bridge: gr.Textbox
+    prompt: gr.Textbox
+    slots: tuple[Slot, ...]
+    settings: Mapping[str, Any]
+    """By the name that the order has for it."""
+
+    @property
+    def all(self) -> set[Any]:
+        of_slots = {field for slot in self.slots for field in (slot.word, slot.weight, slot.prompt)}
+        return {self.bridge, self.prompt, *self.settings.values(), *of_slots}
+
+
+@dataclass(frozen=True)
+class Views:
+    """What is looked at."""
+
+    status: gr.HTML
+    result: gr.HTML
+    timings: gr.HTML
+    python: gr.Code
+    curl: gr.Code
+
+    @property
+    def all(self) -> list[Any]:
+        return [self.status, self.result, self.timings, self.python, self.curl]
+
+
+class Handlers:
+    """Over a service of this process or elsewhere; `fields` and `views` are set when the page has been laid out."""
+
+    fields: Fields
+    views: Views
+
+    def __init__(self, service: Service, tokenizer: Tokenizer, facts: Facts) -> None:
+        self.tokenizer = tokenizer
+        self.facts = facts
+        self.runs = Runs(service)
+
+    # ------------------------------------------------------------------------------------------------------ pictures
+
+    async def generate(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
+        """Make the picture, and say after every step where it stands. What is refused stands on the page; it goes on.
+
+        The photographs are let go of at the end; the page has them, and sends them again.
+        """
+        tab, form = str(request.session_hash), None
+        status = self.views.status
+        yield {status: saying.started(), self.fields.bridge: ""}
+        last: Progress | None = None
+        run = None
+        try:
+            form = self._form(given)
+            given.clear()
+            order = form.order(self.tokenizer)
+            run = self.runs.start(tab, order, _owner(request))
+            while (news := await run.next()) is not None:
+                if isinstance(news, Accepted):
+                    yield {status: saying.waiting(news.waiting)}
+                else:
+                    last = news
+                    yield {status: saying.progressing(news)}
+            outcome = run.outcome
+            files = form.files()
+            yield {
+                status: saying.note(f"Done in {outcome.timings['total']:.1f} seconds."),
+                self.views.result: result_html(outcome, order),
+                self.views.timings: timings_html(outcome),
+                self.views.python: python_call(order, files, self.facts),
+                self.views.curl: curl_call(order, files, self.facts, _address(request)),
+            }
+        except asyncio.CancelledError:
+            if run is None or not run.stopped:
+                raise  # the page has gone
+            yield {status: saying.cancelled(last)}
+        except Exception as error:
+            if not isinstance(error, MagicFaceError) or Problem.of(error).status == 500:
+                logger.error("a request of the page failed", exc_info=error)
+            yield {status: saying.refused(error, form)}
+        finally:
+            if run is not None:
+                self.runs.over(tab, run)
+
+    async def cancel(self, request: gr.Request) -> Any:
+        """Stop the tab's request; what it says then is for `generate` to say."""
+        if self.runs.stop(str(request.session_hash)):
+            return gr.skip()
+        return saying.note("There is nothing to cancel.")
+
+    async def leave(self, request: gr.Request) -> None:
+        """The tab was closed: stop its request, and forget what the page's framework holds of it."""
+        tab = str(request.session_hash)
+        self.runs.stop(tab)
+        await asyncio.sleep(FORGET_SECONDS)
+        self.forget(tab)
+
+    def forget(self, tab: str) -> None:
+        """Set by whoever mounts the page; nothing before."""
+
+    # ------------------------------------------------------------------------------------------------------ the form
+
+    async def words(self, prompt: str) -> list[Any]:
+        """Offer the words of the prompt to every concept. What was chosen stays."""
+        labels = [word.label for word in words_of(self.tokenizer, prompt or "")]
+        return [gr.update(choices=labels) for _ in self.fields.slots]
+
+    async def add(self, slot: str) -> list[Any]:
+        """Show the concept of that number; none where all are shown."""
+        return [gr.update(visible=True) if str(one.number) == slot else gr.skip() for one in self.fields.slots]
+
+    async def remove(self) -> tuple[Any, ...]:
+        """Hide a concept, and empty its fields."""
+        return gr.update(visible=False), gr.update(value=None), 3.0, ""
+
+    async def load(self, example: Example) -> Updates:
+        """Fill the page with an example; the script takes the photographs and masks from the bridge."""
+        labels = [word.label for word in words_of(self.tokenizer, example.prompt)]
+        updates: Updates = {
+            self.fields.bridge: bridged(example),
+            self.fields.prompt: example.prompt,
+            self.fields.settings["alpha"]: example.alpha,
+            self.fields.settings["seed"]: example.seed,
+            self.views.status: saying.note(f"Loaded the example {example.title!r}. Generate makes its picture."),
+            self.views.result: NOTHING_YET,
+            self.views.timings: "",
+        }
+        for slot in self.fields.slots:
+            used = slot.number <= len(example.concepts)
+            one = example.concepts[slot.number - 1] if used else None
+            updates[slot.block] = gr.update(visible=used)
+            updates[slot.word] = gr.update(choices=labels, value=one.word if one else None)
+            updates[slot.weight] = one.weight if one else 3.0
+            updates[slot.prompt] = one.prompt if one else ""
+        return updates
+
+    def _form(self, given: Mapping[Any, Any]) -> Form:
+        fields = self.fields
+        slots = {slot.number: slot for slot in fields.slots}
+        concepts = [
+            FormConcept(
+                one,
+                str(given[slots[one.slot].word] or ""),
+                float(given[slots[one.slot].weight]),
+                str(given[slots[one.slot].prompt] or ""),
+            )
+            for one in photographs(str(given[fields.bridge] or ""))
+            if one.slot in slots
+        ]
+        settings = {name: _number(given[field]) for name, field in fields.settings.items()}
+        settings["negative_prompt"] = settings["negative_prompt"] or ""  # an empty field may have no value
+        return Form(str(given[fields.prompt] or ""), concepts, settings)
+
+
+def _number(value: Any) -> Any:
+    """20 for 20.0: a slider knows one kind of number only, an order does not take one for the other."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _owner(request: gr.Request) -> str:
+    """Whose turn it is in the queue, as the gate has found it."""
+    return str(getattr(request.state, "owner", ""))
+
+
+def _address(request: gr.Request) -> str:
+    """Where the service is for who looks at the page."""
+    url = request.request.url  # type: ignore[union-attr]
+    return f"{url.scheme}://{url.netloc}"

@@ -1,0 +1,69 @@
+"""The page in the application of `magicface_rt.serve`, under /ui."""
+
+from __future__ import annotations
+
+import os
+
+import gradio as gr
+from fastapi import FastAPI
+from starlette.routing import Mount
+
+from ..serve.gate import PAGE
+from ..serve.service import Service
+from ..tokenizer import Tokenizer
+from .door import Door
+from .facts import Facts
+from .handlers import Handlers
+from .layout import lay_out, theme
+
+__all__ = ["Mounted", "mount_page"]
+
+THREADS = 256
+"""Events that Gradio carries at a time: requests that wait in the service's queue among them, which holds fewer."""
+
+
+class Mounted:
+    """A page that is in an application."""
+
+    def __init__(self, page: gr.Blocks) -> None:
+        self.page = page
+
+    def end(self) -> None:
+        """Let go of open tabs: each holds a connection, which would keep the server from ending."""
+        self.page.app.stop_event.set()
+
+
+def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Facts) -> Mounted:
+    """Put the page into an application that `build_app` made of the same service.
+
+    The application's gate and limits of bodies stand before it.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    handlers = Handlers(service, tokenizer, facts)
+    page = lay_out(handlers)
+    page.max_threads = THREADS
+    page.queue(default_concurrency_limit=None)
+    gr.mount_gradio_app(
+        app,
+        page,
+        path=PAGE,
+        theme=theme(),
+        footer_links=[],
+        run_history=False,  # it would keep photographs in the browser's storage
+        max_file_size=0,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        show_error=True,
+    )
+    mounted = next(route for route in app.router.routes if isinstance(route, Mount) and route.path == PAGE)
+    page.app = mounted.app  # type: ignore[assignment]
+    mounted.app = Door(mounted.app)
+    holder = page.state_holder
+
+    def forget(tab: str) -> None:
+        holder.session_data.pop(tab, None)
+        holder.time_last_used.pop(tab, None)
+
+    handlers.forget = forget  # type: ignore[method-assign]
+    return Mounted(page)

@@ -1,0 +1,61 @@
+"""What the page says while a request is on its way, and when it ends: HTML with everything escaped."""
+
+from __future__ import annotations
+
+from html import escape
+
+from ..request import Progress
+from ..serve.problems import Problem
+from .form import Form
+
+__all__ = ["cancelled", "note", "progressing", "refused", "started", "waiting"]
+
+STAGES = {
+    "rsa": "first stage (RSA): every place may look at every photograph",
+    "rba": "second stage (RBA): every place looks at its own concept only",
+}
+
+
+def note(text: str) -> str:
+    """A line that a screen reader reads out when it comes."""
+    return f'<div class="mf-status"><p role="status">{escape(text)}</p></div>'
+
+
+def waiting(before: int) -> str:
+    """The request has a place in the queue."""
+    if before == 0:
+        return note("Next in the queue: nothing waits before this request.")
+    what = "1 request waits" if before == 1 else f"{before} requests wait"
+    return note(f"In the queue: {what} before this one.")
+
+
+def started() -> str:
+    """It was sent, and has no place yet."""
+    return note("Reading the photographs and masks.")
+
+
+def progressing(progress: Progress) -> str:
+    """A step is done. The bar has the words for screen readers; they are not read out at each step."""
+    step, steps = progress.step, progress.steps
+    text = f"Step {step} of {steps}"
+    if progress.stage == "prepare":
+        text = f"Preparing the photographs, {step} of {steps}"
+    elif progress.stage in STAGES:
+        text += f", {STAGES[progress.stage]}"
+    return (
+        f'<div class="mf-status"><p>{escape(text)}</p>'
+        f'<progress value="{step}" max="{steps}" aria-label="{escape(text)}"></progress></div>'
+    )
+
+
+def cancelled(last: Progress | None) -> str:
+    """It was stopped by who asked for it."""
+    return note(f"Cancelled after step {last.step} of {last.steps}." if last else "Cancelled before the first step.")
+
+
+def refused(error: BaseException, form: Form | None = None) -> str:
+    """The SDK's message, with the part of the page that is at fault before it."""
+    problem = Problem.of(error)
+    place = form.place(problem.field) if form is not None else ""
+    where = f"<strong>{escape(place)}:</strong> " if place else ""
+    return f'<div class="mf-status mf-error"><p role="alert">{where}{escape(problem.detail)}</p></div>'

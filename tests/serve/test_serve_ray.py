@@ -1,0 +1,334 @@
+"""The service on Ray Serve: two replicas on the CPU, over HTTP, with the same client as for any other service."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+import grpc
+import httpx
+from loopback import PROMPT, Oracle, concept, picture, png, until
+from raylike import OnRay, command_of, listening, on_ray, other_bundle
+
+from magicface_rt import BundleError, Cancelled, Concept, Progress, Reference
+from magicface_rt.errors import AnswerError, DeadlineError, ErasedError, QueueFullError, UnknownConceptError
+from magicface_rt.serve import Made, ServeSettings
+
+pytestmark = pytest.mark.ray
+
+MAN, HAT = concept("man", 1, weight=2.5), concept("hat", 2, weight=2.0)
+STEPS = 3
+SETTINGS = ServeSettings(default_steps=STEPS, batch=2, batch_wait=0, queue=2, drain=20, deadline=60)
+AT_ONCE = 2  # of one replica; it has as many more that wait there
+MOST = SETTINGS.queue + 2 * AT_ONCE
+
+
+@pytest.fixture(scope="module")
+def service(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnRay]:
+    with on_ray(tiny_bundle, tmp_path_factory.mktemp("ray"), settings=SETTINGS) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def _free(service: OnRay) -> Iterator[None]:
+    service.gate.forget()
+    yield
+    service.gate.free()
+    time.sleep(0.1)  # for all that was held up to see it
+
+
+def generating(service: OnRay, pool: ThreadPoolExecutor, seeds: range, concepts: list[Any]) -> list[Future[Made]]:
+    """A request for each seed, at the same time."""
+
+    def generate(seed: int) -> Made:
+        with service.client() as client:
+            return client.generate(PROMPT, concepts, seed=seed)
+
+    return [pool.submit(generate, seed) for seed in seeds]
+
+
+def makers(service: OnRay, seeds: range) -> set[int]:
+    """The processes that began requests of these seeds."""
+    return {pid for pid, made in service.gate.notes("made") if set(map(int, made.split())) & set(seeds)}
+
+
+def admitted(service: OnRay) -> float:
+    return service.metric("magicface_queue_length") + service.metric("magicface_running")
+
+
+def stored_bytes() -> int:
+    """All that Ray ever put into its object store, which is shared memory and may become files."""
+    from ray._private import internal_api
+
+    reply = internal_api.get_memory_info_reply(internal_api.get_state_from_address(None))
+    return int(reply.store_stats.cumulative_created_bytes)
+
+
+def test_a_picture_is_the_sessions_byte_for_byte(service: OnRay, oracle: Oracle) -> None:
+    with service.client() as client:
+        made = client.generate(PROMPT, [MAN, HAT], seed=7, steps=4, negative_prompt="rain", images=2)
+        assert list(made.pngs) == oracle.pngs([MAN, HAT], seed=7, steps=4, negative_prompt="rain", images=2)
+        assert made.region_names == ("man", "hat")
+        assert made.timings["queued"] >= 0
+        kept = client.put_concept(MAN)
+        assert kept.new
+        again = client.generate(PROMPT, [kept.use(weight=2.5), HAT], seed=3)
+        assert list(again.pngs) == oracle.pngs([MAN, HAT], seed=3, steps=STEPS)
+        assert [one.id for one in client.concepts()] == [kept.id]
+        assert client.concept(kept.id).nbytes == kept.nbytes
+        assert client.bundle()["backend"] == "onnxruntime-cpu"
+        assert client.bundle()["limits"]["queue"] == SETTINGS.queue
+        client.erase(kept)
+        with pytest.raises(UnknownConceptError):
+            client.concept(kept.id)
+
+
+def test_who_has_no_token_is_refused(service: OnRay) -> None:
+    with service.client(token=None) as client:
+        with pytest.raises(AnswerError) as refused:
+            client.concepts()
+        assert refused.value.status == 401
+        assert client.ready()
+
+
+def test_what_is_at_fault_is_named_as_in_one_process(service: OnRay) -> None:
+    with service.client() as client:
+        with pytest.raises(AnswerError, match="not in the prompt") as refused:
+            client.generate("a house", [MAN])
+        assert (refused.value.status, refused.value.field) == (422, "concepts[0].word")
+        with pytest.raises(UnknownConceptError) as unknown:
+            client.generate(PROMPT, [HAT, "0" * 64])
+        assert unknown.value.field == "concepts[1].id"
+        with pytest.raises(UnknownConceptError):
+            client.generate(PROMPT, ["../../etc/passwd"])
+        for id in ("0" * 64, "../../etc/passwd"):
+            with pytest.raises((UnknownConceptError, AnswerError)):
+                client.erase(id)
+    with service.http() as http:  # also where events were asked for
+        answer = http.post("/v1/images", json={"prompt": "man " * 400, "stream": True})
+    assert (answer.status_code, answer.json()["kind"]) == (422, "prompt")
+
+
+def test_progress_comes_step_by_step_and_can_cancel(service: OnRay, oracle: Oracle) -> None:
+    seen: list[Progress] = []
+    with service.client() as client:
+        made = client.generate(PROMPT, seed=2, steps=5, alpha=0.4, progress=seen.append)
+        assert [(p.step, p.stage) for p in seen] == [(1, "rsa"), (2, "rsa"), (3, "rsa"), (4, "rba"), (5, "rba")]
+        assert list(made.pngs) == oracle.pngs(seed=2, steps=5, alpha=0.4)
+        service.gate.forget()
+        with pytest.raises(Cancelled, match="after step 2 of 150"):
+            client.generate(PROMPT, steps=150, progress=lambda p: p.step < 2)
+        until(lambda: admitted(service) == 0, "the front did not see that the client has gone")
+        count = len(service.gate.notes("step"))
+        assert client.generate(PROMPT, seed=2, steps=1).pngs
+        assert count < 150
+
+
+def test_a_deadline_ends_a_request_that_runs_and_its_place_is_free(service: OnRay) -> None:
+    service.gate.hold()
+    with service.client() as client, pytest.raises(DeadlineError, match="deadline"):
+        client.generate(PROMPT, steps=50, deadline=1.0)
+    assert len(service.gate.notes("step")) == 1
+    assert admitted(service) == 0
+
+
+def test_a_full_queue_says_when_to_come_back_and_those_in_it_are_made_together(service: OnRay, oracle: Oracle) -> None:
+    service.gate.hold()
+    with ThreadPoolExecutor(MOST) as pool:
+        futures = generating(service, pool, range(100, 100 + MOST), [])
+        until(lambda: admitted(service) == MOST, "the queue did not fill")
+        service.gate.wait_for("made", 2)
+        with service.client() as client, pytest.raises(QueueFullError) as full:
+            client.generate(PROMPT, seed=1)
+        assert full.value.retry_after is not None
+        assert full.value.retry_after >= 1
+        service.gate.free()
+        made = [future.result(60) for future in futures]
+    for seed, one in enumerate(made, 100):
+        assert list(one.pngs) == oracle.pngs(seed=seed, steps=STEPS)
+    assert max(one.batch for one in made) == AT_ONCE
+    assert len(makers(service, range(100, 100 + MOST))) == 2
+
+
+def test_a_concept_goes_where_it_is_and_is_prepared_once_for_all(service: OnRay, oracle: Oracle) -> None:
+    own = concept("man", 77, weight=2.5)  # Ray remembers where others were
+    before = service.metric("magicface_concept_preparations_total")
+    with service.client() as client, ThreadPoolExecutor(5) as pool:
+        kept = client.put_concept(own)
+        ((maker, _),) = service.gate.notes("prepared")
+        time.sleep(1.5)  # Ray tells its routers now and then who has what
+        for seed in range(200, 206):
+            assert list(client.generate(PROMPT, [kept.use(weight=2.5)], seed=seed).pngs)
+        assert makers(service, range(200, 206)) == {maker}
+        # while it has no place left, the other one takes what comes, and maps the same file
+        service.gate.hold()
+        futures = generating(service, pool, range(210, 215), [kept.use(weight=2.5)])
+        until(lambda: len(makers(service, range(210, 215))) == 2, "the other replica was given nothing")
+        service.gate.free()
+        for seed, future in enumerate(futures, 210):
+            assert list(future.result(60).pngs) == oracle.pngs([own], seed=seed, steps=STEPS)
+        assert service.mapped(kept.id) == service.replicas()
+        assert not client.put_concept(own).new
+        assert len(service.gate.notes("prepared")) == 1
+        assert service.metric("magicface_concept_preparations_total") - before == 1
+        assert client.erase(kept)["files"] == 1
+    assert service.mapped(kept.id) == set()
+
+
+def test_what_is_erased_is_gone_from_every_replica_that_was_using_it(service: OnRay) -> None:
+    with service.client() as client, ThreadPoolExecutor(7) as pool:
+        kept, other = client.put_concept(MAN), client.put_concept(HAT)
+        service.gate.hold()
+        using = generating(service, pool, range(300, 305), [kept])
+        until(lambda: len(makers(service, range(300, 305))) == 2, "not both replicas use it")
+        assert service.mapped(kept.id) == service.replicas()
+        erasing = pool.submit(client.erase, kept)
+        for future in using:
+            with pytest.raises(ErasedError, match="erased while this request used it"):
+                future.result(30)
+        assert not erasing.done()  # what runs has not come to its next step yet
+        service.gate.free()
+        assert erasing.result(30) == {"id": kept.id, "erased": True, "files": 1, "stopped": 5}
+        assert service.mapped(kept.id) == set()
+        assert [path.name for path in service.concepts.iterdir()] == [f"{other.id}.concept"]
+        with pytest.raises(UnknownConceptError):
+            client.erase(kept)
+        with pytest.raises(UnknownConceptError):
+            client.generate(PROMPT, [kept])
+        assert client.generate(PROMPT, [other], seed=1).pngs
+        assert client.put_concept(MAN).new  # it may come back
+        for one in (kept, other):
+            client.erase(one)
+
+
+def test_an_erasure_waits_for_a_preparation_and_a_preparation_for_an_erasure(service: OnRay) -> None:
+    with service.client() as client, ThreadPoolExecutor(3) as pool:
+        service.gate.hold()
+        putting = pool.submit(service.client().put_concept, MAN)
+        service.gate.wait_for("prepared")
+        service.gate.free()
+        kept = putting.result(30)
+        service.gate.hold()
+        using = pool.submit(service.client().generate, PROMPT, [kept])
+        service.gate.wait_for("made")
+        erasing = pool.submit(client.erase, kept)
+        with pytest.raises(ErasedError):
+            using.result(30)
+        again = pool.submit(service.client().put_concept, MAN)
+        assert not erasing.done()
+        service.gate.free()
+        assert erasing.result(30)["erased"]
+        assert again.result(30).new
+        assert client.concept(kept.id).id == kept.id
+        client.erase(kept)
+
+
+def test_no_photograph_and_no_token_is_written_or_left_in_rays_store(service: OnRay) -> None:
+    noise = Concept("man", Reference(picture(9, 1200), mask=picture(8, 1200).convert("L"), prompt="a man"))
+    assert len(png(picture(9, 1200))) > 200_000
+    before = stored_bytes()
+    with service.client() as client:
+        client.erase(client.put_concept(noise, steps=1))
+        client.generate("a man of words that nobody else says", [noise], steps=1)
+    assert stored_bytes() - before < 100_000
+    written = [path for path in service.folder.rglob("*") if path.is_file()]
+    assert written
+    for path in written:
+        content = path.read_bytes()
+        assert b"a-token-that-nobody" not in content, path
+        assert b"words that nobody else" not in content, path
+
+
+def test_rays_ports_are_this_machines_or_ask_for_its_token(service: OnRay) -> None:
+    found = {f"{address}:{port}": command_of(pid) for port, (address, pid) in listening().items()}
+    rays = [place for place, command in found.items() if re.match("ray::|.*/(raylet|gcs_server) ", command)]
+    codes = set()
+    for place in rays:
+        with grpc.insecure_channel(place) as channel, pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=10)
+        codes.add(refused.value.code())
+        for path in ("/api/job_agent/jobs/", "/get_or_create_runtime_env"):  # either would run a command
+            with contextlib.suppress(httpx.TransportError):  # it speaks something else
+                asked = httpx.post(f"http://{place}{path}", json={"entrypoint": "true"}, trust_env=False)
+                assert asked.status_code in (401, 403, 404, 405), place
+    assert grpc.StatusCode.UNAUTHENTICATED in codes
+    assert grpc.StatusCode.OK not in codes
+
+
+def test_a_replica_that_is_killed_costs_time_and_no_picture(service: OnRay, oracle: Oracle) -> None:
+    with service.client() as client, ThreadPoolExecutor(2) as pool:
+        kept = client.put_concept(MAN)
+        service.gate.hold()
+        (future,) = generating(service, pool, range(400, 401), [kept.use(weight=2.5)])
+        until(lambda: makers(service, range(400, 401)), "it was not begun")
+        (maker,) = makers(service, range(400, 401))
+        os.kill(maker, signal.SIGKILL)
+        service.gate.free()
+        assert list(future.result(60).pngs) == oracle.pngs([MAN], seed=400, steps=STEPS)
+        assert len(makers(service, range(400, 401))) == 2
+        # one that is dead holds nothing: nobody waits for its word
+        assert client.erase(kept)["files"] == 1
+        assert service.mapped(kept.id) == set()
+    service.wait_for_replicas(2)
+    assert maker not in service.replicas()
+
+
+def test_replicas_are_replaced_by_those_of_another_bundle_and_no_request_fails(
+    service: OnRay, tiny_bundle: Path, oracle: Oracle, tmp_path: Path
+) -> None:
+    after = other_bundle(tiny_bundle, tmp_path / "other")
+    with Oracle(after, backend="onnxruntime-cpu", check_hashes=False, threads=1) as updated:
+        old, new = oracle.pngs([MAN], seed=5, steps=STEPS), updated.pngs([MAN], seed=5, steps=STEPS)
+    assert old != new
+    over = threading.Event()
+    made: list[list[bytes]] = []
+    errors: list[Exception] = []
+
+    def keep_asking() -> None:
+        with service.client() as client:
+            while not over.is_set():
+                try:
+                    made.append(list(client.generate(PROMPT, [MAN], seed=5).pngs))
+                except Exception as error:
+                    errors.append(error)
+
+    asking = [threading.Thread(target=keep_asking) for _ in range(2)]
+    for thread in asking:
+        thread.start()
+    before = service.replicas()
+    try:
+        service.running.update(replace(service.running.plan, bundle=str(after)))
+        count = len(made)
+        until(lambda: len(made) > count + 4 or errors, "nothing was made after the update")
+    finally:
+        over.set()
+        for thread in asking:
+            thread.join(60)
+    assert errors == []
+    assert made[0] == old
+    assert made[-1] == new
+    assert all(one in (old, new) for one in made)
+    assert not before & service.replicas()
+    with service.client() as client:
+        assert client.bundle()["hash"] == updated.bundle.hash
+
+
+def test_a_bundle_that_cannot_be_opened_is_no_update_and_the_service_goes_on(service: OnRay, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no such folder"):
+        service.running.update(replace(service.running.plan, bundle=str(tmp_path / "gone")))
+    with service.client() as client:
+        assert client.ready()
+        assert client.generate(PROMPT, seed=1).pngs

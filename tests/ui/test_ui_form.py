@@ -1,0 +1,133 @@
+"""From the page's fields to an order, and from an order to the calls that the page shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paging import Held, bridged, disc, photograph, png
+from PIL import Image
+
+import magicface_rt
+from magicface_rt import OptionError
+from magicface_rt.images import region_overlay
+from magicface_rt.ui.examples import EXAMPLES, thumbnail
+from magicface_rt.ui.examples import bridged as example_bridged
+from magicface_rt.ui.form import Form, FormConcept, Photograph, photographs
+from magicface_rt.ui.result import COLOURS
+from magicface_rt.ui.words import chosen, words_of
+
+SETTINGS = {"steps": 3, "alpha": 0.4, "seed": 1, "guidance": 7.5, "negative_prompt": ""}
+DEMO = Path(__file__).parents[2] / "demo"
+
+
+def form(*concepts: FormConcept, prompt: str = "a man with a hat") -> Form:
+    return Form(prompt, concepts, SETTINGS)
+
+
+def filled(slot: int, word: str, name: str = "man.jpg") -> FormConcept:
+    return FormConcept(Photograph(slot, "aGVsbG8=", "aGVsbG8=", name), word, 2.5, "a man")
+
+
+def test_every_word_of_the_prompt_is_offered_with_its_tokens(session: Held) -> None:
+    prompt = "a man's t-shirt, and a man with sunglasses"
+    words = {word.label: word for word in words_of(session.tokenizer, prompt)}
+    assert {"t-shirt", "and", "with", "sunglasses"} < set(words)
+    tokens = session.tokenizer.tokens(prompt)
+    for word in words.values():
+        assert "".join(tokens[k] for k in word.tokens).replace(" ", "") == word.text
+        if word.first:
+            assert session.tokenizer.find_word(prompt, word.text) == word.tokens
+
+
+def test_a_word_that_stands_twice_can_be_told_apart(session: Held) -> None:
+    words = words_of(session.tokenizer, "a man beside a man")
+    assert [word.label for word in words] == ["a", "man", "beside", "a (2)", "man (2)"]
+    assert chosen(words, "man") == ("man", None)
+    assert chosen(words, "man (2)") == ("man", [5])
+    assert chosen(words, " red hat ") == ("red hat", None)
+
+
+def test_a_prompt_that_is_too_long_offers_nothing(session: Held) -> None:
+    assert words_of(session.tokenizer, "man " * 90) == []
+
+
+def test_the_order_has_what_stands_on_the_page(session: Held) -> None:
+    order = form(filled(2, "man"), filled(4, "hat")).order(session.tokenizer)
+    assert order.record_regions
+    assert (order.steps, order.alpha, order.seed) == (3, 0.4, 1)
+    assert [use.word for use in order.concepts] == ["man", "hat"]
+    assert order.concepts[0].weight == 2.5
+    assert order.concepts[0].references[0].prompt == "a man"  # type: ignore[index]
+
+
+def test_a_concept_that_nobody_began_is_none_and_messages_keep_the_pages_numbers(session: Held) -> None:
+    empty = FormConcept(Photograph(1), "", 3.0, "")
+    both = form(empty, filled(3, "man"))
+    assert len(both.order(session.tokenizer).concepts) == 1
+    assert both.place("concepts[0].references[0].mask") == "Concept 3, mask"
+    assert both.place("concepts[0].references[0].image") == "Concept 3, photograph"
+    assert both.place("concepts[0].word") == "Concept 3, word"
+    assert both.place("negative_prompt") == "Negative prompt"
+    assert both.place(None) == ""
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", -1), ("seed", None), ("steps", 2.5), ("alpha", 2.0)])
+def test_a_field_out_of_range_is_named(session: Held, name: str, value: object) -> None:
+    with pytest.raises(OptionError, match=rf"^{name}: "):
+        Form("a man", (), {**SETTINGS, name: value}).order(session.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[1]", "nonsense", '[{"slot": 1}]', '[{"slot": 1, "image": 2, "mask": null, "name": ""}]', "[[]]"]
+)
+def test_what_the_script_does_not_send_is_refused(text: str) -> None:
+    if text == "{}":
+        assert photographs(text) == []
+        return
+    with pytest.raises(OptionError, match="Load it again"):
+        photographs(text)
+
+
+def test_what_the_script_could_not_send_is_said() -> None:
+    with pytest.raises(OptionError, match="too many"):
+        photographs(json.dumps({"problem": "too many bytes"}))
+
+
+def test_files_have_names_of_their_own_that_a_shell_takes() -> None:
+    named = [filled(1, "man", "my man's photo.JPG"), filled(2, "hat", "my man's photo.png"), filled(3, "a", "")]
+    assert form(*named).files() == [
+        ("my-man-s-photo.jpg", "my-man-s-photo-mask.png"),
+        ("my-man-s-photo-2.png", "my-man-s-photo-2-mask.png"),
+        ("photograph-3.png", "photograph-3-mask.png"),
+    ]
+
+
+def test_the_examples_are_whole_and_those_of_the_demo(session: Held) -> None:
+    for example in EXAMPLES:
+        labels = [word.label for word in words_of(session.tokenizer, example.prompt)]
+        assert all(one.word in labels for one in example.concepts)
+        assert [one.slot for one in photographs(example_bridged(example))] == list(range(1, len(example.concepts) + 1))
+        assert thumbnail(example).startswith("data:image/jpeg;base64,")
+    here = Path(magicface_rt.__file__).parent / "ui" / "pictures"
+    for name in ("woman", "hat"):
+        assert (here / f"{name}.jpg").read_bytes() == (DEMO / "image" / f"{name}.jpg").read_bytes()
+        assert (here / f"{name}-mask.png").read_bytes() == (DEMO / "mask" / f"{name}.png").read_bytes()
+
+
+def test_regions_have_the_colours_of_the_sdks_overlays() -> None:
+    picture = Image.new("RGB", (384, 384))
+    for k, colour in enumerate(COLOURS, 1):
+        drawn = region_overlay(picture, np.full((4, 4), k), [str(n) for n in range(len(COLOURS))]).getpixel((50, 50))
+        assert drawn == tuple(round(0.45 * int(part, 16)) for part in re.findall("..", colour[1:]))
+
+
+def test_bridged_photographs_are_read_back() -> None:
+    image, mask = png(photograph(1)), png(disc())
+    (one,) = photographs(bridged((2, image, mask)))
+    assert (one.slot, one.name) == (2, "p 2.png")
+    assert one.image
+    assert one.mask

@@ -1,0 +1,334 @@
+"""The page over HTTP, without a browser: what it answers, what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from paging import Held, Served, Tab, bomb, bridged, disc, photograph, png, served, until
+from PIL import Image
+
+from magicface_rt import Concept, Reference
+from magicface_rt.serve import ServeSettings
+from magicface_rt.serve.auth import Tokens
+from magicface_rt.serve.server import CLOSE_SECONDS
+
+PROMPT = "a man with a hat"
+MAN, MASK, BLACK = png(photograph(1)), png(disc()), png(Image.new("L", (96, 96)))
+TOKEN = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def server(session: Held) -> Iterator[Served]:
+    with served(session) as started:
+        yield started
+
+
+@pytest.fixture
+def tab(server: Served) -> Iterator[Tab]:
+    with server.http() as http:
+        yield Tab(http)
+
+
+def picture_of(html: str) -> bytes:
+    found = re.search(r'src="data:image/png;base64,([^"]+)"', html)
+    assert found is not None, html[:300]
+    return base64.b64decode(found.group(1))
+
+
+def generated(tab: Tab, photographs: str, **fields: object) -> list[str]:
+    given = {"Prompt": PROMPT, "Word of the prompt that it stands for": "man", "Steps": 2, "Seed": 3, **fields}
+    return tab.generate(photographs, **given)
+
+
+def test_the_picture_is_the_sessions_and_every_step_has_its_regions(tab: Tab, session: Held) -> None:
+    status, result, timings, *_ = generated(tab, bridged((1, MAN, MASK)), Weight=2.5)
+    man = Concept("man", Reference(photograph(1), mask=disc()), weight=2.5)
+    expected = session.generate(PROMPT, [man], steps=2, seed=3, record_regions=True)
+    assert "Done in" in status
+    assert picture_of(result) == png(expected.images[0])
+    shown = json.loads(re.search(r'data-regions="([^"]+)"', result).group(1).replace("&quot;", '"'))  # type: ignore[union-attr]
+    labels = np.frombuffer(base64.b64decode(shown["labels"]), np.uint8)
+    assert expected.regions_per_step is not None
+    np.testing.assert_array_equal(labels, expected.regions_per_step[:, 0].ravel())
+    assert shown["stages"] == ["RSA", "RBA"]
+    assert shown["names"] == ["man"]
+    assert "U-Net over the picture" in timings
+
+
+def test_no_concept_is_plain_stable_diffusion(tab: Tab, session: Held) -> None:
+    _, result, *_ = tab.generate(bridged(), Prompt="a house", Steps=2)
+    assert picture_of(result) == png(session.generate("a house", steps=2).images[0])
+    assert "data-regions" not in result
+
+
+@pytest.mark.parametrize(
+    ("photographs", "fields", "said"),
+    [
+        pytest.param(bridged((1, MAN, png(disc((64, 96))))), {}, r"mask.* is 64 x 96, its image 96 x 96", id="size"),
+        pytest.param(
+            bridged((1, MAN, MASK)),
+            {"Word of the prompt that it stands for": "cat"},
+            r"Concept 1, word:</strong> concept &#x27;cat&#x27;: the word &#x27;cat&#x27; is not in the prompt",
+            id="word",
+        ),
+        pytest.param(
+            bridged((1, MAN, BLACK)),
+            {},
+            r"Concept 1, mask:.*the mask is empty",
+            id="empty",
+        ),
+        pytest.param(bridged((1, b"", None)), {}, r"Concept 1, photograph:.*the image is empty", id="none"),
+        pytest.param(bridged((1, b"hello", None)), {}, r"photograph:.*cannot be read", id="damaged"),
+        pytest.param(
+            bridged((1, MAN, MASK)), {"Word of the prompt that it stands for": None}, "word is missing", id="no-word"
+        ),
+        pytest.param(bridged(), {"Prompt": "man " * 100}, "Prompt:.*at most 75 fit", id="prompt"),
+        pytest.param(bridged(), {"Seed": -1}, "seed: ", id="seed"),
+        pytest.param('{"problem": "<b>too large</b>"}', {}, "&lt;b&gt;too large", id="script"),
+    ],
+)
+def test_what_cannot_be_used_stands_on_the_page_which_goes_on(
+    tab: Tab, photographs: str, fields: dict[str, object], said: str
+) -> None:
+    status, *_ = generated(tab, photographs, **fields)
+    assert 'role="alert"' in status
+    assert re.search(said, status), status
+    status, *_ = generated(tab, bridged((1, MAN, MASK)))
+    assert "Done in" in status
+
+
+def test_a_bomb_is_refused_by_its_header(tab: Tab) -> None:
+    status, *_ = generated(tab, bridged((1, bomb(), None)))
+    assert "the image has more than the 16,000,000 pixels that are taken" in status
+
+
+def test_tabs_do_not_see_each_others_pictures(server: Served, tab: Tab, session: Held) -> None:
+    with server.http() as http:
+        other = Tab(http)
+        session.free.clear()
+        tab.send("generate", tab.values("generate", bridge=bridged(), Prompt="a house", Steps=2, Seed=1))
+        other.send("generate", other.values("generate", bridge=bridged(), Prompt="a tree", Steps=2, Seed=2))
+        session.free.set()
+        results = [
+            next(m for m in one.news() if m["msg"] == "process_completed")["output"]["data"][1] for one in (tab, other)
+        ]
+    expected = [session.generate(p, steps=2, seed=s).images[0] for p, s in (("a house", 1), ("a tree", 2))]
+    assert [picture_of(result) for result in results] == [png(image) for image in expected]
+
+
+def test_cancel_stops_at_the_next_step(server: Served, tab: Tab, session: Held) -> None:
+    session.free.clear()
+    before = session.steps
+    tab.send("generate", tab.values("generate", bridge=bridged(), Prompt="a house", Steps=50))
+    until(lambda: session.steps > before, "no step was reached")
+    tab.send("cancel", [])
+    messages = []
+    for message in tab.news():
+        messages.append(message)
+        if message["msg"] == "process_completed" and "Cancelled" in str(message):
+            session.free.set()
+    assert any("Cancelled" in str(message) for message in messages)
+    until(lambda: server.service.engine.running == 0, "it goes on")
+    assert session.steps == before + 1
+    status, *_ = generated(tab, bridged())
+    assert "Done in" in status
+
+
+def test_a_closed_tab_stops_its_request_and_is_forgotten(server: Served, tab: Tab, session: Held) -> None:
+    session.free.clear()
+    before = session.steps
+    with server.http() as http, http.stream("GET", f"/ui/gradio_api/heartbeat/{tab.hash}") as heartbeat:
+        lines = heartbeat.iter_lines()  # let go of, it closes the connection
+        assert "ALIVE" in next(lines)
+        tab.send("generate", tab.values("generate", bridge=bridged(), Prompt="a house", Steps=50))
+        until(lambda: session.steps > before, "no step was reached")
+        assert tab.hash in server.page.page.state_holder.session_data
+    until(lambda: tab.hash not in server.page.page.state_holder.session_data, "it is remembered")
+    session.free.set()
+    until(lambda: server.service.engine.running == 0, "it goes on")
+    assert session.steps <= before + 2
+
+
+def test_requests_of_the_page_stand_in_the_services_queue(session: Held) -> None:
+    with served(session, settings=ServeSettings(default_steps=2, queue=1, batch=1)) as small, small.http() as http:
+        tabs = [Tab(http) for _ in range(3)]
+        engine = small.service.engine
+        session.free.clear()
+        for number, tab in enumerate(tabs[:2]):
+            tab.send("generate", tab.values("generate", bridge=bridged(), Prompt="a house"))
+            until(lambda n=number: engine.running + engine.waiting == n + 1, "it was not queued")  # type: ignore[misc]
+        status, *_ = tabs[2].generate(bridged(), Prompt="a house")
+        assert "1 requests wait, which is the limit" in status
+        session.free.set()
+
+
+def test_the_page_loads_nothing_from_elsewhere(server: Served) -> None:
+    with server.http() as http:
+        html = http.get("/ui/").raise_for_status()
+        assets = [http.get(f"/ui/{name}").raise_for_status().text for name in ("page.js", "page.css", "theme.css")]
+    found = {url for text in (html.text, *assets) for url in re.findall(r"https?://[^\s\"'\\<)]+", text)}
+    names = ("http://www.w3.org/",)  # of XML; nothing is loaded from there
+    assert {url for url in found if not url.startswith((server.url, *names))} == set()
+    assert 'rel="manifest"' not in html.text
+    policy = html.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "http:" not in policy
+    assert "https:" not in policy
+
+
+def test_gradios_history_analytics_and_links_are_off(tab: Tab) -> None:
+    assert tab.config["run_history"] is False
+    assert tab.config["analytics_enabled"] is False
+    assert tab.config["footer_links"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "gradio_api/upload"),
+        ("GET", "gradio_api/file=/etc/passwd"),
+        ("GET", "gradio_api/proxy=https://example.org"),
+        ("POST", "gradio_api/run/generate"),
+        ("POST", "gradio_api/call/generate"),
+        ("POST", "gradio_api/component_server"),
+        ("GET", "gradio_api/runs"),
+        ("POST", "login"),
+        ("GET", "monitoring"),
+        ("GET", "assets/../../routes.py"),
+        ("GET", "gradio_api/deep_link"),
+    ],
+)
+def test_what_the_page_does_not_need_is_not_there(server: Served, method: str, path: str) -> None:
+    with server.http() as http:
+        answer = http.request(method, f"/ui/{path}")
+    assert answer.status_code in (403, 404), (path, answer.status_code)
+
+
+def test_another_sites_page_cannot_send_events(server: Served) -> None:
+    with server.http() as http:
+        for headers, status in (
+            ({"Origin": "https://elsewhere.example"}, 403),
+            ({"Origin": "null"}, 403),
+            ({"Origin": server.url}, 400),
+            ({"Origin": server.url, "Sec-Fetch-Site": "cross-site"}, 403),
+            ({"Origin": "https://the-proxys.example", "Sec-Fetch-Site": "same-origin"}, 400),
+        ):
+            answer = http.post("/ui/gradio_api/queue/join", json={"data": [], "fn_index": 0}, headers=headers)
+            assert answer.status_code == status, (headers, answer.text)
+
+
+def test_bodies_have_the_services_limit(session: Held) -> None:
+    with served(session, settings=ServeSettings(body_bytes=50_000)) as small, small.http() as http:
+        tab = Tab(http)
+        values = tab.values("generate", bridge="x" * 60_000)
+        with pytest.raises(httpx.HTTPStatusError, match="413"):
+            tab.send("generate", values)
+        assert 'data-most-bytes=\\"50000\\"' in json.dumps(tab.config)
+
+
+def test_with_tokens_the_page_asks_for_one(session: Held) -> None:
+    with served(session, tokens=Tokens([TOKEN])) as guarded, guarded.http() as http:
+        for path in ("/ui", "/ui/", "/ui/config", "/ui/page.js", "/ui/assets/x", "/ui/gradio_api/queue/data"):
+            refused = http.get(path)
+            assert refused.status_code == 401, path
+            assert refused.headers["www-authenticate"].startswith("Basic ")
+        assert http.get("/ui/", auth=("me", "wrong-token-012345")).status_code == 401
+        assert http.get("/ui/", headers={"Authorization": "Basic nonsense"}).status_code == 401
+        assert http.get("/v1/bundle", auth=("me", TOKEN)).status_code == 401, "the password is for the page only"
+        assert http.get("/v1/bundle").headers["www-authenticate"] == "Bearer"
+        http.auth = httpx.BasicAuth("me", TOKEN)
+        owners: list[str] = []
+        real = guarded.service.generate
+
+        async def noted(order: object, *, owner: str, listener: object = None) -> object:
+            owners.append(owner)
+            return await real(order, owner=owner, listener=listener)  # type: ignore[arg-type]
+
+        guarded.service.generate = noted  # type: ignore[assignment, method-assign]
+        status, _, _, _, curl = generated(Tab(http), bridged())
+        assert "Done in" in status
+        assert "Authorization: Bearer $TOKEN" in curl
+        assert TOKEN not in curl
+    assert owners == [Tokens([TOKEN]).owner(f"Bearer {TOKEN}", "")]
+
+
+def test_the_calls_that_are_shown_make_the_same_picture(
+    server: Served, tab: Tab, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = 'a man with `a` $hat\'s \\ "thing"'
+    photographs = bridged((1, MAN, MASK))
+    _, result, _, python, curl = generated(tab, photographs, Prompt=prompt, Weight=2.25, Alpha=0.5)
+    expected = picture_of(result)
+    (tmp_path / "p-1.png").write_bytes(MAN)
+    (tmp_path / "p-1-mask.png").write_bytes(MASK)
+    (tmp_path / tiny_bundle.name).symlink_to(tiny_bundle)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(python, "the page's Python", "exec"), {})
+    assert (tmp_path / "out.png").read_bytes() == expected
+    (tmp_path / "out.png").unlink()
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl here")
+    ran = subprocess.run(
+        ["sh", "-eu"],
+        input=curl,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        env={"PATH": "/usr/bin:/bin", "no_proxy": "*"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "out.png").read_bytes() == expected
+
+
+class _Writes:
+    """Notes the files that this process opens to write while it is on. A hook cannot be taken away again."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.paths: list[str] = []
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.on and event == "open" and isinstance(arguments[0], (str, bytes)):
+            mode, flags = arguments[1], arguments[2]
+            if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & 3):
+                self.paths.append(str(arguments[0]))
+
+
+def test_no_file_is_written(server: Served, tab: Tab) -> None:
+    generated(tab, bridged((1, MAN, MASK)))  # whatever is loaded late is loaded now
+    writes = _Writes()
+    writes.on = True
+    try:
+        status, *_ = generated(tab, bridged((1, MAN, MASK)))
+    finally:
+        writes.on = False
+    assert "Done in" in status
+    assert writes.paths == []
+
+
+def test_the_photographs_are_let_go_of_when_the_picture_is_made(server: Served, tab: Tab) -> None:
+    generated(tab, bridged((1, MAN, MASK)))
+    state = server.page.page.state_holder.session_data[tab.hash]
+    held = json.dumps(list(state.config_values.values()), default=str)
+    assert base64.b64encode(MAN).decode() not in held
+
+
+def test_an_open_tab_does_not_keep_the_server(session: Held) -> None:
+    path = "/ui/gradio_api/heartbeat/abc"
+    with served(session) as ending, ending.http() as http, http.stream("GET", path) as heartbeat:
+        lines = heartbeat.iter_lines()  # let go of, it closes the connection
+        assert "ALIVE" in next(lines)
+        ending.server.stop()
+        ending.thread.join(CLOSE_SECONDS / 2)
+        assert not ending.thread.is_alive(), "it waits for the tab"
