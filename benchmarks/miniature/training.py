@@ -256,7 +256,8 @@ class DenoiserStage(Stage):
         snr = alpha / (1 - alpha)
         errors = (eps - noise).square() * (snr.clamp(max=plan.snr) / snr)
         positions[:, 1:] = positions[:, 1:].masked_fill(empty[:, None], -1)
-        shares = inside(self.recorder.take(), positions, pictures.labels)
+        layers = self.recorder.take()
+        shares = inside([m for layer in layers for m in (layer.words, layer.spread)], positions, pictures.labels)
         loss = errors.mean()
         if plan.grounding:
             loss = loss + plan.grounding * grounding_loss(shares, alpha.flatten().sqrt())
@@ -294,4 +295,4 @@ class DenoiserStage(Stage):
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         noised = self.alphas[t].sqrt() * clean + (1 - self.alphas[t]).sqrt() * noise
         self.unet(noised, torch.tensor(t, device=self.device), self.text_encoder(ids.to(self.device)).last_hidden_state)
-        return label_map(self.recorder.take(), positions, self.size.side // 2), positions
+        return label_map([layer.spread for layer in self.recorder.take()], positions, self.size.side // 2), positions

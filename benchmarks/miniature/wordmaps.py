@@ -1,12 +1,14 @@
-"""Where words look: cross-attention maps of the coarse layers, and how well a word's map covers the part that it names.
+"""Where words look: attention maps of the coarse layers, and how well a word's map covers the part that it names.
 
-The method's segmentation reads exactly these layers (grids of S/2, S/4, S/8), so this is what has to be right before
-the method can be judged.
+The method's segmentation reads exactly these layers (grids of S/2, S/4, S/8), and of them the words' maps carried along
+the self-attention. So both have to be right before the method can be judged: a word that looks at its part, and places
+that look at their own part. Where self-attention is uniform, whatever is carried along it is the same everywhere.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,43 +20,65 @@ from .vocabulary import Vocabulary
 from .world import PARTS, Pictures
 
 
-class Recorder:
-    """Cross-attentions of at most `tokens` pixels, computed in the open; `maps` holds the last pass's [rows,n,77],
-    averaged over heads.
+@dataclass(frozen=True)
+class Layer:
+    """One layer's maps, averaged over heads: words [rows,n,77] of its cross-attention, places [rows,n,n] of the
+    self-attention before it.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
-        self.maps: list[Tensor] = []
-        self._tokens = tokens
-        default = unet.attn_processors
-        unet.set_attn_processor(
-            {name: _Recording(self, plain) if ".attn2." in name else plain for name, plain in default.items()}
-        )
+    words: Tensor
+    places: Tensor
 
-    def take(self) -> list[Tensor]:
-        """The maps of the pass just made, and an empty list for the next."""
-        maps, self.maps = self.maps, []
-        return maps
+    @property
+    def spread(self) -> Tensor:
+        """[rows,n,77]: the words' maps carried along the self-attention, (S C + 3 S S C) / 4, which is what the
+        method's segmentation reads (docs/design.md, "The algorithm").
+        """
+        once = self.places @ self.words
+        return (once + 3 * (self.places @ once)) / 4
+
+
+class Recorder:
+    """The attentions of layers of at most `tokens` pixels, computed in the open."""
+
+    def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
+        self._layers: list[Layer] = []
+        self._places: Tensor | None = None
+        self._tokens = tokens
+        unet.set_attn_processor({name: _Recording(self, plain) for name, plain in unet.attn_processors.items()})
+
+    def saw(self, probabilities: Tensor, cross: bool) -> None:
+        """Called by each layer in turn: a block's self-attention, then its cross-attention."""
+        if not cross:
+            self._places = probabilities
+            return
+        assert self._places is not None
+        self._layers.append(Layer(probabilities, self._places))
+        self._places = None
+
+    def take(self) -> list[Layer]:
+        """The layers of the pass just made, and an empty list for the next."""
+        layers, self._layers = self._layers, []
+        return layers
 
 
 class _Recording:
     def __init__(self, recorder: Recorder, plain: object) -> None:
         self._recorder, self._plain = recorder, plain
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **rest: object) -> Tensor:
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: object
+    ) -> Tensor:
         if hidden_states.shape[1] > self._recorder._tokens:
             return self._plain(attn, hidden_states, encoder_hidden_states, **rest)  # type: ignore[operator,no-any-return]
+        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [rows,heads,tokens,width]
 
-        q, k, v = (
-            heads(attn.to_q(hidden_states)),
-            heads(attn.to_k(encoder_hidden_states)),
-            heads(attn.to_v(encoder_hidden_states)),
-        )
+        q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(seen)), heads(attn.to_v(seen))
         probabilities = ((q * attn.scale) @ k.transpose(-1, -2)).float().softmax(-1)
-        self._recorder.maps.append(probabilities.mean(1))
+        self._recorder.saw(probabilities.mean(1), encoder_hidden_states is not None)
         out = (probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
 
@@ -102,8 +126,8 @@ def label_map(maps: list[Tensor], positions: Tensor, side: int) -> Tensor:
     """int64 [rows,side,side]: the part whose word scores highest among all 77 tokens, -1 where a token that names no
     part does.
 
-    A token's score is its map over its own spatial mean, averaged over the layers, as in the method, without the
-    self-attention's smoothing.
+    A token's score is its map over its own spatial mean, averaged over the layers, as in the method, without its
+    smoothing kernel.
     """
     score: Tensor | float = 0.0
     for probabilities in maps:

@@ -153,6 +153,39 @@ def test_word_positions_point_at_the_words_that_name_the_parts(pictures: world.P
                 assert positions[row, column] == 0
 
 
+def test_maps_are_carried_along_the_self_attention_as_the_method_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randn(2, 16, 77, generator=generator).softmax(-1)
+    places = torch.randn(2, 16, 16, generator=generator).softmax(-1)
+    method = (places + places @ places + places @ places + places @ places) / 4 @ words
+    torch.testing.assert_close(wordmaps.Layer(words, places).spread, method)
+    torch.testing.assert_close(wordmaps.Layer(words, torch.eye(16).expand(2, -1, -1)).spread, words)
+    alike = wordmaps.Layer(words, torch.full((2, 16, 16), 1 / 16)).spread
+    torch.testing.assert_close(alike, words.mean(1, keepdim=True).expand_as(words))
+
+
+def test_the_recorder_has_each_coarse_layer_and_changes_no_prediction() -> None:
+    torch.manual_seed(0)
+    size = architecture.SIZES["test"]
+    unet = architecture.build_unet(size)
+    inputs = torch.randn(2, 4, size.side, size.side), torch.tensor(5), torch.randn(2, 77, size.text_width)
+    with torch.no_grad():
+        plain = unet(*inputs).sample
+        recorder = wordmaps.Recorder(unet, (size.side // 2) ** 2)
+        torch.testing.assert_close(unet(*inputs).sample, plain, rtol=1e-4, atol=1e-5)
+    layers = recorder.take()
+    assert recorder.take() == []
+    # 5 on the grids of S/2, 5 of S/4, 1 of S/8: those that the method segments by
+    sides = [layer.words.shape[1] for layer in layers]
+    assert sorted(sides) == sorted([(size.side // 2) ** 2] * 5 + [(size.side // 4) ** 2] * 5 + [(size.side // 8) ** 2])
+    for layer in layers:
+        n = layer.words.shape[1]
+        assert layer.words.shape == (2, n, 77)
+        assert layer.places.shape == (2, n, n)
+        torch.testing.assert_close(layer.words.sum(2), torch.ones(2, n))
+        torch.testing.assert_close(layer.places.sum(2), torch.ones(2, n))
+
+
 def test_maps_that_are_the_truth_lie_inside_and_overlap_fully(pictures: world.Pictures) -> None:
     words = vocabulary.Vocabulary()
     positions = wordmaps.word_positions(pictures, words.encode(pictures.captions), words)
