@@ -53,7 +53,7 @@ class Service:
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
         """Raises BackendError where it has ended, or does not get ready."""
         end = monotonic() + seconds
-        while not any(line.strip().endswith("ready") for line in self._said):
+        while not any(line.strip() == "ready" for line in self._said):
             if self._process.poll() is not None or monotonic() > end:
                 self._reader.join(1)
                 raise BackendError("the service did not get ready; it said: " + "".join(self._said[-8:]).strip())

@@ -118,27 +118,27 @@ def _check_before_hours(out: Path, bundles: list[Path], checkpoint: Path | None)
     """What would otherwise be noticed when the first case has been measured.
 
     Raises:
-        OutputError: nothing can be written there.
+        BundleError: a folder is no bundle.
         InputError: the checkpoint is not what a bundle was made from.
+        OutputError: nothing can be written there.
     """
+    opened = [Bundle.open(path, check_hashes=False) for path in bundles]
+    if checkpoint is not None:
+        from magicface_rt.export.checkpoint import Checkpoint
+
+        found = Checkpoint.open(checkpoint).content_hash()
+        for bundle in opened:
+            if bundle.checkpoint_hash != found:
+                raise InputError(
+                    f"bundle {bundle.path} was exported from a checkpoint with hash {bundle.checkpoint_hash[:16]}..., "
+                    f"and {checkpoint} has {found[:16]}...: their pictures differ. Name the one that it was made from."
+                )
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise OutputError(f"nothing can be written into {out}: {error}. Name another folder with --out.") from error
-    if checkpoint is None:
-        return
-    from magicface_rt.export.checkpoint import Checkpoint
-
-    found = Checkpoint.open(checkpoint).content_hash()
-    for path in bundles:
-        expected = Bundle.open(path, check_hashes=False).checkpoint_hash
-        if expected != found:
-            raise InputError(
-                f"bundle {path} was exported from a checkpoint with hash {expected[:16]}..., and {checkpoint} has "
-                f"{found[:16]}...: their pictures differ. Name the checkpoint that the bundle was made from."
-            )
 
 
 def benchmark_module(name: str) -> Any:

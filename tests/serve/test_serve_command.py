@@ -42,7 +42,8 @@ class Process:
         self.said: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.wait_for("ready")
+        self.wait_for("listening on ")
+        self.wait_for("ready\n")
         self.url = next(line for line in self.said if "listening on" in line).rpartition(" ")[2].strip()
 
     def _read(self) -> None:

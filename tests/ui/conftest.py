@@ -22,5 +22,6 @@ def session(tiny_bundle: Path) -> Iterator[Held]:
 @pytest.fixture(autouse=True)
 def _free(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if "session" in request.fixturenames:
-        request.getfixturevalue("session").free.set()
+    found = request.getfixturevalue("session") if "session" in request.fixturenames else None
+    if isinstance(found, Held):
+        found.free.set()
