@@ -42,8 +42,13 @@ class Process:
         self.said: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.wait_for("listening on ")
-        self.wait_for("ready\n")
+        try:
+            self.wait_for("listening on ")
+            self.wait_for("ready\n")
+        except BaseException:  # on Ray it has processes of its own, which it ends when it is asked to
+            self.process.terminate()
+            self.process.wait(60)
+            raise
         self.url = next(line for line in self.said if "listening on" in line).rpartition(" ")[2].strip()
 
     def _read(self) -> None:
