@@ -19,7 +19,7 @@ MAY_DIFFER = ("bundles", "checkpoint", "concepts", "mask_shares", "images", "ste
 
 
 class Earlier:
-    """The cases of a report. `missing` tells those that it lacks.
+    """The cases of a report, without those in which a contender failed: they are measured anew.
 
     Raises InputError: the file is no report, or was measured on another machine, with other packages or settings, so
     that its figures could not stand beside new ones.
@@ -39,13 +39,21 @@ class Earlier:
         for name, value in settings.to_json().items():
             if name not in MAY_DIFFER:
                 _same(file, f"settings.{name}", content["settings"].get(name), value)
-        self.cases: tuple[Mapping[str, Any], ...] = tuple(content["cases"])
+        self.cases: tuple[Mapping[str, Any], ...] = tuple(filter(_whole, content["cases"]))
         self.peaks: Mapping[str, Any] = content["peaks"]
 
     def has(self, bundle: str, case: Case) -> bool:
         """Whether a case of the bundle in that folder was measured."""
         wanted = (bundle, case.concepts, case.mask_share, case.images, case.steps)
-        return any((c["bundle"], c["concepts"], c["mask_share"], c["images"], c["steps"]) == wanted for c in self.cases)
+        return any(_identity(case) == wanted for case in self.cases)
+
+
+def _identity(case: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(case[name] for name in ("bundle", "concepts", "mask_share", "images", "steps"))
+
+
+def _whole(case: Mapping[str, Any]) -> bool:
+    return all(outcome["status"] != "failed" for outcome in case["outcomes"])
 
 
 def _same(file: Path, name: str, found: Any, expected: Any) -> None:

@@ -28,6 +28,7 @@ from benchmarks.counting import graph_cost, rows_of_theory
 from benchmarks.judging import END_TO_END, NEAR_TIE, Verdicts
 from benchmarks.machine import DevicePeak
 from benchmarks.ours import Ours, prepare
+from benchmarks.outcomes import Entrant
 from benchmarks.settings import Case, Contender, Settings
 from benchmarks.workload import Workload, mask_of_share, sizes_of
 from magicface_rt import Bundle
@@ -318,6 +319,10 @@ def test_a_run_that_is_cut_short_leaves_the_cases_before(
     assert [case["concepts"] for case in content["cases"]] == [1]
 
 
+def outcome_that_failed(outcome: dict[str, Any]) -> dict[str, Any]:
+    return {**outcome, "status": "failed", "reason": "its process ended with exit code -9"}
+
+
 def test_a_run_goes_on_with_a_report(report: dict[str, Any], tiny_bundle: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -334,6 +339,13 @@ def test_a_run_goes_on_with_a_report(report: dict[str, Any], tiny_bundle: Path, 
     assert [case["concepts"] for case in content["cases"]] == [1, 0]
     assert content["cases"][1]["outcomes"][0]["status"] == "measured"
     assert f"measured in a run that began {old['started']}" in (out / "bench.md").read_text()
+    # A case with a contender that failed, for lack of memory perhaps, is measured anew.
+    content["cases"][0]["outcomes"] = [outcome_that_failed(content["cases"][0]["outcomes"][0])]
+    (out / "bench.json").write_text(json.dumps(content))
+    assert main([*arguments, "--threads", "1"]) == 0
+    content = json.loads((out / "bench.json").read_text())
+    assert sorted(case["concepts"] for case in content["cases"]) == [0, 1]
+    assert {case["outcomes"][0]["status"] for case in content["cases"]} == {"measured"}
     (out / "bench.json").write_text("{}")
     assert main([*arguments, "--threads", "1"]) == 2
 
@@ -468,6 +480,48 @@ def test_device_memory_is_what_the_driver_says_of_this_process(tmp_path: Path, m
     on_host = DevicePeak(on_device=False)
     on_host.look()
     assert on_host.bytes is None
+
+
+@pytest.mark.parametrize(("free", "together"), [(30, True), (23, False)])
+def test_ours_is_beside_a_contender_with_much_memory_only_where_both_fit(
+    free: int, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gigabyte, running, seen = 1 << 30, [], []
+
+    class Process:
+        def __init__(self, task: Any) -> None:
+            self.name = task
+            running.append(task)
+
+        def call(self, what: str, *arguments: Any) -> dict[str, Any]:
+            if what == "state":
+                return {"host": 20 * gigabyte}
+            seen.append((self.name, tuple(running)))
+            return {arguments[0]: 1.0}
+
+        def close(self) -> None:
+            running.remove(self.name)
+
+    def entrant(name: str) -> Any:
+        found = Entrant(Contender(name), name, alone=name == "authors")
+        found.state = {"host": 5 * gigabyte}
+        return found
+
+    theirs, ours = entrant("authors"), entrant("kept")
+    monkeypatch.setattr(bench, "Worker", Process)
+    monkeypatch.setattr(bench, "memory", lambda: (15 * gigabyte, None))  # while the other one idles
+    one = object.__new__(bench._Bench)
+    one.settings, one.say = Settings(bundles=("b",), kinds=("kept",), alone_rounds=2, request_rounds=0), lambda _: None
+    theirs.worker = Process("authors")
+    one._alone(theirs, [ours], free * gigabyte)
+    assert {len(processes) for name, processes in seen if name == "authors"} == {2 if together else 1}
+    assert {name: len(values) for name, values in ours_beside(theirs).items()} == {"rsa": 2, "rba": 2}
+    assert running == ["authors"]
+
+
+def ours_beside(theirs: Any) -> dict[str, list[float]]:
+    (samples,) = theirs.beside.values()
+    return dict(samples)
 
 
 @pytest.mark.slow
