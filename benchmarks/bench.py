@@ -17,7 +17,7 @@ from magicface_rt import Bundle
 
 from .contender import Task
 from .counting import rows_of_theory
-from .judging import Verdicts, judge
+from .judging import SAME_REQUEST, SAME_REQUEST_IN_16_BITS, Verdicts, judge, relative_error
 from .machine import Busy, describe, memory
 from .outcomes import Entrant, outcome_of, ratios_of
 from .peaks import peaks_of
@@ -59,7 +59,7 @@ def run(
         return Report(now, peaks, settings.to_json(), tuple(cases), () if earlier is None else earlier.cases)
 
     for path, bundle in bundles:
-        for case in settings.cases():
+        for case in settings.cases_of(path):
             if earlier is not None and earlier.has(str(bundle.path), case):
                 continue
             say(f"{bundle.width} x {bundle.height}, {bundle.dtype}: {case}")
@@ -89,6 +89,7 @@ class _Bench:
     def __init__(self, settings: Settings, path: str, bundle: Bundle, case: Case, folder: str, say: Say) -> None:
         self.settings, self.bundle, self.case, self.say = settings, bundle, case, say
         self.workload = Workload.of(bundle, case, settings.seed)
+        self._first_request: Entrant | None = None
         self.entrants = [
             Entrant(contender, Task(contender, path, case, settings, folder), contender.kind in settings.alone)
             for contender in settings.contenders(case)
@@ -140,24 +141,24 @@ class _Bench:
 
     def _prepare(self) -> None:
         """Keys and values for "kept", by the first backend that has it: they are the same for all."""
-        kept = next((e for e in self.entrants if e.contender.kind == "kept"), None)
-        if kept is None or not self.case.concepts:
-            return
-        self.say(f"  {kept.contender}: preparing its keys and values")
-        try:
-            with Worker(kept.task, PREPARE) as worker:
-                seconds = worker.call("prepare")
-        except ContenderError as error:
-            for entrant in self.entrants:
-                if entrant.contender.kind == "kept":
-                    entrant.stop("failed", f"preparing: {error}")
+        forms = [e for e in self.entrants if e.contender.kind == "kept" and self.case.concepts]
+        seconds = None
+        for kept in forms:
+            self.say(f"  {kept.contender}: preparing its keys and values")
+            try:
+                with Worker(kept.task, PREPARE) as worker:
+                    seconds = worker.call("prepare")
+                break
+            except ContenderError as error:
+                kept.stop("failed", f"preparing: {error}")
+                self.say(f"  {kept.contender}: failed, {kept.reason}")
+        if seconds is None:
             return
         said = f"reference pass of one step for all references {seconds['reference_pass']:.3g} s"
         if "prepare" in seconds:
             said += f"; Session.prepare of all of them, {self.case.steps} steps, {seconds['prepare']:.3g} s"
-        for entrant in self.entrants:
-            if entrant.contender.kind == "kept":
-                entrant.notes += (f"made before, once: {said}",)
+        for entrant in forms:
+            entrant.notes += (f"made before, once: {said}",)
 
     def _start(self, entrant: Entrant, verdicts: Verdicts) -> None:
         """Load it, take its first request, and compare its run with the oracle's."""
@@ -171,8 +172,11 @@ class _Bench:
         try:
             entrant.worker = Worker(entrant.task)
             if self.settings.request_rounds:
+                entrant.worker.call("load")
+                entrant.ready = perf_counter() - entrant.worker.started
                 entrant.requests.append(entrant.worker.call("request"))
                 entrant.cold_start = perf_counter() - entrant.worker.started
+                entrant.latents = entrant.worker.call("latents")
             entrant.found = entrant.worker.call("run")
         except ContenderError as error:
             entrant.stop("failed", str(error))
@@ -183,6 +187,27 @@ class _Bench:
         if not entrant.parity.passed:
             entrant.stop("wrong picture", f"{said}, against {verdicts.oracle}")
         self.say(f"  {entrant.contender}: parity {'passed' if entrant.parity.passed else 'FAILED'}, {said}")
+        self._compare_requests(entrant)
+
+    def _compare_requests(self, entrant: Entrant) -> None:
+        """All were asked for the same pictures: those of a request against those of the first contender that made it.
+        Plain Stable Diffusion makes others."""
+        if entrant.latents is None or entrant.status != "measured" or entrant.contender.kind == "plain":
+            return
+        if self._first_request is None:
+            self._first_request = entrant
+            return
+        other, found = self._first_request, entrant.found
+        assert found is not None
+        assert other.found is not None
+        assert other.latents is not None
+        error = relative_error(entrant.latents, other.latents)
+        coarse = found.sixteen_bit or other.found.sixteen_bit
+        if not error <= (SAME_REQUEST_IN_16_BITS if coarse else SAME_REQUEST):
+            entrant.stop("wrong picture", f"a request's latents are {error:.1e} from those of {other.contender.title}")
+            self.say(f"  {entrant.contender}: {entrant.reason}")
+        else:
+            entrant.notes += (f"a request's latents are {error:.1e} from those of {other.contender.title}",)
 
     def _on_cpu(self, entrant: Entrant) -> bool:
         return entrant.contender.ours or self.settings.torch_device != "cuda"

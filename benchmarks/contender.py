@@ -49,10 +49,16 @@ class Run:
 
 
 class Runner(ABC):
-    """A contender, loaded. `notes`: what a reader of its figures should know; `on_device`: it computes on a GPU."""
+    """A contender. `notes`: what a reader of its figures should know; `on_device`: it computes on a GPU; `latents`
+    [B, 4, h, w]: of the last request."""
 
     notes: tuple[str, ...] = ()
     on_device: bool = False
+    latents: NDArray[np.float32] | None = None
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load all that a request needs, where that has not happened yet."""
 
     @abstractmethod
     def run(self) -> Run:

@@ -83,6 +83,16 @@ def graph_cost(bundle: Bundle, graph: str, sizes: Mapping[str, int]) -> Cost:
     return Cost(flops, moved)
 
 
+def graph_rows(bundle: Bundle, graph: str, sizes: Mapping[str, int]) -> int:
+    """Rows that one run of a U-Net's graph computes with these values for its symbols: those of its first convolution.
+    Needs the package `onnx`."""
+    import onnx
+
+    model = onnx.load(str(bundle.path / bundle.graph(graph).files["onnxruntime"]), load_external_data=False)
+    nodes, shapes, _ = _inferred(model, sizes)
+    return shapes[next(node for node, _ in nodes if node.op_type == "Conv").output[0]][0]
+
+
 def _inferred(model: Any, sizes: Mapping[str, int]) -> tuple[list[Any], dict[str, list[int]], dict[str, int]]:
     """Nodes, each with the call of a function that it stands for or None; shapes and bytes an element by tensor."""
     from onnx import TensorProto, helper, shape_inference

@@ -1,5 +1,4 @@
-"""Parity before speed: is a contender's run that of the oracle? The tolerances are those of docs/parity.md for a free
-run end to end, and for near-ties after drift."""
+"""Parity before speed: is a contender's run that of the oracle? docs/parity.md, "Benchmarks", has the tolerances."""
 
 from __future__ import annotations
 
@@ -20,6 +19,10 @@ NEAR_TIE = 1e-3
 """The oracle's margin under which a cell may."""
 LARGEST_FLIP = 0.02
 """Part of the cells that may where the oracle has no margins, and in 16 bits, which move them far."""
+SAME_REQUEST = 0.05
+"""Relative 2-norm between the latents of two contenders' whole requests: near-ties flip in many steps one after
+another. It is there for what is another request, not for arithmetic, which the compared run has judged."""
+SAME_REQUEST_IN_16_BITS = 0.5
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,13 @@ class Ours(Runner):
         if self.on_device and self.kept and self.with_references:
             self.notes += ("a single step uploads its keys and values; a Session holds them on the device",)
 
+    def load(self) -> None:
+        assert self.session is not None
+        for graph in ("text_encoder", "denoise_step", "vae_decoder"):
+            self.session.runner(graph)
+        for graph in ("vae_encoder", "reference_kv") if self.with_references and not self.kept else ():
+            self.session.runner(graph)
+
     def run(self) -> Run:
         latents, label = (
             self.workload.noise(),
@@ -82,7 +89,7 @@ class Ours(Runner):
             concepts = self.workload.concepts()
             self._prepared = _load_prepared(self.folder, concepts) if self.kept else list(concepts)
         result = self.session.generate(PROMPT, self._prepared, options=self.workload.options(self.settings.alpha))
-        timings = result.timings
+        self.latents, timings = result.latents, result.timings
         stages = self.workload.stages(self.settings.alpha)
         # The reference pass costs the same at every step, so its share is taken off each.
         apart = timings.reference_pass / len(timings.steps)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from magicface_rt import Bundle
 
 from .bootstrap import MIN_SAMPLES, figures, ratio_of_medians
@@ -29,6 +32,8 @@ class Entrant:
     reason: str = ""
     found: Run | None = None
     parity: Parity | None = None
+    latents: NDArray[np.float32] | None = None
+    ready: float = 0.0
     cold_start: float = 0.0
     steps: dict[str, list[float]] = field(default_factory=dict)
     # Of the SDK's forms that took turns with it after all others had ended, by name.
@@ -76,7 +81,7 @@ def _requests(entrant: Entrant) -> Requests | None:
         if name != "total" and any(one[name] for one in others):
             stages[name] = figures([one[name] for one in others])
     total = figures([one["total"] for one in others]) if others else None
-    return Requests(entrant.cold_start, first["total"], total, stages)
+    return Requests(entrant.ready, entrant.cold_start, first["total"], total, stages)
 
 
 def _counts(entrant: Entrant, bundle: Bundle, workload: Workload, alpha: float) -> Counts:

@@ -35,7 +35,7 @@ def draw(report: Json, folder: Path) -> list[Path]:
     """
     plt = pyplot()
     made: list[Path] = []
-    for plot in (latency, latency_by_mask, latency_by_batch, memory, stages, roofline):
+    for plot in (latency, latency_by_mask, latency_by_batch, latency_by_size, memory, stages, roofline):
         figure = plot(report)
         if figure is None:
             continue
@@ -59,6 +59,7 @@ class Axis:
 CONCEPTS = Axis("concepts", "concepts N, one reference each")
 MASK_SHARE = Axis("mask_share", "part of each reference inside its mask, %", 100.0)
 IMAGES = Axis("images", "images of a request, made together")
+SIZE = Axis("width", "width of the picture, pixels")
 
 
 def latency(report: Json) -> Any:
@@ -80,6 +81,11 @@ def latency_by_batch(report: Json) -> Any:
 
     label = "seconds for one RBA step, an image"
     return _against(report, IMAGES, for_each_image, label, whiskers=True, several=True)
+
+
+def latency_by_size(report: Json) -> Any:
+    """Seconds of an RBA step against the picture's width, where there are bundles of several."""
+    return _against(report, SIZE, _step_seconds, "seconds for one RBA step", whiskers=True, several=True)
 
 
 def memory(report: Json) -> Any:
@@ -156,7 +162,9 @@ def _against(
     axes.grid(True, which="major", linewidth=0.4, alpha=0.6)
     varies = axis is not CONCEPTS
     axes.set_title(
-        subject(report, cases[0], concepts=varies) + ("; whiskers: fastest to slowest" if whiskers else ""), fontsize=8
+        subject(report, cases[0], concepts=varies, size=axis is not SIZE)
+        + ("; whiskers: fastest to slowest" if whiskers else ""),
+        fontsize=8,
     )
     legend_below(figure, axes)
     return figure

@@ -59,6 +59,9 @@ class PyTorch(Runner):
         if self.kind == "compiled":
             self.notes += ("compiled code is not seen by the counter of operations",)
 
+    def load(self) -> None:
+        self._load_parts()
+
     # ----------------------------------------------------------------------------------------------------- single steps
 
     def run(self) -> Run:
@@ -165,7 +168,9 @@ class PyTorch(Runner):
             with clock.stage("decode"):
                 for x in torch.cat(latents).split(1):
                     pixels_to_images(vae_decoder(x.float()).float().cpu().numpy())
-        return clock.finished()
+            seconds = clock.finished()
+            self.latents = torch.cat(latents).float().cpu().numpy()
+        return seconds
 
     def _steps(self, x: Tensor, text: Tensor, z0: Tensor, loaded: Any, stages: Any, tokenizer: Any) -> Iterator[Any]:
         """One function for each step, to be called in turn; each returns the latents after it."""

@@ -65,10 +65,12 @@ class Counts:
 class Requests:
     """Whole requests, seconds.
 
-    cold_start: from the start of the process to its first picture, loading included; first: that request alone;
-    next: those after; stages: of those after, by name.
+    ready: from the start of the process until everything is loaded; cold_start: until its first picture; first: that
+    request alone; next: those after; stages: of those after, by name. Files were read before, by the oracle at least,
+    so the system had them in memory.
     """
 
+    ready: float
     cold_start: float
     first: float
     next: Figures | None

@@ -62,7 +62,7 @@ class Case:
 class Settings:
     """All combinations of the tuples are run, for each bundle; or one thing is varied at a time.
 
-    one_at_a_time   each tuple is gone through with the first value of all others
+    one_at_a_time   each tuple is gone through with the first value of all others; so are the bundles
     bundles         folders; one for each size, as a bundle has one
     checkpoint      what they were exported from; without it there is nothing of PyTorch's to compare with
     backends        for the SDK's kinds
@@ -159,6 +159,11 @@ class Settings:
             if case not in found:
                 found.append(case)
         return found
+
+    def cases_of(self, bundle: str) -> list[Case]:
+        """Those that a bundle is measured in: of one thing at a time, another bundle is the one thing."""
+        every = self.cases()
+        return every[:1] if self.one_at_a_time and bundle != self.bundles[0] else every
 
     def contenders(self, case: Case) -> list[Contender]:
         """Those who run in a case. Without concepts there is nothing to keep, and the two forms of ours are one."""

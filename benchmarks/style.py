@@ -44,16 +44,18 @@ def pyplot() -> Any:
 
 
 def comparable(report: Json, key: str = "concepts") -> list[Json]:
-    """Cases that differ from the first one with concepts in that key alone."""
+    """Cases that differ from the first one with concepts in that key alone; another width is another bundle."""
     cases = report["cases"]
     first = next((c for c in cases if c["concepts"]), cases[0]) if cases else None
     others = [one for one in ("bundle", "concepts", "mask_share", "images", "steps") if one != key]
+    if key == "width":
+        others = ["dtype", *others[1:]]
     return [
         c for c in cases if all(c[one] == first[one] or (one == "mask_share" and not c["concepts"]) for one in others)
     ]
 
 
-def subject(report: Json, case: Json, concepts: bool = False) -> str:
+def subject(report: Json, case: Json, concepts: bool = False, size: bool = True) -> str:
     """What was measured, and where, in a line."""
     machine = report["machine"]
     where = machine["gpu"].split(",")[0] if machine["gpu"] else f"{machine['cores']} CPU cores"
@@ -61,7 +63,8 @@ def subject(report: Json, case: Json, concepts: bool = False) -> str:
     images = "" if case["images"] == 1 else f", {case['images']} images"
     load = "" if was_quiet(report, case) else "; machine not quiet"
     share = report["settings"]["mask_shares"][0] if not case["concepts"] else case["mask_share"]
-    return f"{case['width']} x {case['height']} px, {case['dtype']}, {count}masks {share:.0%}{images}, {where}{load}"
+    pixels = f"{case['width']} x {case['height']} px, " if size else ""
+    return f"{pixels}{case['dtype']}, {count}masks {share:.0%}{images}, {where}{load}"
 
 
 def plain_numbers(axis: Any) -> None:

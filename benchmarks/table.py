@@ -67,13 +67,18 @@ def _case(case: Json, settings: Json, started: str) -> list[str]:
         lines += ["", f"Requests of {case['steps']} steps, from prompt and images to pictures, seconds.", ""]
         head = [
             "contender",
-            "process start to first picture",
+            "process start to loaded",
+            "to first picture",
             "first request",
             "next: median (p95)",
             "rows",
             "U-Net GFLOP",
         ]
         lines += _table(head, [_request_row(outcome) for outcome in with_requests])
+        stages = list(dict.fromkeys(stage for o in with_requests for stage in o["requests"]["stages"]))
+        if stages:
+            lines += ["", "Where the seconds of the next requests go: medians of each stage, all steps together.", ""]
+            lines += _table(["contender", *map(_words, stages)], [_stage_row(o, stages) for o in with_requests])
     if case["ratios"]:
         share = f"{settings['confidence']:.0%}"
         said = f"How many times longer than ours; ratio of medians, {share} bootstrap interval, or the range that was "
@@ -107,12 +112,23 @@ def _request_row(outcome: Json) -> list[str]:
     found, counts = outcome["requests"], outcome["counts"]
     return [
         name(outcome),
+        f"{found['ready']:.3g}",
         f"{found['cold_start']:.3g}",
         f"{found['first']:.3g}",
         _figures(found["next"]),
         str(counts["request_rows"]),
         _scaled(counts["request_flops"], 1e9),
     ]
+
+
+def _stage_row(outcome: Json, stages: Sequence[str]) -> list[str]:
+    found = outcome["requests"]["stages"]
+    return [name(outcome), *(f"{found[stage]['median']:.3g}" if stage in found else "" for stage in stages)]
+
+
+def _words(stage: str) -> str:
+    """Of a stage's name, such as `rba_steps`."""
+    return stage.replace("rsa", "RSA").replace("rba", "RBA").replace("vae", "VAE").replace("_", " ")
 
 
 def _ratios(ratios: Sequence[Json]) -> list[str]:

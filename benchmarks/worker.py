@@ -139,9 +139,10 @@ def _handlers(task: Task, role: str) -> tuple[Runner | None, dict[str, Callable[
         }
 
     return runner, {
-        "load": lambda: None,
+        "load": watched(runner.load),
         "run": watched(runner.run),
         "step": watched(runner.step),
         "request": watched(runner.request),
+        "latents": lambda: runner.latents,
         "state": state,
     }

@@ -22,14 +22,24 @@ def why_not(name: str, *, device: int = 0, cuda: Any = None) -> str:
     try:
         if name.startswith("onnxruntime-"):
             _add_on_provider(name.removeprefix("onnxruntime-"), device)
+            if name.endswith("tensorrt-rtx"):
+                return no_plan_for(name, Device(device, cuda=cuda).compute_capability)
         else:
             importlib.import_module("magicface_rt.engines.flavour").load_flavour(name)
-            Device(device, cuda=cuda)
+            return no_plan_for(name, Device(device, cuda=cuda).compute_capability)
     except MagicFaceError as error:
         return str(error)
     except Exception as error:  # a broken installation raises whatever it raises
         return f"{type(error).__name__}: {first_line(error)}"
     return ""
+
+
+def no_plan_for(name: str, capability: str | None) -> str:
+    """Why a backend has no plan for a GPU of that compute capability, "" where it has, or where none is known."""
+    capabilities = importlib.import_module("magicface_rt.engines.targets").RTX_CAPABILITIES
+    if not name.endswith("tensorrt-rtx") or capability is None or capability in capabilities:
+        return ""
+    return f"TensorRT-RTX offers no plan for compute capability {capability}, only {', '.join(capabilities)}"
 
 
 def _add_on_provider(provider: str, device: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +80,7 @@ def bench(
             bundles=tuple(map(str, bundle)),
             checkpoint=None if checkpoint is None else str(checkpoint),
             kinds=_words(contenders or default),
-            backends=_backends(backends),
+            backends=_backends(backends, store is not None, verb.note),
             concepts=_numbers("concepts", concepts),
             mask_shares=tuple(percent / 100 for percent in _numbers("mask-share", mask_share)),
             images=_numbers("images", images),
@@ -157,14 +158,23 @@ def benchmark_module(name: str) -> Any:
         ) from error
 
 
-def _backends(text: str) -> tuple[str, ...]:
-    """Those that are named, or for "all" those that work here; a TensorRT flavour works with a store only."""
-    from magicface_rt.backends import BACKENDS, why_not
+def _backends(text: str, with_store: bool, note: Callable[[str], object]) -> tuple[str, ...]:
+    """Those that are named, or for "all" those that work here; what serves plans needs the store that holds them."""
+    from magicface_rt.backends import BACKENDS, FLAVOURS, why_not
 
     concrete = [name for name in BACKENDS if name not in ("auto", "onnxruntime")]
     named = _words(text)
     if named == ("all",):
-        return tuple(name for name in concrete if not why_not(name))
+        found = []
+        for name in concrete:
+            reason = why_not(name)
+            if not reason and name in FLAVOURS and not with_store:
+                reason = "it serves plans out of an engine store, and --store names none"
+            if reason:
+                note(f"backend {name} takes no part: {reason}")
+            else:
+                found.append(name)
+        return tuple(found)
     for name in named:
         if name not in concrete:
             raise OptionError(f"--backends: {name!r} is not known; there are {', '.join(concrete)}, or all.")

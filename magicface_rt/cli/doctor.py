@@ -11,7 +11,7 @@ from pathlib import Path
 from magicface_rt.backends import BACKENDS, why_not
 from magicface_rt.backends.device import Device, import_cuda
 from magicface_rt.backends.onnxruntime import import_onnxruntime
-from magicface_rt.engines.targets import RTX_CAPABILITIES
+from magicface_rt.backends.probe import no_plan_for
 from magicface_rt.errors import BackendMissingError, DeviceError
 
 from ._bundle_view import grid
@@ -90,20 +90,11 @@ def doctor(json_to: JsonOption = None) -> None:
 def _backend(name: str) -> Finding:
     """A provider that is listed, or a library that is installed, may still lack its libraries or its device."""
     reason = why_not(name)
-    if not reason:
-        reason = _no_plan_for_this_gpu(name)
     if reason:
         return Finding(name, False, reason, _cure(name))
     package = name if not name.startswith("onnxruntime") else "onnxruntime"
     found = _version(package) or (_version("onnxruntime-gpu") if package == "onnxruntime" else None)
     return Finding(name, True, f"{package} {found or ''}".strip())
-
-
-def _no_plan_for_this_gpu(name: str) -> str:
-    capability = _capability() if name.endswith("tensorrt-rtx") else None
-    if capability is None or capability in RTX_CAPABILITIES:
-        return ""
-    return f"TensorRT-RTX offers no plan for compute capability {capability}, only {', '.join(RTX_CAPABILITIES)}"
 
 
 def _capability() -> str | None:
@@ -127,7 +118,7 @@ def _cure(name: str) -> str:
         return install
     if _has_cuda() and _capability() is None:
         return DRIVER
-    if _no_plan_for_this_gpu(name):
+    if no_plan_for(name, _capability()):
         return "pip install 'magicface_rt[tensorrt]', and use --backend tensorrt"
     return "install the CUDA and cuDNN libraries that the message names"
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,18 @@ import torch
 
 from benchmarks import bench, output, schema, table
 from benchmarks.bootstrap import figures, ratio_of_medians
-from benchmarks.capacity import Assumptions, Machines, capacity
-from benchmarks.capacity import text as capacity_text
 from benchmarks.contender import Run, Task
-from benchmarks.counting import graph_cost, rows_of_theory
-from benchmarks.judging import END_TO_END, NEAR_TIE, Verdicts
+from benchmarks.counting import graph_cost, graph_rows, rows_of_theory
+from benchmarks.judging import END_TO_END, NEAR_TIE, SAME_REQUEST, Verdicts
 from benchmarks.machine import DevicePeak
 from benchmarks.ours import Ours, prepare
 from benchmarks.outcomes import Entrant
 from benchmarks.settings import Case, Contender, Settings
-from benchmarks.workload import Workload, mask_of_share, sizes_of
-from magicface_rt import Bundle
+from benchmarks.workload import PROMPT, Workload, mask_of_share, sizes_of
+from magicface_rt import Bundle, Session
+from magicface_rt.backends import Binding
 from magicface_rt.cli import main
-from magicface_rt.errors import InputError, OptionError
+from magicface_rt.errors import OptionError
 
 OURS = "onnxruntime-cpu"
 
@@ -96,6 +96,47 @@ def test_every_contender_runs_the_rows_of_theory_and_makes_one_picture(
     assert seen == {kind: {"rsa": theory[kind], "rba": theory[kind]} for kind in ("strong", *kinds)}
     for kind, rows in theory.items():
         assert rows_of_theory(kind, n, images=b, steps=50) == 50 * rows
+
+
+@pytest.mark.parametrize(("kind", "concepts"), [("bare", 2), ("kept", 2), ("kept", 0)])
+def test_a_session_runs_the_rows_that_its_steps_are_counted_for(
+    tiny_bundle: Path, kind: str, concepts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes are counted while `generate` runs, and a pass's rows are those of the graph's first convolution."""
+    bundle, steps = Bundle.open(tiny_bundle, check_hashes=False), 3
+    work = Workload.of(bundle, Case(concepts=concepts, mask_share=0.3, images=1, steps=steps), 0)
+    sizes, passes, run = sizes_of(bundle, work), Counter[str](), Binding.run
+
+    def counted(self: Binding) -> None:
+        passes[self.contract.name] += 1
+        run(self)
+
+    with Session(bundle, backend=OURS, threads=1) as session:
+        given = list(work.concepts())
+        if kind == "kept":
+            given = [session.prepare(concept, steps=steps) for concept in given]
+        monkeypatch.setattr(Binding, "run", counted)
+        session.generate(PROMPT, given, options=work.options(0.4))
+    rows = sum(passes[graph] * graph_rows(bundle, graph, sizes) for graph in ("denoise_step", "reference_kv"))
+    assert rows == rows_of_theory(kind, concepts, steps=steps)
+
+
+def test_a_request_for_other_pictures_has_no_speed(tiny_bundle: Path) -> None:
+    settings = Settings(bundles=(str(tiny_bundle),), kinds=("bare", "kept"), concepts=(1,))
+    (case,) = settings.cases()
+    one = bench._Bench(settings, str(tiny_bundle), Bundle.open(tiny_bundle), case, "unused", lambda _: None)
+    first, second = one.entrants
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
+    for entrant in (first, second):
+        entrant.found = Run(latents, np.zeros((1, 4, 4), np.int64))
+    first.latents, second.latents = latents, latents * np.float32(1 + 0.5 * SAME_REQUEST)
+    one._compare_requests(first)
+    one._compare_requests(second)
+    assert (first.status, second.status) == ("measured", "measured")
+    second.latents = latents * np.float32(1 + 2 * SAME_REQUEST)
+    one._compare_requests(second)
+    assert second.status == "wrong picture"
+    assert "a request's latents are 1.0e-01 from those of" in second.reason
 
 
 def test_a_contender_with_another_weight_has_no_speed(
@@ -204,6 +245,10 @@ def test_one_thing_is_varied_at_a_time() -> None:
         [(0, 0.3, 1, 20), (1, 0.3, 1, 20), (3, 1.0, 1, 20), (3, 0.3, 8, 20), (3, 0.3, 1, 50)]
     )
     assert len(replace(settings, one_at_a_time=False).cases()) == (2 * 2 + 1) * 4
+    two = replace(settings, bundles=("b", "larger"))
+    assert (two.cases_of("b"), two.cases_of("larger")) == (two.cases(), two.cases()[:1])
+    each = replace(two, one_at_a_time=False)
+    assert each.cases_of("larger") == each.cases_of("b") == each.cases()
 
 
 def test_figures_and_ratios() -> None:
@@ -371,6 +416,7 @@ def test_a_report_is_as_the_schema_says(report: dict[str, Any]) -> None:
         (lambda c: c["machine"].update(quiet=1), "quiet"),
         (lambda c: c["cases"][0]["outcomes"][0].update(speed=3), "speed is not known"),
         (lambda c: c["peaks"]["cpu"].update(flops=float("nan")), "flops"),
+        (lambda c: c["cases"][0]["outcomes"][0]["requests"]["next"].pop("samples"), "next.samples is missing"),
     ],
 )
 def test_another_form_is_noticed(report: dict[str, Any], break_it: Any, says: str) -> None:
@@ -602,38 +648,6 @@ def _alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def test_capacity_counts_with_what_was_measured(report: dict[str, Any]) -> None:
-    content = json.loads(json.dumps(report["content"]))
-    name = content["machine"]["gpu"] or content["machine"]["processor"]
-    kept = content["cases"][0]["outcomes"][1]
-    for stage, seconds in (("rsa", 0.2), ("rba", 0.1)):
-        kept["steps"][stage]["median"] = seconds
-    kept["requests"], kept["host_peak_bytes"], kept["counts"]["kept_bytes"] = None, 10**9, 10**6
-    fleet = [Machines(name, 4, 5e9)]
-    found = capacity(content, fleet, Assumptions(steps=10, alpha=0.4, reserve_bytes=1e9, busy=0.5))
-    one = next(x for x in found if x.contender.startswith("kept") and x.concepts == 1)
-    # Steps 0 to 4 are RSA: 5 x 0.2 s and 5 x 0.1 s.
-    assert one.seconds_per_image == pytest.approx(1.5)
-    assert one.images_per_second == pytest.approx(4 * 0.5 / 1.5)
-    assert one.bytes_per_concept == 10 * 10**6
-    assert one.resident_concepts == 300
-    shown = capacity_text(content, found, Assumptions(steps=10))
-    assert "Assumed" in shown
-    assert "not measured" in shown  # of `bare`, which keeps nothing
-
-
-def test_capacity_invents_no_device(report: dict[str, Any]) -> None:
-    fleet = [Machines.parse("gpu-of-tomorrow=8:500")]
-    with pytest.raises(InputError, match="was not measured"):
-        capacity(report["content"], fleet, Assumptions())
-    shown = capacity(report["content"], fleet, Assumptions(as_measured=True))
-    assert "which was not measured" in capacity_text(report["content"], shown, Assumptions(as_measured=True))
-    with pytest.raises(InputError, match="no report"):
-        capacity({"cases": []}, fleet, Assumptions())
-    with pytest.raises(InputError, match="NAME=COUNT:GB"):
-        Machines.parse("h200")
 
 
 def test_a_contender_whose_process_dies_is_reported(tiny_bundle: Path, tmp_path: Path) -> None:
