@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -38,10 +38,13 @@ from .tokenizer import Tokenizer
 from .work import Work
 from .workplace import Workplace, Workplaces
 
-__all__ = ["Progress", "ProgressCallback", "Request", "Session"]
+__all__ = ["Progress", "ProgressCallback", "Request", "Session", "tokenizer_of"]
 
 WARM_UP_STEPS = 3
 """A GPU runs the first as it is and captures the others: the latents change between two buffers, with a graph each."""
+
+HOLD_REFERENCES = ("vae_encoder", "reference_kv", "denoise_step")
+"""Graphs whose bindings hold pixels, latents or keys of the last references that went through them."""
 
 
 class Session:
@@ -106,16 +109,7 @@ class Session:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{name} is {value!r}, expected a whole number from {least}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, check_hashes=check_hashes)
-        if "text_encoder" not in self.bundle.graphs or "file" not in self.bundle.tokenizer:
-            raise BundleError(
-                f"bundle {self.bundle.path}: it holds a U-Net alone, with no text encoder or tokenizer. "
-                "Export a whole checkpoint to generate pictures."
-            )
-        self.tokenizer = Tokenizer.from_file(
-            self.bundle.path / self.bundle.tokenizer["file"],
-            pad_token_id=int(self.bundle.tokenizer["pad_token_id"]),
-            max_length=int(self.bundle.tokenizer["max_length"]),
-        )
+        self.tokenizer = tokenizer_of(self.bundle)
         self.provenance = provenance
         self._owns_backend = not isinstance(backend, Backend)
         self.backend: Backend
@@ -146,6 +140,7 @@ class Session:
         self._loading = threading.Lock()
         self._runners: dict[str, GraphRunner] = {}
         self._workplaces = Workplaces(self.runner)
+        self._to_forget: list[frozenset[str] | None] = []
         self._closed = False
 
     def __enter__(self) -> Session:
@@ -347,6 +342,27 @@ class Session:
             budget=None if budget is None else parse_size(budget, "budget"),
         )
 
+    def forget(self, keys: Iterable[str] | None = None) -> bool:
+        """Let go of references: their keys in the store and on the device, and what the graphs' buffers hold of the
+        last references that went through them. Graphs stay loaded.
+
+        keys  content keys, `[one.key for one in kept.references]` of a `KeptConcept`; others are left. None: all that
+              is kept. One that is not there is no error
+
+        Returns whether nothing of them is left in this Session. Requests that are running go on with what they have:
+        then it is False, and that goes when none runs any more. Who holds a `KeptConcept` holds its keys, and files
+        stay. Memory is freed and not overwritten. A later request with the same images prepares them again.
+
+        Raises:
+            OptionError: what is no collection of texts.
+        """
+        chosen = None if keys is None else _checked_keys(keys)
+        with self._loading:
+            gone = self._let_go(chosen)
+            if self._running:
+                self._to_forget.append(chosen)
+            return gone and not self._running
+
     def unload(self, *graphs: str) -> None:
         """Free graphs that are not needed for now; they are loaded again when they are.
 
@@ -375,6 +391,11 @@ class Session:
                 self._runners[graph] = self.backend.load(self.bundle, graph)
             return self._runners[graph]
 
+    def _let_go(self, keys: frozenset[str] | None) -> bool:
+        for graph in HOLD_REFERENCES:
+            self._workplaces.drop(graph)
+        return self._keeper.forget(keys)
+
     @contextmanager
     def _place(self) -> Iterator[Workplace]:
         """A workplace for the block. After a failure of the runtime nothing is left on the device that no one uses."""
@@ -401,9 +422,41 @@ class Session:
                 self._here.busy = False
                 with self._loading:
                     self._running -= 1
+                    if not self._running:
+                        for keys in self._to_forget:
+                            self._let_go(keys)
+                        self._to_forget.clear()
                     if self._closed:
                         self._free_if_idle()
 
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosedError("this Session is closed; open a new one to generate.")
+
+
+def tokenizer_of(bundle: Bundle) -> Tokenizer:
+    """The tokenizer of a bundle from which pictures can be made.
+
+    Raises:
+        BundleError: it has none, or no text encoder.
+    """
+    if "text_encoder" not in bundle.graphs or "file" not in bundle.tokenizer:
+        raise BundleError(
+            f"bundle {bundle.path}: it holds a U-Net alone, with no text encoder or tokenizer. "
+            "Export a whole checkpoint to generate pictures."
+        )
+    return Tokenizer.from_file(
+        bundle.path / bundle.tokenizer["file"],
+        pad_token_id=int(bundle.tokenizer["pad_token_id"]),
+        max_length=int(bundle.tokenizer["max_length"]),
+    )
+
+
+def _checked_keys(keys: Iterable[str]) -> frozenset[str]:
+    listed = None if isinstance(keys, str) or not isinstance(keys, Iterable) else list(keys)
+    if listed is None or not all(isinstance(key, str) for key in listed):
+        raise OptionError(
+            f"keys is a {type(keys).__name__}, expected content keys, which are texts: give "
+            "[reference.key for reference in kept.references]."
+        )
+    return frozenset(listed)

@@ -23,18 +23,26 @@ from magicface_rt.ui import module as ui_module
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._command import Command, JsonOption, command
 from ._kept_options import BudgetOption, KeepOption, MemoryOption, StorageOption
+from ._serve_options import (
+    DEFAULT_STEPS,
+    HOST,
+    MAX_STEPS,
+    PORT,
+    DefaultStepsOption,
+    HostOption,
+    MaxStepsOption,
+    PortOption,
+    ServedBundle,
+    ServingThreadsOption,
+    TokensOption,
+)
 
 
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
-    host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Where to listen. Others reach it only if this says so.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="0 for any that is free.")] = 8000,
-    tokens: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Tokens that clients must have, one a line; or MAGICFACE_RT_TOKENS."),
-    ] = None,
+    bundle: ServedBundle,
+    host: HostOption = HOST,
+    port: PortOption = PORT,
+    tokens: TokensOption = None,
     concepts: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep concepts in files there, over restarts; else in memory."),
@@ -53,8 +61,8 @@ def serve(
     drain: Annotated[float, typer.Option(metavar="S", min=0, help="Seconds to finish requests at the end.")] = 60.0,
     max_body: Annotated[str, typer.Option(metavar="SIZE", help="Of one request.")] = "32MiB",
     max_pixels: Annotated[int, typer.Option(metavar="N", min=1, help="Of one uploaded image.")] = 16_000_000,
-    max_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Denoising steps of a request.")] = 150,
-    default_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Where a request does not say.")] = 50,
+    max_steps: MaxStepsOption = MAX_STEPS,
+    default_steps: DefaultStepsOption = DEFAULT_STEPS,
     max_images: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of a request.")] = 4,
     keep: KeepOption = None,
     memory: MemoryOption = "auto",
@@ -65,7 +73,7 @@ def serve(
     device: DeviceOption = 0,
     target: TargetOption = None,
     build_missing: BuildMissingOption = False,
-    threads: Annotated[int, typer.Option(metavar="N", min=0, help="Of one batch; 0: the runtime's choice.")] = 0,
+    threads: ServingThreadsOption = 0,
     ui: Annotated[bool, typer.Option("--ui", help="With a page for browsers at /ui; see docs/ui.md.")] = False,
     engine: Annotated[
         str, typer.Option(metavar="local|ray", help="This process, or replicas on Ray Serve, docs/serving-ray.md.")
@@ -85,7 +93,7 @@ def serve(
     """
     with command(json_to) as verb:
         serving = serving_module("server")
-        on_ray = _on_ray(engine, replicas=replicas, device=device, ui=ui)
+        on_ray = _on_ray(engine, replicas=replicas, device=device)
         if on_ray:
             serving_module("ray.cluster")
         if ui:
@@ -124,6 +132,7 @@ def serve(
                     session=of_each,
                     workers=workers,
                     replicas=None if replicas is None else serving_module("ray.plan").parse_replicas(replicas),
+                    page=ui,
                     settings=settings,
                     tokens=accepted,
                 )
@@ -168,7 +177,7 @@ def _say_how_it_ended(verb: Command, cut_off: int) -> None:
     verb.note(f"ended; {cut_off} requests were cut off" if cut_off else "ended")
 
 
-def _on_ray(engine: str, *, replicas: str | None, device: int, ui: bool) -> bool:
+def _on_ray(engine: str, *, replicas: str | None, device: int) -> bool:
     """Whether Ray serves; raises OptionError where an option does not go with that."""
     if engine not in ("local", "ray"):
         raise OptionError(f"--engine is {engine!r}, expected local or ray.")
@@ -178,8 +187,6 @@ def _on_ray(engine: str, *, replicas: str | None, device: int, ui: bool) -> bool
         return False
     if device:
         raise OptionError(f"--device is {device}; with --engine ray each replica has a GPU of its own. Leave it out.")
-    if ui:
-        raise OptionError("--ui goes with --engine local only. Leave it out, or serve in this process.")
     return True
 
 

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._command import JsonOption
 from ._kept_options import BudgetOption, KeepOption, MemoryOption
+from ._serve_options import (
+    DEFAULT_STEPS,
+    HOST,
+    MAX_STEPS,
+    PORT,
+    DefaultStepsOption,
+    HostOption,
+    MaxStepsOption,
+    PortOption,
+    ServedBundle,
+    ServingThreadsOption,
+    TokensOption,
+)
 from .serve import serve
 
 
 def ui(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
-    host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Where to listen. Others reach it only if this says so.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="0 for any that is free.")] = 8000,
-    tokens: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Tokens, one a line, which the browser then asks for as a password."),
-    ] = None,
-    default_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Where the slider stands at first.")] = 50,
-    max_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Denoising steps of a picture.")] = 150,
+    bundle: ServedBundle,
+    host: HostOption = HOST,
+    port: PortOption = PORT,
+    tokens: TokensOption = None,
+    default_steps: DefaultStepsOption = DEFAULT_STEPS,
+    max_steps: MaxStepsOption = MAX_STEPS,
     keep: KeepOption = None,
     memory: MemoryOption = "auto",
     budget: BudgetOption = None,
@@ -33,7 +36,7 @@ def ui(
     device: DeviceOption = 0,
     target: TargetOption = None,
     build_missing: BuildMissingOption = False,
-    threads: Annotated[int, typer.Option(metavar="N", min=0, help="Of one picture; 0: the runtime's choice.")] = 0,
+    threads: ServingThreadsOption = 0,
     json_to: JsonOption = None,
 ) -> None:
     """Open a page for a bundle: drop photographs, paint masks, make pictures; see docs/ui.md.

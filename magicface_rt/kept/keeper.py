@@ -121,6 +121,16 @@ class Keeper:
         if plan.on_device and plan.bytes_per_step and self.settings.budget is not None:
             self.on_device.trim(self.settings.budget - plan.peak.device, keys if plan.mode == "keep" else ())
 
+    def forget(self, keys: Collection[str] | None) -> bool:
+        """Drop what is kept under these content keys, on the host and where no request uses it on the device; None:
+        everything. Returns whether it is gone, as a look at both says afterwards.
+        """
+        self.store.forget(keys)
+        self.on_device.forget(keys)
+        if keys is None:
+            return not self.store.keys and not self.on_device.nbytes
+        return set(keys).isdisjoint(self.store.keys) and not any(self.on_device.holds(key) for key in keys)
+
     def close(self) -> None:
         """Free what is on the device, and forget the rest."""
         self.on_device.close()

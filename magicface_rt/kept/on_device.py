@@ -79,6 +79,12 @@ class OnDevice:
         """Free what no request uses; all of it, when none runs."""
         self.reclaim(math.inf)
 
+    def forget(self, keys: Collection[str] | None = None) -> None:
+        """Free what has these content keys and no request uses; None: everything that none uses."""
+        with self._lock:
+            unused = self._remove(math.inf, () if keys is None else self._entries.keys() - set(keys))
+        _free(unused)
+
     def close(self) -> None:
         """Free what no request uses, and let the device go."""
         self.free_unused()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from .reference import KeptReference
 
@@ -77,10 +77,11 @@ class KeptStore:
                     del self._making[key]
                 making.done.set()
 
-    def forget(self) -> None:
-        """Drop everything."""
+    def forget(self, keys: Collection[str] | None = None) -> None:
+        """Drop what has these content keys; None: everything."""
         with self._lock:
-            self._entries.clear()
+            for key in tuple(self._entries) if keys is None else keys:
+                self._entries.pop(key, None)
 
     def _add(self, key: str, made: KeptReference) -> None:
         with self._lock:

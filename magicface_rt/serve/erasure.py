@@ -14,18 +14,11 @@ from ..session import Session
 
 __all__ = ["Trace", "scrub"]
 
-_HOLD_REFERENCES = ("vae_encoder", "reference_kv", "denoise_step")
-"""Graphs whose bindings hold pixels, latents or keys of the last references that went through them."""
-
 
 class Trace:
-    """Watches the memory of a concept's keys without holding it.
-
-    keys: content keys of its references.
-    """
+    """Watches the memory of a concept's keys without holding it."""
 
     def __init__(self, concept: KeptConcept) -> None:
-        self.keys = tuple(reference.key for reference in concept.references)
         owners = [
             _owner(array)
             for reference in concept.references
@@ -41,25 +34,14 @@ class Trace:
         return sum(ref() is not None for ref in self._arrays)
 
 
-def scrub(sessions: Sequence[Session], trace: Trace) -> str | None:
-    """Remove a concept from Sessions while none of their workers runs. Returns where one has it still, in words.
+def scrub(sessions: Sequence[Session]) -> str | None:
+    """Have Sessions let go of references while no job of theirs runs. Returns where something may be left, in words.
 
-    What a Session keeps by itself is dropped as a whole; it comes back from the store of concepts, or is prepared
-    again. Bindings are dropped because they hold the keys of the last step that ran; graphs stay loaded.
+    What a Session keeps by itself is dropped as a whole, because it may hold the same photographs prepared in other
+    ways, under other keys; it comes back from the store of concepts, or is prepared again.
     """
-    for session in sessions:
-        keeper = session._keeper
-        keeper.store.forget()
-        keeper.on_device.free_unused()
-        for graph in _HOLD_REFERENCES:
-            session._workplaces.drop(graph)
-    for session in sessions:
-        keeper = session._keeper
-        if set(trace.keys) & set(keeper.store.keys):
-            return "a Session's store"
-        if any(keeper.on_device.holds(key) for key in trace.keys):
-            return "device memory"
-    return None
+    gone = [session.forget() for session in sessions]
+    return None if all(gone) else "a Session that makes pictures for others than this service"
 
 
 def _owner(array: np.ndarray[Any, Any]) -> Any:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import (
@@ -28,13 +27,13 @@ from ..provenance import software
 from ..request import Progress, ProgressCallback
 from ..results import Result
 from ..session import Session
-from .concepts import NO_WORD, ConceptStore, StoredConcept, concept_id, without_source
+from .concepts import ConceptStore, StoredConcept, concept_id, without_source
 from .engine import Engine
 from .erasure import Trace, scrub
 from .job import Done, Job
 from .orders import check_named, kept_bytes, pixels_of, read_upload, request_of
 from .problems import at
-from .schemas import BundleInfo, BundleLimits, ConceptInfo, Erasure, PictureOrder, ReferenceInfo
+from .schemas import BundleInfo, BundleLimits, ConceptInfo, Erasure, PictureOrder
 from .service import Accepted, ConceptUpload, Listener, Outcome, Service
 
 __all__ = ["LocalService", "Watcher"]
@@ -195,18 +194,18 @@ class LocalService(Service):
                 found = await self._found(id)
                 self._watcher.looked_up(found is not None)
                 if found is not None:
-                    return _info(found), False
+                    return ConceptInfo.of(found), False
                 await self._in(self._files, self.store.check_room, kept_bytes(origin, bare, storage))
                 with self._using([]) as use:
                     done = await self._done(Job(prepare, owner=owner, deadline=end), use, None)
                 self._watcher.prepared()
-                return _info(await self._in(self._files, self.store.put, id, done.result)), True
+                return ConceptInfo.of(await self._in(self._files, self.store.put, id, done.result)), True
 
     async def concepts(self) -> list[ConceptInfo]:
-        return [_info(stored) for stored in await self._in(self._files, self.store.entries)]
+        return [ConceptInfo.of(stored) for stored in await self._in(self._files, self.store.entries)]
 
     async def concept(self, id: str) -> ConceptInfo:
-        return _info(await self._in(self._files, self.store.get, id))
+        return ConceptInfo.of(await self._in(self._files, self.store.get, id))
 
     async def erase(self, id: str) -> Erasure:
         async with self._making_alone(id):
@@ -224,7 +223,7 @@ class LocalService(Service):
             stopped = await self._stop_uses(id)
             place = await self._in(self._files, self.store.left, id)
             if place is None and trace is not None:
-                place = await asyncio.to_thread(self.engine.exclusive, partial(scrub, trace=trace))
+                place = await asyncio.to_thread(self.engine.exclusive, scrub)
             if place is None and trace is not None:
                 place = await self._still_in_memory(trace)
             if place is not None:
@@ -379,27 +378,4 @@ def _outcome(done: Done) -> Outcome:
         batch=done.batch,
         settings=result.to_dict(),
         regions_per_step=result.regions_per_step,
-    )
-
-
-def _info(stored: StoredConcept) -> ConceptInfo:
-    concept = stored.concept
-    return ConceptInfo(
-        id=stored.id,
-        word=None if concept.word == NO_WORD else concept.word,
-        steps=concept.steps,
-        reference_seed=concept.reference_seed,
-        bytes=concept.nbytes,
-        bundle=concept.origin.bundle_hash,
-        references=[
-            ReferenceInfo(
-                key=reference.key,
-                prompt=reference.prompt,
-                storage=reference.storage,
-                tokens={str(factor): count for factor, count in reference.tokens.items()},
-                error=reference.error,
-            )
-            for reference in concept.references
-        ],
-        created=stored.created,
     )

@@ -14,6 +14,7 @@ __all__ = ["Form", "read_form"]
 
 MOST_PARTS = 64
 MOST_HEADER_BYTES = 4096
+"""Of all headers of one part together."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class _Reader:
         self.ended = False
         self._field = self._value = b""
         self._name = ""
+        self._header_bytes = 0
         self._data = bytearray()
 
     def callbacks(self) -> dict[str, object]:
@@ -102,15 +104,17 @@ class _Reader:
         }
 
     def _begin(self) -> None:
-        self._name, self._data = "", bytearray()
+        self._name, self._header_bytes, self._data = "", 0, bytearray()
         if len(self.parts) >= MOST_PARTS:
             raise refused(422, "form", f"there are more than {MOST_PARTS} parts.")
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._field = self._bounded(self._field + data[start:end])
+        self._count(end - start)
+        self._field += data[start:end]
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value = self._bounded(self._value + data[start:end])
+        self._count(end - start)
+        self._value += data[start:end]
 
     def _header_end(self) -> None:
         if self._field.lower() == b"content-disposition":
@@ -131,8 +135,7 @@ class _Reader:
     def _end(self) -> None:
         self.ended = True
 
-    @staticmethod
-    def _bounded(text: bytes) -> bytes:
-        if len(text) > MOST_HEADER_BYTES:
-            raise refused(400, "form", "a header of a part is too long.")
-        return text
+    def _count(self, more: int) -> None:
+        self._header_bytes += more
+        if self._header_bytes > MOST_HEADER_BYTES:
+            raise refused(400, "form", f"the headers of a part have more than {MOST_HEADER_BYTES} bytes.")

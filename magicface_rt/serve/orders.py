@@ -16,7 +16,7 @@ from ..images import Resample
 from ..kept import KeptConcept, Origin, Storage
 from ..options import Options
 from ..preparing import BareReference, load_bare
-from ..request import Request, check_concept, check_request
+from ..request import Request, check_concept, check_number, check_request
 from ..session import Session
 from .concepts import NO_WORD
 from .problems import at, refused
@@ -62,6 +62,8 @@ def request_of(
             f"{len(order.concepts)} concepts were given; the bundle takes at most {bundle.limits.concepts}.",
             "concepts",
         )
+    with at("concepts"):  # before any image is decoded: a small file may hold millions of pixels
+        check_number(sum(len(use.references or ()) for use in order.concepts), bundle)
     pixels = 0
     concepts: list[NamedConcept] = []
     for k, use in enumerate(order.concepts):

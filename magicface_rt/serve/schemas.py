@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .concepts import NO_WORD, StoredConcept
+
 MOST_TEXT = 2000
 MOST_WORD = 200
 MOST_REFERENCES = 64
@@ -123,6 +125,30 @@ class ConceptInfo(BaseModel):
     bundle: str = Field(description="Hash of the bundle that it is good for.")
     references: list[ReferenceInfo]
     created: float = Field(examples=[1767225600.0])
+
+    @classmethod
+    def of(cls, stored: StoredConcept) -> ConceptInfo:
+        """Of what a store has."""
+        concept = stored.concept
+        return cls(
+            id=stored.id,
+            word=None if concept.word == NO_WORD else concept.word,
+            steps=concept.steps,
+            reference_seed=concept.reference_seed,
+            bytes=concept.nbytes,
+            bundle=concept.origin.bundle_hash,
+            references=[
+                ReferenceInfo(
+                    key=reference.key,
+                    prompt=reference.prompt,
+                    storage=reference.storage,
+                    tokens={str(factor): count for factor, count in reference.tokens.items()},
+                    error=reference.error,
+                )
+                for reference in concept.references
+            ],
+            created=stored.created,
+        )
 
 
 class ConceptList(BaseModel):

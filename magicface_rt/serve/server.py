@@ -74,7 +74,9 @@ def serve(
         app = build_app(service, settings=settings, tokens=tokens, metrics=metrics)
         server = Server(app, service, drain=settings.drain, told=told)
         if mounting is not None:
-            facts = ui_module("facts").Facts.of(sessions[0], settings, protected=bool(tokens))
+            facts = ui_module("facts").Facts.of(
+                sessions[0].bundle, settings, backend=sessions[0].backend.name, protected=bool(tokens)
+            )
             server.at_end = mounting.mount_page(app, service, sessions[0].tokenizer, facts).end
         found = where.getsockname()
         url = f"http://{f'[{found[0]}]' if ':' in found[0] else found[0]}:{found[1]}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..bundle import Bundle
 from ..serve.settings import ServeSettings
-from ..session import Session
 
 __all__ = ["Facts"]
 
@@ -16,6 +16,7 @@ class Facts:
     """The bundle and the limits that the page's controls have.
 
     name           of the bundle's folder; the path to it is nobody's business
+    backend        what makes the pictures, in words
     concepts       most in a picture; the page gives each one photograph
     steps          most of a request
     body_bytes     most of a request's body
@@ -38,9 +39,8 @@ class Facts:
     protected: bool = False
 
     @classmethod
-    def of(cls, session: Session, settings: ServeSettings, *, protected: bool = False) -> Facts:
-        """Of a service over that Session."""
-        bundle = session.bundle
+    def of(cls, bundle: Bundle, settings: ServeSettings, *, backend: str, protected: bool = False) -> Facts:
+        """Of a service that makes pictures from that bundle."""
         return cls(
             name=Path(bundle.path).resolve().name,
             hash=bundle.hash,
@@ -48,7 +48,7 @@ class Facts:
             dtype=bundle.dtype,
             height=bundle.height,
             width=bundle.width,
-            backend=session.backend.name,
+            backend=backend,
             concepts=min(bundle.limits.concepts, bundle.limits.references),
             steps=settings.steps,
             default_steps=settings.default_steps,

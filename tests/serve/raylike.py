@@ -6,10 +6,10 @@ import contextlib
 import ipaddress
 import json
 import os
-import re
 import shutil
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,16 @@ class Gate:
 class OnRay:
     """The service, and what the test knows of it."""
 
-    def __init__(self, running: Running, gate: Gate, concepts: Path, folder: Path) -> None:
-        self.running, self.gate, self.concepts, self.folder = running, gate, concepts, folder
+    def __init__(self, running: Running, gate: Gate, concepts: Path, cluster: Cluster) -> None:
+        self.running, self.gate, self.concepts, self.cluster = running, gate, concepts, cluster
         self.url = running.url
+        self._ends = False
+
+    def end(self) -> None:
+        """As a signal has it end; once."""
+        if not self._ends:
+            self._ends = True
+            self.running.end()
 
     def client(self, **options: Any) -> Client:
         return Client(
@@ -114,19 +121,23 @@ class OnRay:
             lines = http.get("/metrics").text.splitlines()
         return float(next(line.rpartition(" ")[2] for line in lines if line.startswith(f"{name} ")))
 
+    def admitted(self) -> float:
+        """Requests that wait or are made."""
+        return self.metric("magicface_queue_length") + self.metric("magicface_running")
+
     def replicas(self) -> set[int]:
         """The processes of the replicas that live."""
-        return {pid for pid in processes() if "ServeReplica:magicface:pictures" in command_of(pid)}
+        return self.cluster.replicas()
 
     def wait_for_replicas(self, count: int) -> None:
         until(lambda: self.metric("magicface_replicas") == count and len(self.replicas()) == count, "no replicas", 60)
 
     def mapped(self, id: str) -> set[int]:
         """The processes that have the file of a concept in their memory, as the system sees it."""
-        found = set()
+        file, found = str(self.concepts / f"{id}.concept"), set()
         for pid in processes():
             with contextlib.suppress(OSError):
-                if id in Path(f"/proc/{pid}/maps").read_text():
+                if file in Path(f"/proc/{pid}/maps").read_text():
                     found.add(pid)
         return found
 
@@ -142,12 +153,66 @@ def command_of(pid: int) -> str:
         return ""
 
 
-def ray_processes() -> list[str]:
-    """Commands of all processes of Ray on this machine."""
-    found = [command_of(pid) for pid in processes() if pid != os.getpid()]
-    return [
-        text for text in found if re.search(r"^ray::|/raylet/raylet |gcs_server |ray/_private/|ray/dashboard/", text)
-    ]
+class Cluster:
+    """One Ray of this machine, known by the folder that its start names; another Ray's processes are none of it.
+
+    driver  the process that started it, which is not counted
+    """
+
+    def __init__(self, folder: Path, driver: int) -> None:
+        self.folder, self.driver = folder, driver
+
+    @classmethod
+    def of(cls, said: Iterable[str], driver: int) -> Cluster:
+        """Of what was said when it started."""
+        (line,) = [line.strip() for line in said if line.startswith("starting Ray in ")]
+        return cls(Path(line.removeprefix("starting Ray in ")), driver)
+
+    def processes(self) -> dict[int, str]:
+        """Its processes that live, and their commands. Daemons have the folder in theirs, workers have their logs there
+        open; both also when whoever started them is dead.
+        """
+        found = {pid: command_of(pid) for pid in processes() if pid != self.driver and self._owns(pid)}
+        return {pid: command for pid, command in found.items() if command}  # without one it has just ended
+
+    def replicas(self) -> set[int]:
+        return {pid for pid, command in self.processes().items() if "ServeReplica:magicface:pictures" in command}
+
+    def wait_for_end(self) -> None:
+        """Until nothing of it is left."""
+        until(lambda: not self.processes(), f"left over: {self.processes()}", 60)
+
+    def kill(self) -> dict[int, str]:
+        """End by their numbers what lives; returns what that was."""
+        killed: dict[int, str] = {}
+        while left := self.processes():
+            killed |= left
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return killed
+
+    def _owns(self, pid: int) -> bool:
+        if str(self.folder) in command_of(pid):
+            return True
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"/proc/{pid}/fd/{name}").startswith(f"{self.folder}/"):
+                        return True
+        return False
+
+
+def stored_bytes() -> int:
+    """All that this Ray ever put into its object store, which is shared memory and may become files."""
+    import ray
+    from ray._private import internal_api
+
+    address = ray.get_runtime_context().gcs_address
+    reply = internal_api.get_memory_info_reply(internal_api.get_state_from_address(address))
+    return int(reply.store_stats.cumulative_created_bytes)
 
 
 def listening() -> dict[int, tuple[str, int]]:
@@ -182,35 +247,53 @@ def other_bundle(bundle: Path, out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def on_ray(bundle: Path, folder: Path, *, settings: ServeSettings, replicas: int = 2) -> Iterator[OnRay]:
+def ended(cluster: Cluster) -> Iterator[Cluster]:
+    """Nothing of it is left after the block: what ought to end by itself has time to, and is killed where it does not,
+    or where the block failed.
+    """
+    try:
+        yield cluster
+        cluster.wait_for_end()
+    finally:
+        cluster.kill()
+
+
+@contextlib.contextmanager
+def on_ray(
+    bundle: Path, folder: Path, *, settings: ServeSettings, replicas: int = 2, page: bool = False
+) -> Iterator[OnRay]:
     """A service on a Ray of its own; nothing of it is left after the block."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, before)))  # for `HeldSession`
     (folder / "gate").mkdir()
-    there = set(Path("/tmp").glob("magicface-ray-*"))
     plan = RayPlan(
         str(bundle),
         str(folder / "concepts"),
         session={"backend": "onnxruntime-cpu", "threads": 1, "check_hashes": False},
         replicas=(replicas, replicas),
         cpus=0.5,
+        page=page,
         settings=settings,
         tokens=Tokens([TOKEN]),
         opener=partial(HeldSession, gate=str(folder / "gate")),
     )
     with contextlib.closing(listen("127.0.0.1", 0)) as where:
         port = where.getsockname()[1]
-    gate = Gate(folder / "gate")
+    gate, said = Gate(folder / "gate"), list[str]()
     try:
-        with started(plan) as plan:
-            (ray_folder,) = set(Path("/tmp").glob("magicface-ray-*")) - there
+        with contextlib.ExitStack() as stack:
+            ray = started(plan, told=said.append)
+            plan = ray.__enter__()
+            cluster = stack.enter_context(ended(Cluster.of(said, os.getpid())))
+            stack.push(ray)  # it ends before anybody looks at what is left
             running = Running(plan, "127.0.0.1", port)
             running.start()
+            service = OnRay(running, gate, folder / "concepts", cluster)
             try:
-                yield OnRay(running, gate, folder / "concepts", ray_folder)
+                yield service
             finally:
                 gate.free()
-                running.end()
+                service.end()
     finally:
         os.environ.pop("PYTHONPATH")
         if before is not None:

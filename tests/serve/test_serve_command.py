@@ -47,7 +47,11 @@ class Process:
             self.wait_for("ready\n")
         except BaseException:  # on Ray it has processes of its own, which it ends when it is asked to
             self.process.terminate()
-            self.process.wait(60)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(30)
             raise
         self.url = next(line for line in self.said if "listening on" in line).rpartition(" ")[2].strip()
 

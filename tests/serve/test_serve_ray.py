@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import threading
 import time
@@ -21,7 +20,7 @@ pytest.importorskip("ray")
 import grpc
 import httpx
 from loopback import PROMPT, Oracle, concept, picture, png, until
-from raylike import OnRay, command_of, listening, on_ray, other_bundle
+from raylike import OnRay, listening, on_ray, other_bundle, stored_bytes
 
 from magicface_rt import BundleError, Cancelled, Concept, Progress, Reference
 from magicface_rt.errors import AnswerError, DeadlineError, ErasedError, QueueFullError, UnknownConceptError
@@ -65,18 +64,6 @@ def makers(service: OnRay, seeds: range) -> set[int]:
     return {pid for pid, made in service.gate.notes("made") if set(map(int, made.split())) & set(seeds)}
 
 
-def admitted(service: OnRay) -> float:
-    return service.metric("magicface_queue_length") + service.metric("magicface_running")
-
-
-def stored_bytes() -> int:
-    """All that Ray ever put into its object store, which is shared memory and may become files."""
-    from ray._private import internal_api
-
-    reply = internal_api.get_memory_info_reply(internal_api.get_state_from_address(None))
-    return int(reply.store_stats.cumulative_created_bytes)
-
-
 def test_a_picture_is_the_sessions_byte_for_byte(service: OnRay, oracle: Oracle) -> None:
     with service.client() as client:
         made = client.generate(PROMPT, [MAN, HAT], seed=7, steps=4, negative_prompt="rain", images=2)
@@ -94,6 +81,20 @@ def test_a_picture_is_the_sessions_byte_for_byte(service: OnRay, oracle: Oracle)
         client.erase(kept)
         with pytest.raises(UnknownConceptError):
             client.concept(kept.id)
+
+
+def test_each_request_has_the_concept_that_it_names(service: OnRay, oracle: Oracle) -> None:
+    with service.client() as client, ThreadPoolExecutor(6) as pool:
+        kept = [client.put_concept(MAN).use(weight=2.5), client.put_concept(HAT).use(weight=2.0)]
+        seeds = range(20, 26)
+        service.gate.hold()
+        futures = [generating(service, pool, range(seed, seed + 1), [kept[seed % 2]])[0] for seed in seeds]
+        until(lambda: len(makers(service, seeds)) == 2, "not both replicas make them")
+        service.gate.free()
+        for seed, future in zip(seeds, futures, strict=True):
+            assert list(future.result(60).pngs) == oracle.pngs([(MAN, HAT)[seed % 2]], seed=seed, steps=STEPS)
+        for one in client.concepts():
+            client.erase(one)
 
 
 def test_who_has_no_token_is_refused(service: OnRay) -> None:
@@ -128,13 +129,25 @@ def test_progress_comes_step_by_step_and_can_cancel(service: OnRay, oracle: Orac
         made = client.generate(PROMPT, seed=2, steps=5, alpha=0.4, progress=seen.append)
         assert [(p.step, p.stage) for p in seen] == [(1, "rsa"), (2, "rsa"), (3, "rsa"), (4, "rba"), (5, "rba")]
         assert list(made.pngs) == oracle.pngs(seed=2, steps=5, alpha=0.4)
-        service.gate.forget()
         with pytest.raises(Cancelled, match="after step 2 of 150"):
             client.generate(PROMPT, steps=150, progress=lambda p: p.step < 2)
-        until(lambda: admitted(service) == 0, "the front did not see that the client has gone")
-        count = len(service.gate.notes("step"))
-        assert client.generate(PROMPT, seed=2, steps=1).pngs
-        assert count < 150
+        until(lambda: service.admitted() == 0, "the front did not see that the client has gone")
+
+
+def test_a_client_that_goes_stops_the_replica_at_its_next_step(service: OnRay) -> None:
+    service.gate.hold()
+    order = {"prompt": PROMPT, "steps": 100, "stream": True}
+    with service.http() as http, http.stream("POST", "/v1/images", json=order) as answer:
+        assert "accepted" in next(answer.iter_lines())
+        service.gate.wait_for("step")
+    until(lambda: service.admitted() == 0, "the front did not see that the client has gone")
+    with ThreadPoolExecutor(MOST) as pool:  # each replica makes some of these, behind what it has
+        futures = generating(service, pool, range(30, 30 + MOST), [])
+        until(lambda: service.admitted() == MOST, "they did not come")
+        service.gate.free()
+        assert all(future.result(60).pngs for future in futures)
+    assert len(makers(service, range(30, 30 + MOST))) == 2
+    assert len(service.gate.notes("step")) <= 1 + MOST * STEPS
 
 
 def test_a_deadline_ends_a_request_that_runs_and_its_place_is_free(service: OnRay) -> None:
@@ -142,14 +155,14 @@ def test_a_deadline_ends_a_request_that_runs_and_its_place_is_free(service: OnRa
     with service.client() as client, pytest.raises(DeadlineError, match="deadline"):
         client.generate(PROMPT, steps=50, deadline=1.0)
     assert len(service.gate.notes("step")) == 1
-    assert admitted(service) == 0
+    assert service.admitted() == 0
 
 
 def test_a_full_queue_says_when_to_come_back_and_those_in_it_are_made_together(service: OnRay, oracle: Oracle) -> None:
     service.gate.hold()
     with ThreadPoolExecutor(MOST) as pool:
         futures = generating(service, pool, range(100, 100 + MOST), [])
-        until(lambda: admitted(service) == MOST, "the queue did not fill")
+        until(lambda: service.admitted() == MOST, "the queue did not fill")
         service.gate.wait_for("made", 2)
         with service.client() as client, pytest.raises(QueueFullError) as full:
             client.generate(PROMPT, seed=1)
@@ -188,7 +201,7 @@ def test_a_concept_goes_where_it_is_and_is_prepared_once_for_all(service: OnRay,
     assert service.mapped(kept.id) == set()
 
 
-def test_what_is_erased_is_gone_from_every_replica_that_was_using_it(service: OnRay) -> None:
+def test_what_is_erased_is_gone_from_every_replica_that_was_using_it(service: OnRay, oracle: Oracle) -> None:
     with service.client() as client, ThreadPoolExecutor(7) as pool:
         kept, other = client.put_concept(MAN), client.put_concept(HAT)
         service.gate.hold()
@@ -208,7 +221,9 @@ def test_what_is_erased_is_gone_from_every_replica_that_was_using_it(service: On
             client.erase(kept)
         with pytest.raises(UnknownConceptError):
             client.generate(PROMPT, [kept])
-        assert client.generate(PROMPT, [other], seed=1).pngs
+        assert list(client.generate(PROMPT, [other.use(weight=2.0)], seed=1).pngs) == oracle.pngs(
+            [HAT], seed=1, steps=STEPS
+        )
         assert client.put_concept(MAN).new  # it may come back
         for one in (kept, other):
             client.erase(one)
@@ -244,7 +259,7 @@ def test_no_photograph_and_no_token_is_written_or_left_in_rays_store(service: On
         client.erase(client.put_concept(noise, steps=1))
         client.generate("a man of words that nobody else says", [noise], steps=1)
     assert stored_bytes() - before < 100_000
-    written = [path for path in service.folder.rglob("*") if path.is_file()]
+    written = [path for path in service.cluster.folder.rglob("*") if path.is_file()]
     assert written
     for path in written:
         content = path.read_bytes()
@@ -253,8 +268,8 @@ def test_no_photograph_and_no_token_is_written_or_left_in_rays_store(service: On
 
 
 def test_rays_ports_are_this_machines_or_ask_for_its_token(service: OnRay) -> None:
-    found = {f"{address}:{port}": command_of(pid) for port, (address, pid) in listening().items()}
-    rays = [place for place, command in found.items() if re.match("ray::|.*/(raylet|gcs_server) ", command)]
+    own = service.cluster.processes()
+    rays = [f"{address}:{port}" for port, (address, pid) in listening().items() if pid in own]
     codes = set()
     for place in rays:
         with grpc.insecure_channel(place) as channel, pytest.raises(grpc.RpcError) as refused:

@@ -2,43 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("ray")
 
 from loopback import PROMPT, Oracle, concept, until
-from raylike import TOKEN, other_bundle, ray_processes
-from test_serve_command import started
+from raylike import TOKEN, Cluster, ended, other_bundle
+from test_serve_command import Process, started
 
 from magicface_rt.cli import main
-from magicface_rt.errors import ServiceError
+from magicface_rt.errors import OptionError, ServiceError
 from magicface_rt.serve import Client
 
 MAN = concept("man", 1)
+PAGE = ["--ui"] if importlib.util.find_spec("gradio") is not None else []
+
+
+@contextlib.contextmanager
+def process_on_ray(bundle: Path, *arguments: object, **environment: str) -> Iterator[tuple[Process, Cluster]]:
+    """`magicface-rt serve --engine ray` as a process, and its Ray. Nothing of either is left after the block."""
+    with (
+        started(bundle, "--engine", "ray", *arguments, **environment) as process,
+        ended(Cluster.of(process.said, process.process.pid)) as cluster,
+    ):
+        try:
+            yield process, cluster
+        finally:
+            if process.process.poll() is None:  # it ends its Ray when it is asked to
+                process.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.process.wait(60)
+
+
+def open_tab(url: str, until_then: contextlib.ExitStack) -> Iterator[str]:
+    """The connection that a browser holds for as long as a tab is open: its lines."""
+    http = until_then.enter_context(httpx.Client(auth=("anybody", TOKEN), trust_env=False, timeout=60))
+    lines = until_then.enter_context(http.stream("GET", f"{url}/ui/gradio_api/heartbeat/abc")).iter_lines()
+    assert "ALIVE" in next(lines)
+    return lines
+
+
+def shown_bundle(url: str) -> str:
+    """The bundle that the page names, by the beginning of its hash."""
+    page = httpx.get(f"{url}/ui/config", auth=("anybody", TOKEN), trust_env=False).raise_for_status().text
+    found = re.search(r"Bundle ([0-9a-f]{16})\.", page)
+    assert found is not None
+    return found.group(1)
 
 
 @pytest.mark.ray
 def test_a_process_is_updated_by_sighup_and_finishes_its_work_by_sigterm(
     tiny_bundle: Path, oracle: Oracle, tmp_path: Path
 ) -> None:
-    here, there = set(ray_processes()), set(Path("/tmp").glob("magicface-ray-*"))
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle)
     (tmp_path / "tokens").write_text(TOKEN)
-    options = ("--engine", "ray", "--replicas", 1, "--tokens", tmp_path / "tokens", "--default-steps", 30)
-    with started(bundle, *options, "--concepts", tmp_path / "concepts") as process:
+    options = ("--replicas", 1, "--tokens", tmp_path / "tokens", "--default-steps", 30, *PAGE)
+    with process_on_ray(bundle, *options, "--concepts", tmp_path / "concepts") as (process, cluster):
+        assert cluster.folder.is_dir()
         client = Client(process.url, token=TOKEN, retries=0, trust_env=False)
-        with client:
+        with client, contextlib.ExitStack() as tabs:
             assert list(client.generate(PROMPT, seed=3, steps=2).pngs) == oracle.pngs(seed=3, steps=2)
             kept = client.put_concept(MAN, steps=2)
 
@@ -51,11 +89,18 @@ def test_a_process_is_updated_by_sighup_and_finishes_its_work_by_sigterm(
             other = other_bundle(tiny_bundle, tmp_path / "new")
             other.rename(bundle)
             before = client.bundle()["hash"]
+            if PAGE:
+                assert f"the page is at {process.url}/ui/\n" in process.said
+                assert shown_bundle(process.url) == before[:16]
+                tab = open_tab(process.url, tabs)
             process.process.send_signal(signal.SIGHUP)
             process.wait_for("updating to bundle")
             assert client.generate(PROMPT, seed=3, steps=2).pngs  # it waits for the one replica that there is
             until(lambda: any(line.startswith("updated") for line in process.said), "it was not updated", 60)
             assert client.bundle()["hash"] != before
+            if PAGE:  # the front that had the tab did not wait until it is closed
+                assert shown_bundle(process.url) == client.bundle()["hash"][:16]
+                assert all("ALIVE" in line for line in tab if line)
             with Oracle(bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1) as updated:
                 assert list(client.generate(PROMPT, seed=3, steps=2).pngs) == updated.pngs(seed=3, steps=2)
             with pytest.raises(Exception, match=r"bundle"):
@@ -85,12 +130,46 @@ def test_a_process_is_updated_by_sighup_and_finishes_its_work_by_sigterm(
                 until(refused, "requests are still taken", 30)
             working.join(60)
         assert process.process.wait(60) == 0
+        cluster.wait_for_end()
+        assert not cluster.folder.exists()
     assert len(made[0].pngs) == 1
     assert "ended" in process.said[-1]
     assert not any("Traceback" in line or TOKEN in line for line in process.said), process.said
-    until(lambda: not set(ray_processes()) - here, f"left over: {set(ray_processes()) - here}")
-    assert set(Path("/tmp").glob("magicface-ray-*")) == there
     assert [path.name for path in (tmp_path / "concepts").iterdir()] == [f"{kept.id}.concept"]
+
+
+@pytest.mark.ray
+def test_each_service_has_a_ray_of_its_own_and_one_that_was_killed_is_in_nobodys_way(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    with process_on_ray(tiny_bundle, "--replicas", 1, "--concepts", tmp_path) as (first, of_first):
+        (raylet,) = [command for command in of_first.processes().values() if "/raylet/raylet " in command]
+        address = re.search(r"--gcs-address=(\S+)", raylet)
+        assert address is not None
+        with process_on_ray(tiny_bundle, "--replicas", 2, RAY_ADDRESS=address.group(1)) as (second, of_second):
+            assert any(f"RAY_ADDRESS is {address.group(1)} and is not used" in line for line in second.said)
+            assert of_first.folder != of_second.folder
+            assert not of_first.processes().keys() & of_second.processes().keys()
+            assert (len(of_first.replicas()), len(of_second.replicas())) == (1, 2)
+            for process, replicas in ((first, 1), (second, 2)):
+                text = httpx.get(f"{process.url}/metrics", trust_env=False).text
+                assert f"\nmagicface_replicas {replicas}.0\n" in text
+            assert second.end() == 0
+            of_second.wait_for_end()
+            assert len(of_first.replicas()) == 1
+            with first.client() as client:
+                assert client.generate(PROMPT, steps=1).pngs
+
+        # what the first leaves when it cannot end it is not the third's
+        first.process.kill()
+        first.process.wait(30)
+        until(lambda: not of_first.replicas(), "its replicas go on", 60)
+        with process_on_ray(tiny_bundle, "--replicas", 1, RAY_ADDRESS=address.group(1)) as (third, of_third):
+            assert len(of_third.replicas()) == 1
+            with third.client() as client:
+                assert client.generate(PROMPT, steps=1).pngs
+            assert third.end() == 0
+        of_first.kill()
 
 
 def test_what_cannot_be_served_is_said_before_ray_is_started(
@@ -102,6 +181,7 @@ def test_what_cannot_be_served_is_said_before_ray_is_started(
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(ray, "init", not_here)
+    there = set(Path("/dev/shm").glob("magicface-concepts-*"))
     on_ray = ("--engine", "ray")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -112,7 +192,6 @@ def test_what_cannot_be_served_is_said_before_ray_is_started(
             "--replicas goes with --engine ray": (tiny_bundle, "--replicas", 2),
             "replicas is 'many'": (tiny_bundle, *on_ray, "--port", 0, "--replicas", "many"),
             "each replica has a GPU of its own": (tiny_bundle, *on_ray, "--device", 1),
-            "--ui goes with --engine local": (tiny_bundle, *on_ray, "--ui"),
             "storage is '4-bit'": (tiny_bundle, *on_ray, "--port", 0, "--storage", "4-bit"),
         }
         for reason, arguments in cases.items():
@@ -120,7 +199,23 @@ def test_what_cannot_be_served_is_said_before_ray_is_started(
             said = capsys.readouterr().err
             assert reason in said, said
             assert "Traceback" not in said
-    assert not list(Path("/dev/shm").glob("magicface-concepts-*"))
+    assert set(Path("/dev/shm").glob("magicface-concepts-*")) == there
+
+
+def test_a_process_that_has_a_ray_already_is_told_so_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from magicface_rt.serve.ray import RayPlan
+    from magicface_rt.serve.ray.cluster import started as ray_started
+
+    def not_here(*_: object, **__: object) -> None:
+        raise AssertionError("it was started or ended")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "init", not_here)
+    monkeypatch.setattr(ray, "shutdown", not_here)
+    with pytest.raises(OptionError, match="connected to a Ray already"), ray_started(RayPlan("b", "c")):
+        pass
 
 
 def test_without_ray_it_says_what_to_install(tiny_bundle: Path) -> None:

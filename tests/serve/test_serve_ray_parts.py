@@ -259,6 +259,21 @@ def test_a_replica_that_a_new_roster_does_not_know_is_told_so(members: Members) 
     asyncio.run(scenario())
 
 
+def test_the_front_that_began_last_is_the_one_that_stays(members: Members) -> None:
+    async def scenario() -> None:
+        roster = members.roster
+        assert (await roster.watch(None, 0)).front == 0
+        await roster.front(2.0)
+        seen = await roster.watch(None, 0)
+        assert seen.front == 2.0
+        await roster.front(1.0)  # it is about to end, and speaks to a roster that has just been made
+        assert (await roster.watch(None, 0)) == seen
+        await roster.front(3.0)
+        assert (await roster.watch(None, seen.version)).front == 3.0
+
+    asyncio.run(scenario())
+
+
 # -------------------------------------------------------------------------------------------------------- shared folder
 
 
@@ -319,12 +334,15 @@ def test_a_plan_is_read_from_the_arguments_of_a_config_file() -> None:
             "most_concepts": 5,
             "body_bytes": "1MiB",
             "tokens": "/run/tokens",
+            "page": True,
             "revision": 7,
         }
     )
     assert (plan.range, plan.gpus, plan.token_file, plan.revision) == ((1, 4), 1.0, "/run/tokens", "7")
     assert (plan.settings.queue, plan.settings.concepts, plan.settings.body_bytes) == (8, 5, 2**20)
     assert plan.concepts == "/concepts"
+    assert plan.page
+    assert not RayPlan.of({"bundle": "b", "concepts": "c"}).page
     assert plan.session == {"backend": "onnxruntime-cuda"}
     assert RayPlan.of({"bundle": "b", "concepts": "c"}).gpus == 0
     assert RayPlan.of({"bundle": "b", "concepts": "c", "gpus": 0.5}).gpus == 0.5
@@ -344,6 +362,7 @@ def test_a_plan_is_read_from_the_arguments_of_a_config_file() -> None:
         ({"replicas": 0}, "replicas is 0-0"),
         ({"workers": True}, "workers is True"),
         ({"gpus": -1}, "gpus is -1"),
+        ({"page": "yes"}, "page is 'yes', expected true or false"),
         ({"queue": 0}, "queue is 0"),
         ({"backend": "abacus"}, "backend 'abacus' is not known"),
         ({"memory": "some"}, "memory is 'some'"),

@@ -99,7 +99,7 @@ class Served:
         metrics = Metrics()
         self.service = local_service([session], settings=settings, metrics=metrics, warm=False)
         app = build_app(self.service, settings=settings, tokens=tokens, metrics=metrics)
-        facts = Facts.of(session, settings, protected=bool(tokens))
+        facts = Facts.of(session.bundle, settings, backend=session.backend.name, protected=bool(tokens))
         self.page = mount_page(app, self.service, session.tokenizer, facts)
         self.socket = listen("127.0.0.1", 0)
         self.url = "http://{}:{}".format(*self.socket.getsockname())
@@ -141,13 +141,16 @@ class Tab:
         self.components = {one["id"]: one for one in self.config["components"]}
 
     def values(self, event: str, **by_label: Any) -> list[Any]:
-        """What the event's fields hold, some of them filled in: by label, the first where several have it."""
-        left = dict(by_label)
+        """What the event's fields hold, some of them filled in, by label. Where several have a label, the first has the
+        value, or each in its turn one of a list.
+        """
+        left = {label: list(given) if isinstance(given, list) else [given] for label, given in by_label.items()}
         found = []
         for number in self._event(event)["inputs"]:
             props = self.components[number]["props"]
-            found.append(left.pop(props.get("label"), props.get("value")))
-        assert not left, f"the page has no {list(left)}"
+            given = left.get(props.get("label"))
+            found.append(given.pop(0) if given else props.get("value"))
+        assert not any(left.values()), f"the page has no place for {left}"
         return found
 
     def send(self, event: str, values: list[Any]) -> None:

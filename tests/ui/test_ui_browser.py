@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("selenium")
 
+import numpy as np
 from paging import SETTINGS, Held, Served, bomb, disc, photograph, png, served
 from PIL import Image
 from selenium import webdriver
@@ -153,6 +154,14 @@ class Page:
         """The regions as they are drawn."""
         return str(self.run("return document.querySelector('.mf-regions canvas').toDataURL()"))
 
+    def shares_are_right(self, step: int) -> bool:
+        """Whether each concept's share of the picture is that of its cells after the step."""
+        shown = json.loads(str(self.one(".mf-regions").get_attribute("data-regions")))
+        labels = np.frombuffer(base64.b64decode(shown["labels"]), np.uint8).reshape(len(shown["stages"]), -1)[step - 1]
+        said = [int(one.text.strip("( %)")) for one in self.all(".mf-share")]
+        exact = [100 * float(np.mean(labels == k)) for k in range(1, len(shown["names"]) + 1)]
+        return bool(np.allclose(said, exact, rtol=0, atol=0.51))
+
     @property
     def source(self) -> str:
         found = self.all("#mf-result .mf-picture")
@@ -221,12 +230,46 @@ def test_drop_a_photograph_paint_a_mask_and_look(page: Page, files: dict[str, Pa
     slider.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
     assert stage.text == "Step 1 of 3, first stage (RSA)"
     assert "man" in page.one(".mf-regions canvas").accessible_name
+    assert page.shares_are_right(1)
+    slider.send_keys(Keys.END)
+    assert page.shares_are_right(3)
     # twice in a row
     page.fill("Seed", "5")
     second = page.generate()
     assert second != first
     page.fill("Seed", "0")
     assert page.generate() == first
+
+
+def test_a_photograph_is_dropped_and_mask_and_picture_are_saved(page: Page, files: dict[str, Path]) -> None:
+    sent = base64.b64encode(files["man.png"].read_bytes()).decode()
+    page.run(
+        """const [editor, sent] = arguments;
+        const transfer = new DataTransfer();
+        const bytes = Uint8Array.from(atob(sent), (c) => c.charCodeAt(0));
+        transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+        editor.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));""",
+        page.concept(1).find_element(By.CSS_SELECTOR, ".mf-editor p"),
+        sent,
+    )
+    page.wait(lambda: "dropped.png is loaded" in page.concept(1).text, "what was dropped was not taken")
+    (collected,) = json.loads(page.run("return window.magicface.collect()"))
+    assert collected["image"] == sent
+    page.paint(1)
+    page.run(
+        "window.saved = []; HTMLAnchorElement.prototype.click = function () {"
+        " window.saved.push([this.href, this.download]); };"
+    )
+    page.press("Save mask")
+    page.choose_word(1, "man")
+    source = page.generate()
+    page.one(".mf-download").click()
+    (mask, mask_name), (picture, picture_name) = page.run("return window.saved")
+    assert mask_name == "dropped-mask.png"
+    saved = Image.open(io.BytesIO(base64.b64decode(mask.partition(",")[2]))).convert("L")
+    assert saved.tobytes() == page.mask(1).tobytes()
+    assert 0 < page.white(1) < 1
+    assert (picture, picture_name) == (source, "magicface-0.png")
 
 
 def test_errors_are_the_sdks_and_the_page_goes_on(page: Page, files: dict[str, Path]) -> None:

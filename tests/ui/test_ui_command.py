@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -47,7 +48,11 @@ def test_it_serves_the_page_and_the_interface_and_ends(tiny_bundle: Path) -> Non
     assert said[-1] == "ended\n"
 
 
-@pytest.mark.parametrize("verb", [["ui"], ["serve", "--ui"]])
+WITHOUT_RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed here")
+ON_RAY = pytest.param(["serve", "--ui", "--engine", "ray"], marks=WITHOUT_RAY)
+
+
+@pytest.mark.parametrize("verb", [["ui"], ["serve", "--ui"], ON_RAY])
 def test_without_gradio_it_names_the_extra(
     verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ from magicface_rt.serve.server import CLOSE_SECONDS
 PROMPT = "a man with a hat"
 MAN, MASK, BLACK = png(photograph(1)), png(disc()), png(Image.new("L", (96, 96)))
 TOKEN = "0123456789abcdef"
+WORD = "Word of the prompt that it stands for"
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +47,58 @@ def picture_of(html: str) -> bytes:
 
 
 def generated(tab: Tab, photographs: str, **fields: object) -> list[str]:
-    given = {"Prompt": PROMPT, "Word of the prompt that it stands for": "man", "Steps": 2, "Seed": 3, **fields}
+    given = {"Prompt": PROMPT, WORD: "man", "Steps": 2, "Seed": 3, **fields}
     return tab.generate(photographs, **given)
 
 
 def test_the_picture_is_the_sessions_and_every_step_has_its_regions(tab: Tab, session: Held) -> None:
-    status, result, timings, *_ = generated(tab, bridged((1, MAN, MASK)), Weight=2.5)
+    status, result, timings, *_ = tab.generate(
+        bridged((1, MAN, MASK), (2, png(photograph(2)), MASK)),
+        **{"Prompt": PROMPT, WORD: ["man", "hat"], "Weight": [2.5, 2.0], "Steps": 4, "Seed": 3},
+    )
     man = Concept("man", Reference(photograph(1), mask=disc()), weight=2.5)
-    expected = session.generate(PROMPT, [man], steps=2, seed=3, record_regions=True)
+    hat = Concept("hat", Reference(photograph(2), mask=disc()), weight=2.0)
+    expected = session.generate(PROMPT, [man, hat], steps=4, seed=3, record_regions=True)
     assert "Done in" in status
     assert picture_of(result) == png(expected.images[0])
     shown = json.loads(re.search(r'data-regions="([^"]+)"', result).group(1).replace("&quot;", '"'))  # type: ignore[union-attr]
     labels = np.frombuffer(base64.b64decode(shown["labels"]), np.uint8)
     assert expected.regions_per_step is not None
     np.testing.assert_array_equal(labels, expected.regions_per_step[:, 0].ravel())
-    assert shown["stages"] == ["RSA", "RBA"]
-    assert shown["names"] == ["man"]
+    assert len({step.tobytes() for step in expected.regions_per_step}) > 1, "nothing is shown where all are the same"
+    assert shown["stages"] == ["RSA", "RSA", "RBA", "RBA"]
+    assert shown["names"] == ["man", "hat"]
     assert "U-Net over the picture" in timings
+
+
+def test_every_field_counts_and_belongs_to_the_concept_in_whose_block_it_stands(tab: Tab, session: Held) -> None:
+    prompt = "a man with a hat beside a man"
+    half = Image.new("L", (96, 96))
+    half.paste(255, (0, 0, 48, 96))
+    _, result, *_ = tab.generate(
+        bridged((2, png(photograph(2)), MASK), (3, MAN, png(half))),
+        **{
+            "Prompt": prompt,
+            WORD: [None, "hat", "man (2)"],
+            "Weight": [3.0, 2.2, 1.5],
+            "What the photograph shows": ["", "a hat", "a man"],
+            "Alpha": 0.2,
+            "Steps": 4,
+            "Seed": 11,
+            "Guidance": 4.5,
+            "Negative prompt": "rain",
+        },
+    )
+    hat = Concept("hat", Reference(photograph(2), mask=disc(), prompt="a hat"), weight=2.2)
+    man = Concept("man", Reference(photograph(1), mask=half, prompt="a man"), weight=1.5, token_index=8)
+    settings = {"alpha": 0.2, "steps": 4, "seed": 11, "guidance": 4.5, "negative_prompt": "rain"}
+    assert picture_of(result) == png(session.generate(prompt, [hat, man], **settings).images[0])
+
+
+def test_it_says_after_every_step_where_the_picture_stands(tab: Tab) -> None:
+    tab.send("generate", tab.values("generate", bridge=bridged(), Prompt="a house", Steps=4, Alpha=0.4))
+    found = [re.search(r"Step (\d) of 4, (\w+) stage", json.dumps(message)) for message in tab.news()]
+    assert [one.groups() for one in found if one] == [("1", "first"), ("2", "first"), ("3", "second"), ("4", "second")]
 
 
 def test_no_concept_is_plain_stable_diffusion(tab: Tab, session: Held) -> None:
@@ -77,7 +113,7 @@ def test_no_concept_is_plain_stable_diffusion(tab: Tab, session: Held) -> None:
         pytest.param(bridged((1, MAN, png(disc((64, 96))))), {}, r"mask.* is 64 x 96, its image 96 x 96", id="size"),
         pytest.param(
             bridged((1, MAN, MASK)),
-            {"Word of the prompt that it stands for": "cat"},
+            {WORD: "cat"},
             r"Concept 1, word:</strong> concept &#x27;cat&#x27;: the word &#x27;cat&#x27; is not in the prompt",
             id="word",
         ),
@@ -89,9 +125,7 @@ def test_no_concept_is_plain_stable_diffusion(tab: Tab, session: Held) -> None:
         ),
         pytest.param(bridged((1, b"", None)), {}, r"Concept 1, photograph:.*the image is empty", id="none"),
         pytest.param(bridged((1, b"hello", None)), {}, r"photograph:.*cannot be read", id="damaged"),
-        pytest.param(
-            bridged((1, MAN, MASK)), {"Word of the prompt that it stands for": None}, "word is missing", id="no-word"
-        ),
+        pytest.param(bridged((1, MAN, MASK)), {WORD: None}, "word is missing", id="no-word"),
         pytest.param(bridged(), {"Prompt": "man " * 100}, "Prompt:.*at most 75 fit", id="prompt"),
         pytest.param(bridged(), {"Seed": -1}, "seed: ", id="seed"),
         pytest.param('{"problem": "<b>too large</b>"}', {}, "&lt;b&gt;too large", id="script"),

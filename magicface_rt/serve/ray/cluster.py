@@ -8,24 +8,23 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from ...backends import FLAVOURS, why_not
 from ...bundle import Bundle
-from ...errors import BackendError, DeviceError, MagicFaceError
+from ...errors import BackendError, DeviceError, MagicFaceError, OptionError
 from .. import module
+from ..gate import PAGE
 from ..server import listen
 from .plan import RayPlan, wants_gpu
+from .signals import Signals
 
-__all__ = ["Running", "Signals", "serve", "shared_memory_folder", "started", "system_config"]
+__all__ = ["Running", "serve", "shared_memory_folder", "started", "system_config"]
 
 if importlib.util.find_spec("ray") is None:  # not imported yet: Ray reads its environment when it is
     raise ModuleNotFoundError("No module named 'ray'", name="ray")
@@ -89,6 +88,8 @@ def serve(
         if signals.stops:
             return 0
         told(f"listening on {running.url}")
+        if plan.page:
+            told(f"the page is at {running.url}{PAGE}/")
         told("ready")
         updates = 0
         while not signals.stops:
@@ -109,44 +110,78 @@ def shared_memory_folder() -> Path:
 def started(plan: RayPlan, *, told: Callable[[str], object] = logger.info) -> Iterator[RayPlan]:
     """A Ray cluster of this machine for the block, reachable from this machine only and by whoever has its token.
 
+    It is a new one at every start. Whatever other Ray runs here, or is named by RAY_ADDRESS, is neither used nor ended.
+
     Gives the plan back, with GPUs for its replicas where the backend takes what is there. Ray's files, its logs among
-    them, are in a folder of their own, which goes when the block ends.
+    them, are in a folder of their own, which goes when the block ends. `told` is told its name: the command lines of
+    Ray's daemons have it, and so they are found where this process was killed and could not end them.
 
     Raises:
+        OptionError: this process is connected to a Ray already.
         DeviceError: there are fewer GPUs than replicas.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _set_token()
     ray: Any = importlib.import_module("ray")  # not before its environment is there
+    if ray.is_initialized():
+        raise OptionError(
+            "this process is connected to a Ray already, and the service starts one of its own. Serve in another "
+            "process, or deploy on that Ray: ray.serve.run(magicface_rt.serve.ray.application({...}))."
+        )
     folder = tempfile.mkdtemp(prefix="magicface-ray-", dir="/tmp")  # sockets are in it, whose paths must be short
     processors = max(os.cpu_count() or 1, round(plan.range[1] * plan.cpus + 0.5))
     try:
-        told("starting Ray")
-        ray.init(
-            address="local",
-            num_cpus=processors,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            configure_logging=True,
-            logging_level=logging.ERROR,
-            log_to_driver=True,
-            _temp_dir=folder,
-            _system_config=system_config(plan.settings.body_bytes),
-        )
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        works = gpus > 0 and any(why_not(name) is None for name in ("onnxruntime-cuda", *FLAVOURS))
-        if wants_gpu(str(plan.session.get("backend", "auto")), works):
-            plan = replace(plan, gpus=1.0, replicas=plan.replicas or (max(1, gpus),) * 2)
-        if plan.gpus * plan.range[1] > gpus:
-            raise DeviceError(
-                f"{plan.range[1]} replicas need {plan.gpus * plan.range[1]:g} GPUs, and this machine has {gpus}. "
-                "Give fewer --replicas, or --backend onnxruntime-cpu."
+        with _no_other_cluster(told):
+            told(f"starting Ray in {folder}")
+            ray.init(
+                address="local",
+                num_cpus=processors,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                configure_logging=True,
+                logging_level=logging.ERROR,
+                log_to_driver=True,
+                _temp_dir=folder,
+                _system_config=system_config(plan.settings.body_bytes),
             )
-        yield plan
+            yield _with_gpus(plan, int(ray.cluster_resources().get("GPU", 0)))
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_gpus(plan: RayPlan, gpus: int) -> RayPlan:
+    """The plan with GPUs for its replicas, where its backend takes what is there.
+
+    Raises:
+        DeviceError: there are fewer GPUs than replicas.
+    """
+    works = gpus > 0 and any(not why_not(name) for name in ("onnxruntime-cuda", *FLAVOURS))
+    if wants_gpu(str(plan.session.get("backend", "auto")), works):
+        plan = replace(plan, gpus=1.0, replicas=plan.replicas or (max(1, gpus),) * 2)
+    if plan.gpus * plan.range[1] > gpus:
+        raise DeviceError(
+            f"{plan.range[1]} replicas need {plan.gpus * plan.range[1]:g} GPUs, and this machine has {gpus}. "
+            "Give fewer --replicas, or --backend onnxruntime-cpu."
+        )
+    return plan
+
+
+@contextlib.contextmanager
+def _no_other_cluster(told: Callable[[str], object]) -> Iterator[None]:
+    """For the block, no address of another Ray in the environment, which the processes started here would have."""
+    address = os.environ.pop("RAY_ADDRESS", None)
+    if address:
+        told(
+            f"RAY_ADDRESS is {address} and is not used: this service has a Ray of its own. To serve on that one, "
+            "`serve deploy` a config file there, see docs/serving-ray.md"
+        )
+    try:
+        yield
+    finally:
+        if address is not None:
+            os.environ["RAY_ADDRESS"] = address
 
 
 def _set_token() -> None:
@@ -158,45 +193,6 @@ def _set_token() -> None:
     wanted = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
     if wanted and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-class Signals:
-    """SIGINT, SIGTERM and SIGHUP as counts, for a loop that looks at them."""
-
-    def __init__(self, told: Callable[[str], object] = logger.info) -> None:
-        self.stops = 0
-        self.updates = 0
-        self._told = told
-        self._news = threading.Event()
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[Signals]:
-        """For the block, in the main thread."""
-        before = {
-            number: signal.signal(number, self._noted) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        }
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def wait(self, seconds: float) -> None:
-        """Until one comes, or so long."""
-        self._news.wait(seconds)
-        self._news.clear()
-
-    def _noted(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if number == signal.SIGHUP:
-            self.updates += 1
-        elif self.stops:
-            self.stops += 1
-            self._told(f"{name} again: ending now")
-        else:
-            self.stops = 1
-            self._told(f"{name}: ending when the requests that are being done have their answers")
-        self._news.set()
 
 
 class Running:

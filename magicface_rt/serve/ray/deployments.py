@@ -15,9 +15,11 @@ from fastapi import FastAPI
 from ray import serve as _serve
 from ray.exceptions import ActorDiedError, RayError
 
+from ...bundle import Bundle
 from ...errors import BackendError, MagicFaceError
 from ...images import MagicFaceWarning
-from ...session import Session
+from ...session import Session, tokenizer_of
+from ...ui import module as ui_module
 from ..app import build_app
 from ..auth import Tokens
 from ..engine import Engine
@@ -290,7 +292,7 @@ class _Held:
 
 
 class Front:
-    """The HTTP application, in a process that computes nothing."""
+    """The HTTP application, with the page where it is wanted, in a process that computes nothing."""
 
     def __init__(self, pictures: Any, plan: RayPlan) -> None:
         warnings.simplefilter("ignore", MagicFaceWarning)
@@ -298,6 +300,7 @@ class Front:
         self._pictures = pictures
         self._roster = RosterLink(serve.get_replica_context().app_name)
         self._tokens = Tokens.read(plan.token_file) if plan.tokens is None else plan.tokens
+        self._page: Any = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         plan, metrics = self._plan, FrontMetrics()
@@ -310,8 +313,19 @@ class Front:
             store=SharedConcepts(plan.concepts, **limits),
             metrics=metrics,
         )
-        return build_app(self._service, settings=plan.settings, tokens=self._tokens, metrics=metrics)
+        app = build_app(self._service, settings=plan.settings, tokens=self._tokens, metrics=metrics)
+        if plan.page:
+            bundle = Bundle.open(plan.bundle, check_hashes=False)  # of which it reads the tokenizer only
+            facts = ui_module("facts").Facts.of(
+                bundle, plan.settings, backend="Ray Serve", protected=bool(self._tokens)
+            )
+            self._page = ui_module("mounting").mount_page(app, self._service, tokenizer_of(bundle), facts)
+            self._service.at_replaced = self._page.end
+        return app
 
     async def drain(self, seconds: float) -> int:
         """See `Service.drain`; called by whoever is about to end the application."""
-        return await self._service.drain(seconds)
+        cut_off = await self._service.drain(seconds)
+        if self._page is not None:
+            self._page.end()
+        return cut_off

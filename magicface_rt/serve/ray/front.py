@@ -17,7 +17,6 @@ from ray.serve.exceptions import RayServeException
 
 from ...errors import Cancelled, DeadlineError, DrainingError, EraseError, MagicFaceError, SessionClosedError
 from ..concepts import StoredConcept, unknown
-from ..local import _info as info_of
 from ..orders import check_named
 from ..problems import refused
 from ..schemas import BundleInfo, ConceptInfo, Erasure, PictureOrder
@@ -36,6 +35,9 @@ T = TypeVar("T")
 
 ATTEMPTS = 3
 """How often a request is given to a replica, where replicas are lost while they make it."""
+
+LAST_WORDS = 1.0
+"""Seconds that an answer has to reach its client, when a front that is replaced has no request any more."""
 
 ERASE_SPARE = 30.0
 """Seconds that an erasure has over a request's limit: a batch that runs is waited for."""
@@ -88,6 +90,9 @@ class RayService(Service):
     workers   batches that one replica makes at the same time
     store     the shared folder
 
+    at_replaced  called when another front has taken this one's place and no request is left here: lets go of
+                 connections that would stay open, for which Ray would wait
+
     All calls come from one event loop.
     """
 
@@ -114,6 +119,9 @@ class RayService(Service):
         self._idle.set()
         self._files = ThreadPoolExecutor(2, thread_name_prefix="magicface-files")
         self._watching: asyncio.Task[None] | None = None
+        self._began = time.time()
+        self._replaced: asyncio.Task[None] | None = None
+        self.at_replaced: Callable[[], object] = lambda: None
         metrics.watch_front(
             store,
             waiting=lambda: sum(not call.begun for call in list(self._calls)),  # called in another thread
@@ -142,8 +150,9 @@ class RayService(Service):
 
     async def close(self) -> None:
         await self.drain(0)
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in (self._watching, self._replaced):
+            if task is not None:
+                task.cancel()
         self._files.shutdown(wait=False, cancel_futures=True)
 
     # --------------------------------------------------------------------------------------------------------- requests
@@ -177,14 +186,14 @@ class RayService(Service):
 
     async def concepts(self) -> list[ConceptInfo]:
         def found() -> list[ConceptInfo]:
-            return [info_of(stored) for stored in self._store.entries()]
+            return [ConceptInfo.of(stored) for stored in self._store.entries()]
 
         return await self._in_thread(found)
 
     async def concept(self, id: str) -> ConceptInfo:
         def found() -> ConceptInfo:
             stored: StoredConcept = self._store.peek(id)
-            return info_of(stored)
+            return ConceptInfo.of(stored)
 
         return await self._in_thread(found)
 
@@ -302,10 +311,12 @@ class RayService(Service):
         return ended
 
     async def _watch(self) -> None:
-        """Follow the roster: which replicas there are."""
+        """Follow the roster: which replicas there are, and whether another front has come."""
         while True:
             try:
                 self._view = await self._roster.actor.watch.remote(None, self._view.version)
+                if self._view.front < self._began:
+                    await self._roster.actor.front.remote(self._began)
             except (RayError, RayServeException, ValueError) as error:
                 logger.warning("the roster does not answer: %s", type(error).__name__)
                 self._roster.lost()
@@ -313,6 +324,17 @@ class RayService(Service):
                 continue
             self._places.replicas = len(self._view.ready)
             self._metrics.forget(self._view.ready)
+            if self._view.front > self._began and self._replaced is None:
+                self._replaced = asyncio.ensure_future(self._finish())
+
+    async def _finish(self) -> None:
+        """The end of a front that is replaced: requests that it has are answered first."""
+        while True:
+            await self._idle.wait()
+            await asyncio.sleep(LAST_WORDS)
+            if not self._calls:
+                break
+        self.at_replaced()
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._files, call)

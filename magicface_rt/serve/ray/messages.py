@@ -82,9 +82,11 @@ class View:
     known      whether whoever asked is on the roster; a replica that is not must register again
     condemned  ids that are being erased: no replica may take one into use
     ready      replicas that are warm, the one that came last behind, with what they serve
+    front      when the newest front began, in seconds since 1970; 0 where none has said so
     """
 
     version: int
     known: bool
     condemned: frozenset[str] = frozenset()
     ready: Mapping[str, BundleInfo] = field(default_factory=dict)
+    front: float = 0.0

@@ -43,6 +43,7 @@ class RayPlan:
     replicas  at least and at most; between them Ray follows the queue. None: one for each GPU of this machine, or one
     gpus      of one replica; 0 for none
     cpus      of one replica, as Ray counts them
+    page      with the page of `magicface_rt.ui` at /ui
     settings  limits of the service
     tokens    who may use it. None: those of `token_file`, or of the variable MAGICFACE_RT_TOKENS, as the front's
               process finds them
@@ -59,6 +60,7 @@ class RayPlan:
     replicas: tuple[int, int] | None = None
     gpus: float = 0.0
     cpus: float = 1.0
+    page: bool = False
     settings: ServeSettings = field(default_factory=ServeSettings)
     tokens: Tokens | None = None
     token_file: str | None = None
@@ -75,6 +77,8 @@ class RayPlan:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1000:
                 raise OptionError(f"{name} is {value!r}, expected a number from 0.")
+        if not isinstance(self.page, bool):
+            raise OptionError(f"page is {self.page!r}, expected true or false.")
         unknown = sorted(set(self.session) - set(SESSION_OPTIONS))
         if unknown:
             raise OptionError(f"{unknown[0]} is no setting of a replica. There are {', '.join(SESSION_OPTIONS)}.")

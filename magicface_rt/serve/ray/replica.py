@@ -7,13 +7,12 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from ...errors import Cancelled, MagicFaceError
 from ...session import Session
 from ..engine import Engine, Observer
-from ..erasure import Trace, scrub
+from ..erasure import scrub
 from ..job import Job
 from ..local import LocalService, Watcher
 from ..problems import refused
@@ -95,7 +94,7 @@ class ReplicaService(LocalService):
             stopped = await self._stop_uses(id)
             place = None
             if traces:
-                place = await asyncio.to_thread(self.engine.exclusive, partial(_scrub, traces=traces))
+                place = await asyncio.to_thread(self.engine.exclusive, scrub)
             for trace in traces:
                 place = place or await self._still_in_memory(trace)
             if place is None:
@@ -114,10 +113,6 @@ class ReplicaService(LocalService):
                 break
         async with super()._making_alone(id):
             yield
-
-
-def _scrub(sessions: Sequence[Session], traces: Sequence[Trace]) -> str | None:
-    return next((place for trace in traces if (place := scrub(sessions, trace)) is not None), None)
 
 
 async def said(start: Callable[[Listener], Coroutine[Any, Any, Any]], counts: Counts) -> AsyncGenerator[Any, None]:

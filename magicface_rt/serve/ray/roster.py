@@ -58,6 +58,7 @@ class Roster:
         self._version = 1
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
+        self._front = 0.0
         self._looked = 0.0
 
     # ------------------------------------------------------------------------------------------------------- replicas
@@ -102,7 +103,14 @@ class Roster:
             known=name is None or name in self._members,
             condemned=frozenset(self._condemned),
             ready={name: member.info for name, member in self._members.items() if member.info is not None},
+            front=self._front,
         )
+
+    async def front(self, began: float) -> None:
+        """A front is there, since that time; one that began earlier is about to end."""
+        if began > self._front:
+            self._front = began
+            self._touch()
 
     async def replicas(self) -> list[str]:
         """Names of those that are registered, warm or not."""
