@@ -2,15 +2,16 @@
 
     python -m benchmarks.ablation CHECKPOINT --out DIR [--job FILE] [--steps 20] [--clip DIR] [--dino DIR] [--face DIR]
 
-Computed with the PyTorch reference, so with any checkpoint, and slowly. One setting is changed at a time; the first
-picture is the job's own. Writes ablation.csv, ablation.md, sheet.png, and the pictures.
+Computed with the PyTorch reference, so with any checkpoint, and slowly. One setting is changed at a time, and each is
+tried with every seed; the first pictures are the job's own. Writes ablation.csv and ablation.md (mean and standard
+deviation over the seeds), pictures.csv (each picture for itself), sheet.png, and the pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from magicface_rt.export.reference import DEFAULT_INJECTION_LAYERS
 from magicface_rt.images import region_overlay
 from magicface_rt.jobs import load_job
 
-from .encoders import COLUMNS, Encoders
-from .sweeping import Ablation, Picture, Row, Sweeps, Variant, ranges
+from .ablation_table import summaries, text
+from .encoders import Encoders
+from .sweeping import SEEDS, Ablation, Picture, Row, Sweeps, Variant, ranges
 from .workload import PROMPT, drawn_concepts
 
 Say = Callable[[str], object]
@@ -48,34 +50,26 @@ def run(ablation: Ablation, variants: Sequence[Variant], encoders: Encoders, out
             rows += [replace(row, scores=scores[row.concept]) for row in found]
             pictures.append(picture)
             picture.image.save(out / f"{number:03d}.png")
-            with (out / "ablation.csv").open("w", newline="", encoding="utf-8") as file:  # hours may be cut short
-                writer = csv.DictWriter(file, list(rows[0].cells()))
-                writer.writeheader()
-                writer.writerows(row.cells() for row in rows)
-        (out / "ablation.md").write_text(text(rows, encoders), encoding="utf-8")
-        sheet(pictures, [c.name for c in ablation.concepts]).save(out / "sheet.png")
+            _write(out / "pictures.csv", [row.cells() for row in rows])  # each time: hours may be cut short
+        _write(out / "ablation.csv", [one.cells() for one in summaries(rows)])
+        (out / "ablation.md").write_text(text(rows, encoders.missing), encoding="utf-8")
+        seeds = len({variant.seed for variant in variants})
+        sheet(pictures, [c.name for c in ablation.concepts], seeds if seeds > 1 else 4).save(out / "sheet.png")
     except OSError as error:
         raise OutputError(f"the ablation cannot be written into {out}: {error}.") from error
     return rows
 
 
-def text(rows: Sequence[Row], encoders: Encoders) -> str:
-    """A Markdown table; says which columns are missing, and what would fill them."""
-    head = ["changed", "seed", "concept", "coverage", "last_coverage", "mass", "mass_everywhere", "distance"]
-    head += ["steps_without_region", *(column for column in COLUMNS if column not in encoders.missing)]
-    lines = ["# Ablation", "", "One setting changed at a time. A dash: the concept had no region to measure in.", ""]
-    lines += [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for row in rows:
-        cells = row.cells()
-        lines.append(f"| {' | '.join(_shown(cells[name]) for name in head)} |")
-    if encoders.missing:
-        options = sorted({f"--{COLUMNS[column]} DIR" for column in encoders.missing})
-        lines += ["", f"Missing columns: {', '.join(encoders.missing)}. They need encoders: {', '.join(options)}."]
-    return "\n".join(lines) + "\n"
+def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def sheet(pictures: Sequence[Picture], names: Sequence[str], columns: int = 4) -> Image.Image:
-    """Every picture with its regions drawn over it, and its setting under it."""
+def sheet(pictures: Sequence[Picture], names: Sequence[str], columns: int) -> Image.Image:
+    """Every picture with its regions drawn over it, and its setting under it; with a column for each seed, a row shows
+    one setting."""
     width, line = 256, 20
     font = ImageFont.load_default(13)
     tiles = []
@@ -95,12 +89,6 @@ def sheet(pictures: Sequence[Picture], names: Sequence[str], columns: int = 4) -
     return whole
 
 
-def _shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _layers(text: str) -> tuple[tuple[int, ...], ...]:
     from magicface_rt.cli.export import parse_layers
 
@@ -115,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", type=Path, help="prompt, concepts and settings; drawn concepts without it")
     parser.add_argument("--steps", type=int, help="instead of the job's")
     parser.add_argument("--size", type=int, help="of the picture; the checkpoint's own without it")
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="a picture of each variant with each")
     parser.add_argument("--alphas", default=",".join(map(str, default.alphas)))
     parser.add_argument("--weights", default=",".join(map(str, default.weights)))
     parser.add_argument("--weight-modes", default=",".join(default.weight_modes))

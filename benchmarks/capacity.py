@@ -1,181 +1,136 @@
-"""From a measured report to a fleet, on paper: images a second, and concepts that fit beside them on each GPU.
+"""From a measured report to a fleet, on paper: images a second, and concepts that fit beside them on each device.
 
     python -m benchmarks.capacity bench-out/bench.json --fleet h200=4:141 [--steps 50] [--reserve 4] [--busy 0.8]
 
-Everything that is timed comes out of the report; this file knows no figure of any device. A fleet of machines that
-the report was not measured on is refused, unless `--as-measured` says that they are taken to be as fast.
+Everything that is timed comes out of the report; no figure of any device is written here. A part of the fleet gets what
+was measured on the GPU or the processor of that name. Others are refused, unless `--as-measured` says which of the two
+they are taken to be as fast as.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import InputError, MagicFaceError
-from magicface_rt.schedule import is_region_step
 
-from .schema import problems
-from .table import was_quiet
+from .fleet import Assumptions, Capacity, Machines, Shape, bears, capacity, totals
 
 Json = Mapping[str, Any]
+SHAPE = ["bundle", "size", "dtype", "N", "masks", "images", "steps measured"]
+OF_A_PART = ["s an image", "images a second", "MB a concept", "concepts resident a device", "notes"]
 
 
-@dataclass(frozen=True)
-class Machines:
-    """A part of the fleet: so many devices of one name, with so many bytes of memory each."""
-
-    name: str
-    count: int
-    memory_bytes: float
-
-    @classmethod
-    def parse(cls, text: str) -> Machines:
-        """`NAME=COUNT:GB`, such as `h200=4:141`. Raises InputError for another form."""
-        name, _, rest = text.partition("=")
-        count, _, memory = rest.partition(":")
-        try:
-            found = cls(name.strip(), int(count), float(memory) * 1e9)
-        except ValueError:
-            raise InputError(f"fleet {text!r}: expected NAME=COUNT:GB, such as h200=4:141.") from None
-        if not found.name or found.count < 1 or not found.memory_bytes > 0:
-            raise InputError(f"fleet {text!r}: the name is empty, or a number is not above 0.")
-        return found
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """steps: of a request; alpha: its part in RSA; reserve_bytes: memory left free; busy: part of the time in which a
-    device has work; as_measured: other devices are taken to be as fast as the measured one."""
-
-    steps: int = 50
-    alpha: float = 0.4
-    reserve_bytes: float = 2e9
-    busy: float = 0.8
-    as_measured: bool = False
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Of one part of the fleet. resident_concepts: kept for all steps, with one reference each; None where the report
-    has no measured kept bytes or memory."""
-
-    machines: Machines
-    contender: str
-    concepts: int
-    images: int
-    seconds_per_image: float
-    images_per_second: float
-    bytes_per_concept: float | None
-    resident_concepts: int | None
-
-
-def capacity(report: Json, fleet: Sequence[Machines], assumptions: Assumptions) -> list[Capacity]:
-    """For every measured form of the SDK, in every case, on every part of the fleet.
-
-    Raises:
-        InputError: the file is no report; nothing of the SDK was measured in it; a device was not measured.
-    """
-    wrong = problems(report)
-    if wrong:
-        raise InputError(f"this is no report of `magicface-rt bench`: {wrong[0]}.")
-    measured_on = str(report["machine"]["gpu"] or report["machine"]["processor"])
-    for machines in fleet:
-        named = re.search(rf"\b{re.escape(machines.name)}\b", measured_on, re.IGNORECASE)
-        if not assumptions.as_measured and not named:
-            raise InputError(
-                f"fleet: {machines.name!r} was not measured; the report is of {measured_on!r}. Run `magicface-rt "
-                "bench` there, or say --as-measured if it shall be taken to be as fast."
-            )
-    found = [
-        _one(case, outcome, machines, assumptions)
-        for case in report["cases"]
-        for outcome in case["outcomes"]
-        for machines in fleet
-        if outcome["status"] == "measured" and outcome["kind"] in ("bare", "kept")
-    ]
-    if not found:
-        raise InputError("nothing of the SDK was measured in this report, so there is nothing to count with.")
-    return found
-
-
-def _one(case: Json, outcome: Json, machines: Machines, assumed: Assumptions) -> Capacity:
-    first, second = outcome["steps"]["rsa"]["median"], outcome["steps"]["rba"]["median"]
-    rba = sum(is_region_step(i, assumed.steps, assumed.alpha) for i in range(assumed.steps))
-    seconds = (assumed.steps - rba) * first + rba * second
-    if outcome["requests"]:
-        for stage in ("text", "vae_encode", "decode"):
-            if stage in outcome["requests"]["stages"]:
-                seconds += outcome["requests"]["stages"][stage]["median"]
-    kept = outcome["counts"]["kept_bytes"]
-    per_concept = kept * assumed.steps / case["concepts"] if kept and case["concepts"] else None
-    on_host = outcome["backend"].endswith("cpu")
-    peak = outcome["host_peak_bytes"] if on_host else outcome["device_peak_bytes"]
-    resident = None
-    if per_concept and peak:
-        free = machines.memory_bytes - assumed.reserve_bytes - peak
-        resident = max(0, int(free // per_concept))
-    return Capacity(
-        machines,
-        outcome["contender"],
-        case["concepts"],
-        case["images"],
-        seconds / case["images"],
-        machines.count * assumed.busy * case["images"] / seconds,
-        per_concept,
-        resident,
-    )
-
-
-def text(report: Json, found: Sequence[Capacity], assumed: Assumptions) -> str:
-    """A Markdown table under everything that it rests on."""
+def text(report: Json, found: Sequence[Capacity], fleet: Sequence[Machines], assumed: Assumptions) -> str:
+    """Markdown: a table of the parts, one of the whole, under everything that they rest on."""
     machine = report["machine"]
-    where = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
-    case = report["cases"][0]
-    quiet = all(was_quiet(report, one) for one in report["cases"])
     lines = [
-        f"Measured on {where}, {machine['started']}, {'quiet' if quiet else 'NOT quiet'}; "
-        f"{case['width']} x {case['height']}, {case['dtype']}.",
+        f"Measured {machine['started']}, commit {machine['commit'] or 'unknown'}, on {machine['processor']}, "
+        f"{machine['cores']} cores; GPU: {machine['gpu'] or 'none'}.",
         "",
         "Assumed:",
         "",
-        f"- a request has {assumed.steps} steps, RSA while the step is at most {assumed.alpha:g} of them; a step costs "
-        "its measured median; text encoder, VAE encoder and decoder theirs where requests were measured, else nothing;",
-        "- devices work independently, and no time goes into the network, queues or saving pictures;",
-        f"- each is busy {assumed.busy:.0%} of the time;",
-        "- a concept has one reference with a mask as in the case, kept for all steps; memory for it is what is left "
-        f"of a device after the measured peak and {assumed.reserve_bytes / 1e9:g} GB;",
+        *(f"- {one};" for one in _assumptions(assumed)),
     ]
-    if assumed.as_measured:
-        lines.append("- **every device is taken to be as fast as the measured one, which was not measured.**")
-    lines += [
-        "",
-        "| fleet | contender | N | images | s an image | images a second | MB a concept | concepts resident a device |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    for name, where in dict.fromkeys((one.machines.name, one.measured_on) for one in found):
+        if not bears(where, name):
+            lines.append(f"- **{name} is taken to be as fast as {where}, without having been measured;**")
+    numbers: dict[str, int] = {}
+    rows = []
     for one in found:
-        size = "not measured" if one.bytes_per_concept is None else f"{one.bytes_per_concept / 1e6:.4g}"
-        resident = "not measured" if one.resident_concepts is None else str(one.resident_concepts)
-        lines.append(
-            f"| {one.machines.count} x {one.machines.name} | {one.contender} | {one.concepts} | {one.images} | "
-            f"{one.seconds_per_image:.4g} | {one.images_per_second:.4g} | {size} | {resident} |"
+        marks = [f"[{numbers.setdefault(note, len(numbers) + 1)}]" for note in one.notes]
+        rows.append(
+            [
+                f"{one.machines.count} x {one.machines.name}",
+                one.measured_on,
+                one.title,
+                *_shape(one.shape),
+                f"{one.seconds_per_image:.4g}",
+                f"{one.images_per_second:.4g}" if one.images_per_second else "does not fit",
+                "none kept" if one.bytes_per_concept is None else f"{one.bytes_per_concept / 1e6:.4g}",
+                _resident(one.resident, one.bytes_per_concept is None),
+                " ".join(marks),
+            ]
         )
+    lines += ["", *_table(["fleet", "measured on", "contender", *SHAPE, *OF_A_PART], rows), ""]
+    lines += [f"[{number}] {note}.  " for note, number in numbers.items()]
+    lines += ["", "The whole fleet:", ""]
+    head = ["kind", *SHAPE, "images a second", "concepts resident, each on one device", "without"]
+    lines += _table(
+        head,
+        [
+            [
+                total.kind,
+                *_shape(total.shape),
+                f"{total.images_per_second:.4g}",
+                _resident(total.resident, total.kind == "bare" or not total.shape.concepts),
+                ", ".join(total.without),
+            ]
+            for total in totals(found, fleet)
+        ],
+    )
     return "\n".join(lines) + "\n"
+
+
+def _assumptions(assumed: Assumptions) -> list[str]:
+    return [
+        f"a request has {assumed.steps} steps, RSA while the step is at most {assumed.alpha:g} of them; a step costs "
+        "its measured median, the one in the middle of the schedule standing for all; text encoder, VAE encoder and "
+        "decoder cost theirs where requests were measured, else nothing, and the row says so",
+        "a device makes one request after the other, each of the row's images; no time goes into the network, queues, "
+        "loading, warming up or saving pictures",
+        f"each device is busy {assumed.busy:.0%} of the time; devices do not slow each other down",
+        "a device that bears a measured one's name is like it in everything: clock, power, cores, host, versions; of "
+        "the GPUs of a machine the report names the first",
+        f"its memory is what --fleet says, of which {assumed.reserve_bytes / 1e9:g} GB stay free; host memory of GPUs "
+        "suffices",
+        "a concept has one reference with the row's mask, whose keys are kept exactly (not in 8 bits) for all steps",
+        "keys and values that are kept were made before, and are in the memory of the device that uses them: neither "
+        "making nor fetching them is counted; without kept keys the reference pass is a part of each step",
+        "a request needs its measured peak besides. The peak may hold keys of the measured concepts already, how many "
+        "bytes is not known: the smaller number of resident concepts takes none of it for such keys, the larger as "
+        "many as there can have been",
+        "in the whole fleet each part has its fastest measured form of the kind, and no concept is on two devices: a "
+        "request for one goes to the device that has it",
+    ]
+
+
+def _shape(shape: Shape) -> list[str]:
+    return [
+        Path(shape.bundle).name,
+        f"{shape.width} x {shape.height}",
+        shape.dtype,
+        str(shape.concepts),
+        f"{shape.mask_share:.0%}" if shape.concepts else "-",
+        str(shape.images),
+        str(shape.steps),
+    ]
+
+
+def _resident(found: tuple[int, int] | None, none_kept: bool) -> str:
+    if none_kept:
+        return "none kept"
+    if found is None:
+        return "not known"
+    return str(found[0]) if found[0] == found[1] else f"{found[0]} to {found[1]}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity", description=str(__doc__).splitlines()[0])
     parser.add_argument("report", type=Path, help="bench.json")
-    parser.add_argument("--fleet", action="append", required=True, metavar="NAME=COUNT:GB")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--alpha", type=float, default=0.4)
-    parser.add_argument("--reserve", type=float, default=2.0, metavar="GB")
-    parser.add_argument("--busy", type=float, default=0.8)
-    parser.add_argument("--as-measured", action="store_true")
+    parser.add_argument("--fleet", action="append", required=True, metavar="NAME=COUNT:GB", help="may be repeated")
+    parser.add_argument("--steps", type=int, default=50, help="of a request")
+    parser.add_argument("--alpha", type=float, default=0.4, help="its part in RSA")
+    parser.add_argument("--reserve", type=float, default=2.0, metavar="GB", help="memory that stays free")
+    parser.add_argument("--busy", type=float, default=0.8, help="part of the time in which a device has work")
+    parser.add_argument("--as-measured", choices=("gpu", "cpu"), default="", help="what others are as fast as")
     a = parser.parse_args(argv)
     try:
         if a.steps < 1 or not 0 <= a.alpha <= 1 or not 0 < a.busy <= 1 or not a.reserve >= 0:
@@ -185,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             raise InputError(f"report {a.report} cannot be read: {error}.") from error
         assumed = Assumptions(a.steps, a.alpha, a.reserve * 1e9, a.busy, a.as_measured)
-        found = capacity(report, [Machines.parse(part) for part in a.fleet], assumed)
-        print(text(report, found, assumed), end="")
+        fleet = [Machines.parse(part) for part in a.fleet]
+        print(text(report, capacity(report, fleet, assumed), fleet, assumed), end="")
     except MagicFaceError as error:
         print(f"error: {error}")
         return error.exit_code

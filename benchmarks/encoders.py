@@ -23,9 +23,11 @@ COLUMNS = {"clip_t": "clip", "clip_i": "clip", "dino": "dino", "face": "face"}
 
 
 class Encoder:
-    """An image encoder; `text` works for CLIP alone. What it returns are unit vectors [D].
+    """An image encoder; `text` works for CLIP alone. What it returns are unit vectors [D]: image features where the
+    model has such (CLIP), else its pooled output, else the state of its first token (the class's), else the mean over
+    its grid.
 
-    Raises InputError for a folder that transformers cannot load.
+    Raises InputError for a folder that transformers cannot load, or that lacks weights.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -35,22 +37,33 @@ class Encoder:
         if not (path / "config.json").is_file():
             raise InputError(f"encoder {path}: there is no config.json; expected a folder that transformers can load.")
         try:
-            self.model = transformers.AutoModel.from_pretrained(
-                path, local_files_only=True, use_safetensors=True
-            ).eval()
+            model, found = transformers.AutoModel.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
             prepared = path / "preprocessor_config.json"
             self.preparing = json.loads(prepared.read_text()) if prepared.is_file() else {}
         except (OSError, ValueError) as error:
             raise InputError(f"encoder {path}: transformers cannot load it: {error}") from error
+        # transformers fills in what a folder lacks with random weights. DINO's, and face embeddings that were trained
+        # as classifiers, lack the pooler alone; then the first token's state is what they were trained for.
+        lacking = {name for name in found["missing_keys"] if not name.endswith("mask_token")}  # for training only
+        poolers = {name for name in lacking if "pooler" in name.split(".") and not hasattr(model, "get_image_features")}
+        if others := sorted(lacking - poolers):
+            raise InputError(
+                f"encoder {path}: it lacks weights ({', '.join(others[:3])}, {len(others)} in all), expected all that "
+                "its config.json speaks of."
+            )
+        self.model = model.float().eval()
         self.path = path
+        self._pooled = not poolers
         self._tokenizer: Any = None
 
     @torch.no_grad()
     def image(self, image: Image.Image) -> np.ndarray:
         pixels = torch.from_numpy(prepared_pixels(image, self.preparing)[None])
         if hasattr(self.model, "get_image_features"):
-            return _unit(_vector(self.model.get_image_features(pixel_values=pixels)))
-        return _unit(_vector(self.model(pixel_values=pixels)))
+            return _unit(self._vector(self.model.get_image_features(pixel_values=pixels)))
+        return _unit(self._vector(self.model(pixel_values=pixels)))
 
     @torch.no_grad()
     def text(self, text: str) -> np.ndarray:
@@ -69,7 +82,22 @@ class Encoder:
             except (OSError, ValueError) as error:
                 raise InputError(f"encoder {self.path}: its tokenizer cannot be loaded: {error}") from error
         tokens = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=77)
-        return _unit(_vector(self.model.get_text_features(**tokens)))
+        return _unit(self._vector(self.model.get_text_features(**tokens)))
+
+    def _vector(self, output: Any) -> np.ndarray:
+        """[D] of whatever a model returns."""
+        if isinstance(output, torch.Tensor):
+            return output[0].numpy()
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is not None and self._pooled:
+            return pooled[0].flatten().numpy()
+        last = getattr(output, "last_hidden_state", None)
+        if last is None:
+            raise InputError(
+                f"encoder {self.path}: {type(self.model).__name__} returns {', '.join(output.keys())}; expected "
+                "image features, pooler_output or last_hidden_state."
+            )
+        return (last[0].mean((1, 2)) if last.ndim == 4 else last[0, 0]).numpy()  # [1, D, h, w], or [1, n, D]
 
 
 def prepared_pixels(image: Image.Image, config: Mapping[str, Any]) -> np.ndarray:
@@ -117,14 +145,6 @@ class Encoders:
                 if name in regions:
                     found[name][column] = float(encoder.image(regions[name]) @ encoder.image(references[name]))
         return found
-
-
-def _vector(output: Any) -> np.ndarray:
-    """[D] of whatever a model returns: features, a pooled output, or the first token's state."""
-    if isinstance(output, torch.Tensor):
-        return output[0].float().numpy()
-    pooled = getattr(output, "pooler_output", None)
-    return (output.last_hidden_state[:, 0] if pooled is None else pooled)[0].float().flatten().numpy()
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

@@ -25,7 +25,10 @@ from magicface_rt.schedule import is_region_step, reference_noise, target_noise
 from magicface_rt.tokenizer import Tokenizer
 
 from .encoders import COLUMNS
-from .watching import Seen, WatchedReference
+from .watching import DISTANCE_LAYERS, Seen, WatchedReference
+
+SEEDS = (0, 1, 2, 3)
+"""Pictures of each variant, without others being named: one picture says little of a setting."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +64,21 @@ class Sweeps:
     layers: tuple[tuple[int, ...], ...] = (DEFAULT_INJECTION_LAYERS, (13, 14, 15), (10, 11, 12), tuple(range(16)))
 
     def variants(self, base: Variant, seeds: Sequence[int]) -> list[Variant]:
-        """The job's own, then one change at a time, each once, for every seed."""
+        """The job's own, then one change at a time, each once; each of these for every seed, before the next."""
         changes: list[tuple[str, dict[str, Any]]] = [("as given", {})]
         changes += [(f"alpha {value:g}", {"alpha": value}) for value in self.alphas]
         changes += [(f"weight {value:g}", {"weight": value}) for value in self.weights]
         changes += [(f"weight mode {value}", {"weight_mode": value}) for value in self.weight_modes]
         changes += [(f"semantic guidance {'on' if v else 'off'}", {"semantic_guidance": v}) for v in self.semantic]
         changes += [(f"layers {ranges(value)}", {"layers": value}) for value in self.layers]
-        found: list[Variant] = []
-        for seed in seeds:
-            known = set()
-            for name, change in changes:
-                variant = replace(base, **change, seed=seed)
-                if variant not in known:
-                    known.add(variant)
-                    found.append(replace(variant, changed=name))
-        return found
+        named: dict[Variant, str] = {}
+        for name, change in changes:
+            named.setdefault(replace(base, **change), name)
+        return [
+            replace(variant, changed=name, seed=seed)
+            for variant, name in named.items()
+            for seed in dict.fromkeys(seeds)
+        ]
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ class Row:
     """What one concept was in one picture. None: it had no region, or an encoder is missing.
 
     coverage: its part of the cells, mean over the RBA steps; last_coverage: after the last step; mass: of attention on
-    its references, in its region, mean over steps and injection layers; mass_everywhere: of all tokens; distance: of
-    features, see `watching.Seen`; steps_without_region: of the run's steps, those after which it had none.
+    its references, in its region, mean over steps and the variant's injection layers; mass_by_reference: on each of
+    them; mass_everywhere: of all tokens; distance: of features, mean over steps and `watching.DISTANCE_LAYERS`, which
+    are the same for all variants, see `watching.Seen`; steps_without_region: of the run's steps, those after which it
+    had none.
     """
 
     variant: Variant
@@ -113,9 +117,11 @@ class Row:
             "concept": self.concept,
             "coverage": self.coverage,
             "last_coverage": self.last_coverage,
+            "mass_layers": ranges(v.layers),
             "mass": self.mass,
             "mass_by_reference": " ".join("-" if m is None else f"{m:.6g}" for m in self.mass_by_reference),
             "mass_everywhere": self.mass_everywhere,
+            "distance_layers": ranges(DISTANCE_LAYERS),
             "distance": self.distance,
             "steps_without_region": self.steps_without_region,
             "steps": self.steps,

@@ -1,4 +1,8 @@
-"""The PyTorch reference, watched: how much attention goes to each reference, and how near the features come."""
+"""The PyTorch reference, watched: how much attention goes to each reference, and how near the features come.
+
+Attention goes to references in the layers that inject, whichever they are. Features are compared in the same layers
+whichever inject, `DISTANCE_LAYERS`: so their distance can be compared between sets of injection layers.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,16 @@ from magicface_rt.export.reference import (
     transformer_blocks,
 )
 
+DISTANCE_LAYERS = DEFAULT_INJECTION_LAYERS
+
 
 @dataclass
 class Seen:
-    """Of one step. By reference, one value for each injection layer; None where the concept had no region there.
+    """Of one step. A list for each layer, with a value for each reference; None where its concept had no region there.
 
-    mass: attention on the reference's keys, of the tokens in its concept's region; mass_everywhere: of all tokens;
-    distance: of the features of the tokens in the region from the nearest feature in the reference's mask, as 1 minus
-    the cosine.
+    mass: attention on the reference's keys, of the tokens in its concept's region; mass_everywhere: of all tokens; both
+    of the layers that inject. distance: of the features of the tokens in the region from the nearest feature in the
+    reference's mask, as 1 minus the cosine; of `DISTANCE_LAYERS`.
     """
 
     mass: list[list[float | None]] = field(default_factory=list)
@@ -51,8 +57,8 @@ class WatchedReference(MagicFaceReference):
         self.seen = Seen()
         self._regions: Tensor | None = None
         for layer, block in enumerate(transformer_blocks(unet)):
-            if layer in self.injection_layers:
-                block.attn1.set_processor(_Watching(self, layer))
+            if layer in (*self.injection_layers, *DISTANCE_LAYERS):
+                block.attn1.set_processor(_Watching(self, layer, layer in self.injection_layers))
 
     def step(self, inputs: StepInputs) -> StepOutputs:
         self.seen = Seen()
@@ -70,27 +76,26 @@ class WatchedReference(MagicFaceReference):
         inputs = self._pass.inputs
         if inputs is None or not len(inputs.weights) or inputs.stage == "off":
             return
-        rows, cols = self._pass.grid(layer)
-        mass = self._mass(attn, hidden, inputs, rows, cols)  # (n, R)
-        masks = nearest_grid(inputs.reference_masks, rows, cols).flatten(1)  # (R, n)
-        inside, distances = [], []
-        for reference, concept in enumerate(inputs.concept_of_reference):
-            region = self._region(concept, rows, cols)
-            if region is None or not region.any():
-                inside.append(None)
-                distances.append(None)
-                continue
-            inside.append(float(mass[region, reference].mean()))
-            theirs = hidden[2 + reference][masks[reference]]  # (m, C)
-            distances.append(_nearest(hidden[1][region], theirs) if len(theirs) else None)
-        self.seen.mass.append(inside)
-        self.seen.mass_everywhere.append(mass.mean(0).tolist())
-        self.seen.distance.append(distances)
+        regions = [self._region(concept, *self._pass.grid(layer)) for concept in inputs.concept_of_reference]
+        if layer in self.injection_layers:
+            mass = self._mass(attn, hidden, inputs, *self._pass.grid(layer))  # (n, R)
+            self.seen.mass_everywhere.append(mass.mean(0).tolist())
+            self.seen.mass.append([None if x is None else float(mass[x, r].mean()) for r, x in enumerate(regions)])
+        if layer in DISTANCE_LAYERS:
+            masks = nearest_grid(inputs.reference_masks, *self._pass.grid(layer)).flatten(1)  # (R, n)
+            self.seen.distance.append(
+                [
+                    None if x is None or not mask.any() else _nearest(hidden[1][x], hidden[2 + r][mask])
+                    for r, (x, mask) in enumerate(zip(regions, masks, strict=True))
+                ]
+            )
 
     def _region(self, concept: int, rows: int, cols: int) -> Tensor | None:
+        """bool [n]; None where it is empty."""
         if self._regions is None or concept < 0:
             return None
-        return nearest_grid(self._regions, rows, cols)[concept].flatten()  # (n)
+        region = nearest_grid(self._regions, rows, cols)[concept].flatten()
+        return region if region.any() else None
 
     def _mass(self, attn: nn.Module, hidden: Tensor, inputs: StepInputs, rows: int, cols: int) -> Tensor:
         """The conditional row's attention on each reference, averaged over the heads: [n, R]."""
@@ -110,8 +115,8 @@ class WatchedReference(MagicFaceReference):
 
 
 class _Watching(SelfAttention):
-    def __init__(self, watched: WatchedReference, layer: int) -> None:
-        super().__init__(watched._pass, layer, True)
+    def __init__(self, watched: WatchedReference, layer: int, injects: bool) -> None:
+        super().__init__(watched._pass, layer, injects)
         self.watched = watched
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
