@@ -5,24 +5,37 @@ VENV   := .venv
 STAMP  := $(VENV)/.installed
 # Processes that run tests beside each other.
 JOBS   ?= 2
-PIP    := $(VENV)/bin/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint types bench bench-full bench-sweep bench-compiled clean
+.PHONY: help venv lock licences sbom wheel demo test test-all lint types bench bench-full bench-sweep bench-compiled clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 venv: $(STAMP)  ## make .venv with everything that the demo and the tests need
 
-# torch first and exactly: a looser requirement may bring another build with gigabytes of packages.
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt tools/install.py $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "$(PYTHON) is not supported: 3.10 to 3.13 is needed. Name another: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -qq -c constraints.txt -e '.[cpu,export,tensorrt-rtx,bench,serve,ray,ui,dev]'
+	$(VENV)/bin/python -m tools.install
 	@touch $(STAMP)
+
+# What is locked, and for whom: requirements/README.md.
+PYTHONS ?= $(VENV)/bin/python
+
+lock: venv  ## pin every package with its hash, for the Pythons of PYTHONS="python3.11 ...": requirements/*.txt
+	$(VENV)/bin/python -m tools.lock $(PYTHONS)
+
+licences: venv  ## list every package with its licence: docs/dependencies.md
+	$(VENV)/bin/python -m tools.page
+
+sbom: wheel  ## the bill of materials, CycloneDX: dist/magicface_rt.cdx.json
+	$(VENV)/bin/python -m tools.sbom dist/magicface_rt-*.whl dist/magicface_rt.cdx.json
+
+wheel: venv  ## the wheel, the same bytes every time: dist/*.whl
+	rm -f dist/*.whl
+	$(VENV)/bin/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
 demo: venv  ## the whole chain on a small random model: checkpoint, export, picture, parity
 	$(VENV)/bin/magicface-rt demo
@@ -35,9 +48,9 @@ test-all: lint types  ## all tests that need no GPU: every recording, the full-s
 
 lint: venv  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check --quiet benchmarks engines export magicface_rt tests
+	$(VENV)/bin/ruff format --check --quiet benchmarks engines export magicface_rt tests tools
 
-types: venv  ## mypy, strict on the runtime
+types: venv  ## mypy, strict on the runtime and the tools
 	$(VENV)/bin/mypy
 
 # What is measured, and how to read it: benchmarks/README.md.

@@ -1,0 +1,103 @@
+"""`make lock`: write the lock file of one or more Pythons, from what the package index says.
+
+pip resolves, in an environment that is taken to be empty, what pyproject.toml asks for at the versions of
+constraints.txt, and reports each archive with its SHA-256; nothing is installed. Which index that is, and so which
+build of torch, is pip's own setting. Takes one to three minutes a Python.
+
+    python -m tools.lock [python3.11 /opt/python3.12/bin/python ...]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from tools import lockfile
+from tools.wanted import SOURCES, asked_for
+
+_HEADER = """\
+# Python {python}, Linux x86_64, torch {torch}. Made by `make lock` from pyproject.toml and constraints.txt; not to be
+# edited. Installed by `make venv` with --no-deps --require-hashes.
+"""
+
+
+def report(python: str) -> list[dict[str, Any]]:
+    """pip's report of what it would install into `python`: one dictionary for each package.
+
+    Raises:
+        SystemExit: pip could not resolve the requirements, or its report is of another version.
+    """
+    wanted = [requirement for group in asked_for().values() for requirement in group]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report.json"
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+        options = ["--dry-run", "--ignore-installed", "--report", str(out), "-c", str(lockfile.CONSTRAINTS)]
+        done = subprocess.run(
+            [*pip, *options, *wanted, f"torch=={lockfile.torch_version()}"], cwd=lockfile.ROOT, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"pip found no set of packages for {python}; its words are above. No lock was written")
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    if found["version"] != "1":
+        raise SystemExit(f"pip's report has version {found['version']}, and only version 1 is understood")
+    installed: list[dict[str, Any]] = found["install"]
+    return installed
+
+
+def sha256_of(download: Mapping[str, Any]) -> str:
+    """The SHA-256 of an archive in pip's report, which has none for a file of this machine.
+
+    Raises:
+        SystemExit: it is no file and the index gave no SHA-256.
+    """
+    given = download.get("archive_info", {}).get("hashes", {}).get("sha256")
+    if given is not None:
+        return str(given)
+    address = urlparse(download["url"])
+    if address.scheme != "file":
+        raise SystemExit(f"the index gave no SHA-256 for {Path(address.path).name}: it cannot be locked")
+    return hashlib.sha256(Path(unquote(address.path)).read_bytes()).hexdigest()
+
+
+def pin_of(item: Mapping[str, Any]) -> lockfile.Pin:
+    """The pin of a package in pip's report.
+
+    Raises:
+        SystemExit: it comes as sources and is not known to, or see `sha256_of`.
+    """
+    name, download = lockfile.normal(item["metadata"]["name"]), item["download_info"]
+    if not urlparse(download["url"]).path.endswith(".whl") and name not in SOURCES:
+        raise SystemExit(
+            f"{name} {item['metadata']['version']} comes as sources, whose build would run: choose one that has a "
+            "wheel in constraints.txt, or read its build and name it in SOURCES of tools/wanted.py"
+        )
+    return lockfile.Pin(name, item["metadata"]["version"], (sha256_of(download),))
+
+
+def write_lock(python: str) -> Path:
+    """Resolve for one Python and write its lock file.
+
+    Raises:
+        SystemExit: see `report` and `pin_of`.
+    """
+    asked = "import sys; print(*sys.version_info[:2])"
+    major, minor = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
+    pins = [pin_of(item) for item in report(python)]
+    (torch,) = (pin.version for pin in pins if pin.name == "torch")
+    path = lockfile.path_of((int(major), int(minor)), torch)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(_HEADER.format(python=f"{major}.{minor}", torch=torch) + lockfile.text_of(pins), encoding="utf-8")
+    print(f"{path.relative_to(lockfile.ROOT)}: {len(pins)} packages, torch {torch}")
+    return path
+
+
+if __name__ == "__main__":
+    for interpreter in sys.argv[1:] or [sys.executable]:
+        write_lock(interpreter)
