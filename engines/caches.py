@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 RUNTIME = "runtime-cache"
@@ -25,8 +25,7 @@ def cache_files(root: Path) -> list[Path]:
         for pattern in FOLDERS
         for folder in root.glob(pattern)
         if not folder.is_symlink()
-        for path in folder.rglob("*")
-        if path.is_file() and not path.is_symlink()
+        for path in _below(folder)
     ]
     return sorted(files, key=_written)
 
@@ -58,6 +57,18 @@ def remove(path: Path) -> None:
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def _below(top: Path) -> Iterator[Path]:
+    """The files below a folder, however deep; links are not followed, and what cannot be listed has none."""
+    folders = [str(top)]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    yield Path(entry.path)
 
 
 def _written(path: Path) -> float:

@@ -174,10 +174,21 @@ def _parse(folder: Path, raw: bytes) -> Plan:
     found = _checksum(content)
     if stored != found:
         raise PlanError(f"{MANIFEST} was changed: its checksum is {found[:12]}..., expected {str(stored)[:12]}...")
+    if type(content["bytes"]) is not int or not isinstance(content["sha256"], str):
+        raise PlanError(f"{MANIFEST} does not have the expected form (bytes is no whole number, or sha256 no text)")
+    _check_facts(content["facts"])
     key = PlanKey.from_dict(content["key"])
     if key.digest != folder.name:
         raise PlanError(f"{MANIFEST} is that of the plan {key.digest[:12]}..., expected {folder.name[:12]}...")
     return Plan(key, folder, content["bytes"], content["sha256"], content["facts"])
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Of what the builder says, the part that is computed with."""
+    gate = facts.get("gate", {})
+    scratch = gate.get("scratch_bytes") if isinstance(gate, dict) else "none"
+    if scratch is not None and (type(scratch) is not int or scratch < 0):
+        raise PlanError(f"{MANIFEST} does not have the expected form (facts.gate.scratch_bytes is no whole number)")
 
 
 def _compare(plan: Plan, size: int, digest: str) -> None:
@@ -207,9 +218,11 @@ def _read(path: Path, limit: int) -> bytes:
         raise PlanError(f"{path.name} has {size} bytes, expected at most {limit}")
     try:
         with _open(path) as stream:
-            return stream.read()
+            return stream.read(size + 1)
     except OSError as error:
         raise PlanError(f"{path.name} cannot be read: {error.strerror}") from error
+    except MemoryError as error:
+        raise PlanError(f"{path.name} has {size} bytes, more than there is memory for") from error
 
 
 def _open(path: Path) -> BufferedReader:

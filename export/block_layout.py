@@ -6,11 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from magicface_rt.bundle_form import shown
 from magicface_rt.errors import CheckpointError
 
 from .architectures import ARCHITECTURES, DOWN_BLOCKS, UP_BLOCKS
 
 __all__ = ["architecture_name", "check_configs"]
+
+_WIDTH = 2**16
+# component, key, the most it may be, whether it may be a list of such
+_NUMBERS = (
+    ("unet", "block_out_channels", _WIDTH, True),
+    ("unet", "attention_head_dim", _WIDTH, True),
+    ("unet", "num_attention_heads", _WIDTH, True),
+    ("unet", "cross_attention_dim", _WIDTH, False),
+    ("unet", "sample_size", 4096, False),
+    ("vae", "block_out_channels", _WIDTH, True),
+    ("vae", "layers_per_block", 16, False),
+    ("text_encoder", "num_hidden_layers", 128, False),
+    ("text_encoder", "hidden_size", _WIDTH, False),
+    ("text_encoder", "vocab_size", 2**24, False),
+    ("text_encoder", "max_position_embeddings", _WIDTH, False),
+)
 
 
 def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -21,9 +38,10 @@ def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
         raise CheckpointError(f"{where}the U-Net is Stable Diffusion XL's; expected SD1.5's or SD2.1-base's layout")
     channels_in = unet.get("in_channels", 4)
     if channels_in != 4:
-        kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model", 7: "an upscaler"}
+        kinds = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model", 7: "an upscaler"}
+        kind = kinds.get(channels_in) if isinstance(channels_in, int) else None
         raise CheckpointError(
-            f"{where}the U-Net takes {channels_in} channels ({kind.get(channels_in, 'of another model')}); "
+            f"{where}the U-Net takes {shown(channels_in)} channels ({kind or 'of another model'}); "
             "expected 4 latent channels"
         )
     expected = {
@@ -36,6 +54,7 @@ def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
     defaults = {
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "transformer_layers_per_block": (1, [1, 1, 1, 1]),
+        "reverse_transformer_layers_per_block": (None,),
         "only_cross_attention": (False,),
         "dual_cross_attention": (False,),
         "addition_embed_type": (None,),
@@ -47,26 +66,50 @@ def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
     for key, value in expected.items():
         if unet.get(key) != value:
             raise CheckpointError(
-                f"{where}the U-Net's {key} is {unet.get(key)!r}; expected Stable Diffusion's block layout: {value!r}"
+                f"{where}the U-Net's {key} is {shown(unet.get(key))}; "
+                f"expected Stable Diffusion's block layout: {value!r}"
             )
     for key, accepted in defaults.items():
         if unet.get(key, accepted[0]) not in accepted:
             raise CheckpointError(
-                f"{where}the U-Net's {key} is {unet[key]!r}; expected Stable Diffusion's layout: {accepted[0]!r}"
+                f"{where}the U-Net's {key} is {shown(unet[key])}; expected Stable Diffusion's layout: {accepted[0]!r}"
             )
     for key in ("block_out_channels", "attention_head_dim", "cross_attention_dim", "sample_size"):
-        if key not in unet:
+        if unet.get(key) is None:
             raise CheckpointError(f"{where}the U-Net's config lacks {key}")
+    _check_numbers(where, configs)
     if vae.get("_class_name") != "AutoencoderKL" or not 2 <= len(vae.get("block_out_channels", ())) <= 6:
         raise CheckpointError(
-            f"{where}the VAE is {vae.get('_class_name')!r} of {len(vae.get('block_out_channels', ()))} blocks; "
+            f"{where}the VAE is {shown(vae.get('_class_name'))} of {len(vae.get('block_out_channels', ()))} blocks; "
             "expected AutoencoderKL of 2 to 6 (4 for Stable Diffusion: pixels are 8 times the latents' side)"
         )
     if text.get("num_hidden_layers") is None or text.get("hidden_size") != unet["cross_attention_dim"]:
         raise CheckpointError(
-            f"{where}the text encoder's width is {text.get('hidden_size')}; "
+            f"{where}the text encoder's width is {shown(text.get('hidden_size'))}; "
             f"the U-Net expects {unet['cross_attention_dim']}"
         )
+
+
+def _check_numbers(where: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse numbers that are none, or so large that no network would be built of them in an hour."""
+    for component, key, most, several in _NUMBERS:
+        value = configs[component].get(key)
+        if value is None:
+            continue
+        for number in value if several and isinstance(value, list | tuple) and value else [value]:
+            if type(number) is not int or not 1 <= number <= most:
+                raise CheckpointError(
+                    f"{where}{key} of {component} is {shown(value)}; expected "
+                    f"{'whole numbers' if several else 'a whole number'} from 1 to {most}"
+                )
+    for component in ("unet", "vae"):
+        if not isinstance(configs[component].get("block_out_channels", []), list | tuple):
+            raise CheckpointError(f"{where}block_out_channels of {component} is no list")
+    if configs["text_encoder"].get("vocab_size") is None:
+        raise CheckpointError(f"{where}the text encoder's config lacks vocab_size")
+    scaling = configs["vae"].get("scaling_factor", 1.0)
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 < scaling < 1e6:
+        raise CheckpointError(f"{where}scaling_factor of vae is {shown(scaling)}; expected a number above 0")
 
 
 def architecture_name(unet: Mapping[str, Any]) -> str:

@@ -7,10 +7,10 @@ safetensors are read, never a pickle, never the network.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,24 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from magicface_rt.errors import CheckpointError
 from magicface_rt.schedule import Schedule
+from magicface_rt.strict_json import read_json
 
 from .block_layout import architecture_name
 
-__all__ = ["MAX_LENGTH", "PICKLES", "Checkpoint", "State", "read_config", "read_safetensors"]
+__all__ = [
+    "MAX_LENGTH",
+    "PICKLES",
+    "Checkpoint",
+    "State",
+    "open_safetensors",
+    "read_config",
+    "read_safetensors",
+    "read_text",
+]
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
 MAX_LENGTH = 77
+MAX_TEXT_BYTES = 1 << 26
 
 State = dict[str, torch.Tensor]
 
@@ -50,12 +61,16 @@ class Checkpoint(ABC):
         of Stable Diffusion's block layout (SDXL, inpainting, ...), a scheduler that does not predict the noise.
         """
         path = Path(path)
-        if not path.exists():
+        try:
+            there, folder = path.exists(), path.is_dir()
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path}: cannot be read: {error}") from error
+        if not there:
             raise CheckpointError(
                 f"checkpoint {path}: nothing there; "
                 "expected a diffusers folder or a single-file .safetensors checkpoint"
             )
-        if path.is_dir():
+        if folder:
             from .diffusers_folder import FolderCheckpoint
 
             return FolderCheckpoint(path)
@@ -100,7 +115,10 @@ class Checkpoint(ABC):
     @cached_property
     def schedule(self) -> Schedule:
         """The checkpoint's noise schedule; sampling is DDIM whatever scheduler class is named."""
-        return Schedule.from_config(dict(self.configs["scheduler"]))
+        try:
+            return Schedule.from_config(dict(self.configs["scheduler"]))
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {self.path}: {str(error)[:500]}") from error
 
     @property
     def vae_scaling_factor(self) -> float:
@@ -157,12 +175,18 @@ class Checkpoint(ABC):
 
     def _load(self, component: str, build: Callable[[dict[str, Any]], Any], dtype: torch.dtype) -> Any:
         """Build on the meta device and put the stored tensors in, so that the weights are in memory once."""
-        with torch.device("meta"):
-            model = build(dict(self.configs[component]))
+        try:
+            with torch.device("meta"):
+                model = build(dict(self.configs[component]))
+        except Exception as error:  # what a config says can be wrong in more ways than the libraries check
+            raise CheckpointError(
+                f"checkpoint {self.path}: the config of {component} makes no network "
+                f"({type(error).__name__}: {str(error)[:500]})"
+            ) from error
         state = _as_module_names(self._state(component), model.state_dict().keys())
         _check_state(self.path, component, state, model.state_dict())
         for name in list(state):
-            state[name] = state[name].to(dtype)
+            state[name] = self._cast(component, name, state[name], dtype)
         model.load_state_dict(state, strict=True, assign=True)
         for module in model.modules():
             if "position_ids" in module._buffers:  # not stored in checkpoints
@@ -170,24 +194,57 @@ class Checkpoint(ABC):
                 module._buffers["position_ids"] = torch.arange(length)[None]
         return model.requires_grad_(False).eval()
 
+    def _cast(self, component: str, name: str, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        where = f"checkpoint {self.path}: {component} {name}"
+        if not stored.is_floating_point():
+            raise CheckpointError(f"{where} is {stored.dtype}; expected floating-point numbers")
+        cast = stored.to(dtype)
+        if not torch.isfinite(cast).all():
+            was = "" if torch.isfinite(stored.float()).all() else "holds NaN or infinity"
+            raise CheckpointError(f"{where} {was or f'has values beyond the range of {dtype}; take another dtype'}")
+        return cast
 
-def read_safetensors(file: Path, keys: Sequence[str] | None = None) -> State:
-    """Read tensors of a file: all of them, or those named. Raises CheckpointError for a truncated or damaged file."""
+
+@contextlib.contextmanager
+def open_safetensors(file: Path, what: str) -> Iterator[Any]:
+    """A safetensors file whose header has been read. Raises CheckpointError, which begins with `what` it is to be."""
     try:
+        if not file.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{what} {file}: it is missing, or not a file")
         with safe_open(file, framework="pt") as stream:
-            return {key: stream.get_tensor(key) for key in (stream.keys() if keys is None else keys)}
-    except (SafetensorError, OSError) as error:
+            yield stream
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(
-            f"weights {file}: not a complete safetensors file ({error}); it may be truncated: fetch it again"
+            f"{what} {file}: not a complete safetensors file ({str(error)[:500]}); it may be truncated: fetch it again"
         ) from error
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_safetensors(file: Path, keys: Sequence[str] | None = None) -> State:
+    """Read tensors of a file: all of them, or those named. Raises CheckpointError for a truncated or damaged file."""
+    with open_safetensors(file, "weights") as stream:
+        return {key: stream.get_tensor(key) for key in (stream.keys() if keys is None else keys)}
+
+
+def read_text(file: Path) -> str:
+    """The text of a config or a vocabulary. Raises CheckpointError: missing, no file, too large, or not UTF-8."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint file {file}: missing") from None
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint file {file}: missing")
+        with file.open("rb") as stream:
+            raw = stream.read(MAX_TEXT_BYTES + 1)
+        if len(raw) > MAX_TEXT_BYTES:
+            raise CheckpointError(f"checkpoint file {file}: larger than {MAX_TEXT_BYTES:,} bytes")
+        return raw.decode("utf-8")
     except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint file {file}: cannot be read as UTF-8 text: {error}") from error
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError."""
+    text = read_text(file)
+    try:
+        content = read_json(text)
+    except ValueError as error:
         raise CheckpointError(f"checkpoint file {file}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint file {file}: expected a JSON object, found {type(content).__name__}")
@@ -200,7 +257,9 @@ def _check_state(path: Path, component: str, state: State, wanted: Mapping[str, 
     if missing or unknown:
         which, names = ("lack", missing) if missing else ("have the unknown", unknown)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise CheckpointError(f"checkpoint {path}: the weights of {component} {which} {', '.join(names[:3])}{more}")
+        raise CheckpointError(
+            f"checkpoint {path}: the weights of {component} {which} {', '.join(n[:100] for n in names[:3])}{more}"
+        )
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
             raise CheckpointError(

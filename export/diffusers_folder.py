@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from magicface_rt.errors import CheckpointError
 
 from .block_layout import check_configs
-from .checkpoint import MAX_LENGTH, PICKLES, Checkpoint, State, read_config, read_safetensors
+from .checkpoint import MAX_LENGTH, PICKLES, Checkpoint, State, read_config, read_safetensors, read_text
 from .tokenizer import END, build_tokenizer_json
 
 __all__ = ["FolderCheckpoint", "find_weights"]
@@ -48,7 +48,7 @@ class FolderCheckpoint(Checkpoint):
         for files in self._weights.values():
             for file in files:
                 read_safetensors(file, keys=())
-        _ = self.schedule, self.tokenizer_json, self.pad_token_id
+        _ = self.schedule, self.tokenizer_json, self.pad_token_id, self.max_length
 
     @property
     def weight_files(self) -> Sequence[Path]:
@@ -64,14 +64,14 @@ class FolderCheckpoint(Checkpoint):
     def tokenizer_json(self) -> str:
         folder = self.path / "tokenizer"
         if (folder / "tokenizer.json").is_file():
-            return (folder / "tokenizer.json").read_text(encoding="utf-8")
+            return read_text(folder / "tokenizer.json")
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise CheckpointError(
                     f"tokenizer {folder}: {name} is missing; expected tokenizer.json, or vocab.json and merges.txt"
                 )
         vocabulary = read_config(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = read_text(folder / "merges.txt").splitlines()
         pairs = [line.split() for line in lines if line and not line.startswith("#version")]
         try:
             return build_tokenizer_json(vocabulary, [(left, right) for left, right in pairs], pad_token=self._pad_token)
@@ -85,8 +85,12 @@ class FolderCheckpoint(Checkpoint):
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             file = self.path / "tokenizer" / name
             token = read_config(file).get("pad_token") if file.is_file() else None
+            if isinstance(token, dict):
+                token = token.get("content")
             if token:
-                return str(token["content"] if isinstance(token, dict) else token)
+                if not isinstance(token, str):
+                    raise CheckpointError(f"tokenizer file {file}: pad_token is no text")
+                return token
         return END
 
     @cached_property
@@ -97,14 +101,19 @@ class FolderCheckpoint(Checkpoint):
         except Exception as error:  # the tokenizers wheel raises plain Exception
             raise CheckpointError(f"tokenizer {folder}: tokenizer.json cannot be read: {error}") from error
         if number is None:
-            raise CheckpointError(f"tokenizer {folder}: its padding token {self._pad_token!r} is not in its vocabulary")
+            raise CheckpointError(
+                f"tokenizer {folder}: its padding token {self._pad_token[:100]!r} is not in its vocabulary"
+            )
         return int(number)
 
     @property
     def max_length(self) -> int:
         file = self.path / "tokenizer" / "tokenizer_config.json"
         stored = read_config(file).get("model_max_length", MAX_LENGTH) if file.is_file() else MAX_LENGTH
-        return min(int(stored), MAX_LENGTH)
+        # Where there is no limit, transformers writes 1e30, as a whole number.
+        if isinstance(stored, bool) or not isinstance(stored, (int, float)) or not stored >= 3:
+            raise CheckpointError(f"tokenizer file {file}: model_max_length is no number from 3")
+        return int(min(stored, MAX_LENGTH))
 
 
 def find_weights(folder: Path, stem: str) -> tuple[Path, ...]:
@@ -134,12 +143,19 @@ def find_weights(folder: Path, stem: str) -> tuple[Path, ...]:
 
 
 def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
-    names = sorted(set(read_config(index).get("weight_map", {}).values()))
+    named = read_config(index).get("weight_map", {})
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise CheckpointError(f"checkpoint index {index}: weight_map is no object of file names")
+    names = sorted(set(named.values()))
     for name in names:
         if Path(name).name != name:
-            raise CheckpointError(f"checkpoint index {index}: shard {name!r} is not a plain file name")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"checkpoint index {index}: shard {name} is missing")
+            raise CheckpointError(f"checkpoint index {index}: shard {name[:100]!r} is not a plain file name")
+        try:
+            there = (folder / name).is_file()
+        except OSError as error:  # no file can be called so
+            raise CheckpointError(f"checkpoint index {index}: shard {name[:100]!r}: {error.strerror}") from error
+        if not there:
+            raise CheckpointError(f"checkpoint index {index}: shard {name[:100]} is missing")
     if not names:
         raise CheckpointError(f"checkpoint index {index}: it names no shards")
     return tuple(folder / name for name in names)

@@ -15,12 +15,11 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
-from safetensors import SafetensorError, safe_open
 
 from magicface_rt.errors import CheckpointError
 
 from .architectures import ARCHITECTURES, Architecture
-from .checkpoint import Checkpoint, State, read_safetensors
+from .checkpoint import Checkpoint, State, open_safetensors, read_safetensors
 from .tokenizer import build_tokenizer_json, clip_vocabulary
 
 __all__ = ["SingleFileCheckpoint"]
@@ -54,14 +53,9 @@ class SingleFileCheckpoint(Checkpoint):
             "text_encoder": expected.text_encoder,
             "scheduler": expected.scheduler,
         }
-        try:
-            with safe_open(path, framework="pt") as stream:
-                shapes = {key: tuple(stream.get_slice(key).get_shape()) for key in stream.keys()}  # noqa: SIM118
-                metadata = stream.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"checkpoint {path}: not a complete safetensors file ({error}); it may be truncated: fetch it again"
-            ) from error
+        with open_safetensors(path, "checkpoint") as stream:
+            shapes = {key: tuple(stream.get_slice(key).get_shape()) for key in stream.keys()}  # noqa: SIM118
+            metadata = stream.metadata() or {}
         self._check(shapes, metadata)
         self._keys = {
             component: sorted(key for key in shapes if key.startswith(prefix)) for component, prefix in PREFIXES.items()

@@ -6,15 +6,18 @@ The form of `bundle.json` is specified in docs/bundle-format.md.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .bundle_form import check_form, shown
 from .errors import BundleError, CheckpointError
 from .schedule import Schedule
+from .strict_json import read_json
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -28,6 +31,8 @@ CUDA_RUNTIME = "onnxruntime-cuda"
 MAX_MANIFEST_BYTES = 1 << 20
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, CheckpointError)
+"""What reading JSON of another form than the expected may raise."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +151,11 @@ class Bundle:
         manifest = _parse(folder, raw)
         try:
             bundle = _from_manifest(folder, hashlib.sha256(raw).hexdigest(), manifest)
-        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+            check_form(manifest)
+        except _MALFORMED as error:
+            reason = f"{type(error).__name__}: {error}"[:500]
             raise BundleError(
-                f"bundle {folder}: {MANIFEST} does not have the expected form ({type(error).__name__}: {error}). "
-                "Export the bundle again."
+                f"bundle {folder}: {MANIFEST} does not have the expected form ({reason}). Export the bundle again."
             ) from error
         for name, entry in bundle.files.items():
             if progress is not None:
@@ -159,35 +165,41 @@ class Bundle:
 
 
 def _read_manifest(folder: Path) -> bytes:
-    if not folder.is_dir():
-        raise BundleError(f"bundle {folder}: no such folder. Make one with `magicface-rt export CHECKPOINT --out DIR`.")
     manifest = folder / MANIFEST
-    if not manifest.is_file():
-        hint = " It looks like a checkpoint: export it first." if (folder / "model_index.json").is_file() else ""
-        raise BundleError(f"bundle {folder}: there is no {MANIFEST}, so this is not a bundle.{hint}")
     try:
-        if manifest.stat().st_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"bundle {folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes.")
-        return manifest.read_bytes()
+        if not folder.is_dir():
+            raise BundleError(
+                f"bundle {folder}: no such folder. Make one with `magicface-rt export CHECKPOINT --out DIR`."
+            )
+        if not manifest.is_file():
+            hint = " It looks like a checkpoint: export it first." if (folder / "model_index.json").is_file() else ""
+            raise BundleError(f"bundle {folder}: there is no {MANIFEST}, so this is not a bundle.{hint}")
+        with manifest.open("rb") as stream:
+            raw = stream.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise BundleError(f"bundle {folder}: {MANIFEST} cannot be read: {error}.") from error
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"bundle {folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes.")
+    return raw
 
 
 def _parse(folder: Path, raw: bytes) -> dict[str, Any]:
     try:
-        manifest = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        manifest = read_json(raw)
+    except ValueError as error:
         raise BundleError(
             f"bundle {folder}: {MANIFEST} is not valid JSON ({error}). Export the bundle again."
         ) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(found, int) and found > FORMAT:
+    if type(found) is int and found > FORMAT:
         raise BundleError(
-            f"bundle {folder}: format version {found}, and this release reads up to {FORMAT}. "
+            f"bundle {folder}: format version {shown(found)}, and this release reads up to {FORMAT}. "
             "Upgrade magicface_rt, or export the bundle again with this release."
         )
-    if found != FORMAT:
-        raise BundleError(f"bundle {folder}: format version {found!r}, expected {FORMAT}. Export the bundle again.")
+    if type(found) is not int or found != FORMAT:
+        raise BundleError(
+            f"bundle {folder}: format version {shown(found)}, expected {FORMAT}. Export the bundle again."
+        )
     assert isinstance(manifest, dict)
     return manifest
 
@@ -209,11 +221,11 @@ def _from_manifest(folder: Path, digest: str, m: dict[str, Any]) -> Bundle:
     for name in [*files, *named]:
         if not _FILE_NAME.fullmatch(name):
             raise BundleError(
-                f"bundle {folder}: {MANIFEST} names the file {name!r}; only plain file names are allowed."
+                f"bundle {folder}: {MANIFEST} names the file {shown(name)}; only plain file names are allowed."
             )
     missing = named - files.keys()
     if missing:
-        raise BundleError(f"bundle {folder}: {MANIFEST} has no hash for {', '.join(sorted(missing))}.")
+        raise BundleError(f"bundle {folder}: {MANIFEST} has no hash for {', '.join(sorted(missing)[:20])}.")
     limits = m["limits"]
     return Bundle(
         path=folder,
@@ -261,13 +273,20 @@ def _tensor(entry: dict[str, Any]) -> Tensor:
 def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: bool) -> None:
     path = folder / name
     again = "Copy the bundle again, or export it again."
-    if path.is_symlink():
+    try:
+        found_there = os.lstat(path)
+    except FileNotFoundError as error:
+        raise BundleError(f"bundle {folder}: the file {name} is missing. {again}") from error
+    except OSError as error:
+        raise BundleError(f"bundle {folder}: {name} cannot be read: {error}.") from error
+    if stat.S_ISLNK(found_there.st_mode):
         raise BundleError(f"bundle {folder}: {name} is a symbolic link, expected a file of the bundle's own. {again}")
-    if not path.is_file():
-        raise BundleError(f"bundle {folder}: the file {name} is missing. {again}")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise BundleError(f"bundle {folder}: {name} has {size} bytes, expected {entry['bytes']}. {again}")
+    if not stat.S_ISREG(found_there.st_mode):
+        raise BundleError(f"bundle {folder}: {name} is not a file. {again}")
+    if found_there.st_size != entry["bytes"]:
+        raise BundleError(
+            f"bundle {folder}: {name} has {found_there.st_size} bytes, expected {entry['bytes']}. {again}"
+        )
     if not check_hash:
         return
     found = sha256(path)

@@ -70,9 +70,11 @@ class NamedConcept:
         self, word: str, weight: float, token_index: int | Sequence[int] | None = None, name: str | None = None
     ) -> None:
         if not isinstance(word, str) or not word.strip():
-            raise ConceptError(f"a concept's word is {word!r}, expected a word of the prompt.")
+            raise ConceptError(f"a concept's word is {shown(word)}, expected a word of the prompt.")
         if name is not None and (not isinstance(name, str) or not name.strip()):
-            raise ConceptError(f"concept {word!r}: name is {name!r}, expected text, or nothing to use the word.")
+            raise ConceptError(
+                f"concept {shown(word)}: name is {shown(name)}, expected text, or nothing to use the word."
+            )
         object.__setattr__(self, "word", word)
         object.__setattr__(self, "weight", _checked_weight(word, weight))
         object.__setattr__(self, "token_index", _checked_token_index(word, token_index))
@@ -186,22 +188,24 @@ def _numbered(tokens: tuple[str, ...]) -> str:
 
 def _checked_references(word: str, references: tuple[Reference, ...]) -> tuple[Reference, ...]:
     if not references:
-        raise ConceptError(f"concept {word!r} has no reference. Give at least one: Concept({word!r}, Reference(...)).")
+        raise ConceptError(
+            f"concept {shown(word)} has no reference. Give at least one: Concept({word!r}, Reference(...))."
+        )
     for position, reference in enumerate(references):
         if not isinstance(reference, Reference):
             raise ConceptError(
-                f"concept {word!r}: reference {position + 1} is a {type(reference).__name__}, expected a Reference. "
-                "Wrap an image in one: Reference(image, mask=...)."
+                f"concept {shown(word)}: reference {position + 1} is a {type(reference).__name__}, expected a "
+                "Reference. Wrap an image in one: Reference(image, mask=...)."
             )
     return references
 
 
 def _checked_weight(word: str, weight: float) -> float:
     if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
-        raise ConceptError(f"concept {word!r}: weight is {shown(weight)}, expected a number.")
+        raise ConceptError(f"concept {shown(word)}: weight is {shown(weight)}, expected a number.")
     if not abs(weight) <= MAX_WEIGHT:
         raise ConceptError(
-            f"concept {word!r}: weight is {shown(weight)}, expected a finite number from -{MAX_WEIGHT:g} to "
+            f"concept {shown(word)}: weight is {shown(weight)}, expected a finite number from -{MAX_WEIGHT:g} to "
             f"{MAX_WEIGHT:g}. Usual weights are 2 to 4."
         )
     return float(weight)
@@ -213,15 +217,17 @@ def _checked_token_index(word: str, token_index: int | Sequence[int] | None) -> 
     single = isinstance(token_index, (int, np.integer))
     indices = (token_index,) if single else token_index
     if isinstance(indices, (str, bytes)) or not isinstance(indices, Iterable):
-        raise ConceptError(f"concept {word!r}: token_index is {token_index!r}, expected a whole number or several.")
+        raise ConceptError(
+            f"concept {shown(word)}: token_index is {shown(token_index)}, expected a whole number or several."
+        )
     checked = []
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or index < 1:
             raise ConceptError(
-                f"concept {word!r}: token_index is {token_index!r}, expected whole numbers from 1 "
+                f"concept {shown(word)}: token_index is {shown(token_index)}, expected whole numbers from 1 "
                 "(0 is the start token)."
             )
         checked.append(int(index))
     if not checked:
-        raise ConceptError(f"concept {word!r}: token_index is empty, expected at least one position.")
+        raise ConceptError(f"concept {shown(word)}: token_index is empty, expected at least one position.")
     return tuple(sorted(set(checked)))

@@ -48,6 +48,7 @@ Resample = Literal["lanczos", "nearest"]
 
 MASK_GRID = 128  # every mask goes through this grid, whatever the bundle's size
 MAX_PIXELS = 64_000_000
+MAX_FILE_BYTES = 1 << 30  # four bytes a pixel are a quarter of it; some decoders read a file whole
 
 # Formats that Pillow decodes in its own process; EPS, for one, would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
@@ -135,6 +136,8 @@ def load_mask(
     if isinstance(threshold, bool) or not isinstance(threshold, (int, np.integer)) or not 1 <= threshold <= 255:
         raise OptionError(f"{name}: mask_threshold is {threshold!r}, expected a whole number from 1 to 255.")
     image = _decode(source, name, MaskError)
+    if isinstance(source, (str, os.PathLike)):
+        name = f"{name} {os.fspath(source)!r}"
     if _has_alpha(image):
         rgba = image.convert("RGBA")
         alpha = rgba.getchannel("A")
@@ -233,6 +236,8 @@ def _decode(source: ImageSource, name: str, error: type[ImageError] | type[MaskE
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist or is not a file"
             raise error(f"{name} {what}; expected an image file. A relative path counts from {os.getcwd()!r}.")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise error(f"{name} is larger than {MAX_FILE_BYTES:,} bytes, which no image is that is read.")
         with Image.open(path, formats=_known_formats()) as image:
             _check_pixels(image.size, name, error)
             return _settle(image, name, error)
@@ -253,8 +258,9 @@ def _settle(image: Image.Image, name: str, error: type[ImageError] | type[MaskEr
     if upright.mode == "F":
         raise error(f"{name} holds floating-point values; expected 8 bits a channel. Convert it first.")
     if upright.mode == "I" or upright.mode.startswith("I;16"):
-        values = np.asarray(upright).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+        # Of the file's own width: eight bytes a pixel would be gigabytes for the largest that are read.
+        values = np.clip(np.asarray(upright), 0, 65535)
+        return Image.fromarray((values >> 8).astype(np.uint8))
     return upright
 
 

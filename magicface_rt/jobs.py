@@ -35,6 +35,8 @@ from .options import Options
 __all__ = ["MAX_JOB_BYTES", "Job", "load_job", "parse_concept_option", "parse_job"]
 
 MAX_JOB_BYTES = 1_000_000
+MAX_YAML_BYTES = 200_000
+"""Reading YAML takes a hundred times as long as reading JSON."""
 
 _T = TypeVar("_T")
 
@@ -90,7 +92,7 @@ def load_job(path: str | os.PathLike[str]) -> Job:
     name = repr(os.fspath(path))
     try:
         is_file = path.is_file()
-    except ValueError:  # a NUL in the name
+    except (OSError, ValueError):  # a name too long, a NUL in it
         is_file = False
     if not is_file:
         raise JobError(f"job {name} does not exist or is not a file.")
@@ -185,8 +187,9 @@ def split_option(text: str) -> list[tuple[str, str]]:
     pairs = []
     position = 0
     while position < len(text):
-        key, equals, _ = text[position:].partition("=")
-        if not equals or "," in key:
+        equals = text.find("=", position)
+        key = text[position : len(text) if equals < 0 else equals]
+        if equals < 0 or "," in key:
             raise JobError(f"found {_shown(key.split(',')[0])}, expected key=value. Quote a value that holds a comma.")
         value, position = _read_value(text, position + len(key) + 1)
         pairs.append((key.strip(), value))
@@ -349,6 +352,12 @@ class _Loader(yaml.SafeLoader):
             raise JobError("it has a YAML alias (*name); write the value out.")
         return super().compose_node(parent, index)
 
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        if ":" in node.value:  # to YAML 1.1 that is a number of base 60, and a long one takes minutes
+            raise JobError(f"found {_shown(node.value)}, which YAML takes for a number of base 60. Put it in quotes.")
+        plain = super().construct_yaml_int if node.tag.endswith(":int") else super().construct_yaml_float
+        return plain(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -358,7 +367,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
+
+
 def _read_yaml(text: str) -> object:
+    if len(text) > MAX_YAML_BYTES:
+        raise JobError(f"it is YAML of more than {MAX_YAML_BYTES:,} characters. Write it as JSON, or shorten it.")
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: makes plain values only
     except RecursionError as error:

@@ -14,12 +14,14 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import IO, Any
 from xml.sax.saxutils import quoteattr
 
 from PIL import Image, PngImagePlugin
 
 from .errors import ImageError
+from .images import MAX_PIXELS
 
 __all__ = ["DIGITAL_SOURCE_TYPE", "ProvenancePicture", "png_info", "read_provenance", "software", "xmp_packet"]
 
@@ -85,11 +87,18 @@ def xmp_packet() -> bytes:
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The settings written into a PNG file, or None where it has none.
 
-    Raises `ImageError` for a file that is no PNG, or whose settings are not the JSON object they should be.
+    Raises `ImageError` for a file that is no PNG, that has more than `MAX_PIXELS` pixels, or whose settings are not the
+    JSON object they should be.
     """
     try:
+        if not Path(path).is_file():  # opening a pipe would wait for ever
+            raise ValueError("it does not exist or is not a file")
         with Image.open(path, formats=["PNG"]) as image:
-            image.load()
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"it is {image.width} x {image.height}, more than the {MAX_PIXELS:,} pixels that are read"
+                )
+            image.load()  # text may stand after the pixels
             text = getattr(image, "text", {}).get(TEXT_KEY)
             found = None if text is None else json.loads(text)
     except Exception as error:  # decoders raise anything on damaged files

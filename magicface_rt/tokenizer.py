@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,10 @@ from .errors import BundleError, PromptError
 
 __all__ = ["Tokenizer"]
 
+MAX_FILE_BYTES = 1 << 26
+
 _NAMED_WORDS = 20  # so many words are named in a message; the others are counted
+_T = TypeVar("_T")
 
 
 class Tokenizer:
@@ -43,13 +47,24 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, pad_token_id: int, max_length: int = 77) -> Tokenizer:
         """Read a `tokenizer.json`. Raises `BundleError` for a file that is missing or no tokenizer."""
-        if not Path(path).is_file():
-            raise BundleError(f"tokenizer {os.fspath(path)!r} does not exist or is not a file.")
+        name = f"tokenizer {os.fspath(path)!r}"
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
+            if not Path(path).is_file():
+                raise BundleError(f"{name} does not exist or is not a file.")
+            with open(path, "rb") as stream:
+                raw = stream.read(MAX_FILE_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{name} cannot be read: {error}.") from error
+        if len(raw) > MAX_FILE_BYTES:
+            raise BundleError(f"{name} is larger than {MAX_FILE_BYTES:,} bytes, which no tokenizer is.")
+        try:
+            return _guarded(
+                lambda: cls(tokenizers.Tokenizer.from_buffer(raw), pad_token_id=pad_token_id, max_length=max_length)
+            )
+        except BundleError as error:
+            raise BundleError(f"{name}: {str(error).removeprefix('tokenizer: ')}") from error
         except Exception as error:  # the wheel raises plain Exception
-            raise BundleError(f"tokenizer {os.fspath(path)!r} cannot be read: {error}.") from error
-        return cls(tokenizer, pad_token_id=pad_token_id, max_length=max_length)
+            raise BundleError(f"{name} cannot be read: {str(error)[:500]}.") from error
 
     def encode(self, prompt: str) -> npt.NDArray[np.int64]:
         """The ids of a prompt: start, tokens, end, padding; int64 [max_length].
@@ -86,9 +101,9 @@ class Tokenizer:
                 continue
             if not _inside_word(prompt, encoding.offsets, first, after):
                 return tuple(range(first + 1, after + 1))
-        held = ", ".join(map(repr, _shortened(prompt.split()))) or "none: it is empty"
+        held = _excerpt(", ".join(map(repr, _shortened(prompt.split())))) or "none: it is empty"
         raise PromptError(
-            f"the word {word!r} is not in the prompt {prompt!r}; its words are {held}. "
+            f"the word {_excerpt(word)!r} is not in the prompt {_excerpt(prompt)!r}; its words are {held}. "
             "Use one of them, or give token_index."
         )
 
@@ -98,7 +113,7 @@ class Tokenizer:
         room = self.max_length - 2
         if len(encoding.ids) > room:
             kept_to = encoding.offsets[room][0]
-            lost = " ".join(_shortened(_words_after(prompt, kept_to)))
+            lost = _excerpt(" ".join(_shortened(_words_after(prompt, kept_to))))
             raise PromptError(
                 f"the prompt has {len(encoding.ids)} tokens, at most {room} fit (a word can be several). "
                 f"These words would be lost: {lost!r}. Shorten the prompt: {_excerpt(prompt)!r}."
@@ -109,12 +124,24 @@ class Tokenizer:
         if not isinstance(text, str):
             raise PromptError(f"the {what} is {text!r}, expected text.")
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False)
+            return _guarded(lambda: self._tokenizer.encode(text, add_special_tokens=False))
         except (TypeError, ValueError) as error:  # lone surrogates have no UTF-8
-            raise PromptError(f"the {what} {text!r} is not valid Unicode text.") from error
+            raise PromptError(f"the {what} {_excerpt(text)!r} is not valid Unicode text.") from error
+        except Exception as error:  # a model without a token for what it does not know, for one
+            raise BundleError(f"tokenizer: it cannot encode the {what} {_excerpt(text)!r}: {error}.") from error
 
     def _text(self, token_id: int) -> str:
         return str(self._tokenizer.id_to_token(token_id))
+
+
+def _guarded(make: Callable[[], _T]) -> _T:
+    """What `make` returns; where the wheel's own code panics, which is no `Exception`, a RuntimeError is raised."""
+    try:
+        return make()
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"the tokenizers library failed: {error}") from error
 
 
 def _frame(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:

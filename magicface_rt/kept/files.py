@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.host import BFLOAT16, host_dtype
+from ..backends.host import BFLOAT16, host_dtype, non_finite
 from ..errors import InputError, KeptConceptError, OutputError
 from ..images import MASK_GRID, load_reference
+from ..strict_json import read_json
 from .concept import KeptConcept
 from .origin import Origin, content_key, finite_number, shown, text_entry, whole_numbers
 from .reference import STORAGES, EightBit, Exact, KeptReference, Stored
@@ -77,16 +78,14 @@ def load(path: Path, *, check_hashes: bool) -> KeptConcept:
     data, header, start = _open(path)
     manifest = _manifest(path, header)
     views = _views(path, data, header, start, manifest)
-    if check_hashes:
-        for name, view in views.items():
-            found = hashlib.sha256(view.data).hexdigest()
-            if found != manifest["sha256"].get(name):
-                _damaged(path, f"the SHA-256 of {name} is {found[:16]}..., expected {manifest['sha256'][name][:16]}...")
     try:
-        return _concept(header, manifest, views)
+        concept = _concept(header, manifest, views)
     except _MALFORMED as error:
         what = str(error).rstrip(".") if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        _damaged(path, f"its manifest does not have the expected form ({what})", error)
+        _damaged(path, f"its manifest does not have the expected form ({what[:500]})", error)
+    if check_hashes:
+        _check_content(path, concept, manifest, views)
+    return concept
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -194,9 +193,9 @@ def _open(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any], int]:
     if not 2 <= length <= MAX_HEADER_BYTES or 8 + length > size:
         _damaged(path, f"its header would have {length} bytes of the file's {size}")
     try:
-        header = json.loads(data[8 : 8 + length].tobytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        _damaged(path, "its header is no JSON", error)
+        header = read_json(data[8 : 8 + length].tobytes().decode("utf-8"))
+    except ValueError as error:
+        _damaged(path, f"its header is no JSON ({error})", error)
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
         _damaged(path, "its header has no metadata")
     return data, header, 8 + length
@@ -212,9 +211,9 @@ def _manifest(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != metadata.get("manifest_sha256"):
         _damaged(path, "its manifest was changed")
     try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        _damaged(path, "its manifest is no JSON", error)
+        manifest = read_json(text)
+    except ValueError as error:
+        _damaged(path, f"its manifest is no JSON ({error})", error)
     hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
     if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
         _damaged(path, "its manifest does not have the expected form (sha256 is no object of texts)")
@@ -238,16 +237,33 @@ def _views(
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = whole_numbers(entry["data_offsets"], "data_offsets")
             if first != end or last < first:
-                _damaged(path, f"{name} lies at bytes {first} to {last}, expected from {end}")
+                _damaged(path, f"{name[:100]} lies at bytes {first} to {last}, expected from {end}")
             views[name] = data[start + first : start + last]
             end = last
     except KeptConceptError:
         raise
     except _MALFORMED as error:
-        _damaged(path, f"its header does not have the expected form ({type(error).__name__}: {error})", error)
+        what = f"{type(error).__name__}: {error}"[:500]
+        _damaged(path, f"its header does not have the expected form ({what})", error)
     if start + end != len(data):
         _damaged(path, f"it has {len(data)} bytes, expected {start + end}")
     return views
+
+
+def _check_content(
+    path: Path, concept: KeptConcept, manifest: Mapping[str, Any], views: Mapping[str, NDArray[np.uint8]]
+) -> None:
+    """Read every byte: it is that of the manifest, and no key or value is NaN or infinite."""
+    for name, view in views.items():
+        found, expected = hashlib.sha256(view.data).hexdigest(), manifest["sha256"][name]
+        if found != expected:
+            _damaged(path, f"the SHA-256 of {name} is {found[:16]}..., expected {expected[:16]}...")
+    for position, reference in enumerate(concept.references):
+        for name, stored in reference.tensors.items():
+            # One NaN among the keys makes every cell that looks at them one.
+            bad = sum(non_finite(stored.extremes(step), concept.origin.dtype) for step in range(concept.steps))
+            if bad:
+                _damaged(path, f"{position}.{name} holds {bad} values that are NaN or infinite")
 
 
 def _concept(
@@ -265,14 +281,16 @@ def _concept(
         unread.discard(name)
         return views[name].view(host_dtype(dtype)).reshape(shape)
 
-    references = []
+    references, widths = [], origin.widths
+    factors = [str(factor) for factor in origin.factors]
     for position, entry in enumerate(manifest["references"]):
-        factors, counts = [str(factor) for factor in origin.factors], entry["tokens"]
+        counts = entry["tokens"]
         if set(counts) != set(factors) or entry["storage"] not in STORAGES:
             raise ValueError(f"reference {position} has tokens {shown(counts)}, storage {shown(entry['storage'])}")
-        tokens = dict(zip(origin.factors, whole_numbers([counts[f] for f in factors], "tokens"), strict=True))
+        found = whole_numbers([counts[factor] for factor in factors], "tokens")
+        tokens = {int(factor): count for factor, count in zip(factors, found, strict=True)}
         tensors: dict[str, Stored] = {}
-        for name, (factor, width) in origin.widths.items():
+        for name, (factor, width) in widths.items():
             full, channels = (origin.steps, tokens[factor], width), (origin.steps, width)
             if entry["storage"] == "8-bit":
                 tensors[name] = EightBit(
@@ -295,11 +313,11 @@ def _concept(
             )
         )
     pictures = {}
-    for name in sorted(unread):
-        if name in {f"image_{k}" for k in range(len(references))}:
+    for k in range(len(references)):
+        if (name := f"image_{k}") in unread:
             height, width, _ = whole_numbers(header[name]["shape"], "shape")
             pictures[name] = array(name, "uint8", (height, width, 3))
-        elif name in {f"mask_{k}" for k in range(len(references))}:
+        if (name := f"mask_{k}") in unread:
             pictures[name] = array(name, "uint8", (MASK_GRID, MASK_GRID))
     concept = KeptConcept(
         text_entry(manifest, "word"),

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from ..backends.host import BFLOAT16
@@ -89,6 +90,8 @@ class Origin:
             raise ValueError(f"layers is {shown(layers)}, expected a list of [index, factor, width]")
         if any(factor < 1 or width < 1 for _, factor, width in layers):
             raise ValueError("layers has a factor or a width of 0, expected whole numbers from 1")
+        if any(later[0] <= layer[0] for layer, later in pairwise(layers)):
+            raise ValueError("layers has an index that is not above the one before it, expected them rising")
         if not isinstance(scheduler, dict) or not all(_is_setting(value) for value in scheduler.values()):
             raise ValueError(f"scheduler is {shown(scheduler)}, expected an object of texts, numbers, true or false")
         timesteps = whole_numbers(data["timesteps"], "timesteps")

@@ -30,6 +30,10 @@ class Stored(ABC):
     def step(self, step: int) -> NDArray[Any]:
         """A step's values [M, C], in the bundle's dtype (bfloat16 as bits)."""
 
+    @abstractmethod
+    def extremes(self, step: int) -> NDArray[Any]:
+        """Values [any, C] in the bundle's dtype that are all finite exactly where a step's values are sure to be."""
+
     @property
     @abstractmethod
     def arrays(self) -> Mapping[str, NDArray[Any]]:
@@ -55,6 +59,9 @@ class Exact(Stored):
 
     def step(self, step: int) -> NDArray[Any]:
         return np.asarray(self.values[step])
+
+    def extremes(self, step: int) -> NDArray[Any]:
+        return self.step(step)
 
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
@@ -91,14 +98,26 @@ class EightBit(Stored):
         self.squared_error += float(np.square(exact - self._values(step), dtype=np.float64).sum())
 
     def step(self, step: int) -> NDArray[Any]:
-        values = self._values(step)
-        return to_bfloat16(values) if self.dtype == BFLOAT16 else values.astype(self.dtype, copy=False)
+        return self._in_dtype(self._values(step))
+
+    def extremes(self, step: int) -> NDArray[Any]:
+        # A value rises or falls with its level, so all lie between those of the first level and the last.
+        width = self.levels.shape[2]
+        ends = np.repeat(np.array([[0], [LEVELS]], np.uint8), width, axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._in_dtype(self._decoded(ends, step))
 
     def _values(self, step: int) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = self.levels[step].astype(np.float32)
+        return self._decoded(self.levels[step], step)
+
+    def _decoded(self, levels: NDArray[np.uint8], step: int) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = levels.astype(np.float32)
         values *= self.scale[step]
         values += self.low[step]
         return values
+
+    def _in_dtype(self, values: NDArray[np.float32]) -> NDArray[Any]:
+        return to_bfloat16(values) if self.dtype == BFLOAT16 else values.astype(self.dtype, copy=False)
 
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:

@@ -562,6 +562,9 @@ class Slow(Stored):
             raise self.error
         return self.stored.step(step)
 
+    def extremes(self, step: int) -> np.ndarray:
+        return self.stored.extremes(step)
+
     @property
     def arrays(self) -> Any:
         return self.stored.arrays

@@ -1,0 +1,33 @@
+"""JSON in which no key stands twice.
+
+Of two equal keys one reader takes the first and another the last, so a file could be one thing to what checks it and
+another to what uses it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+__all__ = ["read_json"]
+
+
+def read_json(text: str | bytes) -> Any:
+    """What the text holds. NaN and infinities come as Python's json gives them, and are for the caller to refuse.
+
+    Raises:
+        ValueError: it is no JSON, has a key twice in one object, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    distinct: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in distinct:
+            raise ValueError(f"the key {key[:100]!r} stands twice in one object")
+        distinct[key] = value
+    return distinct

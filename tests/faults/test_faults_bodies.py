@@ -1,0 +1,336 @@
+"""Bodies of requests, through the whole HTTP application but the network: forms, orders, and pieces that come slowly.
+
+Behind the application stands a service that reads a request as the real one does, with a bundle and a tokenizer, and
+then says that it is full. So an input is accepted where the answer is 507, and nothing is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from corruptions import ODD_BYTES, as_json, changed_tree, edited, edits, png_of, with_key_twice
+from hypothesis import strategies as st
+from outcomes import TALLY, inputs, judged, little_memory, loop, no_hang
+from PIL import Image
+from single_files import encoded
+
+pytest.importorskip("fastapi")
+
+from magicface_rt import Bundle
+from magicface_rt.errors import StoreFullError
+from magicface_rt.serve import ServeSettings
+from magicface_rt.serve.app import build_app
+from magicface_rt.serve.multipart import MOST_HEADER_BYTES, MOST_PARTS, read_form
+from magicface_rt.serve.orders import check_named, read_upload, request_of
+from magicface_rt.serve.reading import FORM_PARTS
+from magicface_rt.serve.service import ConceptUpload, Service
+from magicface_rt.session import tokenizer_of
+
+BOUNDARY = "frontier"
+FORM = f"multipart/form-data; boundary={BOUNDARY}"
+JSON = "application/json"
+SETTINGS = ServeSettings(pixels=10_000, body_bytes=400_000, bodies_bytes=800_000, body_seconds=5)
+IMAGE, MASK = encoded("PNG"), encoded("PNG", Image.new("L", (48, 40), 255))
+FULL = 507
+FINE = {FULL, 400, 404, 406, 408, 413, 415, 422}
+"""What an attacker may be answered; a 500 or a 503 would say that the service is at fault."""
+
+
+class Full(Service):
+    """Reads what it is asked for, and makes nothing."""
+
+    def __init__(self, bundle: Bundle, settings: ServeSettings) -> None:
+        self.session: Any = SimpleNamespace(bundle=bundle, tokenizer=tokenizer_of(bundle))
+        self.settings = settings
+
+    def not_ready(self) -> str | None:
+        return None
+
+    async def bundle(self) -> Any:
+        raise NotImplementedError
+
+    async def generate(self, order: Any, *, owner: str, listener: Any = None) -> Any:
+        check_named(order)
+
+        def no_concept(id: str) -> Any:
+            raise StoreFullError("it would be read now")
+
+        request_of(order, no_concept, self.session, self.settings)
+        raise StoreFullError("it would be made now")
+
+    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> Any:
+        read_upload(upload, self.session, self.settings)
+        raise StoreFullError("it would be prepared now")
+
+    async def concepts(self) -> Any:
+        raise NotImplementedError
+
+    async def concept(self, id: str) -> Any:
+        raise NotImplementedError
+
+    async def erase(self, id: str) -> Any:
+        raise NotImplementedError
+
+
+class Door:
+    """The application, asked without a network. Pieces: of a body, as they would come."""
+
+    def __init__(self, bundle: Bundle, settings: ServeSettings = SETTINGS) -> None:
+        self.app = build_app(Full(bundle, settings), settings=settings)
+        self.loop = asyncio.new_event_loop()
+
+    def ask(
+        self, method: str, path: str, kind: str, pieces: Sequence[bytes], headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> tuple[int, bytes]:
+        return self.loop.run_until_complete(self._ask(method, path, kind, pieces, headers))
+
+    async def _ask(
+        self, method: str, path: str, kind: str, pieces: Sequence[bytes], headers: Sequence[tuple[bytes, bytes]]
+    ) -> tuple[int, bytes]:
+        left = list(pieces)
+        answer: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            if left:
+                return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+            await asyncio.sleep(3600)  # a client that waits for its answer
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            answer.append(message)
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+            "headers": [(b"host", b"x"), (b"content-type", kind.encode("latin-1")), *headers],
+        }
+        await self.app(scope, receive, send)
+        return answer[0]["status"], b"".join(part.get("body", b"") for part in answer[1:])
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle, check_hashes=False)
+
+
+@pytest.fixture(scope="module")
+def door(bundle: Bundle) -> Iterator[Door]:
+    opened = Door(bundle)
+    yield opened
+    opened.loop.close()
+
+
+def answered(parser: str, ask: Callable[[], tuple[int, bytes]], memory: int = 256 << 20) -> int:
+    """The status of an answer that says what is wrong in the form of a problem, and in few words."""
+    TALLY[parser]["tried"] += 1
+    with no_hang(), little_memory(memory):
+        status, body = ask()
+    assert status in FINE, (status, body[:500])
+    told = json.loads(body)
+    assert told["status"] == status
+    assert 10 < len(told["detail"]) < 4000
+    assert len(body) < 20_000
+    TALLY[parser]["accepted" if status == FULL else str(status)] += 1
+    return status
+
+
+# -------------------------------------------------------------------------------------------------------------- forms
+
+
+def part(name: str, content: bytes, more: bytes = b"") -> bytes:
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n'.encode()
+    return head + more + b"\r\n" + content + b"\r\n"
+
+
+END = f"--{BOUNDARY}--\r\n".encode()
+SOUND = part("image", IMAGE) + part("mask", MASK) + part("prompt", b"a man") + part("steps", b"2") + END
+
+
+def put(door: Door, body: bytes, kind: str = FORM) -> int:
+    return answered("form", lambda: door.ask("PUT", "/v1/concepts", kind, [body]))
+
+
+def test_a_sound_form(door: Door) -> None:
+    assert put(door, SOUND) == FULL
+
+
+@inputs
+def test_any_edit_of_a_form(inputs: int, door: Door) -> None:
+    loop(inputs, edits, lambda changes: put(door, edited(SOUND, changes)))
+
+
+@inputs
+def test_any_parts(inputs: int, door: Door) -> None:
+    names = st.sampled_from([*FORM_PARTS, "colour", "", "a" * 5000, 'a"; name="image'])
+    values = st.sampled_from([IMAGE, MASK, IMAGE[:50], png_of(9000, 9000), b"", b"3", b"8-bit", *ODD_BYTES])
+    heads = st.sampled_from(
+        [b"", b"Content-Type: image/png\r\n", b"X: y\r\n" * 3, b"Content-Disposition: form-data\r\n"]
+    )
+    parts = st.lists(st.tuples(names, values | st.binary(max_size=20), heads), max_size=6)
+    kinds = st.sampled_from(
+        [FORM, FORM, FORM, f"{FORM}; charset=x", "multipart/form-data", "multipart/form-data; boundary="]
+    )
+
+    def check(one: tuple[list[tuple[str, bytes, bytes]], str, bytes]) -> None:
+        found, kind, end = one
+        put(door, b"".join(part(*each) for each in found) + end, kind)
+
+    loop(inputs, st.tuples(parts, kinds, st.sampled_from([END, END, b"", END[:-4], END + SOUND])), check)
+
+
+@inputs
+def test_any_content_type(inputs: int, door: Door) -> None:
+    kinds = st.text("multipart/form-data; boundary=\"'frontier*%\\,", max_size=60) | st.text(max_size=20)
+    loop(inputs, kinds, lambda kind: put(door, SOUND, kind.encode("latin-1", "replace").decode("latin-1")))
+
+
+LONG_FORMS = {
+    "lines": b"\r\n" * 10_000_000,
+    "hyphens": b"-" * 20_000_000,
+    "headers": part("image", b"", b"A: b\r\n" * 3_000_000) + END,
+    "one header": part("image", b"", b"A: " + b"b" * 20_000_000 + b"\r\n") + END,
+    "a name": part("a" * 20_000_000, b"") + END,
+    "parts": part("image", b"") * 300_000 + END,
+    "returns in a part": part("image", b"\r" * 20_000_000) + END,
+    "boundaries that are none": part("image", f"\r\n--{BOUNDARY}x".encode() * 1_500_000) + END,
+    "what comes after the end": SOUND + b"\r\n" * 10_000_000,
+    "options of a header": part("image", b"", b"Content-Disposition: form-data" + b';a="' * 1000 + b"\r\n") + END,
+}
+
+
+@pytest.mark.parametrize("case", LONG_FORMS)
+def test_a_form_that_is_as_long_as_it_may_be(case: str) -> None:
+    """Read in a thread, but by Python, a byte at a time where it is written so."""
+    body = LONG_FORMS[case]
+    judged("form, long", lambda: read_form(FORM, body, FORM_PARTS), names="", memory=300 << 20)
+
+
+def test_the_headers_of_a_part_are_counted_together(door: Door) -> None:
+    """Each was short, and there was no end of them, whichever release of the parser is installed."""
+    more = b"".join(b"A%d: b\r\n" % k for k in range(MOST_HEADER_BYTES // 3))
+    assert put(door, part("image", IMAGE, more) + END) == 400
+    assert put(door, part("image", b"") * (MOST_PARTS + 1) + END) == 422
+
+
+# ------------------------------------------------------------------------------------------------------------- orders
+
+
+def text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+ORDER: dict[str, Any] = {
+    "prompt": "a man with a hat",
+    "concepts": [
+        {"word": "man", "weight": 2.5, "references": [{"image": text(IMAGE), "mask": text(MASK), "prompt": "a man"}]},
+        {"word": "hat", "token_index": 5, "references": [{"image": text(IMAGE), "mask": text(MASK)}]},
+    ],
+    "seed": 3,
+    "steps": 2,
+    "response": "json",
+    "stream": False,
+}
+
+
+def post(door: Door, body: bytes, *, memory: int = 256 << 20) -> int:
+    return answered("order", lambda: door.ask("POST", "/v1/images", JSON, [body]), memory)
+
+
+def test_a_sound_order(door: Door) -> None:
+    assert post(door, json.dumps(ORDER).encode()) == FULL
+
+
+@inputs
+def test_any_edit_of_an_order(inputs: int, door: Door) -> None:
+    raw = json.dumps(ORDER).encode()
+    loop(inputs, edits, lambda changes: post(door, edited(raw, changes)))
+
+
+@inputs
+def test_any_other_value_of_an_order(inputs: int, door: Door) -> None:
+    loop(
+        inputs,
+        st.data(),
+        lambda data: post(door, as_json(changed_tree(data, ORDER)).encode("utf-8", "surrogatepass")),
+    )
+
+
+def test_a_key_that_stands_twice_is_one_that_stands_once(door: Door) -> None:
+    """The last counts, as in every JSON reader of Python's; nothing is checked by one reader and used by another."""
+    assert post(door, with_key_twice(json.dumps(ORDER), "steps", "1000000").encode()) == FULL
+    assert post(door, json.dumps(ORDER).replace('"steps": 2', '"steps": 2, "steps": 1000000').encode()) == 422
+
+
+def test_references_are_counted_before_an_image_of_them_is_decoded(bundle: Bundle) -> None:
+    """Of files of 50 kB each one request held 64 for each concept, 16 million pixels every one: tens of gigabytes."""
+    settings = ServeSettings(body_bytes=64 << 20, bodies_bytes=64 << 20)
+    white = Image.new("L", (4000, 4000), 255)
+    one = {"image": text(encoded("PNG", white, optimize=True)), "mask": text(encoded("PNG", white, optimize=True))}
+    order = {"prompt": "a man with a hat", "concepts": [{"word": "man", "references": [one] * 40}]}
+    body = json.dumps(order).encode()
+    assert len(body) < 5 << 20
+    door = Door(bundle, settings)
+    try:
+        assert post(door, body, memory=200 << 20) == 422
+        few = {**order, "concepts": [{"word": "man", "references": [one]}]}
+        assert post(door, json.dumps(few).encode(), memory=600 << 20) == FULL
+    finally:
+        door.loop.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 390_000,
+        b'{"prompt":' * 39_000,
+        b'{"prompt": "' + b"a" * 390_000 + b'"}',
+        b'{"prompt": "a", "seed": ' + b"9" * 390_000 + b"}",
+        b'{"prompt": "a", "concepts": [' + b"{}," * 100_000 + b"{}]}",
+        b'{"prompt": "a", ' + b",".join(b'"k%d": 1' % k for k in range(30_000)) + b"}",
+        b'{"prompt": "a", "concepts": [{"word": "man", "token_index": [' + b"1," * 150_000 + b"1]}]}",
+    ],
+    ids=["lists", "objects", "text", "digits", "concepts", "keys", "tokens"],
+)
+def test_an_order_as_long_as_it_may_be(body: bytes, door: Door) -> None:
+    assert post(door, body) in (400, 422)
+
+
+# ------------------------------------------------------------------------------------------------------------- pieces
+
+
+@inputs
+def test_any_pieces(inputs: int, door: Door) -> None:
+    """However a body comes, no more of it is held than may be, and nothing of it afterwards."""
+    pieces = st.lists(st.integers(0, 150_000), min_size=1, max_size=8)
+    lengths = (
+        st.none() | st.integers(0, 10**6).map(str) | st.sampled_from(["-1", "x", "9" * 25, "\u0663", "1e9", "+5", ""])
+    )
+
+    def check(one: tuple[list[int], str | None]) -> None:
+        sizes, length = one
+        headers = [] if length is None else [(b"content-length", length.encode("latin-1", "replace"))]
+        status = answered(
+            "pieces", lambda: door.ask("POST", "/v1/images", JSON, [b" " * size for size in sizes], headers)
+        )
+        if sum(sizes) > SETTINGS.body_bytes:
+            assert status == 413
+
+    loop(inputs, st.tuples(pieces, lengths), check)
+    body = json.dumps(ORDER).encode()
+    assert answered("pieces", lambda: door.ask("POST", "/v1/images", JSON, [body[:9], b"", body[9:]])) == FULL
