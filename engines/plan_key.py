@@ -211,4 +211,4 @@ def _shown(value: object) -> str:
     if value is None:
         return "nothing"
     text = value if isinstance(value, str) else canonical_json(value).decode()
-    return f"{text[:12]}..." if len(text) == 64 else text
+    return f"{text[:12]}..." if len(text) == 64 else text if len(text) <= 200 else f"{text[:200]}..."

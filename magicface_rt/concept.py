@@ -48,9 +48,9 @@ class Reference:
             raise PromptError(f"a reference's prompt is {self.prompt!r}, expected text (it may be empty).")
         threshold = self.mask_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, np.integer)) or not 1 <= threshold <= 255:
-            raise OptionError(f"mask_threshold is {threshold!r}, expected a whole number from 1 to 255.")
+            raise OptionError(f"mask_threshold is {shown(threshold)}, expected a whole number from 1 to 255.")
         if self.resample not in ("lanczos", "nearest"):
-            raise OptionError(f"resample is {self.resample!r}, expected 'lanczos' or 'nearest'.")
+            raise OptionError(f"resample is {shown(self.resample)}, expected 'lanczos' or 'nearest'.")
 
 
 @dataclass(frozen=True, eq=False, init=False)

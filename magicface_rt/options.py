@@ -60,7 +60,7 @@ class Options:
         if not isinstance(self.negative_prompt, str):
             raise PromptError(f"negative_prompt is {self.negative_prompt!r}, expected text (it may be empty).")
         if self.weight_mode not in _WEIGHT_MODES:
-            raise OptionError(f"weight_mode is {self.weight_mode!r}, expected 'bias' or 'scale'.")
+            raise OptionError(f"weight_mode is {shown(self.weight_mode)}, expected 'bias' or 'scale'.")
         if not isinstance(self.semantic_guidance, (bool, np.bool_)):
             raise OptionError(f"semantic_guidance is {self.semantic_guidance!r}, expected True or False.")
         self._set("semantic_guidance", bool(self.semantic_guidance))

@@ -84,16 +84,17 @@ def xmp_packet() -> bytes:
 <?xpacket end="w"?>""".encode()
 
 
-def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The settings written into a PNG file, or None where it has none.
+def read_provenance(file: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any] | None:
+    """The settings written into a PNG, by its path or an open file, or None where it has none.
 
     Raises `ImageError` for a file that is no PNG, that has more than `MAX_PIXELS` pixels, or whose settings are not the
     JSON object they should be.
     """
+    name = repr(os.fspath(file)) if isinstance(file, (str, os.PathLike)) else "the open file"
     try:
-        if not Path(path).is_file():  # opening a pipe would wait for ever
+        if isinstance(file, (str, os.PathLike)) and not Path(file).is_file():  # opening a pipe would wait for ever
             raise ValueError("it does not exist or is not a file")
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(file, formats=["PNG"]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(
                     f"it is {image.width} x {image.height}, more than the {MAX_PIXELS:,} pixels that are read"
@@ -102,11 +103,9 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any] | None:
             text = getattr(image, "text", {}).get(TEXT_KEY)
             found = None if text is None else json.loads(text)
     except Exception as error:  # decoders raise anything on damaged files
-        raise ImageError(
-            f"{os.fspath(path)!r}: no provenance can be read from it ({error}); expected a PNG."
-        ) from error
+        raise ImageError(f"{name}: no provenance can be read from it ({error}); expected a PNG.") from error
     if found is not None and not isinstance(found, dict):
-        raise ImageError(f"{os.fspath(path)!r}: its {TEXT_KEY} text is {type(found).__name__}, expected an object.")
+        raise ImageError(f"{name}: its {TEXT_KEY} text is {type(found).__name__}, expected an object.")
     return found
 
 

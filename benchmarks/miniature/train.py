@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .architecture import SIZES, write_checkpoint
+from .crew import Crew, crew_of
 from .training import AutoencoderStage, DenoiserStage, Plan, Stage
 
 AUTOENCODER = {
@@ -45,19 +47,27 @@ LOG_EVERY = 25  # steps
 def main(arguments: list[str] | None = None) -> int:
     """0: trained to the end (or written); 3: stopped before the end, the same command goes on."""
     options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    if options.processes > 1 and options.device != "cpu":
+        raise SystemExit("--processes is for training on a CPU, where each takes its part of a batch")
+    with crew_of(options.processes, train, options) as crew:
+        return train(crew, options)
+
+
+def train(crew: Crew, options: argparse.Namespace) -> int:
+    """What `main` says, by one process of a crew; all but the first only take their steps."""
+    torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // crew.size))
     device = torch.device(options.device)
     size, out = SIZES[options.size], options.out
     bf16 = options.precision == "bf16"
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     console = Console()
-    stop = _Stop(options.minutes)
+    stop = _Stop(options.minutes) if crew.rank == 0 else None
 
     plan = _changed(AUTOENCODER[options.size], pictures=options.autoencoder_pictures)
     autoencoder = AutoencoderStage(size, plan, seed=options.seed, device=device, bf16=bf16)
     autoencoder.load(out / autoencoder.name / "state")
-    if not options.export_only and not run(autoencoder, out / autoencoder.name, stop, console, options.sheet_every):
+    if not options.export_only and not run(autoencoder, out, crew, stop, console, options.sheet_every):
         return 3
     if options.stage == "autoencoder":
         return 0
@@ -74,14 +84,15 @@ def main(arguments: list[str] | None = None) -> int:
         size, plan, autoencoder.finished(), seed=options.seed, device=device, bf16=bf16, compiled=options.compile
     )
     denoiser.load(out / denoiser.name / "state")
-    finished = options.export_only or run(denoiser, out / denoiser.name, stop, console, options.sheet_every)
-    if options.export:
+    finished = options.export_only or run(denoiser, out, crew, stop, console, options.sheet_every)
+    if options.export and crew.rank == 0:
         with denoiser.averaged():
             provenance: dict[str, object] = {
                 "size": options.size,
                 "seed": options.seed,
                 "autoencoder": {"pictures": autoencoder.seen, "plan": asdict(autoencoder.plan)},
                 "denoiser": {"pictures": denoiser.seen, "plan": asdict(denoiser.plan)},
+                "processes": crew.size,
                 "torch": torch.__version__,
             }
             size_bytes = write_checkpoint(denoiser.model(), options.export, provenance=provenance)
@@ -89,8 +100,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if finished else 3
 
 
-def run(stage: Stage, folder: Path, stop: _Stop, console: Console, sheet_every: int) -> bool:
+def run(stage: Stage, out: Path, crew: Crew, stop: _Stop | None, console: Console, sheet_every: int) -> bool:
     """Trains a stage to its end, or until told to stop: then it saves and returns False."""
+    if stop is None:  # another process decides, and writes
+        while not stage.done and crew.agree():
+            stage.step(crew)
+        return stage.done
+    folder = out / stage.name
     log = folder / "log.jsonl"
     _forget_after(log, stage.seen)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,8 +120,8 @@ def run(stage: Stage, folder: Path, stop: _Stop, console: Console, sheet_every: 
 
         if not stage.done:
             write({"plan": asdict(stage.plan)})
-        while not stage.done and not stop.now():
-            for name, value in stage.step().items():
+        while not stage.done and crew.agree(not stop.now()):
+            for name, value in stage.step(crew).items():
                 totals[name] = totals.get(name, 0.0) + value
             steps += 1
             if steps % LOG_EVERY == 0 or stage.done:
@@ -210,7 +226,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu")
     add("--precision", choices=("fp32", "bf16"), default="fp32")
     add("--compile", action="store_true", help="torch.compile for the U-Net")
-    add("--threads", type=int, default=2)
+    add("--processes", type=int, default=1, help="on a CPU: each takes its part of every batch")
+    add("--threads", type=int, default=0, help="of each process; 0 shares out the cores")
     add("--sheet-every", type=int, default=20_000, help="pictures between two sample sheets")
     add("--export", type=Path, help="write the averaged weights as a diffusers folder in fp16")
     add("--export-only", action="store_true", help="do not train")

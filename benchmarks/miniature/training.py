@@ -1,7 +1,7 @@
 """The two stages of training: the autoencoder, then the U-Net together with the text encoder.
 
-Everything that happens in a step follows from (seed, pictures seen), so a run that was stopped goes on bit for bit as
-if it had not been.
+Everything in a step follows from (seed, pictures seen, number of processes), so a run that was stopped goes
+on bit for bit as if it had not been.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch.nn import functional as F
 
 from . import sheets
 from .architecture import Miniature, Size, build_autoencoder, build_text_encoder, build_unet, scheduler
+from .crew import Crew
 from .state import load_optimiser, optimiser_tensors, read_state, with_prefix, without_prefix, write_state
 from .vocabulary import Vocabulary
-from .wordmaps import Recorder, grounding_loss, inside, label_map, overlap, word_positions
+from .wordmaps import Recorder, contest_loss, grounding_loss, inside, label_map, overlap, word_positions
 from .world import PARTS, Pictures, World
 
+ALONE = Crew()
 SHEET_WORLD = 1_000_003  # the seed of the pictures on sheets, which training never sees
 
 
@@ -87,17 +89,18 @@ class Stage(ABC):
     def done(self) -> bool:
         return self.seen >= self.plan.pictures
 
-    def step(self) -> dict[str, Tensor]:
-        """One step on the next pictures."""
-        plan, numbers = self.plan, range(self.seen, self.seen + self.plan.batch)
+    def step(self, crew: Crew = ALONE) -> dict[str, Tensor]:
+        """One step on the next pictures, with others who take their parts. The figures are of its own part."""
+        plan, numbers = self.plan, crew.part(range(self.seen, self.seen + self.plan.batch))
         generator = torch.Generator(self.device).manual_seed(
-            (self.seed * 1_000_003 + self.seen) * 2 + (self.name == "denoiser")
+            (self.seed * 1_000_003 + numbers[0]) * 2 + (self.name == "denoiser")
         )
         rate = plan.learning_rate(self.seen)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         loss, figures = self.loss(numbers, generator)
         loss.backward()  # type: ignore[no-untyped-call]
+        crew.average(p.grad for p in self._parameters.values() if p.grad is not None)
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -259,9 +262,15 @@ class DenoiserStage(Stage):
         layers = self.recorder.take()
         shares = inside([m for layer in layers for m in (layer.words, layer.spread)], positions, pictures.labels)
         loss = errors.mean()
+        figures = {"error": errors.detach().mean(), "inside": shares.detach()[:, :, 1:].nanmean()}
         if plan.grounding:
-            loss = loss + plan.grounding * grounding_loss(shares, alpha.flatten().sqrt())
-        return loss, {"error": errors.detach().mean(), "inside": shares.detach()[:, :, 1:].nanmean()}
+            signal = alpha.flatten().sqrt()
+            contest = contest_loss(
+                [layer.spread for layer in layers], positions, pictures.labels, signal, self.size.side // 2
+            )
+            loss = loss + plan.grounding * (grounding_loss(shares, signal) + contest)
+            figures["contest"] = contest.detach()
+        return loss, figures
 
     def model(self) -> Miniature:
         return Miniature(self.size, self.vocabulary, self.vae, self.text_encoder, self.unet)

@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from .vocabulary import Vocabulary
 from .world import PARTS, Pictures
 
+SHARPNESS = 6.0
+"""Power of the scores in the contest of tokens: with 77 of them the usual 1 of all others must not add up to a win."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -122,6 +125,22 @@ def grounding_loss(shares: Tensor, signal: Tensor) -> Tensor:
     return loss.sum() / named.sum()
 
 
+def contest_loss(maps: list[Tensor], positions: Tensor, labels: Tensor, signal: Tensor, side: int) -> Tensor:
+    """Mean of -log(chance that a part's word wins the part's cells) over named parts but the background, as `label_map`
+    lets tokens contend; `signal` as in `grounding_loss`.
+
+    A word that looks at its part is not enough: an article or a full stop that looks there as well may win the cell,
+    which is then no concept's.
+    """
+    chances = (SHARPNESS * _scores(maps, side).flatten(2).clamp(min=1e-6).log()).log_softmax(1)  # [rows,77,cells]
+    positions = positions[:, 1:]
+    of_words = chances.gather(1, positions.clamp(min=0)[:, :, None].expand(-1, -1, chances.shape[2]))
+    cells = part_shares(labels, side)[:, :, 1:].transpose(1, 2) * (positions >= 0)[:, :, None]  # [rows,parts,cells]
+    area = cells.sum(2)
+    loss = -(cells * of_words).sum(2) / area.clamp(min=1e-6) * signal[:, None]
+    return loss[area > 0].sum() / (area > 0).sum().clamp(min=1)
+
+
 def label_map(maps: list[Tensor], positions: Tensor, side: int) -> Tensor:
     """int64 [rows,side,side]: the part whose word scores highest among all 77 tokens, -1 where a token that names no
     part does.
@@ -129,20 +148,25 @@ def label_map(maps: list[Tensor], positions: Tensor, side: int) -> Tensor:
     A token's score is its map over its own spatial mean, averaged over the layers, as in the method, without its
     smoothing kernel.
     """
+    winner = _scores(maps, side).argmax(1)  # [rows,side,side]
+    labels = torch.full_like(winner, -1)
+    for part in range(positions.shape[1]):
+        place = positions[:, part, None, None]
+        labels[(winner == place) & (place >= 0)] = part
+    return labels
+
+
+def _scores(maps: list[Tensor], side: int) -> Tensor:
+    """float32 [rows,tokens,side,side]: each token's map over its own spatial mean, averaged over layers."""
     score: Tensor | float = 0.0
     for probabilities in maps:
         rows, n, tokens = probabilities.shape
         grid = math.isqrt(n)
         image = probabilities.transpose(1, 2).reshape(rows, tokens, grid, grid)
         image = F.interpolate(image, size=(side, side), mode="bilinear")
-        score = score + image / image.mean((2, 3), keepdim=True).clamp(min=1e-8)
+        score = score + image / image.mean((2, 3), keepdim=True).clamp(min=1e-8) / len(maps)
     assert isinstance(score, Tensor)
-    winner = score.argmax(1)  # [rows,side,side]
-    labels = torch.full_like(winner, -1)
-    for part in range(positions.shape[1]):
-        place = positions[:, part, None, None]
-        labels[(winner == place) & (place >= 0)] = part
-    return labels
+    return score
 
 
 def overlap(found: Tensor, labels: Tensor) -> dict[str, float]:

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from benchmarks.miniature import architecture, train, training, vocabulary, wordmaps, world  # noqa: E402
+from benchmarks.miniature import architecture, crew, train, training, vocabulary, wordmaps, world  # noqa: E402
 
 NUMBERS = range(256)
 TEST = architecture.SIZES["test"]
@@ -201,6 +201,31 @@ def test_maps_that_are_the_truth_lie_inside_and_overlap_fully(pictures: world.Pi
     assert wordmaps.overlap(found, pictures.labels)["hat"] == 1.0
 
 
+def test_a_contest_is_lost_to_words_that_name_no_part() -> None:
+    """A hat in the upper left quarter, named by the second word; the first word is an article, which no part has."""
+    labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    labels[:, :4, :4] = world.PARTS.index("hat")
+    positions = torch.full((1, len(world.PARTS)), -1)
+    positions[0, 0], positions[0, world.PARTS.index("hat")] = 0, 2
+    hat = (labels == world.PARTS.index("hat")).float().flatten(1)
+    maps = torch.ones(1, 64, 77)
+    maps[:, :, 0], maps[:, :, 2] = 1.0 - hat, 0.1 + hat
+    signal = torch.ones(1)
+
+    def outcome() -> tuple[float, float]:
+        loss = wordmaps.contest_loss([maps], positions, labels, signal, 8).item()
+        found = wordmaps.label_map([maps], positions, 8)
+        return loss, wordmaps.overlap(found, labels)["hat"]
+
+    won, covered = outcome()
+    assert covered == 1.0
+    maps[:, :, 1] = 0.01 + hat  # looks there as well, and nowhere else
+    lost, covered = outcome()
+    assert covered == 0.0
+    assert lost > won + 0.5
+    assert wordmaps.contest_loss([maps], positions, labels, 0 * signal, 8).item() == 0.0
+
+
 def _stages(*, total: int) -> tuple[training.AutoencoderStage, training.DenoiserStage]:
     plan = training.Plan(pictures=total, batch=4, rate=1e-3, warm_up=8, grounding=0.1)
     autoencoder = training.AutoencoderStage(TEST, plan, seed=0, device=torch.device("cpu"))
@@ -262,3 +287,35 @@ def test_the_command_trains_both_stages_and_writes_a_folder_that_export_opens(tm
     assert UNet2DConditionModel.from_pretrained(folder / "unet").config.sample_size == 16
     assert train.main([*small, "--minutes", "0"]) == 0  # nothing is left to do
     assert train.main([*small, "--minutes", "0", "--pictures", "32"]) == 3  # stopped before the end
+
+
+def test_processes_together_take_the_steps_of_one_that_averages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["--size", "test", "--out", str(tmp_path), "--stage", "autoencoder", "--autoencoder-pictures", "24"]
+    assert train.main([*small, "--processes", "2", "--threads", "1"]) == 0
+    plan = replace(train.AUTOENCODER["test"], pictures=24)
+    together = training.AutoencoderStage(TEST, plan, seed=0, device=torch.device("cpu"))
+    assert together.load(tmp_path / "autoencoder" / "state")
+    assert together.done
+    alone = training.AutoencoderStage(TEST, plan, seed=0, device=torch.device("cpu"))
+    loss_of, half = alone.loss, plan.batch // 2
+
+    def both_halves(numbers: range, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        parts = [numbers[:half], numbers[half:]]
+        losses = [loss_of(part, torch.Generator().manual_seed(2 * part[0]))[0] for part in parts]
+        return torch.stack(losses).mean(), {}
+
+    monkeypatch.setattr(alone, "loss", both_halves)
+    before = {name: value.detach().clone() for name, value in alone._parameters.items()}
+    while not alone.done:
+        alone.step()
+    for name, value in alone._parameters.items():
+        torch.testing.assert_close(together._parameters[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert any(not torch.allclose(value, before[name], atol=1e-4) for name, value in alone._parameters.items())
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+    assert [list(crew.Crew(rank, 2).part(range(4, 8))) for rank in (0, 1)] == [[4, 5], [6, 7]]
+    with pytest.raises(ValueError, match="batch of 3 cannot be shared out among 2"):
+        crew.Crew(0, 2).part(range(3))

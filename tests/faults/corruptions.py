@@ -159,7 +159,7 @@ def changed_tree(data: st.DataObject, tree: Any, where: list[tuple[Any, ...]] | 
         at = data.draw(st.sampled_from(open_places))
         holder, what = inner(tree, at), data.draw(st.sampled_from(["set", "set", "set", "remove", "move", "repeat"]))
         if what == "set":
-            holder[at[-1]] = data.draw(odd_values)
+            holder[at[-1]] = copy.deepcopy(data.draw(odd_values))  # some are shared between draws
         elif what == "remove":
             del holder[at[-1]]
         elif what == "move":

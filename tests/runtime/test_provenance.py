@@ -63,7 +63,7 @@ def test_open_files_and_formats_by_name_work(tmp_path: Path) -> None:
     stream = io.BytesIO()
     picture().save(stream, format="png")
     stream.seek(0)
-    assert read_provenance(stream) == SETTINGS  # type: ignore[arg-type]
+    assert read_provenance(stream) == SETTINGS
     with (tmp_path / "out.png").open("wb") as file:
         picture().save(file)
     assert read_provenance(tmp_path / "out.png") == SETTINGS
