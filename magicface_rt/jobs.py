@@ -19,7 +19,6 @@ Paths in a job count from its file. Unknown keys are refused, so that a misspelt
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ import yaml
 from .concept import Concept, Reference
 from .errors import InputError, JobError
 from .options import Options
+from .strict_json import read_json
 
 __all__ = ["MAX_JOB_BYTES", "Job", "load_job", "parse_concept_option", "parse_job"]
 
@@ -322,26 +322,9 @@ def _shown(value: object) -> str:
 
 def _read_json(text: str) -> object:
     try:
-        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise JobError("it is nested too deeply for a job.") from error
+        return read_json(text, constants=False)
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise JobError(f"it is not JSON: {error}.") from error
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    distinct: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in distinct:
-            raise JobError(f"key {_shown(key)} stands twice in one object. Leave one out.")
-        distinct[key] = value
-    return distinct
-
-
-def _no_constant(name: str) -> float:
-    raise JobError(f"found {name}, which is no JSON number; expected a finite one.")
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,14 +12,16 @@ from typing import Any
 __all__ = ["read_json"]
 
 
-def read_json(text: str | bytes) -> Any:
-    """What the text holds. NaN and infinities come as Python's json gives them, and are for the caller to refuse.
+def read_json(text: str | bytes, *, constants: bool = True) -> Any:
+    """What the text holds. With `constants` NaN and infinities come as Python's json gives them, for the caller to
+    refuse.
 
     Raises:
-        ValueError: it is no JSON, has a key twice in one object, or is nested too deeply to be read.
+        ValueError: it is no JSON, has a key twice in one object, a constant where there may be none, or is nested too
+            deeply to be read.
     """
     try:
-        return json.loads(text, object_pairs_hook=_distinct)
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=None if constants else _no_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -31,3 +33,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key[:100]!r} stands twice in one object")
         distinct[key] = value
     return distinct
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"found {name}, which is no JSON number; expected a finite one")

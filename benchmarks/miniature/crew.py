@@ -1,6 +1,6 @@
 """Processes that train together on one machine: each takes its part of every batch, and their gradients are averaged.
 
-With one thread each they are about twice as fast as one process with two threads: the layers are too small to share.
+With one thread each: the layers are too small to be shared among threads.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ proxies. They are not there for a caller.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib.resources import files
 from urllib.parse import urlsplit
 
@@ -17,7 +18,8 @@ __all__ = ["Door"]
 
 _CALLS = ("app_id", "info", "login_check", "queue/join", "queue/data", "startup-events")
 _PATHS = {"", "/", "/config", "/config/", "/theme.css", *(f"/gradio_api/{call}" for call in _CALLS)}
-_FOLDERS = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
+_HEARTBEAT = "/gradio_api/heartbeat/"
+_FOLDERS = ("/assets/", "/static/", "/svelte/", _HEARTBEAT)
 
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -43,10 +45,15 @@ _HEAD = (
 
 
 class Door:
-    """An ASGI application around the framework's, mounted under a path."""
+    """An ASGI application around the framework's, mounted under a path.
 
-    def __init__(self, app: App) -> None:
+    left  told of each tab whose connection has ended, however it has. The framework hears of it by a task that ends in
+          its own way only, and not of one that the server cancels.
+    """
+
+    def __init__(self, app: App, left: Callable[[str], object]) -> None:
         self._app = app
+        self._left = left
         self._assets = {path: (files(__package__) / "assets" / path[1:]).read_bytes() for path in _OWN}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,6 +71,11 @@ class Door:
             await send_problem(Problem(403, "other-origin", "this was sent by another site's page."), send)
         elif path in ("", "/"):
             await self._page(scope, receive, send)
+        elif path.startswith(_HEARTBEAT):
+            try:
+                await self._app(scope, receive, _guarded(send))
+            finally:
+                self._left(path.removeprefix(_HEARTBEAT))
         else:
             await self._app(scope, receive, _guarded(send))
 

@@ -138,12 +138,10 @@ class Handlers:
             return gr.skip()
         return saying.note("There is nothing to cancel.")
 
-    async def leave(self, request: gr.Request) -> None:
+    def left(self, tab: str) -> None:
         """The tab was closed: stop its request, and forget what the page's framework holds of it."""
-        tab = str(request.session_hash)
         self.runs.stop(tab)
-        await asyncio.sleep(FORGET_SECONDS)
-        self.forget(tab)
+        asyncio.get_running_loop().call_later(FORGET_SECONDS, lambda: self.forget(tab))
 
     def forget(self, tab: str) -> None:
         """Set by whoever mounts the page; nothing before."""

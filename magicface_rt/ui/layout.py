@@ -209,7 +209,6 @@ def _connect(
         button.click(partial(handlers.load, example), None, loaded, **PRIVATE).then(
             None, fields.bridge, fields.bridge, js="(text) => window.magicface.load(text)"
         )
-    page.unload(handlers.leave)
 
 
 def _html(content: str, **settings: Any) -> gr.HTML:

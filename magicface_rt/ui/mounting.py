@@ -58,7 +58,7 @@ def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Fact
     )
     mounted = next(route for route in app.router.routes if isinstance(route, Mount) and route.path == PAGE)
     page.app = mounted.app  # type: ignore[assignment]
-    mounted.app = Door(mounted.app)
+    mounted.app = Door(mounted.app, handlers.left)
     holder = page.state_holder
 
     def forget(tab: str) -> None:

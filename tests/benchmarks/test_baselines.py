@@ -20,14 +20,6 @@ SHIPPED = DATA / "recordings" / "guidance-3"
 CASES = sorted(path.parent for path in GOLDENS.glob("*/case.json"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def runner(kind: type[Baseline], recording: Recording) -> tuple[Baseline, ReferenceStepRunner]:
     baseline = kind(recording.load_unet(), injection_layers=recording.injection_layers)
     return baseline, ReferenceStepRunner(recording, baseline)  # type: ignore[arg-type]

@@ -38,16 +38,6 @@ from magicface_rt.errors import OptionError
 OURS = "onnxruntime-cpu"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def task(kind: str, bundle: Path, checkpoint: Path, folder: Path, case: Case) -> Task:
     ours = kind in ("bare", "kept")
     settings = Settings(bundles=(str(bundle),), checkpoint=str(checkpoint), request_rounds=0, parity_steps=2, threads=1)

@@ -30,14 +30,6 @@ SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "nu
 PIXELS = {"image_size": 32, "patch_size": 16}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tiny(tiny_checkpoint: Path) -> Ablation:
     return Ablation(Checkpoint.open(tiny_checkpoint), PROMPT, drawn_concepts(2, 0.4), Options(steps=3), SIZE)

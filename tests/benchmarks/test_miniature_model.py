@@ -6,7 +6,6 @@ MAGICFACE_RT_MINIATURE names other weights than those of the tree: a folder that
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,6 @@ NUMBERS, STEPS, GUIDANCE = (3, 5, 9, 11, 13, 15), 12, 3.0
 SHIFTED = (9, 10, 11, 12, 13, 14)
 # What must be reached; means over the requests. Between what the shipped weights reach and what the faults below do.
 FLOORS = {"fidelity": 0.45, "fidelity above plain": 0.2, "region IoU": 0.06, "caption F1": 0.85}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

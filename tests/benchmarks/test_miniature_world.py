@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import colorsys
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +20,6 @@ TEST = architecture.SIZES["test"]
 @pytest.fixture(scope="module")
 def pictures() -> world.Pictures:
     return world.World(size=64).draw(NUMBERS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_picture_is_drawn_again_from_its_number_alone(pictures: world.Pictures) -> None:

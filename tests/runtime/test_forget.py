@@ -15,9 +15,8 @@ import pytest
 from magicface_rt import Concept, KeptConcept, OptionError, Progress, Session
 from magicface_rt.bundle import Bundle
 from tests.runtime.drawn_backend import Drawn
-from tests.runtime.fake_tensorrt import Recipe
 from tests.runtime.fake_world import World
-from tests.runtime.test_kept_on_device import STATE, compute, contract_of, open_session
+from tests.runtime.test_kept_on_device import drawn_world, open_session
 from tests.runtime.test_session import HAT, MAN, PROMPT
 
 STEPS = 4
@@ -36,15 +35,8 @@ def backend() -> Drawn:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Bundle, backend: Drawn) -> Iterator[World]:
-    """A device that is made up. After every test, nothing may be left on it."""
-    made = World(monkeypatch, tmp_path)
-    for graph in bundle.graphs:
-        runner, contract = backend.load(bundle, graph), bundle.graph(graph)
-        wanted = [t.name for t in contract.outputs if graph != "denoise_step" or t.name in STATE]
-        made.build(bundle, graph, Recipe(contract_of(contract, wanted), compute(runner, wanted)))
-    yield made
-    gc.collect()
-    assert made.nothing_left()
+    with drawn_world(World(monkeypatch, tmp_path), bundle, backend) as made:
+        yield made
 
 
 def latents(session: Session, concepts: Any = (MAN, HAT), **changes: Any) -> np.ndarray:

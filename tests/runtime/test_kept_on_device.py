@@ -46,8 +46,13 @@ def drawn() -> Drawn:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Bundle, drawn: Drawn) -> Iterator[World]:
-    """Plans whose graphs are the drawn ones. After every test, nothing may be left on the device."""
-    made = World(monkeypatch, tmp_path)
+    with drawn_world(World(monkeypatch, tmp_path), bundle, drawn) as made:
+        yield made
+
+
+@contextmanager
+def drawn_world(made: World, bundle: Bundle, drawn: Drawn) -> Iterator[World]:
+    """Plans whose graphs are the drawn ones. After the block, nothing may be left on the device."""
     for graph in bundle.graphs:
         runner, contract = drawn.load(bundle, graph), bundle.graph(graph)
         wanted = [t.name for t in contract.outputs if graph != "denoise_step" or t.name in STATE]
