@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from magicface_rt.errors import PlanError
+from magicface_rt.shown import shown
 
 SCHEMA = 1
 """Raised when plans of an earlier release of this package must not be used although every other field agrees."""
@@ -102,9 +103,9 @@ class PlanKey:
         for name, pattern in _PATTERNS.items():
             value = getattr(self, name)
             if not isinstance(value, str) or not pattern.fullmatch(value):
-                raise PlanError(f"plan key: {name} is {_short(value)}, expected text of the form {pattern.pattern}.")
+                raise PlanError(f"plan key: {name} is {shown(value)}, expected text of the form {pattern.pattern}.")
         if type(self.schema) is not int:
-            raise PlanError(f"plan key: schema is {_short(self.schema)}, expected an integer.")
+            raise PlanError(f"plan key: schema is {shown(self.schema)}, expected an integer.")
         object.__setattr__(self, "compute_capabilities", _capabilities(self.compute_capabilities))
         object.__setattr__(self, "profile", {str(name): _range(name, shapes) for name, shapes in self.profile.items()})
         object.__setattr__(self, "builder_options", _plain("builder_options", self.builder_options))
@@ -141,11 +142,11 @@ class PlanKey:
         known = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) != known:
             found = sorted(values) if isinstance(values, Mapping) else type(values).__name__
-            raise PlanError(f"plan key: the fields are {_short(found)}, expected {sorted(known)}.")
+            raise PlanError(f"plan key: the fields are {shown(found)}, expected {sorted(known)}.")
         try:
             profile = {name: tuple(shapes[bound] for bound in _BOUNDS) for name, shapes in values["profile"].items()}
         except (AttributeError, KeyError, TypeError) as error:
-            raise PlanError(f"plan key: profile does not have the expected form ({_short(error)}).") from error
+            raise PlanError(f"plan key: profile does not have the expected form ({shown(error)}).") from error
         return cls(**{**values, "profile": profile})
 
     def differences(self, expected: PlanKey) -> list[FieldDifference]:
@@ -164,7 +165,7 @@ class PlanKey:
 def _capabilities(values: object) -> tuple[str, ...]:
     valid = isinstance(values, list | tuple) and all(isinstance(v, str) and _CAPABILITY.fullmatch(v) for v in values)
     if not valid or not values:
-        raise PlanError(f"plan key: compute_capabilities is {_short(values)}, expected at least one such as '8.6'.")
+        raise PlanError(f"plan key: compute_capabilities is {shown(values)}, expected at least one such as '8.6'.")
     assert isinstance(values, list | tuple)
     return tuple(sorted(set(values), key=lambda value: [int(part) for part in value.split(".")]))
 
@@ -177,7 +178,7 @@ def _range(name: str, shapes: object) -> ShapeRange:
     sizes = minimum + best + maximum
     if not len(minimum) == len(best) == len(maximum) or not all(type(size) is int and size >= 0 for size in sizes):
         raise PlanError(
-            f"plan key: profile of {name[:100]} is {_short(shapes)}, expected three shapes of the same rank."
+            f"plan key: profile of {name[:100]} is {shown(shapes)}, expected three shapes of the same rank."
         )
     return minimum, best, maximum
 
@@ -187,15 +188,9 @@ def _plain(name: str, values: object) -> dict[str, Any]:
     try:
         plain = json.loads(canonical_json(dict(values)))  # type: ignore[call-overload]
     except (TypeError, ValueError, RecursionError) as error:
-        raise PlanError(f"plan key: {name} is {_short(values)}, expected plain JSON values ({error}).") from error
+        raise PlanError(f"plan key: {name} is {shown(values)}, expected plain JSON values ({error}).") from error
     assert isinstance(plain, dict)
     return plain
-
-
-def _short(value: object) -> str:
-    """A value that may come from a file, as a message can hold it."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from magicface_rt.bundle_form import shown
 from magicface_rt.errors import CheckpointError
+from magicface_rt.shown import shown
 
 from .architectures import ARCHITECTURES, DOWN_BLOCKS, UP_BLOCKS
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bundle_form import check_form, shown
+from .bundle_form import check_form
 from .errors import BundleError, CheckpointError
 from .schedule import Schedule
+from .shown import shown
 from .strict_json import read_json
 
 FORMAT = 1

@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .options import shown as shown_value
+from .shown import shown
 
-__all__ = ["check_form", "shown"]
+__all__ = ["check_form"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 TENSOR_DTYPES = (*DTYPES, "int64", "int32", "bool")
@@ -53,14 +53,6 @@ def check_form(manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"{place}.sha256 is {shown(entry['sha256'])}, expected 64 hexadecimal digits")
     for name in ("scheduler", "exporter", "parity"):
         _object(manifest[name], name)
-
-
-def shown(value: object) -> str:
-    """The value as a message can hold it: of objects and of long or deep lists, the kind and the length."""
-    plain = isinstance(value, list) and len(value) <= 20 and not any(isinstance(x, (dict, list)) for x in value)
-    if isinstance(value, (dict, list)) and not plain:
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    return shown_value(value)
 
 
 def _check_layers(layers: object, cells: list[int]) -> set[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import ConceptError, ImageError, OptionError, PromptError
 from .images import ImageSource, Resample
-from .options import shown
+from .shown import shown
 
 __all__ = ["MAX_WEIGHT", "Concept", "NamedConcept", "PlacedConcept", "Reference", "place_concepts"]
 

@@ -30,6 +30,7 @@ import yaml
 from .concept import Concept, Reference
 from .errors import InputError, JobError
 from .options import Options
+from .shown import shown
 from .strict_json import read_json
 
 __all__ = ["MAX_JOB_BYTES", "Job", "load_job", "parse_concept_option", "parse_job"]
@@ -144,7 +145,7 @@ def parse_concept_option(text: str, *, base: str | os.PathLike[str] = ".") -> Co
 
     Raises `JobError` for what cannot be read, and what `Concept` and `Reference` raise.
     """
-    return _placed(f"concept option {_shown(text)}", lambda: _concept(_option_data(text), "", Path(base), {}))
+    return _placed(f"concept option {shown(text)}", lambda: _concept(_option_data(text), "", Path(base), {}))
 
 
 def _option_data(text: str) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _number(kind: Callable[[str], _T], key: str, text: str) -> _T:
         return kind(text)
     except ValueError:
         expected = "a whole number" if kind is int else "a number"
-        raise JobError(f"{key} is {_shown(text)}, expected {expected}.") from None
+        raise JobError(f"{key} is {shown(text)}, expected {expected}.") from None
 
 
 def split_option(text: str) -> list[tuple[str, str]]:
@@ -190,7 +191,7 @@ def split_option(text: str) -> list[tuple[str, str]]:
         equals = text.find("=", position)
         key = text[position : len(text) if equals < 0 else equals]
         if equals < 0 or "," in key:
-            raise JobError(f"found {_shown(key.split(',')[0])}, expected key=value. Quote a value that holds a comma.")
+            raise JobError(f"found {shown(key.split(',')[0])}, expected key=value. Quote a value that holds a comma.")
         value, position = _read_value(text, position + len(key) + 1)
         pairs.append((key.strip(), value))
     if not pairs:
@@ -220,7 +221,7 @@ def _read_value(text: str, position: int) -> tuple[str, int]:
         return value.strip(), position + 1
     rest = text[position + 1 :].lstrip()
     if position == len(text) or (rest and not rest.startswith(",")):
-        raise JobError(f"{_shown(text[start:])}: expected a closing quote and then a comma or the end.")
+        raise JobError(f"{shown(text[start:])}: expected a closing quote and then a comma or the end.")
     return value, len(text) - len(rest) + 1
 
 
@@ -291,9 +292,7 @@ def _is_kind(value: object, kind: str) -> bool:
 def _unknown_key(key: object, where: str, known: Sequence[str]) -> JobError:
     near = difflib.get_close_matches(str(key)[:100], known, n=1, cutoff=0.5) if isinstance(key, str) else []
     hint = f"Did you mean {near[0]!r}? " if near else ""
-    return JobError(
-        f"unknown key {_shown(key)}{f' in {where}' if where else ''}. {hint}Known keys: {', '.join(known)}."
-    )
+    return JobError(f"unknown key {shown(key)}{f' in {where}' if where else ''}. {hint}Known keys: {', '.join(known)}.")
 
 
 def _placed(where: str, make: Callable[[], _T]) -> _T:
@@ -308,16 +307,7 @@ def _placed(where: str, make: Callable[[], _T]) -> _T:
 
 def _named(value: object) -> str:
     kinds = {dict: "an object", list: "a list", type(None): "null"}
-    return kinds.get(type(value)) or _shown(value)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, (dict, list, tuple, set)):
-        return f"a {type(value).__name__}"
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."
+    return kinds.get(type(value)) or shown(value)
 
 
 def _read_json(text: str) -> object:
@@ -337,7 +327,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
         if ":" in node.value:  # to YAML 1.1 that is a number of base 60, and a long one takes minutes
-            raise JobError(f"found {_shown(node.value)}, which YAML takes for a number of base 60. Put it in quotes.")
+            raise JobError(f"found {shown(node.value)}, which YAML takes for a number of base 60. Put it in quotes.")
         plain = super().construct_yaml_int if node.tag.endswith(":int") else super().construct_yaml_float
         return plain(node)
 
@@ -345,7 +335,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key in seen:
-                raise JobError(f"key {_shown(key)} stands twice in one object. Leave one out.")
+                raise JobError(f"key {shown(key)} stands twice in one object. Leave one out.")
             seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .errors import OptionError, PromptError
+from .shown import shown
 
 __all__ = ["Options", "WeightMode"]
 
@@ -117,11 +118,3 @@ class Options:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-
-
-def shown(value: object) -> str:
-    """The value as a message can hold it; Python refuses to write integers of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."

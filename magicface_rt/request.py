@@ -10,8 +10,9 @@ from .bundle import Bundle
 from .concept import Concept, NamedConcept, PlacedConcept, place_concepts
 from .errors import ConceptError, OptionError
 from .kept import KeptConcept, Origin
-from .options import Options, shown
+from .options import Options
 from .regions import Stage
+from .shown import shown
 from .tokenizer import Tokenizer
 
 MAX_SCALE_WEIGHT = 10.0

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from ..backends.host import BFLOAT16, host_dtype, non_finite
 from ..errors import InputError, KeptConceptError, OutputError
 from ..images import MASK_GRID, load_reference
+from ..shown import shown
 from ..strict_json import read_json
 from .concept import KeptConcept
-from .origin import Origin, content_key, finite_number, shown, text_entry, whole_numbers
+from .origin import Origin, content_key, finite_number, text_entry, whole_numbers
 from .reference import STORAGES, EightBit, Exact, KeptReference, Stored
 
 FORMAT = 1

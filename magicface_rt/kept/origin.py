@@ -14,6 +14,7 @@ from ..backends.host import BFLOAT16
 from ..bundle import Bundle
 from ..errors import KeptConceptError
 from ..images import LoadedReference
+from ..shown import shown
 
 DTYPES = ("float32", "float16", BFLOAT16)
 
@@ -185,13 +186,6 @@ def text_entry(data: Mapping[str, object], name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} is {shown(value)}, expected text")
     return value
-
-
-def shown(value: object) -> str:
-    """The value as a message can hold it."""
-    if isinstance(value, (dict, list)):
-        return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)}"
-    return repr(value) if len(repr(value)) <= 100 else repr(value)[:100] + "..."
 
 
 def _is_setting(value: object) -> bool:
