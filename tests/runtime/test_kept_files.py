@@ -238,7 +238,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "a changed key": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), r"SHA-256 of 1\.v_ref_13"),
     "another version": (lambda d: changed_manifest(d, format=2), "format version 2, .* reads 1"),
     "a true version": (lambda d: changed_manifest(d, format=True), "format version True, .* reads 1"),
-    "no origin": (lambda d: changed_manifest(d, origin={}), "origin is a mapping of 0, expected an object with"),
+    "no origin": (lambda d: changed_manifest(d, origin={}), "origin is an object of 0, expected an object with"),
     "no schedule": (lambda d: changed_origin(d, scheduler=5), "scheduler is 5"),
     "a bottomless schedule": (lambda d: changed_origin(d, scheduler={"beta_end": float("nan")}), "scheduler is"),
     "no steps": (lambda d: changed_origin(d, timesteps=[]), "timesteps is empty"),
