@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import figures
 import pytest
 from filelock import FileLock
 
@@ -43,3 +45,21 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         export_bundle(Checkpoint.open(tiny_checkpoint), out)
 
     return made_once(tmp_path_factory, "tiny-bundle", export)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: the figures go to the one that reports
+        session.config.workeroutput["figures"] = figures.FIGURES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for subject, told in getattr(node, "workeroutput", {}).get("figures", {}).items():
+        figures.FIGURES.setdefault(subject, {}).update(told)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if figures.FIGURES:
+        terminalreporter.section("figures")
+        for line in figures.lines():
+            terminalreporter.write_line(line)
