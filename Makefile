@@ -58,7 +58,7 @@ BENCH := .cache/bench
 
 bench: $(BENCH)/tiny/bundle/bundle.json  ## time the SDK beside PyTorch on a small random model, into bench-out
 	$(VENV)/bin/magicface-rt bench $(BENCH)/tiny/bundle --checkpoint $(BENCH)/tiny/checkpoint --out bench-out \
-	  --concepts 0,1,3 --steps 4 --rounds 6 --requests 6
+	  --concepts 0,1,3 --steps 4 --rounds 6 --requests 3
 
 # One-step measurements of the full-size network: 24 GB of memory, and hours on two cores. (a) runs alone.
 # BUNDLE and CHECKPOINT name a float32 bundle and what it was made from; without them random ones are made.
@@ -74,10 +74,10 @@ bench-full: $(BUNDLE)/bundle.json  ## the same with the full-size network, singl
 	  --contenders $(CONTENDERS) --concepts $(CONCEPTS) --mask-share 30 --steps 50 --requests 0 \
 	  --rounds $(ROUNDS) --parity-steps 2 --oracle strong --alone authors --alone-rounds $(ALONE_ROUNDS)
 
-# The small model's own size and twice it, which is as 512 to 1024.
+# The small model's own size and half of it. Without (a), which would take most of the time.
 bench-sweep: $(BENCH)/tiny/bundle/bundle.json $(BENCH)/tiny/bundle-128/bundle.json  ## masks of 10 to 100 %, batches of 1 to 8, 20 and 50 steps, two sizes, every backend, on the small model
 	$(VENV)/bin/magicface-rt bench $(BENCH)/tiny/bundle $(BENCH)/tiny/bundle-128 --checkpoint $(BENCH)/tiny/checkpoint \
-	  --out bench-out/sweep --backends all --one-at-a-time --concepts 3,0,1,2,4 --mask-share 30,10,60,100 \
+	  --out bench-out/sweep --contenders strong,plain,bare,kept --backends all --one-at-a-time --concepts 3,0,1,2,4 --mask-share 30,10,60,100 \
 	  --images 1,2,4,8 --steps 20,50 --rounds 6 --requests 1
 
 bench-compiled: $(BENCH)/tiny/bundle/bundle.json  ## torch.compile of the strong baseline beside us, on the small model

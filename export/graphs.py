@@ -32,6 +32,7 @@ from .attention import (
 from .guidance import SemanticGuidance
 from .operators import token_attention
 from .segmentation import Segmentation
+from .upsampling import without_size_checks
 
 TOKENS = 77
 
@@ -150,6 +151,7 @@ class VaeDecoder(Graph):
     def __init__(self, vae: AutoencoderKL, form: Form) -> None:
         super().__init__()
         vae.set_attn_processor(_VaeAttention())
+        without_size_checks(vae.decoder)
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
         self.scaling_factor = float(vae.config.scaling_factor)
         self.dtype = form.dtype
@@ -183,6 +185,7 @@ class ReferenceKV(Graph):
 
     def __init__(self, unet: UNet2DConditionModel, form: Form, injection_layers: Sequence[int]) -> None:
         super().__init__()
+        without_size_checks(unet)
         self.unet = unet
         self.dtype = form.dtype
         self.layers = injected(unet, injection_layers)
@@ -230,6 +233,7 @@ class DenoiseStep(Graph):
 
     def __init__(self, unet: UNet2DConditionModel, form: Form, injection_layers: Sequence[int]) -> None:
         super().__init__()
+        without_size_checks(unet)
         self.unet = unet
         self.dtype = form.dtype
         self.layers = injected(unet, injection_layers)
