@@ -26,8 +26,9 @@ Entry = Plan | Damaged
 Make = Callable[[Path], Mapping[str, Any]]
 
 _SHOWN_DIFFERENCES = 4
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_OF_WRITING = _FULL | {errno.EFBIG, errno.EROFS}
 
 
 class EngineStore:
@@ -164,10 +165,13 @@ class EngineStore:
             StoreError: the store cannot be written, or the wait was too long.
             whatever `make` raises.
         """
+        folder = self._folder(key)
         found = self._sound(key)
         if found is not None:
+            # What a process that was killed at the very end left; whether it goes or not, the plan is there.
+            with contextlib.suppress(StoreError, OSError):
+                self._sweep([folder] if any(folder.parent.glob(f".{folder.name}.*")) else [])
             return found
-        folder = self._folder(key)
         with self._writing(folder.parent):
             layout.make_parents(self.root, folder)
         with self._lock(folder, timeout, on_wait):
@@ -206,7 +210,7 @@ class EngineStore:
             return make(path)
         except OSError as error:
             # Only what is about the store's disk: `make` reads other files too.
-            if error.errno in _FULL | {errno.EROFS} or str(error.filename or "").startswith(str(path.parent)):
+            if error.errno in _OF_WRITING or str(error.filename or "").startswith(str(path.parent)):
                 raise self._unwritable(path, error) from error
             raise
 
@@ -222,7 +226,7 @@ class EngineStore:
         Raises:
             StoreError: the store cannot be read or written.
         """
-        self._sweep()
+        self._sweep(layout.leftovers(self.root))
         limit = self.size_limit if limit is None else limit
         spared = {self._folder(key) for key in keep}
         entries = [(entry, self.size(entry)) for entry in self.entries()]
@@ -276,9 +280,9 @@ class EngineStore:
                 layout.remove_parts(folder)
         return True
 
-    def _sweep(self) -> None:
-        """Remove temporary folders and lock files that no live process owns."""
-        for folder in layout.leftovers(self.root):
+    def _sweep(self, folders: Iterable[Path]) -> None:
+        """Remove temporary folders and lock files beside plans that no live process owns."""
+        for folder in folders:
             with self._writing(folder.parent):
                 lock = FileLock.acquire(layout.lock_path(folder), timeout=0)
                 if lock is not None:
@@ -349,6 +353,8 @@ class EngineStore:
         if error.errno in _FULL:
             prune = f"magicface-rt engines prune --store {shlex.quote(str(self.root))}"
             advice = f"Free some space (for instance with `{prune}`), or name another folder with --store DIR."
+        elif error.errno == errno.EFBIG:
+            advice = "Raise the limit on the size of files (`ulimit -f`), or name another folder with --store DIR."
         elif error.errno in _REFUSED:
             advice = "Make the store writable for this user, or name another folder with --store DIR."
         return StoreError(f"engine store {self.root}: {path} cannot be written ({error.strerror or error}). {advice}")

@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,11 +14,13 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from magicface_rt import unfinished
 from magicface_rt.bundle import CUDA_RUNTIME, FORMAT, MANIFEST, RUNTIMES, WEIGHTS, Bundle, Tensor, sha256
 from magicface_rt.errors import ExportError, OutputError
 
 from .fusion import Fused, fuse
 from .graphs import Graph
+from .long_sums import split_long_sums
 from .operators import bind
 
 _ALIGNMENT = 4096
@@ -65,12 +65,7 @@ class WeightsFile:
         self._stream.flush()
 
     def close(self, *, keep: bool = True) -> None:
-        """Close the file, on disk for certain if it is to be kept. On a full disk only keeping it fails."""
-        if self._stream.closed:
-            return
-        if keep:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+        """Close the file. On a full disk only keeping it fails."""
         with contextlib.suppress(OSError) if not keep else contextlib.nullcontext():
             self._stream.close()
 
@@ -78,7 +73,7 @@ class WeightsFile:
 class BundleWriter:
     """A context in which a bundle is written into a hidden folder beside its place; `finish` renames it.
 
-    Leaving the context without `finish` removes everything.
+    Leaving the context without `finish` removes everything, and entering it what killed processes left of this place.
     """
 
     def __init__(self, out: Path) -> None:
@@ -88,21 +83,23 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         if os.path.lexists(self.out):
             raise OutputError(f"output folder {self.out} exists. Choose another name, or remove it first.")
-        self.folder = self.out.parent / f".{self.out.name}.{uuid.uuid4().hex}.part"
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"output folder {self.out} cannot be made: {error}.") from error
-        self.weights = WeightsFile(self.folder / WEIGHTS)
+        with contextlib.ExitStack() as made:
+            try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self.folder = made.enter_context(unfinished.part(self.out, folder=True))
+                self.weights = WeightsFile(self.folder / WEIGHTS)
+            except OSError as error:
+                raise OutputError(f"output folder {self.out} cannot be made: {unfinished.why(error)}") from error
+            self._made = made.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             self.weights.close(keep=False)
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._made.close()
         if isinstance(error, OSError):
-            raise OutputError(f"output folder {self.out}: writing the bundle failed: {error}.") from error
+            raise OutputError(f"output folder {self.out} cannot be written: {unfinished.why(error)}") from error
 
     def add_graph(self, graph: Graph, model: ir.Model) -> Fused:
         """Write a traced graph: its weights into the shared file, one graph file for each runtime's bodies.
@@ -117,7 +114,7 @@ class BundleWriter:
         for runtime in RUNTIMES:
             bind(proto, runtime)
             name = f"{graph.name}.{runtime}.onnx"
-            onnx.save_model(proto, str(self.folder / name))
+            onnx.save_model(_for_cpu(proto) if runtime == "onnxruntime" else proto, str(self.folder / name))
             files[runtime] = name
         fused = fuse(model)
         if fused.nodes:
@@ -157,20 +154,29 @@ class BundleWriter:
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as stream:
             json.dump(content, stream, indent=1, allow_nan=False)
             stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
         return Bundle.open(self.folder, check_hashes=False)
 
     def finish(self) -> Bundle:
-        """Rename the folder to its place. Raises ExportError without a manifest, OutputError where that fails."""
+        """Put the folder on the disk and rename it to its place.
+
+        Raises ExportError without a manifest, OutputError where that fails.
+        """
         if not (self.folder / MANIFEST).is_file():
             raise ExportError("the bundle has no manifest yet")
         self.weights.close()
         try:
-            os.rename(self.folder, self.out)
+            unfinished.put(self.folder, self.out, overwrite=False)
         except OSError as error:
-            raise OutputError(f"output folder {self.out}: {error}.") from error
+            raise OutputError(f"output folder {self.out} cannot be written: {unfinished.why(error)}") from error
         return Bundle.open(self.out, check_hashes=False)
+
+
+def _for_cpu(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose long sums are exact enough in ONNX Runtime's CPU kernels; others sum by themselves."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    split_long_sums(copy)
+    return copy
 
 
 def _strip_traces(model: ir.Model) -> None:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from magicface_rt import unfinished
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.schedule import Schedule
 
@@ -84,22 +84,15 @@ def write_checkpoint(
         raise OutputError(f"checkpoint folder {out}: it exists already; give a new path or remove it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        with unfinished.part(out, folder=True) as scratch:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
+                _write_components(chosen, scratch, seed=seed, dtype=getattr(torch, dtype))
+            readme = README.format(name=chosen.name, summary=chosen.summary, seed=seed, dtype=dtype)
+            (scratch / "README.md").write_text(readme, encoding="utf-8")
+            _write_json(scratch / "model_index.json", _model_index())
+            unfinished.put(scratch, out, overwrite=False)
     except OSError as error:
-        raise OutputError(f"checkpoint folder {out}: cannot be written: {error}") from error
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
-            _write_components(chosen, scratch, seed=seed, dtype=getattr(torch, dtype))
-        readme = README.format(name=chosen.name, summary=chosen.summary, seed=seed, dtype=dtype)
-        (scratch / "README.md").write_text(readme, encoding="utf-8")
-        _write_json(scratch / "model_index.json", _model_index())
-        scratch.chmod(0o755)
-        try:
-            scratch.rename(out)
-        except OSError as error:
-            raise OutputError(f"checkpoint folder {out}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise OutputError(f"checkpoint folder {out}: cannot be written: {unfinished.why(error)}") from error
     return out
 
 
@@ -269,7 +262,10 @@ def _save(
 ) -> None:
     folder.mkdir()
     weights = {rename(name): tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / file_name, metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / file_name, metadata={"format": "pt"})
+    except SafetensorError as error:  # such as on a full disk
+        raise OSError(f"{file_name}: {error}") from error
     _write_json(folder / "config.json", config)
 
 

@@ -26,8 +26,10 @@
     │   ├── BackendMissingError        no usable runtime, or an extra that is not installed
     │   ├── DeviceError                no GPU, too old a driver, too little device memory, a failed CUDA call
     │   │   └── DeviceMemoryError      too little memory on the device, or too little page-locked memory for it
+    │   ├── HostMemoryError            too little memory on the host (also a MemoryError)
     │   └── NonFiniteError             a graph produced NaN or infinity
     ├── SessionClosedError             a Session was used after close()
+    ├── OtherProcessError              a Session was used in a process forked from its own, or sent to another
     ├── ServiceError                   serving over HTTP; the client raises these too
     │   ├── QueueFullError             as many requests wait as may
     │   ├── DrainingError              the service is shutting down and takes no more work
@@ -64,6 +66,7 @@ __all__ = [
     "ErasedError",
     "ExportError",
     "GateError",
+    "HostMemoryError",
     "ImageError",
     "InputError",
     "JobError",
@@ -72,6 +75,7 @@ __all__ = [
     "MaskError",
     "NonFiniteError",
     "OptionError",
+    "OtherProcessError",
     "OutputError",
     "ParityError",
     "PlanError",
@@ -203,6 +207,10 @@ class DeviceMemoryError(DeviceError):
     """Too little memory is free on the device, or too little of the host's can be page-locked for it."""
 
 
+class HostMemoryError(BackendError, MemoryError):
+    """Too little memory on the host, or too little that this process may have; see `magicface_rt.shortage`."""
+
+
 class NonFiniteError(BackendError):
     """A graph produced NaN or infinity; the message names the graph and the output."""
 
@@ -211,6 +219,10 @@ class NonFiniteError(BackendError):
 
 class SessionClosedError(MagicFaceError):
     """A Session was used after close()."""
+
+
+class OtherProcessError(MagicFaceError):
+    """A Session was used in a process that was forked from its own, or was to be sent to another."""
 
 
 class Cancelled(MagicFaceError):  # noqa: N818 - it is an outcome the caller asked for, not a fault

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
 from .course import Course
 from .encoding import encode_image, encode_text, load_references
-from .images import LoadedReference
+from .errors import NonFiniteError
+from .images import LoadedReference, pixels_to_images
 from .kept import KeptConcept, KeptReference, Origin
 from .kept.keeper import Keeper
 from .kept.memory import Tokens
@@ -45,9 +46,15 @@ class Preparer:
         self.course = course
 
     def prepare(
-        self, references: Sequence[BareReference], origin: Origin, storage: Storage, *, workspace: int | None = None
+        self,
+        concept: NamedConcept,
+        references: Sequence[BareReference],
+        origin: Origin,
+        storage: Storage,
+        *,
+        workspace: int | None = None,
     ) -> list[KeptReference]:
-        """Keys of all steps, out of the store where they are there.
+        """Keys of all steps of a concept's references, out of the store where they are there.
 
         While another request prepares one of them, progress is reported again and again at the step where it waits, so
         that waiting can be cancelled.
@@ -58,6 +65,7 @@ class Preparer:
             key = bare.key(origin, storage)
 
             def make(bare: BareReference = bare, key: str = key, before: int = number * origin.steps) -> KeptReference:
+                self.keeper.check_room(bare.tokens, origin.steps, storage)
                 with self.course.timed("image_encoding"):
                     latents = encode_image(self.place, self.bundle, bare.loaded)
                 with self.course.timed("text_encoding"):
@@ -80,17 +88,28 @@ class Preparer:
             def waiting(before: int = number * origin.steps) -> None:
                 self.course.report(Progress(before, total, "prepare", 0, 1))
 
-            kept.append(self.keeper.store.get_or_make(key, make, waiting))
+            try:
+                kept.append(self.keeper.store.get_or_make(key, make, waiting))
+            except NonFiniteError as error:
+                raise NonFiniteError(f"concept {concept.name!r}: {error}") from error
         return kept
 
 
 def load_bare(concept: Concept, bundle: Bundle) -> list[BareReference]:
-    """A concept's references, read from their files and checked."""
-    loaded = load_references(concept, bundle)
+    """A concept's references, read from their files and checked; their images as the VAE will see them, in its size.
+
+    A photograph of 16 megapixels takes 64 MB, which no plan counts; so it goes as soon as it has been read.
+    """
+    loaded = [_in_size(one, bundle) for one in load_references(concept, bundle)]
     return [
         BareReference(one, reference.prompt, token_counts(one, bundle))
         for one, reference in zip(loaded, concept.references, strict=True)
     ]
+
+
+def _in_size(loaded: LoadedReference, bundle: Bundle) -> LoadedReference:
+    """The same for every use: bringing an image to the size that it has changes nothing."""
+    return replace(loaded, image=pixels_to_images(loaded.pixels(bundle.height, bundle.width))[0])
 
 
 def held_references(keeper: Keeper, references: Sequence[BareReference], origin: Origin) -> list[KeptReference | None]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from . import unfinished
 from .concept import NamedConcept
 from .errors import OptionError, OutputError
 from .images import ImageSource, region_overlay
@@ -134,25 +134,24 @@ class Result:
             regions.npz     `regions` int64 [B,h/2,w/2] and `concept_names`; `regions_per_step` where it was recorded
             run.json        prompt, concepts, options, timings, bundle and software
 
-        The folder appears complete or not at all: it is written beside its place and renamed. `overwrite` replaces an
-        earlier result; a folder with files that are not a result's is never replaced.
+        The folder appears complete or not at all: it is written beside its place, put on the disk and renamed.
+        `overwrite` replaces an earlier result, which stays whole until then; a folder with files that are not a
+        result's is never replaced.
 
         Raises `OutputError` for a folder that exists (without `overwrite`) or cannot be written.
         """
         target = Path(folder).absolute()
         if target.is_symlink():
             target = target.resolve()
-        part = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
         try:
             check_replaceable(target, overwrite)
             target.parent.mkdir(parents=True, exist_ok=True)
-            part.mkdir()
-            self._write(part)
-            _put_in_place(part, target)
+            with unfinished.part(target, folder=True) as part:
+                for name, content in self._files():
+                    (part / name).write_bytes(content)
+                unfinished.put(part, target, overwrite=overwrite)
         except OSError as error:
-            raise OutputError(f"output folder {str(target)!r} cannot be written: {error}.") from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            raise OutputError(f"output folder {str(target)!r} cannot be written: {unfinished.why(error)}") from error
         return target
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,18 +193,21 @@ class Result:
         ]
         return {**self._settings(), "concepts": concepts, "image_index": index}
 
-    def _write(self, folder: Path) -> None:
+    def _files(self) -> Iterator[tuple[str, bytes]]:
+        """Names and contents. Encoders get memory to write to: on a full disk not all of them say that it is one."""
         for index, image in enumerate(self.images):
-            image.save(folder / f"image-{index}.png")
-            self.overlay(index).save(folder / f"regions-{index}.png")
+            yield f"image-{index}.png", _png(image)
+            yield f"regions-{index}.png", _png(self.overlay(index))
         names = np.array(self.concept_names, dtype=np.str_)
         arrays: dict[str, Any] = {"regions": self.regions, "concept_names": names}
         if self.regions_per_step is not None:
             arrays["regions_per_step"] = self.regions_per_step
-        np.savez_compressed(folder / "regions.npz", **arrays)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)
+        yield "regions.npz", packed.getvalue()
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         # a name that is no Unicode text (from a file system, say) becomes a JSON escape
-        (folder / "run.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        yield "run.json", f"{text}\n".encode(errors="backslashreplace")
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:
@@ -228,19 +230,10 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
         )
 
 
-def _put_in_place(part: Path, target: Path) -> None:
-    """Rename `part` to `target`; an earlier folder is set aside and comes back if that fails."""
-    if not target.exists():
-        part.rename(target)
-        return
-    aside = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
-    target.rename(aside)
-    try:
-        part.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def _png(image: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return encoded.getvalue()
 
 
 def _reference_settings(reference: Any) -> dict[str, Any]:

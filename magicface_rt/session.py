@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -16,7 +17,16 @@ from .backends.tensorrt import PlanStore
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
 from .course import Course
-from .errors import BackendError, BundleError, Cancelled, ConceptError, OptionError, SessionClosedError
+from .errors import (
+    BackendError,
+    BundleError,
+    Cancelled,
+    ConceptError,
+    OptionError,
+    OtherProcessError,
+    SessionClosedError,
+)
+from .forks import keep_in_forks
 from .kept import KeptConcept, MemoryPlan, Origin
 from .kept.keeper import Keeper, KeepSettings, checked_storage
 from .kept.memory import MEMORY
@@ -33,6 +43,7 @@ from .request import (
     check_request,
 )
 from .results import Result
+from .shortage import told_as_ours
 from .sizes import parse_size
 from .tokenizer import Tokenizer
 from .work import Work
@@ -77,7 +88,8 @@ class Session:
     pad_keys        fill the numbers of reference tokens up to buckets, so that a GPU's captured graphs serve all masks.
                     None: where the backend keeps tensors on a device
 
-    A Session may be used by many threads. An error, a cancelled request or Ctrl-C leaves it usable.
+    A Session may be used by many threads. An error, a cancelled request or Ctrl-C leaves it usable. It belongs to the
+    process that opened it: each process opens its own, also one that was forked.
 
     Raises `BundleError` for a folder that is no intact bundle, `BackendMissingError` where the backend is not there,
     `DeviceError` where the GPU is not or has too little memory, `PlanError` for a missing plan. Plans are looked for at
@@ -134,6 +146,7 @@ class Session:
             raise
         padded = self.backend.free_device_memory() is not None if pad_keys is None else pad_keys
         self._keeper = Keeper(self.bundle, self.backend, KeepSettings.of(keep, memory, budget, storage, padded))
+        self._process = os.getpid()
         self._workers = threading.BoundedSemaphore(workers)
         self._running = 0
         self._here = threading.local()
@@ -142,6 +155,7 @@ class Session:
         self._workplaces = Workplaces(self.runner)
         self._to_forget: list[frozenset[str] | None] = []
         self._closed = False
+        keep_in_forks(self)
 
     def __enter__(self) -> Session:
         return self
@@ -153,7 +167,10 @@ class Session:
         """Free the graphs. May be called twice, and from any thread.
 
         A request that is running ends with `SessionClosedError` at its next step; what it uses is freed when it has.
+        In a process that was forked from the Session's own this frees nothing: it is not that process's to free.
         """
+        if os.getpid() != self._process:  # the runtime's threads are not there, and a lock may be held for ever
+            return
         with self._loading:
             self._closed = True
             self._free_if_idle()
@@ -227,7 +244,9 @@ class Session:
             BudgetError: the references need more memory than the budget allows.
             Cancelled: `progress` returned False.
             NonFiniteError: a graph produced NaN or infinity.
+            HostMemoryError: there is too little memory on the host.
             SessionClosedError: the session is closed.
+            OtherProcessError: this process was forked from the one that opened the Session.
         """
         chosen = Options.of(options, settings)
         return self.generate_batch([Request(prompt, concepts, chosen, record_regions)], progress=progress)[0]
@@ -288,7 +307,7 @@ class Session:
                 loaded = load_bare(concept, self.bundle)
                 course = Course(progress, self._check_open)
                 preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, course)
-                kept = preparer.prepare(loaded, origin, form, workspace=room)
+                kept = preparer.prepare(concept, loaded, origin, form, workspace=room)
         return KeptConcept(
             concept.word,
             kept,
@@ -357,11 +376,22 @@ class Session:
             OptionError: what is no collection of texts.
         """
         chosen = None if keys is None else _checked_keys(keys)
+        self._check_process()
         with self._loading:
             gone = self._let_go(chosen)
             if self._running:
                 self._to_forget.append(chosen)
             return gone and not self._running
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of references that `keep` holds on the host."""
+        return self._keeper.store.nbytes
+
+    @property
+    def device_kept_bytes(self) -> int:
+        """Bytes of reference keys in the device's memory."""
+        return self._keeper.on_device.nbytes
 
     def unload(self, *graphs: str) -> None:
         """Free graphs that are not needed for now; they are loaded again when they are.
@@ -374,6 +404,7 @@ class Session:
         """
         for graph in graphs:
             self.bundle.graph(graph)
+        self._check_process()
         with self._loading:
             if self._running:
                 raise OptionError("graphs cannot be unloaded while a request is running; wait for it to end.")
@@ -385,6 +416,7 @@ class Session:
 
     def runner(self, graph: str) -> GraphRunner:
         """A graph of the bundle, loaded on first use."""
+        self._check_process()
         with self._loading:
             self._check_open()
             if graph not in self._runners:
@@ -400,7 +432,7 @@ class Session:
     def _place(self) -> Iterator[Workplace]:
         """A workplace for the block. After a failure of the runtime nothing is left on the device that no one uses."""
         try:
-            with self._workplaces.take() as place:
+            with self._workplaces.take() as place, told_as_ours():
                 yield place
         except BackendError:
             self._keeper.on_device.free_unused()
@@ -412,26 +444,48 @@ class Session:
             raise OptionError("generate was called from within a progress callback of the same Session.")
         self._check_open()
         with self._workers:
-            with self._loading:
-                self._check_open()
-                self._running += 1
-            self._here.busy = True
+            begun = False
             try:
-                yield
+                with self._loading:
+                    self._check_open()
+                    self._running += 1
+                    begun = True  # Ctrl-C cannot come between these two, but right after them
+                self._here.busy = True
+                with told_as_ours():
+                    yield
             finally:
                 self._here.busy = False
-                with self._loading:
-                    self._running -= 1
-                    if not self._running:
-                        for keys in self._to_forget:
-                            self._let_go(keys)
-                        self._to_forget.clear()
-                    if self._closed:
-                        self._free_if_idle()
+                if begun:
+                    with self._loading:  # nothing is called before the count: Ctrl-C comes with a call or a loop
+                        self._running -= 1
+                        if not self._running:
+                            for keys in self._to_forget:
+                                self._let_go(keys)
+                            self._to_forget.clear()
+                        if self._closed:
+                            self._free_if_idle()
 
     def _check_open(self) -> None:
+        self._check_process()
         if self._closed:
             raise SessionClosedError("this Session is closed; open a new one to generate.")
+
+    def _check_process(self) -> None:
+        """Before any lock is taken: a thread that held one does not exist in a forked process."""
+        if os.getpid() != self._process:
+            raise OtherProcessError(
+                f"this Session was opened in process {self._process}, and process {os.getpid()} was forked from that. "
+                "What a runtime computes with does not survive a fork: open a Session in each process."
+            )
+
+    def natively_held(self) -> object:
+        """For `forks`."""
+        return (*self._runners.values(), self._workplaces, self.backend)
+
+    def __reduce__(self) -> NoReturn:
+        raise OtherProcessError(
+            "a Session cannot be copied or sent to another process; send the bundle's path, and open one there."
+        )
 
 
 def tokenizer_of(bundle: Bundle) -> Tokenizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["shown"]
+__all__ = ["one_line", "shown"]
 
 MOST = 200
 
@@ -18,3 +18,9 @@ def shown(value: object) -> str:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     text = repr(value)
     return text if len(text) <= MOST else f"{text[:MOST]}..."
+
+
+def one_line(text: str) -> str:
+    """On one line, and without what would steer a terminal."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii", "replace") for c in text)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -165,7 +165,7 @@ class Work:
         if None not in (held := self.held[id(concept), seed]):
             return [one for one in held if one is not None]
         origin = Origin.of(self.bundle, self.steps, seed)
-        return self.preparer.prepare(loaded[id(concept)], origin, self.keeper.settings.storage)
+        return self.preparer.prepare(concept, loaded[id(concept)], origin, self.keeper.settings.storage)
 
     def _plan(self, loaded: dict[int, list[BareReference]]) -> MemoryPlan:
         listed = TokenList()
@@ -281,10 +281,12 @@ class Work:
         latents, labels = self._steps(references, images, place)
         try:
             check_finite("denoise_step", "latents_out", latents)
-        except NonFiniteError:
+        except NonFiniteError as error:
             # On a device the steps went unseen: go through them again, until the first graph that made them is found.
             self._steps(references, images, None)
-            raise
+            raise NonFiniteError(
+                f"{error} Looked at one by one, the same steps gave numbers: the device may have erred."
+            ) from error
         return latents, labels
 
     def _steps(
@@ -297,13 +299,13 @@ class Work:
             for number in sorted({image.request for image in images})
         ]
         requests = [self.requests[number] for number, _ in together]
-        denoise_step = self.place.binding("denoise_step")
+        denoise_step, keys = self.place.binding("denoise_step"), self._keys(references, together)
         loop = DenoisingLoop(
             self.bundle,
             denoise_step,
             latents=self._noise(together),
             guidance=[self._guidance(number, len(indices)) for number, indices in together],
-            keys=self._keys(references, together),
+            keys=keys,
         )
         timesteps = [int(t) for t in schedule.timesteps(steps)]
         coefficients = schedule.step_coefficients(steps)
@@ -312,12 +314,14 @@ class Work:
         for i, timestep in enumerate(timesteps):
             start = perf_counter()
             stages: list[Stage] = ["rba" if is_region_step(i, steps, r.options.alpha) else "rsa" for r in requests]
-            loop.step(i, timestep, coefficients[i], stages)
-            if i + 1 < steps:
-                loop.prepare(i + 1)
-            reference_seconds = loop.wait()
+            with self._naming(i, keys):
+                loop.step(i, timestep, coefficients[i], stages)
+                if i + 1 < steps:
+                    loop.prepare(i + 1)
+                reference_seconds = loop.wait()
+                if place is None:
+                    loop.check()
             if place is None:
-                loop.check()
                 self.course.check_open()
                 continue
             seconds = perf_counter() - start
@@ -330,6 +334,14 @@ class Work:
         if recording:
             self._record(images, np.stack(recorded, axis=1))
         return loop.read()
+
+    @contextmanager
+    def _naming(self, step: int, keys: KeyFeed) -> Iterator[None]:
+        """What is not finite within the block is named with its step; stored keys before the graph that they spoil."""
+        try:
+            yield
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {step + 1} of {self.steps}: {keys.spoiled(step) or error}") from error
 
     def _record(self, images: Sequence[_Image], regions: NDArray[np.uint8]) -> None:
         """Keep the regions [B, T, h/2, w/2] of the pictures whose requests asked for them."""

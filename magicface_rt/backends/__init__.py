@@ -15,7 +15,7 @@ from ..bundle import Bundle
 from ..errors import BackendMissingError, MagicFaceError, OptionError
 from .base import Backend, GraphRunner
 from .binding import Binding
-from .onnxruntime import OnnxRuntime
+from .onnxruntime import PROVIDERS, OnnxRuntime, import_onnxruntime
 from .probe import why_not
 from .tensorrt import FLAVOURS, PlanStore, TensorRT
 
@@ -88,7 +88,7 @@ def open_backend(
             if found is not None:
                 return found
     if name in ("auto", "onnxruntime"):
-        name = "onnxruntime-cpu" if why_not("onnxruntime-cuda", device=device) else "onnxruntime-cuda"
+        name = _with_onnxruntime(name, device)
     provider = name.removeprefix("onnxruntime-")
     return OnnxRuntime(
         provider,
@@ -98,6 +98,16 @@ def open_backend(
         target=target,
         cache=_cache_folder(store, provider),
     )
+
+
+def _with_onnxruntime(asked: str, device: int) -> str:
+    """With CUDA where it works, else on the CPU; the log says why, where the wheel for GPUs is installed."""
+    reason = why_not("onnxruntime-cuda", device=device)
+    if not reason:
+        return "onnxruntime-cuda"
+    if PROVIDERS["cuda"] in import_onnxruntime().get_available_providers():
+        logger.warning("backend %r: onnxruntime-cuda is not used, and the CPU computes: %s", asked, reason)
+    return "onnxruntime-cpu"
 
 
 def _with_plans(

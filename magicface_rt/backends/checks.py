@@ -98,6 +98,7 @@ def check_finite(graph: str, name: str, array: NDArray[Any], dtype: str | None =
     dtype = dtype or array.dtype.name
     if bad := non_finite(array, dtype):
         raise NonFiniteError(
-            f"graph {graph}: {bad} of {array.size} values of {name} are NaN or infinite. The weights may not fit "
-            f"{dtype}; export the bundle in fp32 and compare with `magicface-rt verify`."
+            f"graph {graph}: {bad} of {array.size} values of {name} ({dtype}) are NaN or infinite. In a bundle in fp16 "
+            "a number may have grown beyond what fp16 holds (65504): export it in bf16 or fp32. In another the weights "
+            "may be damaged: compare them with their checkpoint, `magicface-rt verify BUNDLE --checkpoint DIR`."
         )

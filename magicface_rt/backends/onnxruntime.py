@@ -24,6 +24,7 @@ from .host import BFLOAT16
 from .one_thread import InTurn, OneThread, at_once
 from .ort_arena import give_back, trim, use_shared_arena
 from .ort_binding import GraphIds, OrtBinding, OrtDevice, first_line
+from .ort_placement import left_to_the_cpu, record_placement
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -162,6 +163,8 @@ class OnnxRuntime(Backend):
         self._check_provider(f"graph {graph}", session)
         if self.provider == "cpu":
             return _Runner(contract, session)
+        if left := left_to_the_cpu(session):
+            logger.warning("%s computes a part of graph %s on the CPU, and is slow there: %s", self.name, graph, left)
         where: OrtDevice = ("gpu", self._ordinal, _NVIDIA) if self._plugin_devices else ("cuda", self._ordinal)
         return DeviceRunner(contract, session, self._ort, where, GraphIds(captures), in_turn=self._in_turn)
 
@@ -199,27 +202,34 @@ class OnnxRuntime(Backend):
 
     def _open(self, model: str | bytes, cache_name: str | None, profile: dict[str, str]) -> tuple[Any, bool]:
         """A session, and whether it captures CUDA graphs."""
+        reason = ""
         if self._cuda_graphs and cache_name is not None:
             try:
                 return self._session(model, self._settings(cache_name, captures=True) | profile), True
             except Exception as error:
                 # A CUDA graph needs every node on the GPU; without one the graph may still run there.
-                logger.info("%s runs without CUDA graph: %s", self.name, first_line(error))
-        return self._session(model, self._settings(cache_name, captures=False) | profile), False
+                reason = first_line(error)
+        session = self._session(model, self._settings(cache_name, captures=False) | profile)
+        if reason:
+            logger.warning("%s runs without CUDA graph: %s", self.name, reason)
+        return session, False
 
     def _session(self, model: str | bytes, settings: dict[str, str]) -> Any:
+        """Never one on the CPU in the place of another that cannot start, or that fails as it runs."""
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
         if self.provider == "cpu":
             use_shared_arena(self._ort, options)
+        else:
+            record_placement(options)
         if self._plugin_devices:
             options.add_provider_for_devices([self._plugin_devices[self._ordinal]], settings)
-            return self._ort.InferenceSession(model, options)
+            return self._ort.InferenceSession(model, options, enable_fallback=0)
         providers: list[Any] = [(_ALL[self.provider], settings)]
         if self.provider in COMPILING_PROVIDERS and PROVIDERS["cuda"] in self._ort.get_available_providers():
             providers.append((PROVIDERS["cuda"], {"device_id": str(self._ordinal), **_CUDA_PRECISION}))
-        return self._ort.InferenceSession(model, options, providers=providers)
+        return self._ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
 
     def _settings(self, cache_name: str | None, *, captures: bool) -> dict[str, str]:
         """The provider's options."""

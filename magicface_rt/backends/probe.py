@@ -43,7 +43,7 @@ def no_plan_for(name: str, capability: str | None) -> str:
 
 
 def _add_on_provider(provider: str, device: int) -> None:
-    """Compute 1 + 1 there: a provider that is listed may lack its libraries or its device."""
+    """Compute 1 + 1 there, and not on the CPU in its place: a listed provider may lack its libraries or its device."""
     backend = OnnxRuntime(provider, device=device)
     (total,) = backend.run_model(sum_model(), {"x": np.ones(1, np.float32)})
     if total[0] != 2:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from magicface_rt.bundle import Bundle
+from magicface_rt.shown import one_line
 
 
 def bundle_outcome(bundle: Bundle) -> dict[str, Any]:
@@ -59,9 +60,16 @@ def worst_error(parity: Any) -> tuple[str, float, float]:
     return worst, float(errors[worst]), float(tolerances[worst])
 
 
-def grid(title: str, *columns: str) -> Table:
+class Grid(Table):
+    """A table of texts, some of which come from files of strangers."""
+
+    def add_row(self, *cells: Any, **settings: Any) -> None:
+        super().add_row(*(one_line(cell) if isinstance(cell, str) else cell for cell in cells), **settings)
+
+
+def grid(title: str, *columns: str) -> Grid:
     """A plain table; a column whose name ends in > is aligned to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Grid(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
     return table

@@ -19,11 +19,20 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console, RenderableType
 
-from magicface_rt.errors import BackendMissingError, MagicFaceError, OutputError
+from magicface_rt.errors import BackendError, BackendMissingError, EngineError, MagicFaceError, OutputError
 from magicface_rt.images import MagicFaceWarning
 from magicface_rt.results import check_replaceable
+from magicface_rt.shortage import address_hint, check_addresses, shortage
+from magicface_rt.shown import one_line
 
 INTERRUPTED = 130
+RESERVE = 4 << 20
+"""Bytes of memory that a verb sets aside, so that it can say that there is too little."""
+
+TORCH_ADDRESSES = 600 << 20
+"""Bytes of addresses with fewer of which no module of the export extra could be imported. PyTorch, where it finds too
+few as it is loaded, may end the process."""
+
 TRACEBACK_HINT = "Run `magicface-rt --traceback ...` (or set MAGICFACE_RT_TRACEBACK=1) to see where."
 
 JsonOption = Annotated[
@@ -61,7 +70,7 @@ class Command:
         self.console.print(what)
 
     def note(self, line: object) -> None:
-        print(_one_line(str(line)), file=sys.stderr, flush=True)
+        print(one_line(str(line)), file=sys.stderr, flush=True)
 
     def fail(self, exit_code: int = 1) -> None:
         self.exit_code = exit_code
@@ -85,8 +94,9 @@ class Command:
 @contextmanager
 def command(json_to: str | None) -> Iterator[Command]:
     """Run the body of a verb. Whatever it raises becomes a line, JSON, and an exit code."""
-    verb = Command(json_to)
+    verb, reserve = Command(json_to), b""
     try:
+        reserve = bytes(RESERVE)
         _check_json_target(json_to)
         with warnings.catch_warnings():
             if not _tracebacks:
@@ -102,13 +112,11 @@ def command(json_to: str | None) -> Iterator[Command]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(print_interrupted(json_to)) from None
-    except MagicFaceError as error:
-        raise typer.Exit(_print_error(error, str(error), error.exit_code, json_to)) from error
-    except OSError as error:
-        raise typer.Exit(_print_error(error, str(error), 2, json_to)) from error
     except Exception as error:
-        text = f"unexpected {type(error).__name__}: {error}. {'' if _tracebacks else TRACEBACK_HINT}"
-        raise typer.Exit(_print_error(error, text, 1, json_to)) from error
+        del reserve
+        raise typer.Exit(_tell(error, json_to)) from error
+    if verb.exit_code == BackendError.exit_code and (hint := address_hint()):
+        verb.note(hint)
     if verb.exit_code:
         raise typer.Exit(verb.exit_code)
 
@@ -122,7 +130,7 @@ def print_interrupted(json_to: str | None = None) -> int:
 
 def print_usage_error(error: Any, arguments: Sequence[str]) -> int:
     """A command line that typer cannot read: bad input. `--json` is looked for by hand, as nothing was parsed."""
-    text = _one_line(error.format_message())
+    text = one_line(error.format_message())
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "magicface-rt"
     if not text:  # no arguments at all: typer has shown the help
@@ -190,7 +198,10 @@ def export_module(name: str) -> Any:
 
     Raises:
         BackendMissingError: the extra is not installed.
+        HostMemoryError: a limit of addresses leaves too few for it.
     """
+    if "torch" not in sys.modules:
+        check_addresses(TORCH_ADDRESSES, "PyTorch")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -211,10 +222,26 @@ def _check_json_target(to: str | None) -> None:
         raise OutputError(f"JSON file {to!r} cannot be written: {why}.")
 
 
+def _tell(error: Exception, json_to: str | None) -> int:
+    """Print what a verb raised, and return its exit code."""
+    short = shortage(error)  # first: a library that finds no memory to load may look like one that is not installed
+    if short is not None:
+        if short is not error:
+            short.__cause__ = error
+        return _print_error(short, str(short), short.exit_code, json_to)
+    if isinstance(error, MagicFaceError):
+        hint = address_hint() if isinstance(error, (BackendError, EngineError)) else ""
+        return _print_error(error, f"{error} {hint}".rstrip(), error.exit_code, json_to)
+    if isinstance(error, OSError):
+        return _print_error(error, str(error), 2, json_to)
+    text = f"unexpected {type(error).__name__}: {error}. {'' if _tracebacks else TRACEBACK_HINT}"
+    return _print_error(error, text, 1, json_to)
+
+
 def _print_error(error: BaseException, text: str, exit_code: int, json_to: str | None) -> int:
     if _tracebacks:
         traceback.print_exception(error)
-    line = _one_line(text)
+    line = one_line(text)
     print(f"error: {line}", file=sys.stderr)
     _write_error(json_to, type(error).__name__, line)
     return exit_code
@@ -226,13 +253,7 @@ def _write_error(json_to: str | None, kind: str, message: str) -> None:
         write_json(json_to, {"error": {"kind": kind, "message": message}})
     except (OSError, OutputError) as error:
         if not message.startswith("JSON file"):
-            print(f"error: {_one_line(str(error))}", file=sys.stderr)
-
-
-def _one_line(text: str) -> str:
-    """On one line, and without what would steer a terminal."""
-    text = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii", "replace") for c in text)
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
 
 
 def _finite(value: Any) -> Any:

@@ -76,6 +76,7 @@ def _kept_summary(path: Path, kept: KeptConcept) -> Table:
         "of the bundle": f"{origin.bundle_hash} ({origin.architecture}, {origin.height} x {origin.width} px)",
         "keys": f"{size(kept.nbytes)}, {origin.dtype}",
         "images": ", ".join(sorted(kept.pictures)) or "none stored",
+        "note": kept.note or "none",
     }
     for name, value in rows.items():
         table.add_row(name, value)

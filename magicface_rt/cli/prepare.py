@@ -43,6 +43,10 @@ def prepare(
     with_image: Annotated[
         bool, typer.Option("--with-image", help="Store the reference images and masks in the file as well.")
     ] = False,
+    note: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Kept in the files for people to read, such as who agreed to what."),
+    ] = None,
     workspace: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory for a pass of the network, such as 2GiB.")
     ] = None,
@@ -85,7 +89,7 @@ def prepare(
                         workspace=workspace,
                         progress=progress,
                     )
-                kept.save(path, with_image=with_image, overwrite=overwrite)
+                kept.noted(note).save(path, with_image=with_image, overwrite=overwrite)
                 files.append({"concept": one.name, "path": str(path), "bytes": kept.nbytes, "error": kept.error})
                 cost = f", 8 bits cost a relative error of {kept.error:.1e}" if kept.error else ""
                 verb.print(f"{one.name}: {path} ({size(kept.nbytes)}{cost})")

@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from ..concept import Concept, NamedConcept
 from ..errors import KeptConceptError
+from ..shown import shown
 from .origin import Origin
 from .reference import KeptReference
+
+MAX_NOTE = 2000
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -33,12 +36,14 @@ class KeptConcept(NamedConcept):
     origin      what the keys were made for
     source      the concept it was made from, None where it came from a file
     pictures    what a file with images holds: `image_0`, uint8 [h,w,3], and `mask_0`, uint8 [128,128], ...
+    note        text that goes with it, such as who agreed to what, see `noted`; None without
     """
 
     references: tuple[KeptReference, ...]
     origin: Origin
     source: Concept | None
     pictures: Mapping[str, NDArray[np.uint8]]
+    note: str | None
 
     def __init__(
         self,
@@ -51,8 +56,14 @@ class KeptConcept(NamedConcept):
         name: str | None = None,
         source: Concept | None = None,
         pictures: Mapping[str, NDArray[np.uint8]] | None = None,
+        note: str | None = None,
     ) -> None:
         super().__init__(word, weight, token_index, name)
+        if note is not None and (not isinstance(note, str) or not 1 <= len(note) <= MAX_NOTE):
+            found = f"{len(note)} characters" if isinstance(note, str) else shown(note)
+            raise KeptConceptError(
+                f"kept concept {word!r} has a note of {found}, expected a text of 1 to {MAX_NOTE} characters, or None."
+            )
         if not references:
             raise KeptConceptError(f"kept concept {word!r} has no reference, expected at least one.")
         if source is not None and len(source.references) != len(references):
@@ -64,6 +75,7 @@ class KeptConcept(NamedConcept):
         object.__setattr__(self, "origin", origin)
         object.__setattr__(self, "source", source)
         object.__setattr__(self, "pictures", dict(pictures or {}))
+        object.__setattr__(self, "note", note)
 
     @property
     def steps(self) -> int:
@@ -110,6 +122,27 @@ class KeptConcept(NamedConcept):
             name=self.name if name is None and same else name,
             source=self.source,
             pictures=self.pictures,
+            note=self.note,
+        )
+
+    def noted(self, note: str | None) -> KeptConcept:
+        """The same with a note, at most 2000 characters: whose likeness it is, who agreed to what, until when.
+
+        It is kept in the file as it is, for people to read (`magicface-rt inspect`); nothing here acts on it.
+
+        Raises:
+            KeptConceptError: no text of that length.
+        """
+        return KeptConcept(
+            self.word,
+            self.references,
+            self.origin,
+            weight=self.weight,
+            token_index=self.token_index,
+            name=self.name,
+            source=self.source,
+            pictures=self.pictures,
+            note=note,
         )
 
     def save(self, path: str | os.PathLike[str], *, with_image: bool = False, overwrite: bool = False) -> Path:
@@ -162,4 +195,5 @@ class KeptConcept(NamedConcept):
                 for reference in self.references
             ],
             "origin": self.origin.to_dict(),
+            "note": self.note,
         }

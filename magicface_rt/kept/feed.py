@@ -195,6 +195,13 @@ class KeyFeed:
         if self._computing is not None:
             self._computing.binding.check()
 
+    def spoiled(self, step: int) -> str:
+        """What is said of stored keys of a step that are not finite, "" where all are."""
+        for source in (placed.source for row in self._rows for placed in row):
+            if isinstance(source, StoredKeys) and (said := source.kept.spoiled(step)):
+                return said
+        return ""
+
     def _is_the_pass(self) -> bool:
         """Whether one row of keys is what the pass puts out, as it is."""
         if self._computing is None or len(self._rows) != 1:

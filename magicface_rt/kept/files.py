@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import unfinished
 from ..backends.host import BFLOAT16, host_dtype, non_finite
 from ..errors import InputError, KeptConceptError, OutputError
 from ..images import MASK_GRID, load_reference
@@ -39,21 +38,16 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool)
     if with_image:
         arrays |= {name: (array, "uint8") for name, array in _pictures(concept).items()}
     header = _header(concept, arrays)
-    part = _part(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("xb") as stream:
-            stream.write(header)
-            for array, _ in arrays.values():
-                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(target)
+        with unfinished.part(target) as part:
+            with part.open("wb") as stream:
+                stream.write(header)
+                for array, _ in arrays.values():
+                    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            unfinished.put(part, target)
     except OSError as error:
-        raise OutputError(f"file {str(path)!r} cannot be written: {error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
     return target
 
 
@@ -66,12 +60,12 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
         OutputError: as `save`.
     """
     target = _free(path, overwrite)
-    part = _part(next(place for place in target.parents if os.path.lexists(place)) / target.name)
+    place = next(place for place in target.parents if os.path.lexists(place))
     try:
-        part.touch(exist_ok=False)
-        part.unlink()
+        with unfinished.part(place / target.name) as part:
+            part.unlink()
     except OSError as error:
-        raise OutputError(f"file {str(path)!r} cannot be written: {error}.") from error
+        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
 
 
 def load(path: Path, *, check_hashes: bool) -> KeptConcept:
@@ -105,11 +99,6 @@ def _free(path: Path, overwrite: bool) -> Path:
             "--overwrite)."
         )
     return target
-
-
-def _part(target: Path) -> Path:
-    """Where a file is written before it is renamed."""
-    return target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
 
 
 _Arrays = dict[str, tuple[NDArray[Any], str]]
@@ -328,6 +317,7 @@ def _concept(
         token_index=manifest["token_index"],
         name=text_entry(manifest, "name"),
         pictures=pictures,
+        note=None if manifest.get("note") is None else text_entry(manifest, "note"),
     )
     if unread:
         raise ValueError(f"tensor {min(unread)[:100]!r} is none of a kept concept's")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from ..backends import Backend
 from ..bundle import Bundle
 from ..errors import OptionError
+from ..shortage import foreseen, room
 from ..sizes import parse_size
-from .memory import FREE_SHARE, MEMORY, WORKSPACE, MemoryPlan, Tokens, make_plan, rows_per_pass
+from .memory import FREE_SHARE, MEMORY, WORKSPACE, MemoryPlan, Tokens, make_plan, rows_per_pass, stored_bytes
 from .on_device import OnDevice
 from .reference import STORAGES, Storage
 from .store import KeptStore
@@ -97,6 +98,7 @@ class Keeper:
             store_limit=self.settings.keep,
             on_device=free is not None,
             rows=max((self.rows(tokens, steps, {}) for tokens in bare), default=0),
+            host_room=room(),
         )
 
     def rows(
@@ -111,6 +113,12 @@ class Keeper:
             budget = self.settings.budget
             workspace = WORKSPACE if budget is None else min(WORKSPACE, budget // 4)
         return rows_per_pass(self.bundle, tokens, steps, largest, workspace)
+
+    def check_room(self, tokens: Mapping[int, int], steps: int, storage: Storage) -> None:
+        """Raises HostMemoryError where the keys of a reference would not fit under a limit of this process."""
+        need, left = stored_bytes(self.bundle, tokens, steps, storage), room()
+        if left is not None and need > left:
+            raise foreseen(f"the keys of a reference for {steps} steps need {need / 1e6:,.1f} MB more on the host")
 
     def make_room(self, plan: MemoryPlan, keys: Collection[str]) -> None:
         """See to it that a request keeps its budget on the device, whatever earlier ones left there.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ..backends.host import host_dtype
 from ..bundle import Bundle
 from ..errors import BudgetError, OptionError
+from ..shortage import foreseen
 from .reference import Storage
 
 MemoryMode = Literal["keep", "stream", "recompute"]
@@ -151,15 +152,17 @@ def make_plan(
     store_limit: int,
     on_device: bool,
     rows: int,
+    host_room: int | None = None,
 ) -> MemoryPlan:
     """The plan of a request.
 
     at_once: images in one batch; own_keys: each image of a batch has keys of its own, as images of different requests
     have; budget: bytes that the peak may have, on the device where there is one, None for no limit; rows: of a pass
-    that prepares.
+    that prepares; host_room: bytes of the host that the process may still take, None for no limit.
 
     Raises:
         BudgetError: not even the mode that needs least fits.
+        HostMemoryError: none that fits the budget has room on the host.
     """
     used = [r for r in references if r.used]
     tokens = {factor: sum(r.tokens[factor] for r in used) for factor in bundle.factors}
@@ -194,8 +197,9 @@ def make_plan(
             "recompute": MemoryUse(stored["memory"] + 2 * slot + spread + beside + other, 0),
         }
     batches = -(-images // at_once)
-    allowed = budget if used else None  # without references there is nothing that a budget could hold down
-    mode = _choose(modes, memory, allowed, on_device, bare, stored, store_limit, batches)
+    # Without references there is nothing that a budget could hold down.
+    allowed, room = (budget, host_room) if used else (None, None)
+    mode = _choose(modes, memory, allowed, room, on_device, bare, stored, store_limit, batches)
     return MemoryPlan(
         modes, mode, budget, on_device, steps, images, sum(stored.values()), one_step, tokens, rows if bare else 0
     )
@@ -213,6 +217,7 @@ def _choose(
     modes: Mapping[MemoryMode, MemoryUse],
     memory: str,
     budget: int | None,
+    host_room: int | None,
     on_device: bool,
     bare: Sequence[Tokens],
     stored: Mapping[str, int],
@@ -235,9 +240,14 @@ def _choose(
         order = tuple(mode for mode in MODES if mode == memory)
         if not order:
             raise OptionError(f"memory is {memory!r}, expected one of {', '.join(MEMORY)}.")
-    for mode in order:
-        if budget is None or need(mode) <= budget:
+    allowed = [mode for mode in order if budget is None or need(mode) <= budget]
+    more = {mode: modes[mode].host - stored["memory"] for mode in allowed}  # those in memory take no more
+    for mode in allowed:
+        if host_room is None or more[mode] <= host_room:
             return mode
+    if allowed:
+        least = min(allowed, key=lambda mode: more[mode])
+        raise foreseen(f"the references of this request need {_megabytes(more[least])} more on the host ({least!r})")
     least = min(order, key=need)
     raise BudgetError(
         f"the references of this request need at least {_megabytes(need(least))} on the {where} (memory={least!r}), "

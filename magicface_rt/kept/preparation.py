@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends.base import Arrays
 from ..backends.binding import Binding
 from ..bundle import Bundle
+from ..errors import NonFiniteError
 from ..images import LoadedReference, layer_mask
 from ..schedule import reference_noise
 from .origin import Origin
@@ -70,19 +72,22 @@ def prepare_reference(
         steps = range(first, min(first + rows, origin.steps))
         added = np.concatenate([drawn(step) for step in steps])
         timesteps = np.array([origin.timesteps[step] for step in steps], np.int64)
-        found = reference_kv.once(
-            {
-                "latents": bundle.schedule.add_noise(np.repeat(encoded.latents, len(steps), axis=0), added, timesteps),
-                "timestep": timesteps,
-                "text": np.repeat(encoded.text, len(steps), axis=0),
-                **_indices(tokens, len(steps), bundle),
-            }
-        )
-        for name, (factor, width) in origin.widths.items():
-            if counts[factor]:
-                by_step = found[name].reshape(len(steps), counts[factor], width)
-                for row, step in enumerate(steps):
-                    tensors[name].put(step, by_step[row])
+        inputs: Arrays = {
+            "latents": bundle.schedule.add_noise(np.repeat(encoded.latents, len(steps), axis=0), added, timesteps),
+            "timestep": timesteps,
+            "text": np.repeat(encoded.text, len(steps), axis=0),
+            **_indices(tokens, len(steps), bundle),
+        }
+        try:
+            found = reference_kv.once(inputs)
+            for name, (factor, width) in origin.widths.items():
+                if counts[factor]:
+                    by_step = found[name].reshape(len(steps), counts[factor], width)
+                    for row, step in enumerate(steps):
+                        tensors[name].put(step, by_step[row])
+        except NonFiniteError as error:
+            which = f"step {steps.stop}" if len(steps) == 1 else f"steps {first + 1} to {steps.stop}"
+            raise NonFiniteError(f"{which} of {origin.steps}: {error}") from error
         report(steps.stop)
     return KeptReference(key, encoded.prompt, storage, counts, tensors, worst_error(tensors))
 

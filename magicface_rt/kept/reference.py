@@ -10,7 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.host import BFLOAT16, from_bfloat16, host_dtype, to_bfloat16
+from ..backends.host import BFLOAT16, from_bfloat16, host_dtype, non_finite, to_bfloat16
+from ..errors import NonFiniteError
+from ..shown import shown
 from .origin import Origin
 
 Storage = Literal["exact", "8-bit"]
@@ -24,7 +26,11 @@ class Stored(ABC):
 
     @abstractmethod
     def put(self, step: int, values: NDArray[Any]) -> None:
-        """Store a step's values [M, C]."""
+        """Store a step's values [M, C].
+
+        Raises:
+            NonFiniteError: they cannot be stored so.
+        """
 
     @abstractmethod
     def step(self, step: int) -> NDArray[Any]:
@@ -91,7 +97,13 @@ class EightBit(Stored):
             return
         exact = from_bfloat16(values) if self.dtype == BFLOAT16 else values.astype(np.float32)
         low, high = exact.min(axis=0), exact.max(axis=0)
-        scale = (high - low) / np.float32(LEVELS)
+        with np.errstate(over="ignore"):
+            scale = (high - low) / np.float32(LEVELS)
+        if not np.isfinite(scale).all():
+            raise NonFiniteError(
+                f"keys from {low.min():.3g} to {high.max():.3g} lie too far apart for 8 bits. Keep them as they are: "
+                "storage='exact'."
+            )
         self.levels[step] = np.rint((exact - low) / np.where(scale > 0, scale, 1)).clip(0, LEVELS)
         self.scale[step], self.low[step] = scale, low
         self.squared += float(np.square(exact, dtype=np.float64).sum())
@@ -146,6 +158,19 @@ class KeptReference:
     @property
     def nbytes(self) -> int:
         return sum(stored.nbytes for stored in self.tensors.values())
+
+    def spoiled(self, step: int) -> str:
+        """What is said of a step's keys that are not finite, "" where all are."""
+        for name, stored in self.tensors.items():
+            values = stored.step(step)
+            # only bfloat16 is held as bits
+            if bad := non_finite(values, BFLOAT16 if values.dtype == np.uint16 else values.dtype.name):
+                return (
+                    f"kept keys {name} of the reference {shown(self.prompt)} ({self.key[:16]}...): {bad} of "
+                    f"{values.size} values are NaN or infinite. They were kept so, or have changed since; a file is "
+                    "looked through as it is loaded, unless that was switched off. Prepare the concept again."
+                )
+        return ""
 
     def in_memory(self) -> KeptReference:
         """The same with tensors that are read from the file, now; itself where they are in memory."""

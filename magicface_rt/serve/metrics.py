@@ -71,10 +71,10 @@ class Metrics(Observer, Watcher):
         gauge("magicface_queue_length", "Requests that wait.").set_function(lambda: engine.waiting)
         gauge("magicface_running", "Requests that are being done.").set_function(lambda: engine.running)
         gauge("magicface_session_kept_bytes", "Bytes of references that Sessions keep by content.").set_function(
-            lambda: sum(session._keeper.store.nbytes for session in engine.sessions)
+            lambda: sum(session.kept_bytes for session in engine.sessions)
         )
         gauge("magicface_device_kept_bytes", "Bytes of keys in device memory.").set_function(
-            lambda: sum(session._keeper.on_device.nbytes for session in engine.sessions)
+            lambda: sum(session.device_kept_bytes for session in engine.sessions)
         )
         gauge("magicface_concepts", "Kept concepts.").set_function(lambda: store.used()[0])
         gauge("magicface_concept_kept_bytes", "Bytes of kept concepts.").set_function(lambda: store.used()[1])

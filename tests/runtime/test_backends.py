@@ -355,10 +355,14 @@ class FakeOrt:
         return SimpleNamespace(
             add_provider_for_devices=lambda devices, options: self.opened.append(
                 {"devices": devices, "options": options}
-            )
+            ),
+            add_session_config_entry=lambda key, value: None,
         )
 
-    def InferenceSession(self, model: Any, options: Any, providers: Any = None) -> Any:  # noqa: N802
+    def InferenceSession(  # noqa: N802
+        self, model: Any, options: Any, providers: Any = None, *, enable_fallback: int = 1
+    ) -> Any:
+        assert not enable_fallback
         if providers is not None:
             self.opened.append({"model": model, "providers": providers})
             if self.refuse in providers[0][1]:
@@ -622,7 +626,7 @@ def test_with_cuda_graphs_one_thread_does_all_and_without_them_each_its_own(
     class TracedOrt(FakeOrt):
         RunOptions = real.RunOptions
 
-        def InferenceSession(self, model: Any, options: Any, providers: Any = None) -> Any:  # noqa: N802
+        def InferenceSession(self, model: Any, options: Any, providers: Any = None, **_: Any) -> Any:  # noqa: N802
             traced.append(Traced(ort_session(SOURCE), real))
             self.OrtValue = traced[-1]
             return traced[-1]

@@ -108,7 +108,12 @@ def test_a_concept_needs_references() -> None:
     [
         ({"image": None}, ImageError, "image is None"),
         ({"image": "a.png", "prompt": None}, PromptError, "prompt is None"),
+        ({"image": 3}, ImageError, "image is 3"),
+        ({"image": b"\x89PNG"}, ImageError, r"image is b'\\x89PNG'"),
         ({"image": "a.png", "mask_threshold": 0}, OptionError, "mask_threshold is 0"),
+        ({"image": "a.png", "mask_threshold": 256}, OptionError, "mask_threshold is 256"),
+        ({"image": "a.png", "mask_threshold": True}, OptionError, "mask_threshold is True"),
+        ({"image": "a.png", "mask_threshold": 128.0}, OptionError, "mask_threshold is 128.0"),
         ({"image": "a.png", "resample": "cubic"}, OptionError, "resample is 'cubic'"),
     ],
 )
@@ -156,7 +161,7 @@ def test_a_token_index_outside_the_prompt_is_refused(index: int) -> None:
         ConceptError, match=rf"'man': token_index {index} .* expected 1..2: the tokens are 1 'a', 2 'man'"
     ):
         place("a man", Concept("man", MAN, token_index=index))
-    with pytest.raises(ConceptError, match="the prompt is empty"):
+    with pytest.raises(ConceptError, match=r"expected nothing: the prompt is empty\.$"):
         place("", Concept("man", MAN, token_index=index))
 
 
@@ -168,3 +173,32 @@ def test_too_many_concepts_are_refused_by_name() -> None:
 def test_what_is_no_concept_is_refused() -> None:
     with pytest.raises(ConceptError, match=r"concepts\[1\] is a str"):
         place_concepts("a man", [Concept("man", MAN), "hat"], WordTokenizer(), 6)  # type: ignore[list-item]
+
+
+def test_the_ends_of_the_range_are_thresholds_and_token_indices() -> None:
+    assert [Reference("a.png", mask_threshold=threshold).mask_threshold for threshold in (1, 255)] == [1, 255]
+    assert Concept("man", MAN, token_index=1).token_index == (1,)
+    assert place("a man", Concept("man", MAN, token_index=1))[0].tokens == (1,)
+
+
+def test_images_are_brought_to_size_in_either_way() -> None:
+    assert [Reference("a.png", resample=one).resample for one in ("lanczos", "nearest")] == ["lanczos", "nearest"]  # type: ignore[arg-type]
+
+
+def test_a_prompt_of_a_reference_is_empty_unless_told() -> None:
+    assert (HAT.prompt, HAT.mask) == ("", None)
+
+
+def test_as_many_concepts_as_the_bundle_takes_are_placed() -> None:
+    assert len(place("a man hat", Concept("man", MAN), Concept("hat", HAT), limit=2)) == 2
+
+
+def test_references_and_concepts_are_themselves_and_no_others() -> None:
+    """They hold arrays, which have no one answer to ==; sets and dicts take them."""
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    references = [Reference(pixels), Reference(pixels)]
+    assert len(set(references)) == 2
+    assert len({Concept("man", reference) for reference in [*references, references[0]]}) == 3
+    for frozen in (MAN, Concept("man", MAN), PlacedConcept(Concept("man", MAN), (2,))):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            frozen.tokens = frozen.prompt = ()  # type: ignore[union-attr, misc]

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference
 from magicface_rt.backends.host import from_bfloat16, to_bfloat16
+from magicface_rt.cli import main
 from magicface_rt.images import load_reference
 from magicface_rt.kept import KeptReference, Origin
 from magicface_rt.kept.files import METADATA, check_writable
@@ -74,6 +75,29 @@ def test_what_is_saved_comes_back(tmp_path: Path, dtype: str, storage: str) -> N
     again = loaded.save(tmp_path / "again.concept")
     assert again.read_bytes() == (tmp_path / "deep" / "cap.concept").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["again.concept", "deep"]
+
+
+def test_a_note_stays_with_the_concept(tmp_path: Path, path: Path) -> None:
+    note = "Agreed by the person shown, 2026-11-24, for one poster. \u00dc"
+    kept = made().noted(note).renamed("blue hat")
+    again = KeptConcept.load(kept.save(tmp_path / "noted.concept"))
+    assert (again.note, again.renamed(weight=1.0).note, again.to_dict()["note"]) == (note, note, note)
+    assert again.noted(None).note is None
+    assert KeptConcept.load(path).note is None
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = made().renamed(name="cap\x1b]0;title\x07").noted("first\r\x1b[2Jsecond")
+    assert main(["inspect", str(kept.save(tmp_path / "cap.concept"))]) == 0
+    told = capsys.readouterr().out
+    assert "first \\x1b[2Jsecond" in told
+    assert all(character.isprintable() or character == "\n" for character in told)
+
+
+@pytest.mark.parametrize("note", ["", "x" * 2001, 7, b"text"])
+def test_a_note_is_a_text_of_bounded_length(note: Any) -> None:
+    with pytest.raises(KeptConceptError, match=r"'red hat' has a note of .*, expected a text of 1 to 2000 characters"):
+        made().noted(note)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])

@@ -378,10 +378,10 @@ def test_the_store_forgets_what_was_used_longest_ago(bundle: Bundle, backend: Dr
         assert backend.runs["reference_kv"] == 0
         latents(session, [HAT])
         assert backend.runs["reference_kv"] == 1
-        assert session._keeper.store.nbytes <= sum(each) + 100
+        assert session.kept_bytes <= sum(each) + 100
     with Session(bundle, backend=backend, keep=100) as session:
         same(latents(session), latents(session))
-        assert session._keeper.store.nbytes == 0
+        assert session.kept_bytes == 0
 
 
 def test_eight_bits_say_what_they_cost_and_cost_little(session: Session, bundle: Bundle) -> None:

@@ -19,10 +19,12 @@ GOOD = [
     ("alpha", 1.0),
     ("ca_scale", None),
     ("ca_scale", 2.0),
+    ("ca_scale", 0.001),
     ("weight_mode", "scale"),
     ("semantic_guidance", False),
     ("seed", 2**64 - 1),
-    ("images", 4),
+    ("images", 1),
+    ("images", 1024),
     ("reference_seed", 0),
 ]
 BAD = [
@@ -33,6 +35,7 @@ BAD = [
     ("steps", "50"),
     ("guidance", 0),
     ("guidance", -1.0),
+    ("guidance", 1000.5),
     ("guidance", float("nan")),
     ("guidance", float("inf")),
     ("guidance", True),
@@ -41,7 +44,7 @@ BAD = [
     ("alpha", float("nan")),
     ("alpha", None),
     ("ca_scale", 0.0),
-    ("ca_scale", 2.5),
+    ("ca_scale", 2.01),
     ("ca_scale", float("inf")),
     ("weight_mode", "add"),
     ("weight_mode", None),
@@ -59,6 +62,7 @@ def test_the_defaults_are_the_authors() -> None:
     options = Options()
     assert (options.steps, options.guidance, options.alpha, options.weight_mode) == (50, 7.5, 0.4, "bias")
     assert (options.semantic_guidance, options.seed, options.images, options.reference_seed) == (True, 0, 1, 0)
+    assert (options.negative_prompt, options.ca_scale) == ("", None)
 
 
 @pytest.mark.parametrize(("name", "value"), GOOD)
@@ -79,6 +83,8 @@ def test_the_message_has_the_value_and_the_range() -> None:
         Options(guidance=0)
     with pytest.raises(OptionError, match=r"^seed is -1, expected a whole number from 0 to 2\*\*64-1\.$"):
         Options(seed=-1)
+    with pytest.raises(OptionError, match=r"^steps is 0, expected a whole number from 1 to 1000\.$"):
+        Options(steps=0)
 
 
 def test_a_negative_prompt_is_text() -> None:
@@ -105,3 +111,25 @@ def test_options_are_frozen() -> None:
 def test_ca_scale_follows_the_number_of_concepts_unless_given(concepts: int, expected: float) -> None:
     assert Options().effective_ca_scale(concepts) == expected
     assert Options(ca_scale=0.75).effective_ca_scale(concepts) == 0.75
+
+
+def test_settings_are_given_by_name_only() -> None:
+    with pytest.raises(TypeError):
+        Options("rain")  # type: ignore[misc]
+
+
+def test_settings_by_name_win_over_an_object() -> None:
+    given = Options(steps=7, seed=3)
+    assert Options.of(None, {}) == Options()
+    assert Options.of(given, {}) == given
+    assert Options.of(None, {"alpha": 0.5}) == Options(alpha=0.5)
+    assert Options.of(given, {"seed": 4}) == Options(steps=7, seed=4)
+
+
+def test_settings_that_are_not_known_are_refused_with_what_may_be_meant() -> None:
+    with pytest.raises(OptionError, match=r"^setting 'stepz' is not known\. Is steps meant\?$"):
+        Options.of(None, {"stepz": 3})
+    with pytest.raises(OptionError, match=r"^setting 'colour' is not known\. There are negative_prompt, .*, images, "):
+        Options.of(None, {"colour": 3})
+    with pytest.raises(OptionError, match=r"options is {'steps': 3}, expected an Options object"):
+        Options.of({"steps": 3}, {})  # type: ignore[arg-type]

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from magicface_rt.errors import ConceptError
-from magicface_rt.regions import PADDING, MaskedReference, cell_groups, kept_tokens, key_access, token_arrays
+from magicface_rt.regions import (
+    PADDING,
+    KeptTokens,
+    MaskedReference,
+    bucket,
+    cell_groups,
+    kept_tokens,
+    key_access,
+    token_arrays,
+)
 
 
 def full(concept: int, weight: float, share: float = 1.0) -> MaskedReference:
@@ -40,7 +51,7 @@ def test_a_reference_of_weight_zero_keeps_nothing_and_does_not_shift_the_others(
 
 def test_with_nothing_to_see_one_padding_key_stands_in() -> None:
     kept = kept_tokens([full(0, 2.0, 0.0)], 4, 4)
-    assert list(kept.concept) == [PADDING]
+    assert (kept.index.tolist(), kept.concept.tolist(), kept.weight.tolist()) == ([0], [PADDING], [0.0])
     for stage in ("rsa", "rba"):
         assert key_access({1: kept}, stage, "bias")["key_group_1"].tolist() == [[PADDING]]
 
@@ -75,3 +86,45 @@ def test_tokens_of_no_concept_are_scaled_and_the_later_concept_has_a_shared_toke
 def test_more_concepts_than_groups_are_refused() -> None:
     with pytest.raises(ConceptError, match="at most 6"):
         token_arrays([(k,) for k in range(1, 8)], 0.6, 1)
+    assert token_arrays([(k,) for k in range(1, 7)], 0.6, 1)["token_group"].max() == 6
+
+
+def test_nobody_is_minus_one_and_a_prompt_has_77_tokens() -> None:
+    """As the exported graphs have it: docs/bundle-format.md."""
+    assert PADDING == -1
+    arrays = token_arrays([(1,)], 0.6, 2)
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "token_scale": (2, 77),
+        "token_group": (2, 77),
+        "foreground_only": (2,),
+    }
+
+
+def test_padding_stands_behind_and_weighs_nothing() -> None:
+    tokens = kept_tokens([full(0, 2.0)], 2, 2)
+    padded = tokens.padded(6)
+    assert padded.index.tolist() == [0, 1, 2, 3, 0, 0]
+    assert padded.concept.tolist() == [0] * 4 + [PADDING] * 2
+    assert padded.weight.tolist() == [2.0] * 4 + [0.0] * 2
+    assert tokens.padded(5).count == 5
+    for count in (4, 3):
+        assert tokens.padded(count) is tokens
+
+
+@pytest.mark.parametrize("weight", [1.0, -1.0, 1e-6])
+def test_only_a_weight_of_zero_hides_a_reference(weight: float) -> None:
+    kept = kept_tokens([full(0, weight)], 2, 2)
+    assert kept.weight.tolist() == [np.float32(weight)] * 4
+    assert kept.concept.tolist() == [0] * 4
+
+
+def test_buckets_are_four_an_octave_from_16() -> None:
+    found = sorted({bucket(count) for count in range(1, 600)})
+    assert found == [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640]
+    assert [bucket(count, 100) for count in (90, 97, 100, 101)] == [96, 100, 100, 101]
+
+
+def test_what_the_graphs_are_told_cannot_be_changed_afterwards() -> None:
+    for frozen in (full(0, 1.0), KeptTokens(*[np.zeros(1, np.int64)] * 2, np.zeros(1, np.float32))):
+        with pytest.raises(FrozenInstanceError):
+            frozen.weight = 2.0  # type: ignore[misc]

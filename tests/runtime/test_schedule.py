@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_steps_that_would_start_beyond_the_training_are_refused() -> None:
     assert Schedule(steps_offset=0).timesteps(1000)[0] == 999
 
 
-@pytest.mark.parametrize("timestep", [-1, 1000, 1.5, np.array([3, 1000])])
+@pytest.mark.parametrize("timestep", [-1, 1000, 1.5, np.array([3, 1000]), np.array([-1, 3])])
 def test_timesteps_that_do_not_exist_are_refused(timestep: Any) -> None:
     z = np.zeros((2, 4, 2, 2), np.float32)
     with pytest.raises(OptionError, match="timestep is"):
@@ -137,6 +138,13 @@ def test_an_offset_in_the_config_is_used_and_a_missing_one_is_the_pipelines() ->
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
         ({"steps_offset": -1}, "steps_offset"),
         ({"set_alpha_to_one": "no"}, "set_alpha_to_one"),
+        ({"num_train_timesteps": 1_000_001}, "num_train_timesteps is 1000001"),
+        ({"num_train_timesteps": 10.0}, "num_train_timesteps is 10.0"),
+        ({"num_train_timesteps": 10, "steps_offset": 10}, "steps_offset is 10, expected a whole number from 0 to 9"),
+        ({"steps_offset": True}, "steps_offset is True"),
+        ({"beta_start": 0}, "beta_start is 0,"),
+        ({"beta_end": 1}, "beta_end is 1,"),
+        ({"beta_end": True}, "beta_end is True"),
     ],
 )
 def test_configs_that_make_no_such_schedule_are_refused_by_name(config: dict[str, Any], named: str) -> None:
@@ -205,3 +213,84 @@ def test_streams_out_of_range_are_refused(stream: int) -> None:
         target_noise(0, stream, (1,))
     with pytest.raises(OptionError, match="step"):
         reference_noise(0, stream, (1,))
+
+
+def test_the_ends_of_the_ranges_make_schedules() -> None:
+    for config in (
+        {"num_train_timesteps": 1_000_000},
+        {"num_train_timesteps": 10, "steps_offset": 9},
+        {"beta_start": 1e-9, "beta_end": 0.999},
+    ):
+        assert Schedule.from_config(config) == Schedule(**config)  # type: ignore[arg-type]
+
+
+def test_a_schedule_of_one_timestep() -> None:
+    schedule = Schedule(num_train_timesteps=1, steps_offset=0)
+    np.testing.assert_array_equal(schedule.alphas_cumprod, np.float32(1) - np.float32(0.00085**0.5) ** 2)
+    assert schedule.timesteps(1).tolist() == [0]
+
+
+def test_keys_that_are_null_are_as_if_absent() -> None:
+    assert Schedule.from_config({"beta_start": None, "steps_offset": None, "prediction_type": "epsilon"}) == Schedule()
+
+
+def test_the_config_is_one_of_diffusers() -> None:
+    assert Schedule().to_config() == {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        "clip_sample": False,
+    }
+
+
+def test_a_schedule_cannot_be_changed() -> None:
+    schedule = Schedule()
+    with pytest.raises(FrozenInstanceError):
+        schedule.steps_offset = 0  # type: ignore[misc]
+    with pytest.raises(ValueError, match="read-only"):
+        schedule.alphas_cumprod[0] = 1
+    with pytest.raises(TypeError):
+        Schedule(500)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("to_one", [False, True])
+def test_the_step_to_timestep_0_and_the_one_after_it(to_one: bool) -> None:
+    """Timesteps 500 and 0: the first leads to abar[0], which is a trained one, and the second beyond it."""
+    schedule = Schedule(steps_offset=0, set_alpha_to_one=to_one)
+    a500, a0 = (float(schedule.alphas_cumprod[t]) for t in (500, 0))
+    (keep, _), (last, add) = schedule.step_coefficients(2)
+    assert keep == pytest.approx(math.sqrt(a0 / a500), rel=1e-6)
+    assert last == pytest.approx(math.sqrt((1 if to_one else a0) / a0), rel=1e-6)
+    assert add == pytest.approx(-math.sqrt((1 - a0) / a0) if to_one else 0, abs=1e-6)
+
+
+def test_noise_at_timestep_0_and_on_nothing() -> None:
+    schedule, ones = Schedule(), np.ones((1, 4, 2, 2), np.float32)
+    a0 = float(schedule.alphas_cumprod[0])
+    np.testing.assert_allclose(schedule.add_noise(ones, ones, 0), math.sqrt(a0) + math.sqrt(1 - a0), rtol=1e-6)
+    assert schedule.add_noise(ones[:0], ones[:0], np.zeros(0, np.int64)).shape == (0, 4, 2, 2)
+    np.testing.assert_array_equal(
+        schedule.add_noise(ones, ones, np.array([3], np.uint8)), schedule.add_noise(ones, ones, 3)
+    )
+
+
+def test_the_last_streams_are_streams() -> None:
+    last = target_noise(0, 2**63 - 1, (8,)), reference_noise(0, 2**63 - 1, (8,)), reference_noise(0, 0, (8,))
+    assert len({draw.tobytes() for draw in last}) == 3
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 33, 100, 999, 1001])
+def test_betas_of_any_number_of_timesteps_are_torchs_bit_by_bit(count: int) -> None:
+    torch = pytest.importorskip("torch")
+    for start, end in ((0.00085, 0.012), (0.2, 0.7), (0.3, 0.9)):
+        schedule = Schedule(
+            num_train_timesteps=count, beta_start=start, beta_end=end, beta_schedule="linear", steps_offset=0
+        )
+        betas = torch.linspace(start, end, count, dtype=torch.float32)
+        np.testing.assert_array_equal(schedule.alphas_cumprod, torch.cumprod(1 - betas, 0).numpy())

@@ -50,7 +50,6 @@ class Counts(Observer, Watcher):
 
     def take(self) -> Tally:
         """What was counted; it counts from nothing again."""
-        keeper = self._session._keeper
         with self._lock:
             tally = Tally(
                 self._replica,
@@ -58,8 +57,8 @@ class Counts(Observer, Watcher):
                 self._prepared,
                 self._hits,
                 self._misses,
-                keeper.store.nbytes,
-                keeper.on_device.nbytes,
+                self._session.kept_bytes,
+                self._session.device_kept_bytes,
             )
             self._clear()
         return tally

@@ -1,0 +1,170 @@
+"""Too little memory on the host: told from other failures, whichever library says it, and how much there may be."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import DeviceError, HostMemoryError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+_SAID = (
+    "bad_alloc",  # C++
+    "bad allocation",
+    "can't allocate memory",  # PyTorch
+    "cannot allocate memory",  # the system, also of a library that is loaded
+    "failed to map segment",
+)
+"""What libraries say in an error of another kind, in small letters."""
+
+_SAID_UNDER_A_LIMIT = (
+    "can't start new thread",  # its stack is addresses; without a limit of these it is another limit that was met
+    "error return without exception set",  # Python, where it found none for the exception
+)
+"""The same, but only where there is a limit of addresses."""
+
+_CURE = (
+    "Free some, or allow this process more (ulimit -v, the container's limit); or ask for less: fewer pictures at "
+    "once, prepared concepts from files, a smaller budget or workspace."
+)
+
+
+def shortage(error: BaseException) -> HostMemoryError | None:
+    """The same as an error of ours, where too little memory on the host was its cause; else None."""
+    if isinstance(error, HostMemoryError):
+        return error
+    cause: BaseException | None = error
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, DeviceError):
+            return None
+        if _says_so(cause):
+            said = " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
+            return HostMemoryError(f"there is too little memory on the host: {said[:300]}. {_limits_said()}{_CURE}")
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+@contextmanager
+def told_as_ours() -> Iterator[None]:
+    """Within the block, whatever too little memory raises becomes a `HostMemoryError`."""
+    try:
+        yield
+    except Exception as error:
+        found = shortage(error)
+        if found is None or found is error:
+            raise
+        raise found from error
+
+
+def _says_so(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    said = str(error).lower()
+    if any(words in said for words in _SAID):
+        return True
+    return any(words in said for words in _SAID_UNDER_A_LIMIT) and bool(_address_limit())
+
+
+def room() -> int | None:
+    """Bytes that this process may still take before a hard limit stops or ends it; None where none is set.
+
+    Looked at are its limit of addresses (RLIMIT_AS) and the memory limits of its control groups, those above them
+    included. What is cached of files counts as free, as the system drops it first.
+    """
+    found = [left for _, left in _limits()]
+    return min(found, default=None)
+
+
+def foreseen(need: str) -> HostMemoryError:
+    """The error for what is known to find too little memory, before it is tried. `need`: a clause that says so."""
+    return HostMemoryError(f"{need}. {_limits_said()}{_CURE}")
+
+
+def check_addresses(need: int, what: str) -> None:
+    """For what ends the process, or hangs, where a limit of addresses leaves it too few.
+
+    Raises:
+        HostMemoryError: there is a limit, and it leaves less than so many bytes.
+    """
+    if any(left < need for _, left in _address_limit()):
+        raise foreseen(f"{what} needs {need / 1e6:,.0f} MB of addresses")
+
+
+def address_hint() -> str:
+    """A sentence for what may have failed by a limit of addresses that a library does not speak of; "" without one."""
+    found = _address_limit()
+    return f"It may be for its limit of addresses (ulimit -v), by which {_may_take(found[0][1])}." if found else ""
+
+
+def _limits_said() -> str:
+    """A sentence on the limit that leaves least, "" where none is set."""
+    with suppress(MemoryError):  # to look at limits takes some as well
+        found = sorted((left, name) for name, left in _limits())
+        return f"By its {found[0][1]} {_may_take(found[0][0])}. " if found else ""
+    return ""
+
+
+def _may_take(left: int) -> str:
+    return f"this process may take {left / 1e6:,.0f} MB more"
+
+
+def _limits() -> list[tuple[str, int]]:
+    return [*_address_limit(), *_group_limits()]
+
+
+def _address_limit() -> list[tuple[str, int]]:
+    if resource is None:
+        return []
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return []
+    try:
+        used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+    except (OSError, ValueError, LookupError):  # a system that does not tell
+        used = 0
+    return [("limit of addresses (ulimit -v)", max(0, soft - used))]
+
+
+def _group_limits(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> list[tuple[str, int]]:
+    """Of version 2 of control groups, and of version 1 where that has the memory."""
+    found = []
+    try:
+        lines = [line.split(":", 2) for line in of.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+    for line in lines:
+        if len(line) != 3 or not (line[1] == "" or "memory" in line[1].split(",")):
+            continue
+        base, names = (
+            (root, ("memory.max", "memory.current", ""))
+            if line[1] == ""
+            else (root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
+        )
+        group = base / line[2].lstrip("/")
+        for folder in (group, *group.parents):
+            if folder != base and base not in folder.parents:
+                break
+            if (left := _left_in(folder, *names)) is not None:
+                found.append(("control group's memory limit", left))
+    return found
+
+
+def _left_in(folder: Path, limit: str, used: str, prefix: str) -> int | None:
+    try:
+        most = (folder / limit).read_text(encoding="utf-8").strip()
+        if most == "max" or int(most) >= 1 << 60:  # version 1 says "none" by a number that no machine has
+            return None
+        taken = int((folder / used).read_text(encoding="utf-8"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    except (OSError, ValueError, LookupError):
+        return None
+    return max(0, int(most) - taken + files)

@@ -1,0 +1,245 @@
+"""Files and folders that appear whole or not at all: written beside their place, put on the disk, then renamed.
+
+    .NAME.<32 hex digits>.part    what becomes NAME, while it is written; or the earlier NAME, while it is removed
+    .NAME.<32 hex digits>.old     the earlier NAME, where the system cannot let two folders change places
+
+A process holds a lock (flock) on what it writes, which the system frees however the process ends. So what a killed one
+left can be told from what another one is writing, and whoever writes the same NAME next removes it. Where there are no
+such locks (Windows, some network file systems) it stays until somebody removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["clear", "exchange", "part", "put", "settle", "why"]
+
+_NAME = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(part|old)", re.DOTALL)
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextlib.contextmanager
+def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new empty file beside `target`, or a new folder, to be filled and then `put` there.
+
+    Whatever has its name when the context ends is removed. What killed processes left of the same `target` is removed
+    first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    clear(target.parent, target.name.__eq__)
+    path, lock = _new(target, folder=folder)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        if lock is not None:
+            os.close(lock)
+
+
+def put(new: Path, target: Path, *, overwrite: bool = True) -> None:
+    """Let `new`, a part of `target`, take its place, on the disk for certain.
+
+    An earlier file is replaced, and an earlier folder with `overwrite` as well: either it or the new one is there at
+    every moment. Without, a folder is put only where there is none, or an empty one.
+
+    Raises:
+        OSError: that failed, and what was there before is there again.
+    """
+    settle(new)
+    earlier = os.path.lexists(target)
+    replaced = overwrite and earlier and new.is_dir() and target.is_dir()
+    if replaced:
+        _replace_folder(new, target)
+    else:
+        os.replace(new, target)
+    try:
+        _sync(target.parent)
+    except OSError:
+        # Whoever is told that it failed must not find it there.
+        with contextlib.suppress(OSError):
+            if replaced:
+                exchange(new, target)
+            elif not earlier:
+                os.rename(target, new)
+        raise
+
+
+def settle(path: Path) -> None:
+    """Put a file, or a folder with all that is in it, on the disk for certain.
+
+    Raises:
+        OSError: that failed.
+    """
+    if path.is_dir():
+        for inner in sorted(path.iterdir()):
+            settle(inner)
+    _sync(path)
+
+
+def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
+    """Remove what killed processes left unfinished in a folder, of those names that `of` takes; returns what went.
+
+    What a live process writes stays. So does an earlier folder that is the only one there is of its name, because its
+    process was killed in the middle of replacing it. Nothing is raised: what cannot be removed now may be another time.
+    """
+    removed: list[Path] = []
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder)
+    for name in names:
+        found = _NAME.fullmatch(name)
+        if found is None or not of(found[1]) or (found[2] == "old" and not os.path.lexists(folder / found[1])):
+            continue
+        with contextlib.suppress(OSError):
+            lock = _lock(folder / name)
+            if lock is not None:
+                try:
+                    _remove(folder / name)
+                finally:
+                    os.close(lock)
+                removed.append(folder / name)
+    return removed
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders change places in one step; False where this system or file system cannot.
+
+    Raises:
+        OSError: it can, and that failed.
+    """
+    renameat2 = _renameat2()
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def why(error: OSError) -> str:
+    """What happened and what to do, as the end of a message: `file 'a' cannot be written: ...`."""
+    if error.errno in _FULL:
+        advice = "Free some space there, or choose another place."
+    elif error.errno == errno.EFBIG:
+        advice = "Raise the limit on the size of files (`ulimit -f`), or choose another place."
+    elif error.errno in _REFUSED:
+        advice = "Make the place writable for this user, or choose another one."
+    else:
+        advice = "Look at the place and its disk, or choose another one."
+    return f"{error}. {advice}"
+
+
+# -------------------------------------------------------------------------------------------------------------- inside
+
+
+def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
+    """A new part of `target`, and the descriptor that holds its lock."""
+    while True:
+        path = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
+        if folder:
+            path.mkdir()
+        else:
+            path.touch(exist_ok=False)
+        try:
+            return path, _lock(path)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process took it for left behind, in the moment before it was locked
+        except BaseException:
+            _remove(path)
+            raise
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock on a file or folder until it is closed; None where there are no locks.
+
+    Raises:
+        BlockingIOError: a live process holds it.
+        OSError: it is gone or cannot be opened.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, _OPEN_FLAGS)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it may have renamed it meanwhile: then it is nobody's to remove.
+        if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+            return descriptor
+        raise BlockingIOError(errno.EWOULDBLOCK, "it is another one now", str(path))
+    except (BlockingIOError, FileNotFoundError):
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Afterwards the earlier folder is at `new`, or gone."""
+    if exchange(new, target):
+        return
+    aside = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    folder = path.is_dir()
+    if os.name == "nt" and folder:  # which is not possible there
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (folder and error.errno == errno.EINVAL):  # some file systems do not know it of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def _renameat2() -> Any:
+    """The C library's function; None where it has none."""
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+        function.restype = ctypes.c_int
+    return function

@@ -1,0 +1,87 @@
+"""Whether what a killed or failed process left is whole: each of these fails where it is anything between."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from killing_writers import made_result
+from PIL import Image
+
+from magicface_rt import KeptConcept
+from magicface_rt.bundle import Bundle
+from magicface_rt.provenance import read_provenance
+
+RESULT = ["image-0.png", "regions-0.png", "regions.npz", "run.json"]
+
+
+def result_at(path: Path) -> int | None:
+    """The mark of the result that stands there; None where none does."""
+    if not os.path.lexists(path):
+        return None
+    assert sorted(os.listdir(path)) == RESULT
+    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    mark = int(run["prompt"].removeprefix("a man, "))
+    expected = made_result(mark)
+    with Image.open(path / "image-0.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected.images[0]))
+    for name in ("image-0.png", "regions-0.png"):
+        provenance = read_provenance(path / name)  # reads all of it
+        assert provenance is not None
+        assert provenance["prompt"] == run["prompt"]
+    with np.load(path / "regions.npz") as arrays:
+        np.testing.assert_array_equal(arrays["regions"], expected.regions)
+    return mark
+
+
+def concept_at(path: Path, source: KeptConcept) -> int | None:
+    """The weight of the kept concept that stands there, whose keys are those of `source`; None where none does."""
+    if not os.path.lexists(path):
+        return None
+    found = KeptConcept.load(path, check_hashes=True)
+    for one, other in zip(arrays_of(found), arrays_of(source), strict=True):
+        np.testing.assert_array_equal(one, other)
+    return int(found.weight)
+
+
+def arrays_of(concept: KeptConcept) -> list[np.ndarray[Any, Any]]:
+    return [a for r in concept.references for stored in r.tensors.values() for a in stored.arrays.values()]
+
+
+def bundle_at(path: Path, like: Bundle) -> bool:
+    """Whether a bundle stands there, with the graphs and weights of another."""
+    if not os.path.lexists(path):
+        return False
+    found = Bundle.open(path, check_hashes=True)
+    assert list(found.graphs) == list(like.graphs)
+    assert found.files["weights.bin"] == like.files["weights.bin"]
+    return True
+
+
+def plan_at(store: Path) -> bool:
+    """Whether the one plan of a store is there."""
+    from magicface_rt.engines.store import EngineStore, Plan
+
+    opened = EngineStore(store)
+    checked = opened.verify()
+    assert [fault for _, fault in checked if fault is not None] == []
+    for plan, _ in checked:
+        assert isinstance(plan, Plan)
+        assert len(opened.read(plan)) == plan.bytes > 0
+    assert len(checked) <= 1
+    return bool(checked)
+
+
+def write_job(folder: Path) -> Path:
+    """A job with one concept, and its image."""
+    pixels = np.random.default_rng(5).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 8:40] = 255
+    Image.fromarray(np.dstack([pixels, mask])).save(folder / "man.png")
+    concepts = [{"word": "man", "image": "man.png", "prompt": "a man"}]
+    path = folder / "job.json"
+    path.write_text(json.dumps({"prompt": "a man", "concepts": concepts, "steps": 2}), encoding="utf-8")
+    return path

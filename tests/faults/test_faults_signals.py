@@ -1,0 +1,452 @@
+"""Ctrl-C and SIGTERM at any moment: the exit code says so, nothing half written stays, and a Session goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import figures
+import numpy as np
+import pytest
+from memory_hollow import Hollow
+from memory_limits import Scene
+from PIL import Image
+from threads_requests import HAT, MAN, PROMPT, STEPS, Mixed, digest
+from threads_signalled import OUTSIDE, Ended, Forks
+
+import magicface_rt
+from magicface_rt import Bundle, KeptConcept, Session
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+RESULT = {"image-0.png", "regions-0.png", "regions.npz", "run.json"}
+SOON_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def scene(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(tiny_bundle, tiny_checkpoint, tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def forks(request: pytest.FixtureRequest) -> Iterator[Forks]:
+    started = Forks(request.param)
+    yield started
+    started.stop()
+
+
+# ---------------------------------------------------------------------------------------------------- what may be there
+
+
+UNFINISHED = re.compile(r"\.(out|bundle|\w+\.concept)\.[0-9a-f]{32}\.part")
+
+
+def unfinished(folder: Path) -> list[str]:
+    """What is temporary by its name: it stays where a signal comes in the middle of its removal."""
+    return [path.name for path in folder.rglob(".*") if UNFINISHED.fullmatch(path.name)]
+
+
+def there(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not UNFINISHED.fullmatch(path.name)}
+
+
+def check_run(folder: Path) -> bool:
+    """A result is whole, or not there; says which."""
+    assert there(folder) <= {"out"}
+    if not (folder / "out").exists():
+        return False
+    assert {path.name for path in (folder / "out").iterdir()} == RESULT
+    with Image.open(folder / "out" / "image-0.png") as image:
+        image.load()
+    return True
+
+
+def check_prepare(folder: Path) -> bool:
+    """Every file that is there is whole; says whether all are."""
+    assert there(folder) <= {"kept"}
+    files = there(folder / "kept") if (folder / "kept").exists() else set()
+    assert files <= {"man.concept", "hat.concept"}
+    for name in files:
+        KeptConcept.load(folder / "kept" / name)
+    return len(files) == 2
+
+
+def check_export(folder: Path) -> bool:
+    assert there(folder) <= {"bundle"}
+    if not (folder / "bundle").exists():
+        return False
+    Bundle.open(folder / "bundle")
+    return True
+
+
+CHECKS: dict[str, Callable[[Path], bool]] = {
+    "run": check_run,
+    "run, prompt alone": check_run,
+    "prepare": check_prepare,
+    "export": check_export,
+}
+
+
+class Tally:
+    """How processes ended that a signal came to."""
+
+    def __init__(self) -> None:
+        self.ended: Counter[str] = Counter()
+        self.unfinished = 0
+
+    def check(self, verb: str, ended: Ended, number: int, folder: Path) -> None:
+        where = f"{verb}, signal {number}: code {ended.code}: {ended.said[-2000:]}"
+        whole = CHECKS[verb](folder)
+        self.unfinished += bool(unfinished(folder))
+        assert "Traceback" not in ended.said, where
+        if ended.code == 130:
+            assert ended.said.endswith("interrupted; nothing half written\n"), where
+            self.ended["interrupted"] += 1
+        elif ended.code == 0:
+            assert whole, where
+            self.ended["done before"] += 1
+        else:  # it came before the verb began to listen, or after it had ended
+            assert ended.code in (-number, OUTSIDE), where
+            self.ended["outside of the verb"] += 1
+
+    def __str__(self) -> str:
+        ends = ", ".join(f"{n} {how}" for how, n in self.ended.most_common())
+        return f"{self.ended.total()} signals: {ends}; {self.unfinished} left a temporary name, which the next removes"
+
+
+def fresh(folder: Path, number: int) -> Path:
+    made = folder / str(number)
+    made.mkdir()
+    return made
+
+
+# ----------------------------------------------------------------------------------------------------------- any moment
+
+
+def at_random(forks: Forks, scene: Scene, verb: str, count: int, folder: Path) -> Tally:
+    """At moments drawn over the whole length of the verb, by both signals in turn; more where too many come too late.
+
+    How long the verb takes is not the same twice: after a signal that came too late the next come before its moment.
+    """
+    arguments, draw, tally, turn = scene.verbs[verb], random.Random(count), Tally(), 0
+    whole = forks.run(arguments, fresh(folder, -1))
+    assert whole.code == 0, whole.said
+    length = whole.seconds
+    while turn < count or tally.ended["interrupted"] < count // 2:
+        assert turn < 10 * count, tally
+        number, where, seconds = NUMBERS[turn % 2], fresh(folder, turn), draw.uniform(0.03, 0.98) * length
+        ended = forks.run(arguments, where, number, seconds=seconds)
+        tally.check(verb, ended, number, where)
+        if ended.code == 0:
+            length = seconds
+        turn += 1
+    assert tally.ended["outside of the verb"] <= max(1, turn // 10), tally
+    return tally
+
+
+def at_changes(forks: Forks, scene: Scene, verb: str, most: int, folder: Path) -> Tally:
+    """As it is about to change each of the files and folders that it changes."""
+    arguments, tally = scene.verbs[verb], Tally()
+    whole = forks.run(arguments, fresh(folder, -1))
+    assert whole.code == 0, whole.said
+    assert whole.events >= 3, "it changed nothing"
+    chosen = range(whole.events)
+    if whole.events > most:
+        chosen = sorted(random.Random(most).sample(chosen, most))
+    for event in chosen:
+        number, where = NUMBERS[event % 2], fresh(folder, event)
+        tally.check(verb, forks.run(arguments, where, number, event=event), number, where)
+        if unfinished(where) and not CHECKS[verb](where):
+            assert forks.run(arguments, where).code == 0
+            assert not unfinished(where)
+    assert tally.ended["interrupted"] >= len(chosen) // 2, tally
+    assert not tally.ended["outside of the verb"], tally
+    return tally
+
+
+@pytest.mark.parametrize("forks", ["cli"], indirect=True)
+@pytest.mark.parametrize(
+    ("verb", "count"),
+    [
+        ("run, prompt alone", 2),
+        ("prepare", 2),
+        pytest.param("run", 40, marks=pytest.mark.slow),
+        pytest.param("prepare", 40, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_at_any_moment(forks: Forks, scene: Scene, verb: str, count: int, tmp_path: Path) -> None:
+    figures.tell("signals", f"{verb}, any of {count} moments", str(at_random(forks, scene, verb, count, tmp_path)))
+
+
+@pytest.mark.parametrize("forks", ["cli"], indirect=True)
+@pytest.mark.parametrize(
+    ("verb", "most"),
+    [
+        ("run, prompt alone", 3),
+        ("prepare", 3),
+        pytest.param("run", 200, marks=pytest.mark.slow),
+        pytest.param("prepare", 200, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_before_each_change(forks: Forks, scene: Scene, verb: str, most: int, tmp_path: Path) -> None:
+    told = str(at_changes(forks, scene, verb, most, tmp_path))
+    figures.tell("signals", f"{verb}, at most {most} changes of files", told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forks", ["export"], indirect=True)
+def test_a_signal_at_any_moment_of_an_export(forks: Forks, scene: Scene, tmp_path: Path) -> None:
+    (tmp_path / "time").mkdir()
+    figures.tell("signals", "export, any moment (slow)", str(at_random(forks, scene, "export", 20, tmp_path / "time")))
+    (tmp_path / "changes").mkdir()
+    told = str(at_changes(forks, scene, "export", 30, tmp_path / "changes"))
+    figures.tell("signals", "export, each change (slow)", told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forks", ["cli"], indirect=True)
+def test_an_earlier_result_outlives_a_signal(forks: Forks, scene: Scene, tmp_path: Path) -> None:
+    """`--overwrite` sets it aside, puts the new one in its place and removes it; before each of these."""
+    arguments = [*scene.verbs["run, prompt alone"], "--overwrite"]
+    assert forks.run(arguments, tmp_path).code == 0
+    whole = forks.run(arguments, tmp_path)
+    assert whole.code == 0
+    tally = Tally()
+    for event in range(max(0, whole.events - 12), whole.events):
+        ended = forks.run([*arguments, "--seed", str(event)], tmp_path, NUMBERS[event % 2], event=event)
+        tally.check("run", ended, NUMBERS[event % 2], tmp_path)
+        assert (tmp_path / "out").exists(), ended.said
+    assert tally.ended["interrupted"] >= 3, tally
+    assert forks.run(arguments, tmp_path).code == 0
+    assert not unfinished(tmp_path)
+    figures.tell("signals", "run --overwrite, last changes", f"{tally}; a whole result was always there")
+
+
+# ----------------------------------------------------------------------------------------------- processes of their own
+
+
+@pytest.mark.parametrize(
+    ("verb", "number"),
+    [
+        ("run", signal.SIGINT),
+        pytest.param("run", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("prepare", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("prepare", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("export", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("export", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_is_ended_in_the_middle(scene: Scene, verb: str, number: int, tmp_path: Path) -> None:
+    """As a shell starts it: it has loaded its runtime, and computes or writes."""
+    steps = ["--steps", "400"] if verb != "export" else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "magicface_rt.cli", *scene.verbs[verb], *steps],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    watch = threading.Timer(SOON_SECONDS, process.kill)
+    watch.start()
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "onnxruntime_pybind11_state" not in maps.read_text():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(number)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert process.wait() == 130, said
+    watch.cancel()
+    assert said.endswith("interrupted; nothing half written\n")
+    assert "Traceback" not in said
+    assert not CHECKS[verb](tmp_path)
+    assert not list(tmp_path.glob("*/*.part")) + list(tmp_path.glob(".*"))
+
+
+# -------------------------------------------------------------------------------------------------- inside of a Session
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    return Mixed(tiny_bundle, tmp_path_factory.mktemp("kept"))
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """A shell's background job starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupt_by(thread: threading.Thread) -> None:
+    """A signal that a thread gets is told to the main thread, wherever that is."""
+    signal.pthread_kill(thread.ident or 0, signal.SIGINT)
+    for _ in range(SOON_SECONDS * 10):  # an interrupted `join` takes the thread for ended, in Python 3.11
+        time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("heard")
+def test_ctrl_c_while_a_thread_draws_reaches_the_main_thread_alone(mixed: Mixed) -> None:
+    """The thread's request goes on and draws what it would have drawn; so does the main thread's next."""
+    with Session(mixed.bundle, backend=mixed.backend, workers=2) as session:
+        expected = digest(session.generate(PROMPT, [MAN, HAT], steps=8, seed=1))
+        stepped, found = threading.Event(), []
+
+        def work() -> None:
+            found.append(
+                digest(session.generate(PROMPT, [MAN, HAT], steps=8, seed=1, progress=lambda _: stepped.set()))
+            )
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert stepped.wait(SOON_SECONDS)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_by(thread)
+        assert thread.is_alive(), "it came too late"
+        thread.join(SOON_SECONDS)
+        assert found == [expected]
+        with pytest.raises(KeyboardInterrupt):
+            session.generate(PROMPT, [MAN], steps=8, progress=lambda _: os.kill(os.getpid(), signal.SIGINT))
+        assert digest(session.generate(PROMPT, [MAN, HAT], steps=8, seed=1)) == expected
+
+
+PACKAGE = Path(magicface_rt.__file__).parent
+DRAWING = ("session", "work", "workplace", "preparing", "course", "denoiser", "request", "results")
+"""Modules whose calls are interrupted. What Python's own library does in between, such as taking a semaphore, has
+moments at which an interrupt loses it; these cannot be mended here."""
+SAVING = ("results", "unfinished", "provenance")
+
+
+class Interrupt:
+    """KeyboardInterrupt where Python looks for signals: as a function begins, and as one written in C has ended.
+
+    Counts such moments in some files, and interrupts at that with the number `at`.
+    """
+
+    def __init__(self, files: Collection[str], at: int = -1) -> None:
+        self.files, self.at, self.where = files, at, ""
+        self.moments: list[str] = []
+        self._ours: dict[CodeType, bool] = {}
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event not in ("call", "c_return") or not self._is_ours(frame.f_code):
+            return
+        self.moments.append(os.path.basename(frame.f_code.co_filename))
+        if len(self.moments) - 1 == self.at:
+            self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            raise KeyboardInterrupt
+
+    def _is_ours(self, code: CodeType) -> bool:
+        if code not in self._ours:
+            self._ours[code] = code.co_filename in self.files
+        return self._ours[code]
+
+
+def some_of(moments: Sequence[str], most: int, always: Collection[str] = ()) -> list[int]:
+    """Numbers of about `most` moments; of all those in some files, which keep count of who is at work."""
+    first = {number for number, name in enumerate(moments) if name in always}
+    others = [number for number in range(len(moments)) if number not in first]
+    return sorted(first | set(random.Random(most).sample(others, min(most, len(others)))))
+
+
+def interrupted(interrupt: Interrupt, work: Callable[[], object]) -> bool:
+    """Whether the work ended by the interrupt, and not by itself or by an error that it became."""
+    sys.setprofile(interrupt)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.parametrize(("most", "form"), [(30, "quick"), pytest.param(4000, "slow", marks=pytest.mark.slow)])
+def test_ctrl_c_at_any_call_leaves_the_session_usable(tiny_bundle: Path, most: int, form: str) -> None:
+    bundle = Bundle.open(tiny_bundle, check_hashes=False)
+    files = {str(PACKAGE / f"{name}.py") for name in DRAWING}
+    with Session(bundle, backend=Hollow(), keep="16MiB") as session:
+        kept = session.prepare(HAT, steps=STEPS)
+
+        def draw() -> np.ndarray:
+            session.forget()
+            return session.generate(PROMPT, [MAN, kept], steps=STEPS, seed=1).latents
+
+        expected = draw()
+        counting = Interrupt(files)
+        assert not interrupted(counting, draw)
+        chosen = some_of(counting.moments, most, always=("session.py", "workplace.py"))
+        stopped = 0
+        for at in chosen:
+            interrupt = Interrupt(files, at)
+            stopped += interrupted(interrupt, draw)
+            assert session._running == 0, interrupt.where
+            assert session._workers._value == 1, interrupt.where
+            assert not session._loading.locked(), interrupt.where
+            found = draw_in_time(draw, interrupt.where)
+            np.testing.assert_array_equal(found, expected, interrupt.where)
+    assert stopped >= 0.95 * len(chosen)
+    told = (
+        f"{stopped} of {len(counting.moments)} moments tried, the Session usable and the next picture right after each"
+    )
+    figures.tell("signals", f"Ctrl-C at any call ({form})", told)
+
+
+def draw_in_time(draw: Callable[[], np.ndarray], where: str) -> np.ndarray:
+    found: list[np.ndarray] = []
+    thread = threading.Thread(target=lambda: found.append(draw()), daemon=True)
+    thread.start()
+    thread.join(SOON_SECONDS)
+    assert found, f"after an interrupt at {where} the next request hangs or fails"
+    return found[0]
+
+
+@pytest.mark.parametrize(("most", "form"), [(30, "quick"), pytest.param(4000, "slow", marks=pytest.mark.slow)])
+def test_ctrl_c_at_any_call_of_saving_keeps_a_result(tiny_bundle: Path, tmp_path: Path, most: int, form: str) -> None:
+    """The earlier or the new one is there, whole, at every moment; and the next is saved as ever."""
+    bundle = Bundle.open(tiny_bundle, check_hashes=False)
+    files = {str(PACKAGE / f"{name}.py") for name in SAVING} | {pathlib.__file__, shutil.__file__}
+    with Session(bundle, backend=Hollow()) as session:
+        results = [session.generate(PROMPT, steps=1, seed=seed) for seed in range(2)]
+    out = tmp_path / "out"
+
+    def save(number: int) -> None:
+        results[number % 2].save(out, overwrite=True)
+
+    save(0)
+    counting = Interrupt(files)
+    assert not interrupted(counting, lambda: save(1))
+    chosen = some_of(counting.moments, most)
+    stopped, left = 0, 0
+    for at in chosen:
+        interrupt = Interrupt(files, at)
+        stopped += interrupted(interrupt, lambda at=at: save(at))
+        assert out.is_dir(), f"the result was lost by an interrupt at {interrupt.where}"
+        assert {path.name for path in out.iterdir()} == RESULT, interrupt.where
+        seed = json.loads((out / "run.json").read_text())["options"]["seed"]
+        with Image.open(out / "image-0.png") as image:
+            assert f'"seed": {seed}' in str(image.info), f"half of two results: {interrupt.where}"
+        left += len(list(tmp_path.iterdir())) > 1
+        save(at + 1)
+    assert stopped >= 0.9 * len(chosen)
+    tried = f"{stopped} of {len(counting.moments)} moments tried"
+    told = f"{tried}, a whole result there after each; {left} left a temporary folder"
+    figures.tell("signals", f"Ctrl-C at any call of saving ({form})", told)

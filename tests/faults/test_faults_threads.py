@@ -1,0 +1,339 @@
+"""One Session and many threads, forks and ends: each picture is what a single caller gets, and nothing hangs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import figures
+import numpy as np
+import pytest
+import threads_processes
+from memory_slopes import held
+from threads_requests import HAT, MAN, PROMPT, STEPS, Mixed, digest
+
+from magicface_rt import Cancelled, MagicFaceError, Session, SessionClosedError
+from magicface_rt.backends import OnnxRuntime
+from magicface_rt.errors import OtherProcessError
+
+JOIN_SECONDS = 120
+THREADS = 8
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    return Mixed(tiny_bundle, tmp_path_factory.mktemp("kept"))
+
+
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Python's threads take turns every microsecond."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+class Crowd:
+    """Threads that all start at once. `join` raises what one of them raised, and fails where one hangs."""
+
+    def __init__(self, *work: Callable[[], object]) -> None:
+        self._errors: list[BaseException] = []
+        self._ready = threading.Barrier(len(work))
+        self.threads = [threading.Thread(target=self._run, args=(one,), daemon=True) for one in work]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, work: Callable[[], object]) -> None:
+        try:
+            self._ready.wait(JOIN_SECONDS)
+            work()
+        except BaseException as error:
+            self._errors.append(error)
+
+    def join(self, seconds: float = JOIN_SECONDS) -> None:
+        for thread in self.threads:
+            thread.join(seconds)
+            assert not thread.is_alive(), "a thread hangs"
+        if self._errors:
+            raise self._errors[0]
+
+
+# ------------------------------------------------------------------------------------------------------ many at a time
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.parametrize(("turns", "form"), [(4, "quick"), pytest.param(100, "slow", marks=pytest.mark.slow)])
+def test_threads_draw_what_a_serial_run_draws(mixed: Mixed, turns: int, form: str) -> None:
+    """Bit by bit, whatever stands beside it: also what is refused, cancelled or fails does so in the same words."""
+    kinds = len(mixed.kinds)
+    draw, order = random.Random(turns), []
+    for _ in range(-(-THREADS * turns // mixed.turns)):
+        order += draw.sample(range(mixed.turns), mixed.turns)
+    del order[THREADS * turns :]
+    with Session(mixed.bundle, backend=mixed.backend) as session:
+        serial = {(kind, seed): what for kind, seed, what in (mixed.turn(session, number) for number in set(order))}
+    found: list[tuple[str, int, str]] = []
+    with Session(mixed.bundle, backend=mixed.backend, workers=3, keep="8MiB") as session:
+
+        def work(mine: list[int]) -> None:
+            for number in mine:
+                found.append(mixed.turn(session, number))
+
+        Crowd(*(lambda mine=order[n::THREADS]: work(mine) for n in range(THREADS))).join(10 * THREADS * turns)
+    assert len(found) == THREADS * turns
+    for kind, seed, what in found:
+        assert what == serial[kind, seed], f"{kind}, seed {seed}"
+    assert len({kind for kind, _, _ in found}) > kinds // 2
+    told = f"{THREADS} threads x {turns} requests of {kinds} kinds, switch interval 1 us: {len(found)} bit-equal"
+    figures.tell("threads", f"one Session ({form})", told)
+
+
+def test_threads_that_want_one_reference_prepare_it_once_and_alike(mixed: Mixed) -> None:
+    with Session(mixed.bundle, backend=mixed.backend, workers=THREADS, keep="64MiB") as session:
+        found: list[str] = []
+        Crowd(*[lambda: found.append(mixed.ask(session, "two bare", 1))] * THREADS).join()
+        assert len(session._keeper.store.keys) == 2
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("loads", ["once", pytest.param("again", marks=pytest.mark.slow)])
+def test_forgetting_and_unloading_beside_requests_change_no_picture(mixed: Mixed, loads: str) -> None:
+    """`unload` is refused while one runs, `forget` says that something is left; both come at any moment."""
+    refused: list[str] = []
+    backend = mixed.backend if loads == "once" else OnnxRuntime("cpu", threads=1)
+    with Session(mixed.bundle, backend=backend, workers=2, keep="64MiB") as session:
+        expected = {kind: mixed.ask(session, kind, 2) for kind in ("two bare", "kept", "kept and bare")}
+        over = threading.Event()
+
+        def disturb() -> None:
+            while not over.wait(0.002):
+                session.forget()
+                try:
+                    session.unload("reference_kv", "vae_encoder", "denoise_step")
+                except MagicFaceError as error:
+                    refused.append(str(error))
+
+        disturber = Crowd(disturb)
+        found: list[tuple[str, str]] = []
+
+        def work() -> None:
+            for kind in expected:
+                found.append((kind, mixed.ask(session, kind, 2)))
+
+        try:
+            Crowd(work, work, work).join()
+        finally:
+            over.set()
+            disturber.join()
+        assert session.forget()
+    assert len(found) == 9
+    assert all(what == expected[kind] for kind, what in found)
+    assert set(refused) <= {"graphs cannot be unloaded while a request is running; wait for it to end."}
+
+
+# ------------------------------------------------------------------------------------------------------------ the end
+
+
+def asks(mixed: Mixed, session: Session) -> dict[str, Callable[[], object]]:
+    return {
+        "generate": lambda: session.generate(PROMPT, [MAN], steps=STEPS),
+        "generate_batch": lambda: mixed.kinds["batch"](session, 1),
+        "prepare": lambda: session.prepare(MAN, steps=STEPS),
+        "plan": lambda: session.plan([MAN], STEPS),
+        "warm_up": lambda: session.warm_up(PROMPT, [mixed.man]),
+    }
+
+
+def test_a_closed_session_refuses_all_that_it_can_be_asked(mixed: Mixed) -> None:
+    session = Session(mixed.bundle, backend=mixed.backend, keep="8MiB")
+    session.generate(PROMPT, [MAN], steps=STEPS)
+    session.close()
+    for name, ask in asks(mixed, session).items():
+        with pytest.raises(SessionClosedError, match="open a new one"):
+            ask()
+        assert not session._runners, name
+    assert session.forget()
+    session.unload("vae_encoder")
+    assert session.kept_bytes == 0
+
+
+def test_closing_ends_those_that_run_and_those_that_wait(mixed: Mixed) -> None:
+    """Six requests of 500 steps on two workers: two run, four wait, and eight threads close at once."""
+    session = Session(mixed.bundle, backend="onnxruntime-cpu", threads=1, workers=2)
+    ended: list[str] = []
+    both = threading.Barrier(3)
+    first = threading.local()
+
+    def stepped(_: object) -> None:
+        if not getattr(first, "done", False):
+            first.done = True
+            both.wait(JOIN_SECONDS)
+
+    def long() -> None:
+        try:
+            session.generate(PROMPT, [HAT], steps=500, progress=stepped)
+            ended.append("drawn")
+        except SessionClosedError:
+            ended.append("closed")
+
+    asking = Crowd(*[long] * 6)
+    both.wait(JOIN_SECONDS)  # two are in their loops
+    Crowd(*[session.close] * THREADS).join()
+    asking.join()
+    assert ended == ["closed"] * 6
+    assert not session._runners
+    assert session._running == 0
+    session.close()
+
+
+def test_another_thread_cancels(mixed: Mixed) -> None:
+    with Session(mixed.bundle, backend=mixed.backend) as session:
+        expected = mixed.ask(session, "bare", 1)
+        begun, stop = threading.Event(), threading.Event()
+
+        def progress(_: object) -> bool:
+            begun.set()
+            return not stop.wait(0.01)
+
+        def long() -> None:
+            with pytest.raises(Cancelled, match="of 500"):
+                session.generate(PROMPT, [HAT], steps=500, progress=progress)
+
+        asking = Crowd(long)
+        assert begun.wait(JOIN_SECONDS)
+        stop.set()
+        asking.join()
+        assert mixed.ask(session, "bare", 1) == expected
+
+
+def test_a_session_that_nobody_holds_any_more_leaves_nothing(mixed: Mixed) -> None:
+    def cycle() -> weakref.ref[Session]:
+        session = Session(mixed.bundle, backend="onnxruntime-cpu", threads=3, keep="8MiB")
+        session.generate(PROMPT, [MAN], steps=STEPS)
+        assert len(os.listdir("/proc/self/task")) > int(before["tasks"][0]), "the runtime has threads of its own"
+        return weakref.ref(session)
+
+    gc.collect()
+    before = held()
+    gone = cycle()
+    gc.collect()
+    assert gone() is None
+    assert held() == before
+
+
+def test_a_session_that_cannot_be_opened_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    before = held()
+    for backend, error in (("onnxruntime-cuda", MagicFaceError), ("abacus", MagicFaceError)):
+        with pytest.raises(error):
+            Session(tiny_bundle, backend=backend, check_hashes=False)
+    with pytest.raises(MagicFaceError):
+        Session(tmp_path)
+    gc.collect()
+    assert held() == before
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def process(*arguments: object, **pipes: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, threads_processes.__file__, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        **pipes,
+    )
+
+
+def answer(started: subprocess.Popen[str]) -> dict[str, Any]:
+    try:
+        out, said = started.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        started.kill()
+        pytest.fail(f"it hangs: {started.communicate()[1][-2000:]}")
+    assert started.returncode == 0, said[-3000:]
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def drawn(mixed: Mixed) -> str:
+    """What the processes draw."""
+    with Session(mixed.bundle, backend="onnxruntime-cpu", threads=2, keep="16MiB") as session:
+        return threads_processes.draw(session)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("when", ["fork", pytest.param("fork-busy", marks=pytest.mark.slow)])
+def test_a_session_is_refused_in_a_forked_process_and_its_own_goes_on(tiny_bundle: Path, drawn: str, when: str) -> None:
+    found = answer(process(when, tiny_bundle))
+    assert found["before"] == found["after"] == drawn
+    assert set(found.get("meanwhile", [drawn])) == {drawn}
+    child = found["child"]
+    assert child["code"] == 7, f"it hung, or died at its end: {child}"
+    assert child["said"].pop("own") == drawn, "a Session of its own"
+    assert child["said"].pop("close") == ["none", "None"]
+    assert set(child["said"]) == {"generate", "prepare", "plan", "warm_up", "forget", "unload"}
+    for name, (kind, text) in child["said"].items():
+        assert kind == "OtherProcessError", name
+        assert "open a Session in each process" in text
+    figures.tell("threads", f"forked ({when})", f"{len(child['said'])} calls refused, none hung, the parent bit-equal")
+
+
+@pytest.mark.slow
+def test_a_process_that_starts_anew_opens_its_own(tiny_bundle: Path, drawn: str) -> None:
+    found = answer(process("spawn", tiny_bundle))
+    assert found["before"] == found["after"] == found["child"] == drawn
+    assert found["code"] == 0
+    kind, text = found["sent"]
+    assert kind == "OtherProcessError"
+    assert "send the bundle's path" in text
+
+
+def test_a_session_is_not_copied(mixed: Mixed) -> None:
+    import copy
+
+    with Session(mixed.bundle, backend=mixed.backend) as session, pytest.raises(OtherProcessError, match="copied"):
+        copy.copy(session)
+
+
+@pytest.mark.parametrize(("turns", "form"), [(1, "quick"), pytest.param(40, "slow", marks=pytest.mark.slow)])
+def test_two_processes_on_one_file_draw_the_same(tiny_bundle: Path, tmp_path: Path, turns: int, form: str) -> None:
+    """Both prepare, save over the file that the other may be reading, load it and draw with it."""
+    both = [process("store", tiny_bundle, tmp_path / "man.concept", turns) for _ in range(2)]
+    for one in both:
+        assert one.stdin is not None
+        one.stdin.write("\n")
+        one.stdin.flush()
+    found = [answer(one) for one in both]
+    assert [one["errors"] for one in found] == [[], []]
+    assert found[0]["drawn"] == found[1]["drawn"]
+    assert len(found[0]["drawn"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["man.concept"]
+    figures.tell("threads", f"two processes, one file ({form})", f"2 x {turns} saved, loaded and drawn, all bit-equal")
+
+
+def test_the_digest_sees_every_bit(mixed: Mixed) -> None:
+    """What all comparisons here stand on."""
+    with Session(mixed.bundle, backend=mixed.backend) as session:
+        result = session.generate(PROMPT, [mixed.man], steps=STEPS)
+    before = digest(result)
+    bits = result.latents.view(np.uint32)
+    bits[0, 0, 0, 0] ^= 1
+    assert digest(result) != before
+    bits[0, 0, 0, 0] ^= 1
+    result.regions[0, 0, 0] += 1
+    assert digest(result) != before
+    result.regions[0, 0, 0] -= 1
+    assert digest(result) == before

@@ -1,0 +1,169 @@
+"""Verbs that a signal interrupts, each in a process of its own that is forked from one which has loaded everything.
+
+python threads_signalled.py LIBRARY    cli, or export, which loads PyTorch as well
+
+For each line of JSON on stdin: {"arguments": [...], "folder": ..., "number": signal or null, "seconds": s or null,
+"event": n or null}. The signal is sent so many seconds after the verb began, or by the child to itself as it is about
+to do its n-th change of a file or folder. Answered is {"code", "seconds", "events", "said"}.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+LIBRARIES = {
+    "cli": ("onnxruntime", "magicface_rt.cli", "magicface_rt.session"),
+    "export": ("magicface_rt.cli", "magicface_rt.export.exporter", "magicface_rt.export.checkpoint"),
+}
+EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.move"}
+OUTSIDE = 199
+"""The code of a child in which the signal came when no verb ran any more."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended. `events`: changes of files and folders that it was about to make."""
+
+    code: int
+    seconds: float
+    events: int
+    said: str
+
+
+class Forks:
+    """A process that has loaded everything, and forks."""
+
+    def __init__(self, library: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, library],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert self._hear() == "ready"
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        number: int | None = None,
+        *,
+        seconds: float | None = None,
+        event: int | None = None,
+    ) -> Ended:
+        """`folder`: where it works, which is there already."""
+        request = {"arguments": list(arguments), "folder": os.fspath(folder), "number": number}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({**request, "seconds": seconds, "event": event}) + "\n")
+        self._process.stdin.flush()
+        return Ended(**json.loads(self._hear()))
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _hear(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"the process that forks ended with {self._process.wait()}"
+        return line.strip()
+
+
+# ------------------------------------------------------------------------------------------------------ what is started
+
+
+def serve(library: str) -> None:
+    for name in LIBRARIES[library]:
+        importlib.import_module(name)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        heard, told = os.pipe()
+        marks, marking = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(heard)
+            os.close(marks)
+            _work(request, told, marking)
+        os.close(told)
+        os.close(marking)
+        os.read(marks, 1)  # it begins
+        started = time.monotonic()
+        counted: list[bytes] = []
+        counting = threading.Thread(target=lambda: counted.append(_read(marks)))  # noqa: B023 - it ends below
+        counting.start()
+        if request["seconds"] is not None:
+            time.sleep(request["seconds"])
+            os.kill(child, request["number"])  # nobody has waited for it, so the number is still its own
+        said = _read(heard).decode(errors="replace")
+        _, status = os.waitpid(child, 0)
+        counting.join()
+        code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - started
+        print(json.dumps({"code": code, "seconds": seconds, "events": len(counted[0]), "said": said}), flush=True)
+
+
+def _read(pipe: int) -> bytes:
+    with os.fdopen(pipe, "rb") as stream:
+        return stream.read()
+
+
+def _work(request: dict[str, Any], told: int, marking: int) -> NoReturn:
+    from magicface_rt.cli import main
+
+    code = OUTSIDE
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for at, of in ((0, nothing), (1, nothing), (2, told)):
+            os.dup2(of, at)
+        os.close(told)
+        # What Python knows of the streams, such as that they are pipes, is not true of these.
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os.chdir(request["folder"])
+        _count(request, marking)
+        code = main(request["arguments"])
+    except KeyboardInterrupt:
+        pass
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _count(request: dict[str, Any], marking: int) -> None:
+    """Marks the beginning and every change; the signal comes as the one that was asked for begins."""
+    left = -1 if request["event"] is None else int(request["event"])
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if event not in EVENTS and not writes:
+            return
+        os.write(marking, b".")
+        if left == 0:
+            left = -1
+            os.kill(os.getpid(), request["number"])
+        left -= left > 0
+
+    sys.addaudithook(hook)
+    os.write(marking, b".")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
