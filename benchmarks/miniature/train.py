@@ -29,12 +29,12 @@ from .training import AutoencoderStage, DenoiserStage, Plan, Stage
 
 AUTOENCODER = {
     "test": Plan(pictures=64, batch=8, rate=1e-3, warm_up=16),
-    "small": Plan(pictures=40_000, batch=8, rate=5e-4, warm_up=800, plateau=20_000, landing=0.4, average=2_000),
+    "small": Plan(pictures=32_000, batch=8, rate=5e-4, warm_up=800, plateau=20_000, landing=0.4, average=2_000),
     "full": Plan(pictures=400_000, batch=32, rate=1e-3, warm_up=3_000, landing=0.4, average=10_000),
 }
 DENOISER = {
     "test": Plan(pictures=64, batch=8, rate=1e-3, warm_up=16),
-    "small": Plan(pictures=800_000, batch=32, rate=1e-3, warm_up=4_000, grounding=0.02),
+    "small": Plan(pictures=110_000, batch=32, rate=1e-3, warm_up=4_000, grounding=0.02),
     "full": Plan(
         pictures=2_400_000, batch=256, rate=1.5e-3, warm_up=40_000, plateau=400_000, average=100_000, grounding=0.02
     ),
@@ -93,6 +93,7 @@ def train(crew: Crew, options: argparse.Namespace) -> int:
                 "autoencoder": {"pictures": autoencoder.seen, "plan": asdict(autoencoder.plan)},
                 "denoiser": {"pictures": denoiser.seen, "plan": asdict(denoiser.plan)},
                 "processes": crew.size,
+                "precision": options.precision,
                 "torch": torch.__version__,
             }
             size_bytes = write_checkpoint(denoiser.model(), options.export, provenance=provenance)
