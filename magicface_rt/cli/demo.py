@@ -1,50 +1,64 @@
-"""`magicface-rt demo`: the whole chain on this machine, with a small network of random weights."""
+"""`magicface-rt demo`: the whole chain on this machine, with the miniature that comes with the repository."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import magicface_rt
-from magicface_rt import Bundle, BundleError, CheckpointError, JobError, Session
+from magicface_rt import Bundle, BundleError, CheckpointError, Concept, JobError, OutputError, Session
 
 from ._command import Command, JsonOption, check_output_folder, command, export_module
+from ._demo_sheet import contact_sheet
 from .run import print_result, progress_bar, request_of
 
-JOB = Path("demo") / "job.json"
+JOB = Path("demo") / "portrait" / "job.json"
+WEIGHTS = Path("benchmarks") / "miniature" / "weights"
+PORTRAIT, SHEET = "portrait", "sheet.png"
 VERIFY_STEPS = 4
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the picture goes; replaced if there.")] = Path(
-        "demo-out"
-    ),
-    work: Annotated[Path, typer.Option(metavar="DIR", help="Where checkpoint and bundle are kept.")] = Path(
-        ".cache/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where portrait/ and sheet.png go; both are replaced if there.")
+    ] = Path("demo-out"),
+    work: Annotated[Path, typer.Option(metavar="DIR", help="Where the bundle is kept.")] = Path(".cache/demo"),
     steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps, instead of the job's.")] = None,
     job: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Another job than the repository's demo/job.json.")
+        Path | None, typer.Option(metavar="FILE", help="Another job than the repository's demo/portrait/job.json.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Another checkpoint than the miniature's weights.")
     ] = None,
     json_to: JsonOption = None,
 ) -> None:
-    """Run the whole chain: checkpoint, export, picture, parity with PyTorch. No GPU, no download, no likeness."""
+    """Run the whole chain: checkpoint, export, pictures, parity with PyTorch. No GPU, no download."""
     with command(json_to) as verb:
-        check_output_folder(out, overwrite=True)
-        request = request_of(job or _find_job(), None, [], {"steps": steps})
+        portrait = out / PORTRAIT
+        check_output_folder(portrait, overwrite=True)
+        request = request_of(job or _find(JOB, JobError, "--job FILE"), None, [], {"steps": steps})
+        options, concepts = request.options, [one for one in request.concepts if isinstance(one, Concept)]
         parity = export_module("parity")
-        source, checkpoint = _checkpoint(verb, work / "magicface-demo-checkpoint")
-        bundle = _bundle(verb, checkpoint, work / "magicface-demo-bundle")
-        verb.note(f"picture: {request.prompt!r}, {len(request.concepts)} concepts, {request.options.steps} steps")
-        with Session(bundle) as session, progress_bar(request.options) as progress:
-            result = session.generate(request.prompt, request.concepts, options=request.options, progress=progress)
-        folder = result.save(out, overwrite=True)
+        source = checkpoint or _find(WEIGHTS, CheckpointError, "--checkpoint DIR")
+        bundle = _bundle(verb, export_module("checkpoint").Checkpoint.open(source), work / "magicface-demo-bundle")
+        verb.note(f"pictures: {request.prompt!r}, without and with {len(concepts)} concepts, {options.steps} steps")
+        with Session(bundle) as session:
+            plain = session.generate(request.prompt, options=replace(options, semantic_guidance=False))
+            with progress_bar(options) as progress:
+                result = session.generate(request.prompt, concepts, options=options, progress=progress)
+        folder, sheet = result.save(portrait, overwrite=True), out / SHEET
+        try:
+            contact_sheet(concepts, plain, result).save(sheet)
+        except OSError as error:
+            raise OutputError(f"file {str(sheet)!r} cannot be written: {error}.") from error
         verdict = parity.verify_bundle(bundle.path, source, steps=VERIFY_STEPS, report=verb.note)
         verb.outcome = {
-            "out": str(folder),
+            "out": str(out),
+            "sheet": str(sheet),
             "checkpoint": str(source),
             "bundle": str(bundle.path),
             "run": result.to_dict(),
@@ -53,37 +67,25 @@ def demo(
         for line in verdict.summary():
             verb.print(line)
         print_result(verb, result, folder)
+        verb.print(f"sheet    {sheet}: references, the picture without and with them, regions")
         verb.print(f"bundle   {bundle.path}")
         verb.print(f"parity   {'passed' if verdict.passed else 'FAILED'}, the numbers are above")
-        verb.print("The weights are random, so this picture is a likeness of nobody: it shows that the chain works.")
+        verb.print("The miniature draws portraits of 64 pixels and nothing else: docs/miniature.md.")
         verb.print("With a real checkpoint: magicface-rt export CHECKPOINT --out BUNDLE, then magicface-rt run.")
         if not verdict.passed:
             verb.fail()
 
 
-def _find_job() -> Path:
-    """The repository's job: from the current folder, or beside the package where that runs from a source tree.
+def _find(what: Path, missing: type[JobError] | type[CheckpointError], option: str) -> Path:
+    """What the repository holds: from the current folder, or beside the package where that runs from a source tree.
 
     Raises:
-        JobError: it is in neither place.
+        missing: it is in neither place.
     """
     for place in (Path(), Path(magicface_rt.__file__).parents[1]):
-        if (place / JOB).is_file():
-            return place / JOB
-    raise JobError(f"there is no {JOB} here. Run this from the repository's folder, or give --job FILE.")
-
-
-def _checkpoint(verb: Command, folder: Path) -> tuple[Path, Any]:
-    """The demo's checkpoint, opened; made again where it is not there or not whole."""
-    open_checkpoint = export_module("checkpoint").Checkpoint.open
-    try:
-        return folder, open_checkpoint(folder)
-    except CheckpointError:
-        if folder.exists():
-            shutil.rmtree(folder)
-    verb.note("checkpoint: writing a tiny one of random weights")
-    export_module("random_weights").write_checkpoint("tiny", folder, seed=0)
-    return folder, open_checkpoint(folder)
+        if (place / what).exists():
+            return place / what
+    raise missing(f"there is no {what} here. Run this from the repository's folder, or give {option}.")
 
 
 def _bundle(verb: Command, checkpoint: Any, folder: Path) -> Bundle:

@@ -443,7 +443,7 @@ REQUEST_BYTES = {"quick": 64 << 10, "slow": 4 << 10}
 """A picture of the tiny bundle is 196,608 bytes: to keep one of a few requests shows in either."""
 
 
-@pytest.mark.parametrize(("turns", "form"), [(60, "quick"), pytest.param(1000, "slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("turns", "form"), [(40, "quick"), pytest.param(1000, "slow", marks=pytest.mark.slow)])
 def test_memory_is_flat_over_mixed_requests(tiny_bundle: Path, tmp_path: Path, turns: int, form: str) -> None:
     found = soak("requests", tiny_bundle, tmp_path, turns)
     slope = check_flat(found, REQUEST_BYTES[form])

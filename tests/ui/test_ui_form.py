@@ -21,7 +21,7 @@ from magicface_rt.ui.result import COLOURS
 from magicface_rt.ui.words import chosen, words_of
 
 SETTINGS = {"steps": 3, "alpha": 0.4, "seed": 1, "guidance": 7.5, "negative_prompt": ""}
-DEMO = Path(__file__).parents[2] / "demo"
+DEMO = Path(__file__).parents[2] / "demo" / "photograph"
 
 
 def form(*concepts: FormConcept, prompt: str = "a man with a hat") -> Form:

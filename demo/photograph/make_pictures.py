@@ -1,6 +1,6 @@
-"""Make the demo's pictures again: `python demo/make_pictures.py astronaut.png` (needs Pillow only).
+"""Make the demo's pictures again: `python demo/photograph/make_pictures.py astronaut.png` (needs Pillow only).
 
-The photograph comes from outside (SOURCES.md); its mask, the hat and the hat's mask are drawn here.
+The photograph comes from outside (demo/README.md); its mask, the hat and the hat's mask are drawn here.
 """
 
 from __future__ import annotations
