@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import results
+from magicface_rt import results, unfinished
 from magicface_rt.concept import Concept, Reference
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.options import Options
@@ -177,6 +177,7 @@ def test_a_failed_exchange_brings_the_earlier_result_back(tmp_path: Path, monkey
             raise OSError("exchange failed")
         return rename(self, target)
 
+    monkeypatch.setattr(unfinished, "exchange", lambda one, other: False)  # a system that cannot
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OutputError, match="exchange failed"):
         result().save(folder, overwrite=True)
