@@ -73,8 +73,7 @@ class _Recording:
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: object
     ) -> Tensor:
         recorded = hidden_states.shape[1] <= self._recorder._tokens
-        # On a CPU the fused attention's backward pass is slow with heads this narrow: with it a step of size small
-        # takes 1.4 times as long.
+        # On a CPU the fused attention's backward pass is slow with heads this narrow.
         if not recorded and hidden_states.device.type != "cpu":
             return self._fused(attn, hidden_states, encoder_hidden_states, **rest)  # type: ignore[operator,no-any-return]
         seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states

@@ -102,10 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text that a terminal can show
     try:
-        return int(app(arguments, prog_name="magicface-rt", standalone_mode=False) or 0)
+        code = int(app(arguments, prog_name="magicface-rt", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
-        return _command.print_interrupted()
+        code = _command.INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer (or click) raises for a command line it cannot read
             raise
         return _command.print_usage_error(error, arguments)
+    if code == _command.INTERRUPTED:
+        print(_command.INTERRUPTED_TEXT, file=sys.stderr)
+    return code

@@ -26,6 +26,9 @@ from magicface_rt.shortage import address_hint, check_addresses, shortage
 from magicface_rt.shown import one_line
 
 INTERRUPTED = 130
+INTERRUPTED_TEXT = "interrupted; nothing half written"
+"""Said by `main`, as typer ends with the same code, in silence, what is interrupted outside of a verb."""
+
 RESERVE = 4 << 20
 """Bytes of memory that a verb sets aside, so that it can say that there is too little."""
 
@@ -111,7 +114,8 @@ def command(json_to: str | None) -> Iterator[Command]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader has gone; the interpreter flushes at its end
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        raise typer.Exit(print_interrupted(json_to)) from None
+        _write_error(json_to, "Interrupted", INTERRUPTED_TEXT)
+        raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         del reserve
         raise typer.Exit(_tell(error, json_to)) from error
@@ -119,13 +123,6 @@ def command(json_to: str | None) -> Iterator[Command]:
         verb.note(hint)
     if verb.exit_code:
         raise typer.Exit(verb.exit_code)
-
-
-def print_interrupted(json_to: str | None = None) -> int:
-    text = "interrupted; nothing half written"
-    print(text, file=sys.stderr)
-    _write_error(json_to, "Interrupted", text)
-    return INTERRUPTED
 
 
 def print_usage_error(error: Any, arguments: Sequence[str]) -> int:

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 
 import magicface_rt
-from magicface_rt import Bundle, BundleError, CheckpointError, Concept, JobError, OutputError, Session
+from magicface_rt import (
+    Bundle,
+    BundleError,
+    CheckpointError,
+    Concept,
+    JobError,
+    OutputError,
+    Session,
+    unfinished,
+)
 
 from ._command import Command, JsonOption, check_output_folder, command, export_module
 from ._demo_sheet import contact_sheet
@@ -52,9 +61,11 @@ def demo(
                 result = session.generate(request.prompt, concepts, options=options, progress=progress)
         folder, sheet = result.save(portrait, overwrite=True), out / SHEET
         try:
-            contact_sheet(concepts, plain, result).save(sheet)
+            with unfinished.part(sheet) as part:
+                contact_sheet(concepts, plain, result).save(part, "PNG")
+                unfinished.put(part, sheet)
         except OSError as error:
-            raise OutputError(f"file {str(sheet)!r} cannot be written: {error}.") from error
+            raise OutputError(f"file {str(sheet)!r} cannot be written: {unfinished.why(error)}") from error
         verdict = parity.verify_bundle(bundle.path, source, steps=VERIFY_STEPS, report=verb.note)
         verb.outcome = {
             "out": str(out),

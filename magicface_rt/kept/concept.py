@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,16 +114,11 @@ class KeptConcept(NamedConcept):
             ConceptError: a value that cannot be used.
         """
         same = word is None
-        return KeptConcept(
-            self.word if word is None else word,
-            self.references,
-            self.origin,
+        return self._like(
+            word=self.word if word is None else word,
             weight=self.weight if weight is None else weight,
             token_index=self.token_index if token_index is None and same else token_index,
             name=self.name if name is None and same else name,
-            source=self.source,
-            pictures=self.pictures,
-            note=self.note,
         )
 
     def noted(self, note: str | None) -> KeptConcept:
@@ -133,17 +129,12 @@ class KeptConcept(NamedConcept):
         Raises:
             KeptConceptError: no text of that length.
         """
-        return KeptConcept(
-            self.word,
-            self.references,
-            self.origin,
-            weight=self.weight,
-            token_index=self.token_index,
-            name=self.name,
-            source=self.source,
-            pictures=self.pictures,
-            note=note,
-        )
+        return self._like(note=note)
+
+    def _like(self, **changes: Any) -> KeptConcept:
+        """The same but for some fields."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return KeptConcept(**{**fields, **changes})
 
     def save(self, path: str | os.PathLike[str], *, with_image: bool = False, overwrite: bool = False) -> Path:
         """Write a file, which appears complete or not at all, and return its path.

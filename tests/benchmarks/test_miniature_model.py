@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from benchmarks.miniature import pictures, quality, requests, segmenter, shipping  # noqa: E402
 from magicface_rt import Options, Request, Session  # noqa: E402
 from magicface_rt.export.checkpoint import Checkpoint  # noqa: E402
-from magicface_rt.export.exporter import export_bundle  # noqa: E402
+from magicface_rt.export.exporter import ExportOptions, export_bundle  # noqa: E402
 
 WEIGHTS = Path(os.environ.get("MAGICFACE_RT_MINIATURE", shipping.WEIGHTS))
 pytestmark = pytest.mark.skipif(
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 # Requests with two or three concepts, so that regions can be wrong, and how they are made.
 NUMBERS, STEPS, GUIDANCE = (3, 5, 9, 11, 13, 15), 12, 3.0
+SHIFTED = (9, 10, 11, 12, 13, 14)
 # What must be reached; means over the requests. Between what the shipped weights reach and what the faults below do.
 FLOORS = {"fidelity": 0.6, "fidelity above plain": 0.35, "region IoU": 0.4, "caption F1": 0.85}
 
@@ -92,4 +93,13 @@ def test_looks_are_carried_over_and_regions_lie_on_their_parts(bundle: Path, cas
 
 def test_swapped_regions_are_noticed(bundle: Path, cases: list[requests.Case]) -> None:
     found = reached(bundle, cases, swapped=True)
+    assert missed(found), found
+
+
+@pytest.mark.slow  # a bundle of its own
+@pytest.mark.xfail(strict=True, reason="five of six layers stay, and these figures do not notice it: docs/miniature.md")
+def test_injection_layers_that_are_shifted_by_one_are_noticed(tmp_path: Path, cases: list[requests.Case]) -> None:
+    checkpoint = Checkpoint.open(shipping.open_shipped(WEIGHTS))
+    export_bundle(checkpoint, tmp_path / "bundle", ExportOptions(injection_layers=SHIFTED))
+    found = reached(tmp_path / "bundle", cases)
     assert missed(found), found

@@ -99,6 +99,17 @@ def test_a_missing_extra_exits_3(
     assert "pip install 'magicface_rt[export]'" in capsys.readouterr().err
 
 
+def test_interrupting_before_a_verb_begins_is_said_as_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(on: bool) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("magicface_rt.cli._command.show_traceback", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing half written\n"
+
+
 def test_interrupting_exits_130(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

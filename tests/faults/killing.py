@@ -25,7 +25,6 @@ import random
 import resource
 import select
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -36,6 +35,7 @@ from typing import Any, NoReturn
 
 import disks
 import killing_writers
+from forking import ForkingProcess
 
 SECONDS = 120
 """What one child may take, to end what hangs."""
@@ -67,17 +67,7 @@ class Forks:
 
     def __init__(self, folder: Path, ready: Path, library: str) -> None:
         self._log = folder / "log"
-        # Threads of a library would not be there in a child.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, os.fspath(ready), library],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            preexec_fn=unlimited,
-        )
-        assert self._hear() == "ready"
+        self._process = ForkingProcess(__file__, os.fspath(ready), library, before=unlimited)
 
     def run(self, work: str, arguments: list[Any], below: Path, **more: Any) -> Ended:
         """Have it done, and wait for it."""
@@ -88,14 +78,11 @@ class Forks:
         """Have it done. `more`: kill, fault, settled, file_limit."""
         self._log.unlink(missing_ok=True)
         request = {"work": work, "arguments": arguments, "below": os.fspath(below), "log": os.fspath(self._log), **more}
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{json.dumps(request)}\n")
-        self._process.stdin.flush()
+        self._process.tell(request)
 
     def answer(self) -> Ended:
         """Wait for what was sent."""
-        found = json.loads(self._hear())
-        ended = Ended(**found, said=self.said)
+        ended = Ended(**self._process.answer(), said=self.said)
         assert ended.code != 70, ended.said  # what no verb returns: it raised something that is not ours
         return ended
 
@@ -115,18 +102,11 @@ class Forks:
         with contextlib.suppress(OSError):
             pid = self.pid
             parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == self._process.pid:
+            if int(parent) == self._process.number:
                 os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def _hear(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the process that forks ended with {self._process.wait()}"
-        return line.strip()
+        self._process.stop()
 
 
 @contextlib.contextmanager

@@ -180,7 +180,6 @@ def at_changes(forks: Forks, scene: Scene, verb: str, most: int, folder: Path) -
 
 
 @pytest.mark.parametrize("forks", ["cli"], indirect=True)
-@pytest.mark.slow  # a signal that comes as the command line is read may end it before it can say so
 @pytest.mark.parametrize(
     ("verb", "count"),
     [

@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+from forking import ForkingProcess
 
 LIBRARIES = {
     "cli": ("onnxruntime", "magicface_rt.cli", "magicface_rt.session"),
@@ -46,15 +47,7 @@ class Forks:
     """A process that has loaded everything, and forks."""
 
     def __init__(self, library: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, library],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert self._hear() == "ready"
+        self._process = ForkingProcess(__file__, library)
 
     def run(
         self,
@@ -67,20 +60,11 @@ class Forks:
     ) -> Ended:
         """`folder`: where it works, which is there already."""
         request = {"arguments": list(arguments), "folder": os.fspath(folder), "number": number}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({**request, "seconds": seconds, "event": event}) + "\n")
-        self._process.stdin.flush()
-        return Ended(**json.loads(self._hear()))
+        self._process.tell({**request, "seconds": seconds, "event": event})
+        return Ended(**self._process.answer())
 
     def stop(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def _hear(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the process that forks ended with {self._process.wait()}"
-        return line.strip()
+        self._process.stop()
 
 
 # ------------------------------------------------------------------------------------------------------ what is started
