@@ -57,7 +57,7 @@ types: venv  ## mypy, strict on the runtime and the tools
 BENCH := .cache/bench
 
 bench: $(BENCH)/tiny/bundle/bundle.json  ## time the SDK beside PyTorch on a small random model, into bench-out
-	$(VENV)/bin/magicface-rt bench $(BENCH)/tiny/bundle --checkpoint $(BENCH)/tiny/checkpoint --out bench-out \
+	$(VENV)/bin/magicface-rt bench $(BENCH)/tiny/bundle --checkpoint $(BENCH)/tiny/checkpoint --out bench-out --torch-device cpu \
 	  --concepts 0,3 --steps 4 --rounds 6 --requests 2
 
 # One-step measurements of the full-size network: 24 GB of memory, and hours on two cores. (a) runs alone.
@@ -70,18 +70,19 @@ ROUNDS       ?= 6
 ALONE_ROUNDS ?= 3
 
 bench-full: $(BUNDLE)/bundle.json  ## the same with the full-size network, single steps
-	$(VENV)/bin/magicface-rt bench $(BUNDLE) --checkpoint $(CHECKPOINT) --out bench-out/full \
+	$(VENV)/bin/magicface-rt bench $(BUNDLE) --checkpoint $(CHECKPOINT) --out bench-out/full --torch-device cpu \
 	  --contenders $(CONTENDERS) --concepts $(CONCEPTS) --mask-share 30 --steps 50 --requests 0 \
 	  --rounds $(ROUNDS) --parity-steps 2 --oracle strong --alone authors --alone-rounds $(ALONE_ROUNDS)
 
 # The small model's own size and half of it. Without (a), which would take most of the time.
 bench-sweep: $(BENCH)/tiny/bundle/bundle.json $(BENCH)/tiny/bundle-128/bundle.json  ## masks of 10 to 100 %, batches of 1 to 8, 20 and 50 steps, two sizes, every backend, on the small model
 	$(VENV)/bin/magicface-rt bench $(BENCH)/tiny/bundle $(BENCH)/tiny/bundle-128 --checkpoint $(BENCH)/tiny/checkpoint \
-	  --out bench-out/sweep --contenders strong,plain,bare,kept --backends all --one-at-a-time --concepts 3,0,1,2,4 --mask-share 30,10,60,100 \
+	  --out bench-out/sweep --torch-device cpu --contenders strong,plain,bare,kept --backends all \
+	  --one-at-a-time --concepts 3,0,1,2,4 --mask-share 30,10,60,100 \
 	  --images 1,2,4,8 --steps 20,50 --rounds 6 --requests 1
 
 bench-compiled: $(BENCH)/tiny/bundle/bundle.json  ## torch.compile of the strong baseline beside us, on the small model
-	$(VENV)/bin/magicface-rt bench $(BENCH)/tiny/bundle --checkpoint $(BENCH)/tiny/checkpoint --out bench-out/compiled \
+	$(VENV)/bin/magicface-rt bench $(BENCH)/tiny/bundle --checkpoint $(BENCH)/tiny/checkpoint --out bench-out/compiled --torch-device cpu \
 	  --contenders strong,compiled,kept --concepts 3,1 --steps 4 --rounds 6 --requests 6
 
 $(BENCH)/tiny/bundle-128/bundle.json: $(BENCH)/tiny/bundle/bundle.json

@@ -5,9 +5,11 @@ python -m benchmarks.bench BUNDLE [--checkpoint DIR] ...        the same as `mag
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from random import Random
 from time import perf_counter
@@ -19,7 +21,7 @@ from .contender import Task
 from .counting import rows_of_theory
 from .judging import SAME_REQUEST, SAME_REQUEST_IN_16_BITS, Verdicts, judge, relative_error
 from .machine import Busy, describe, memory
-from .outcomes import Entrant, outcome_of, ratios_of
+from .outcomes import Entrant, left_out, outcome_of, ratios_of
 from .peaks import peaks_of
 from .results import CaseResult, Outcome, Report
 from .resuming import Earlier
@@ -78,9 +80,22 @@ def _peaks(settings: Settings, dtypes: set[str]) -> dict[str, Any]:
     wanted = ["cpu"]
     if settings.torch_device != "cpu" or any(not backend.endswith("cpu") for backend in settings.backends):
         wanted += [f"cuda {dtype}" for dtype in sorted(dtypes)]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = {name: pool.apply(peaks_of, (name,)) for name in wanted}
+    with _numpy_limited_to(settings.threads), multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = {name: pool.apply(peaks_of, (name, settings.threads)) for name in wanted}
     return {name: None if peak is None else asdict(peak) for name, peak in found.items() if peak or name == "cpu"}
+
+
+@contextlib.contextmanager
+def _numpy_limited_to(threads: int) -> Iterator[None]:
+    """Of processes that start meanwhile; 0 for its own choice. Its libraries read the number when they are loaded."""
+    before = dict(os.environ)
+    if threads:
+        os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class _Bench:
@@ -127,7 +142,10 @@ class _Bench:
             outcomes=tuple(self.outcome(entrant) for entrant in self.entrants),
             ratios=tuple(ratios_of(self.entrants, self.settings)),
             foreign_load=busy.share(),
-            notes=tuple(f"concept {k} has no region when the compared run ends" for k in verdicts.empty),
+            notes=(
+                *(f"concept {k} has no region when the compared run ends" for k in verdicts.empty),
+                *left_out(self.entrants),
+            ),
         )
 
     def _check_memory_of_the_judge(self) -> None:
@@ -217,10 +235,10 @@ class _Bench:
         for entrant in entrants:
             for stage in STAGES:
                 self._one(entrant, "step", stage)  # untimed: the first step of drawn regions allocates for them
-        rounds, order = self.settings.step_rounds, Random(self.settings.seed)
+        rounds, turns = self.settings.step_rounds, self._turns(entrants, *STAGES)
         for number in range(rounds):
             for stage in STAGES:
-                for entrant in order.sample(entrants, len(entrants)):
+                for entrant in next(turns[stage]):
                     self._keep(entrant.steps, self._one(entrant, "step", stage))
             self.say(f"  steps, round {number + 1} of {rounds}")
         self._requests_in_turn(entrants)
@@ -243,10 +261,10 @@ class _Bench:
                 self._open(other)
             else:
                 visiting.append(other)
-        order = Random(self.settings.seed)
+        turns = self._turns([entrant, *beside, *visiting], *STAGES)
         for number in range(self.settings.alone_rounds):
             for stage in STAGES:
-                for one in order.sample([entrant, *beside, *visiting], 1 + len(beside) + len(visiting)):
+                for one in next(turns[stage]):
                     if one in visiting and not self._fits(one):
                         continue
                     if one in visiting:
@@ -272,13 +290,18 @@ class _Bench:
         return free is not None and (entrant.state.get("host") or 0) + MEMORY_MARGIN < free
 
     def _requests_in_turn(self, entrants: Sequence[Entrant]) -> None:
+        (turns,) = self._turns(entrants, "request").values()
         for number in range(self.settings.request_rounds):
-            for entrant in entrants:
+            for entrant in next(turns):
                 if seconds := self._one(entrant, "request"):
                     entrant.requests.append(seconds)
             self.say(f"  requests, round {number + 1} of {self.settings.request_rounds}")
         for entrant in entrants:
             entrant.state = self._one(entrant, "state")
+
+    def _turns(self, entrants: Sequence[Entrant], *things: str) -> dict[str, Iterator[list[Entrant]]]:
+        """For each thing that is timed the orders of its rounds."""
+        return {thing: orders(entrants, f"{self.settings.seed} {thing}") for thing in things}
 
     @staticmethod
     def _keep(samples: dict[str, list[float]], seconds: dict[str, float]) -> None:
@@ -299,6 +322,16 @@ class _Bench:
     def outcome(self, entrant: Entrant) -> Outcome:
         """What the report says of it."""
         return outcome_of(entrant, self.bundle, self.workload, self.settings.alpha)
+
+
+def orders(entrants: Sequence[Entrant], seed: str) -> Iterator[list[Entrant]]:
+    """Drawn orders without end, none the same as the one before it."""
+    drawn, before = Random(seed), list[Entrant]()
+    while True:
+        order = drawn.sample(entrants, len(entrants))
+        if order != before or len(order) < 2:
+            yield order
+            before = order
 
 
 def memory_needed(kind: str, bundle: Bundle, concepts: int) -> int:

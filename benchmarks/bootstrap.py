@@ -40,6 +40,10 @@ def ratio_of_medians(
 
     paired: sample i of both was taken in round i, so that rounds are drawn anew, not samples: what slowed the machine
     in a round slowed both.
+
+    How often an interval of 95 % holds the true ratio, of 2,000 drawn experiments: paired rounds, 20 % of slowness for
+    both and 5 % of their own: 94 % of six or seven rounds, 96 % of eight, 97 % of ten, 99 % of twenty (the median of so
+    few moves in jumps); 96 % of six that are not paired, with 10 % of their own. A test draws six paired rounds anew.
     """
     a, b = np.asarray(numerator, float), np.asarray(denominator, float)
     ratio = float(np.median(a) / np.median(b))

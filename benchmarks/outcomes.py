@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,11 @@ class Entrant:
         self.status, self.reason = status, reason
         self.close()
 
+    @property
+    def on_device(self) -> bool:
+        """Whether it computed on a GPU, by what its process said when it had ended."""
+        return bool(self.state.get("on_device"))
+
     def close(self) -> None:
         if self.worker is not None:
             self.worker.close()
@@ -64,7 +69,7 @@ def outcome_of(entrant: Entrant, bundle: Bundle, workload: Workload, alpha: floa
         steps={name: figures(samples) for name, samples in entrant.steps.items()},
         requests=_requests(entrant),
         counts=_counts(entrant, bundle, workload, alpha),
-        on_device=bool(entrant.state.get("on_device")),
+        on_device=entrant.on_device,
         threads=entrant.state.get("threads"),
         host_peak_bytes=entrant.state.get("host"),
         device_peak_bytes=entrant.state.get("device"),
@@ -122,16 +127,37 @@ def _graphs_cost(kind: str, bundle: Bundle, workload: Workload) -> Cost:
 
 
 def ratios_of(entrants: Sequence[Entrant], settings: Settings) -> list[Ratio]:
-    """Every baseline of PyTorch's over every form of ours, and ours without kept keys over ours with them."""
+    """Every baseline of PyTorch's over every form of ours, and ours without kept keys over ours with them. Between a
+    GPU and a processor there is none: it would say what the devices are, and not what runs on them."""
+    return [
+        ratio
+        for baseline, candidate in _pairs(entrants)
+        if baseline.on_device == candidate.on_device
+        for ratio in _ratios_between(baseline, candidate, settings)
+    ]
+
+
+def left_out(entrants: Sequence[Entrant]) -> tuple[str, ...]:
+    """For the report: baselines and forms of ours that have no ratio because they ran on different devices."""
+    notes = []
+    for on_device, where, elsewhere in ((True, "a GPU", "a processor"), (False, "a processor", "a GPU")):
+        apart = [(b, c) for b, c in _pairs(entrants) if (b.on_device, c.on_device) == (on_device, not on_device)]
+        if apart:
+            theirs, ours = (
+                " and ".join(dict.fromkeys(e.contender.title for e in side)) for side in zip(*apart, strict=True)
+            )
+            notes.append(f"no ratio, for they ran on different devices: {theirs} on {where}, {ours} on {elsewhere}")
+    return tuple(notes)
+
+
+def _pairs(entrants: Sequence[Entrant]) -> Iterator[tuple[Entrant, Entrant]]:
     measured = [e for e in entrants if e.status == "measured"]
-    found = []
     for candidate in (e for e in measured if e.contender.ours):
         for baseline in measured:
             same = baseline.contender.backend == candidate.contender.backend
             gain = same and (baseline.contender.kind, candidate.contender.kind) == ("bare", "kept")
             if baseline.contender.kind in TORCH_KINDS or gain:
-                found += _ratios_between(baseline, candidate, settings)
-    return found
+                yield baseline, candidate
 
 
 def _ratios_between(baseline: Entrant, candidate: Entrant, settings: Settings) -> list[Ratio]:
@@ -150,5 +176,5 @@ def _ratios_between(baseline: Entrant, candidate: Entrant, settings: Settings) -
         names = str(baseline.contender), str(candidate.contender)
         rounds = min(len(a), len(b))
         interval = "bootstrap" if rounds >= MIN_SAMPLES else "none" if low is None else "range"
-        made.append(Ratio(*names, name, ratio, low, high, interval, rounds, interleaved))
+        made.append(Ratio(*names, name, ratio, low, high, interval, rounds, interleaved, tuple(a), tuple(b)))
     return made

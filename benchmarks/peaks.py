@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -23,39 +25,57 @@ class Peaks:
     by_library: Mapping[str, float] = field(default_factory=dict)
 
 
-def peaks_of(name: str) -> Peaks | None:
-    """Of "cpu", or "cuda DTYPE"; None where torch is not there, or sees no GPU."""
+def peaks_of(name: str, threads: int = 0) -> Peaks | None:
+    """Of "cpu" with so many threads (0 for one on each core), or "cuda DTYPE"; None where torch is not there, or sees
+    no GPU."""
     if name == "cpu":
-        return measure_peaks()
+        return measure_peaks(threads=threads)
     try:
         return _measure_cuda_peaks(name.partition(" ")[2])
     except (ImportError, RuntimeError, AssertionError):
         return None
 
 
-def measure_peaks(size: int = 2048, megabytes: int = 256) -> Peaks:
-    """Of the CPU, the best of a few: what the machine can do, not what it did on average. Takes seconds.
+def measure_peaks(size: int = 2048, megabytes: int = 256, threads: int = 0) -> Peaks:
+    """Of the CPU, the best of a few: what the machine can do, not what it did on average. Takes seconds. numpy's own
+    threads are set by the environment that the process starts with.
 
     The matrix product is that of the fastest library here: one whose kernels do not know the processor would set a
     limit that others pass.
     """
-    found = {name: _best(work, 4) for name, work in _products(size).items()}
+    found = {name: _best(work, 4) for name, work in _products(size, threads).items()}
     fastest = min(found, key=found.__getitem__)
+    flops = {name: 2 * size**3 / seconds for name, seconds in found.items()}
+    threads = threads or _cores()
+    where = f"cpu, float32 ({fastest}), {threads} thread{'s' if threads > 1 else ''}"
+    return Peaks(flops[fastest], _copied_per_second(megabytes, threads), where, flops)
+
+
+def _copied_per_second(megabytes: int, threads: int) -> float:
+    """Bytes read and written, each thread copying its part: one alone may not fill the memory's channels."""
     source = np.ones(megabytes << 18, np.float32)
     target = np.empty_like(source)
-    copying = _best(lambda: np.copyto(target, source), 4)
-    flops = {name: 2 * size**3 / seconds for name, seconds in found.items()}
-    return Peaks(flops[fastest], 2 * source.nbytes / copying, f"cpu, float32 ({fastest})", flops)
+    parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+        # numpy lets go of the interpreter's lock while it copies.
+        seconds = _best(lambda: list(pool.map(lambda part: np.copyto(*part), parts)), 4)
+    return 2 * source.nbytes / seconds
 
 
-def _products(size: int) -> dict[str, Callable[[], object]]:
-    """A product of two float32 matrices of that size, by each library that is installed."""
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _products(size: int, threads: int) -> dict[str, Callable[[], object]]:
+    """A product of two float32 matrices of that size, by each library that is installed. threads: 0 for its choice."""
     a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
     b, out = a.T.copy(), np.empty_like(a)
     found: dict[str, Callable[[], object]] = {"numpy": lambda: np.matmul(a, b, out=out)}
     with contextlib.suppress(ImportError):
         import torch
 
+        if threads:
+            torch.set_num_threads(threads)
         x, y = torch.from_numpy(a), torch.from_numpy(b)
         found["torch"] = lambda: torch.matmul(x, y)
     with contextlib.suppress(ImportError):
@@ -65,7 +85,9 @@ def _products(size: int) -> dict[str, Callable[[], object]]:
         names = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "abc"]
         graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", names[:2], names[2:])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         found["onnxruntime"] = lambda: session.run(None, {"a": a, "b": b})
     return found
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from .settings import Case, Contender
 
-FORMAT = 1
+FORMAT = 2
+"""Since 2 a ratio holds the samples that it is of."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Outcome:
 class Ratio:
     """How many times longer the baseline takes than the candidate: medians. low, high: a bootstrap interval of the
     rounds, or the range that they span where they are too few for one (`interval`: "bootstrap", "range", "none").
-    interleaved: whether the two took turns."""
+    interleaved: whether the two took turns. The samples are those that the ratio is of: beside a contender that runs
+    when the others have ended the candidate is timed once more, and the ratio is of those rounds."""
 
     baseline: str
     candidate: str
@@ -120,6 +122,8 @@ class Ratio:
     interval: str
     rounds: int
     interleaved: bool
+    baseline_samples: tuple[float, ...]
+    candidate_samples: tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from magicface_rt.errors import InputError
 
 from .machine import describe
+from .results import FORMAT
 from .schema import problems
 from .settings import Case, Settings
 
@@ -21,8 +22,8 @@ MAY_DIFFER = ("bundles", "checkpoint", "concepts", "mask_shares", "images", "ste
 class Earlier:
     """The cases of a report, without those in which a contender failed: they are measured anew.
 
-    Raises InputError: the file is no report, or was measured on another machine, with other packages or settings, so
-    that its figures could not stand beside new ones.
+    Raises InputError: the file is no report, is one of an older format, or was measured on another machine, with other
+    packages or settings, so that its figures could not stand beside new ones.
     """
 
     def __init__(self, file: Path, settings: Settings) -> None:
@@ -33,6 +34,7 @@ class Earlier:
         wrong = problems(content)
         if wrong:
             raise InputError(f"report {file}: it is no report of `magicface-rt bench`: {wrong[0]}.")
+        _same(file, "format", content["format"], FORMAT)
         now = describe()
         for name in SAME_MACHINE:
             _same(file, f"machine.{name}", content["machine"].get(name), now[name])

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 SCHEMA = Path(__file__).with_name("schema.json")
+SINCE_THE_SECOND = ("baseline_samples", "candidate_samples")
+"""Of a ratio, which reports of the first format lack."""
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -32,11 +35,25 @@ def load_schema() -> dict[str, Any]:
 
 
 def problems(content: Any, schema: Mapping[str, Any] | None = None) -> list[str]:
-    """What in a report's JSON is not as the schema says, each with its place; empty where all is."""
+    """What in a report's JSON is not as the schema says, each with its place; empty where all is. A report of the first
+    format is compared with that."""
     root = load_schema() if schema is None else schema
+    if schema is None and isinstance(content, dict) and content.get("format") == 1:
+        root = _first_format(root)
     found: list[str] = []
     _check(content, root, root, "report", found)
     return found
+
+
+def _first_format(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """In which a ratio did not hold its samples."""
+    older = deepcopy(dict(schema))
+    older["properties"]["format"] = {"const": 1}
+    ratio = older["$defs"]["ratio"]
+    for name in SINCE_THE_SECOND:
+        del ratio["properties"][name]
+        ratio["required"].remove(name)
+    return older
 
 
 def _check(value: Any, rule: Mapping[str, Any], root: Mapping[str, Any], where: str, found: list[str]) -> None:

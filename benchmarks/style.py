@@ -7,7 +7,7 @@ from typing import Any
 
 from magicface_rt.errors import BackendMissingError
 
-from .table import was_quiet
+from .table import device, was_quiet
 
 Json = Mapping[str, Any]
 
@@ -57,8 +57,8 @@ def comparable(report: Json, key: str = "concepts") -> list[Json]:
 
 def subject(report: Json, case: Json, concepts: bool = False, size: bool = True) -> str:
     """What was measured, and where, in a line."""
-    machine = report["machine"]
-    where = machine["gpu"].split(",")[0] if machine["gpu"] else f"{machine['cores']} CPU cores"
+    measured = [o for o in case["outcomes"] if o["status"] == "measured"]
+    where = " and ".join(dict.fromkeys(device(report["machine"], o) for o in measured)) or "nothing measured"
     count = f"N = {case['concepts']}, " if concepts else ""
     images = "" if case["images"] == 1 else f", {case['images']} images"
     load = "" if was_quiet(report, case) else "; machine not quiet"

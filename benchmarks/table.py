@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from .bootstrap import MIN_SAMPLES
@@ -19,9 +20,6 @@ ENOUGH_FOR_P95 = 20
 def markdown(report: Json) -> str:
     """Tables for each case. A contender that was not measured has its reason instead of times."""
     machine = report["machine"]
-    quiet = "quiet"
-    if not all(was_quiet(report, case) for case in report["cases"]):
-        quiet = "NOT quiet: other work ran, so absolute times are too long"
     memory = machine["memory_bytes"]
     lines = [
         "# Benchmark",
@@ -29,7 +27,7 @@ def markdown(report: Json) -> str:
         f"{machine['started']}, {machine['processor']}, {machine['cores']} cores"
         + (f", {memory / 1e9:.0f} GB" if memory else "")
         + (f", {machine['gpu']}" if machine["gpu"] else "")
-        + f"; load average {machine['load_average'][0]}, {quiet}.  ",
+        + f"; {_load(report)}.  ",
         f"Python {machine['python']}, " + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()) + ".  ",
         f"Commit {machine['commit'] or 'unknown'}. Peaks measured: "
         + "; ".join(
@@ -40,8 +38,21 @@ def markdown(report: Json) -> str:
         + ".",
     ]
     for case in report["cases"]:
-        lines += ["", *_case(case, report["settings"], machine["started"])]
+        lines += ["", *_case(case, report["settings"], machine)]
     return "\n".join(lines) + "\n"
+
+
+def _load(report: Json) -> str:
+    """What the load was at the start, and what others took while cases were measured, where that is known."""
+    machine = report["machine"]
+    at_start = f"load average {machine['load_average'][0]} at the start, {'' if machine['quiet'] else 'NOT '}quiet"
+    too_long = "NOT quiet: other work ran, so absolute times are too long"
+    shares = [case["foreign_load"] for case in report["cases"] if case["foreign_load"] is not None]
+    quiet = all(was_quiet(report, case) for case in report["cases"])
+    if shares:
+        meanwhile = f"others took up to {max(shares):.1%} of the processors' time while it measured"
+        return f"{at_start}; {meanwhile}, {'quiet' if quiet else too_long}"
+    return at_start if quiet else at_start.replace("NOT quiet", too_long)
 
 
 def was_quiet(report: Json, case: Json) -> bool:
@@ -50,18 +61,26 @@ def was_quiet(report: Json, case: Json) -> bool:
     return bool(report["machine"]["quiet"]) if share is None else share < QUIET_SHARE
 
 
-def _case(case: Json, settings: Json, started: str) -> list[str]:
+def _case(case: Json, settings: Json, machine: Json) -> list[str]:
     images = "1 image" if case["images"] == 1 else f"{case['images']} images"
     lines = [
         f"## {case['width']} x {case['height']}, {case['dtype']}, N = {case['concepts']}, masks "
         f"{case['mask_share']:.0%}, {images}, {case['steps']} steps",
         "",
-        "One step of all images, median (p95; the slowest of fewer than 20) in seconds; memory in GB; work of one RBA "
-        "step.",
+        f"One step of all images, median (fastest to slowest; p95 from {ENOUGH_FOR_P95} samples on) in seconds; memory "
+        "in GB; work of one RBA step.",
         "",
     ]
+    where = dict.fromkeys(device(machine, o) for o in case["outcomes"] if o["status"] == "measured")
+    if len(where) == 1:
+        lines[-1:] = [f"All of them ran on {next(iter(where))}.", ""]
     head = ["contender", "RSA step", "RBA step", "reference pass", "host", "device", "rows", "GFLOP", "parity error"]
-    lines += _table(head, [_steps_row(outcome) for outcome in case["outcomes"]])
+    rows = [_steps_row(outcome) for outcome in case["outcomes"]]
+    if len(where) > 1:
+        head.insert(1, "ran on")
+        for row, outcome in zip(rows, case["outcomes"], strict=True):
+            row.insert(1, device(machine, outcome) if outcome["status"] == "measured" else "")
+    lines += _table(head, rows)
     with_requests = [o for o in case["outcomes"] if o["requests"]]
     if with_requests:
         lines += ["", f"Requests of {case['steps']} steps, from prompt and images to pictures, seconds.", ""]
@@ -70,7 +89,7 @@ def _case(case: Json, settings: Json, started: str) -> list[str]:
             "process start to loaded",
             "to first picture",
             "first request",
-            "next: median (p95)",
+            "next: median (fastest to slowest)",
             "rows",
             "U-Net GFLOP",
         ]
@@ -82,11 +101,12 @@ def _case(case: Json, settings: Json, started: str) -> list[str]:
     if case["ratios"]:
         share = f"{settings['confidence']:.0%}"
         said = f"How many times longer than ours; ratio of medians, {share} bootstrap interval, or the range that was "
-        lines += ["", said + f"seen where fewer than {MIN_SAMPLES} rounds were made.", ""]
+        said += f"seen where fewer than {MIN_SAMPLES} rounds were made; then the two medians in seconds."
+        lines += ["", said, ""]
         lines += _ratios(case["ratios"])
     notes = [f"- {name(o)}: {note}" for o in case["outcomes"] for note in _notes(o)]
     notes += [f"- {note}" for note in case["notes"]]
-    if case["started"] != started:
+    if case["started"] != machine["started"]:
         notes.append(f"- measured in a run that began {case['started']}, commit {case['commit'] or 'unknown'}")
     if case["foreign_load"] is not None:
         notes.append(f"- other processes took {case['foreign_load']:.1%} of the processors' time meanwhile")
@@ -149,7 +169,16 @@ def _ratio(ratio: Json | None) -> str:
     interval = "no interval" if ratio["low"] is None else f"{ratio['low']:.2f} to {ratio['high']:.2f}"
     interval = f"range {interval}" if ratio["interval"] == "range" else interval
     apart = "" if ratio["interleaved"] else ", not interleaved"
-    return f"{ratio['ratio']:.2f} ({interval}, {rounds}{apart})"
+    return f"{ratio['ratio']:.2f} ({interval}, {rounds}{apart}){_medians(ratio)}"
+
+
+def _medians(ratio: Json) -> str:
+    """That the ratio is of. Beside a contender that ran alone ours was timed once more, so the steps' table has another
+    one; a report of the first format does not hold those samples."""
+    if "candidate_samples" not in ratio:
+        return ""
+    theirs, ours = median(ratio["baseline_samples"]), median(ratio["candidate_samples"])
+    return f", {theirs:.4g} over {ours:.4g}"
 
 
 def _notes(outcome: Json) -> list[str]:
@@ -165,6 +194,13 @@ def _notes(outcome: Json) -> list[str]:
     return [note for note in found if note]
 
 
+def device(machine: Json, outcome: Json) -> str:
+    """Where an outcome was computed, whatever else the machine has."""
+    if outcome["on_device"]:
+        return str(machine["gpu"]).split(",")[0] if machine["gpu"] else "a GPU"  # name, driver, memory
+    return f"{machine['cores']} CPU cores"
+
+
 def name(outcome: Json) -> str:
     return Contender(outcome["kind"], outcome["backend"]).title
 
@@ -178,8 +214,8 @@ def title(contender: str) -> str:
 def _figures(found: Json | None) -> str:
     if found is None:
         return ""
-    high = found["p95"] if len(found["samples"]) >= ENOUGH_FOR_P95 else found["slowest"]
-    return f"{found['median']:.3g} ({high:.3g})"
+    p95 = f", p95 {found['p95']:.3g}" if len(found["samples"]) >= ENOUGH_FOR_P95 else ""
+    return f"{found['median']:.3g} ({found['fastest']:.3g} to {found['slowest']:.3g}{p95})"
 
 
 def _scaled(value: float | None, unit: float) -> str:

@@ -98,6 +98,7 @@ def build_plan(
     Raises:
         BuildError: the graph could not be parsed or built; GateError: the plan was not fit to be kept.
         TargetError: the target is for another flavour, precision or GPU.
+        BundleError: a file of the bundle was replaced meanwhile.
         StoreError: the store cannot be written.
     """
     key = plan_key(bundle, graph, flavour, target)
@@ -130,6 +131,7 @@ def _make(build: _Build, root: Path, path: Path) -> Mapping[str, Any]:
         parsed = time.perf_counter()
         build.write(root, path)
         built = time.perf_counter()
+        build.bundle.check_unchanged()  # the plan is kept under the hash of what was there when it was opened
         gate = build.judge(path)
     finally:
         build.close()

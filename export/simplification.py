@@ -1,7 +1,7 @@
 """What a traced graph is rid of before anything else looks at it: constants to be folded, shapes that say nothing.
 
-onnxscript's own `optimize` does the same with 46 rules, tries each at each node, and took a third of the time of an
-export. These are the ones that fire on this network, and their neighbours; the graphs that come out are the same
+onnxscript's own `optimize` does the same with 46 rules, tries each at each node, and took a large part of an export's
+time. These are the ones that fire on this network, and their neighbours; the graphs that come out are the same
 (`tests/export/test_simplification.py`). A rule that is missing costs an operator that ONNX Runtime or TensorRT removes
 when it loads the graph, never a wrong number.
 """

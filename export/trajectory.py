@@ -139,15 +139,22 @@ def drawn_concepts() -> list[Concept]:
 
 
 def record(
-    name: str, session: Session, concepts: list[Concept], options: Options, reference: MagicFaceReference
+    name: str,
+    session: Session,
+    concepts: list[Concept],
+    options: Options,
+    reference: MagicFaceReference,
+    prompt: str = PROMPT,
 ) -> tuple[Recording, StepOutputs]:
     """What PyTorch computes at every step of a request, as a recording; and its last step.
+
+    Every concept has one reference.
 
     Text and images are encoded by the bundle: the encoders have been compared by themselves.
     """
     bundle, tokenizer = session.bundle, session.tokenizer
     loaded = [load_reference(c.references[0], name=c.name) for c in concepts]
-    prompts = [options.negative_prompt, PROMPT, *(c.references[0].prompt for c in concepts)]
+    prompts = [options.negative_prompt, prompt, *(c.references[0].prompt for c in concepts)]
     ids = np.stack([tokenizer.encode(p) for p in prompts])
     text = np.concatenate([_encoded(session, "text_encoder", {"token_ids": row[None]}, "text") for row in ids])
     pixels = [x.pixels(bundle.height, bundle.width) for x in loaded]
@@ -176,7 +183,7 @@ def record(
         ca_scale=options.effective_ca_scale(len(concepts)),
         semantic_guidance=options.semantic_guidance,
         injection_layers=reference.injection_layers,
-        tokens=tuple(tuple(tokenizer.find_word(PROMPT, c.word)) for c in concepts),
+        tokens=tuple(tuple(tokenizer.find_word(prompt, c.word)) for c in concepts),
         weights=tuple(c.weight for c in concepts),
         schedule=bundle.schedule,
         tolerance=Tolerance(eps_u=FLOAT32_TOLERANCE, eps_c=FLOAT32_TOLERANCE, latents=FLOAT32_TOLERANCE),

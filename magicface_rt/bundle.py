@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ MAX_MANIFEST_BYTES = 1 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, CheckpointError)
 """What reading JSON of another form than the expected may raise."""
+
+
+Stamp = tuple[int, int, int]
+"""What tells a file from one that took its place or was written to since: inode, bytes, and when it was written."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Bundle:
     files: Mapping[str, Mapping[str, Any]]
     exporter: Mapping[str, str]
     parity: Mapping[str, Any] = field(repr=False)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -135,6 +140,31 @@ class Bundle:
             )
         return self.graphs[name]
 
+    def check_unchanged(self) -> None:
+        """See that the files are still those that were opened. Takes microseconds, as nothing is read.
+
+        Hashes are checked once, and graphs are loaded by their paths when they are needed. Links to a file and its
+        permissions may change.
+
+        Raises:
+            BundleError: a file was replaced, written to or removed since.
+        """
+        for name, opened in self.stamps.items():
+            try:
+                found = _stamp(os.lstat(self.path / name))
+            except FileNotFoundError as error:
+                raise BundleError(
+                    f"bundle {self.path}: {name} was removed since the bundle was opened. Put it back, or copy the "
+                    "bundle again and open it again."
+                ) from error
+            except OSError as error:
+                raise BundleError(f"bundle {self.path}: {name} cannot be read: {error}.") from error
+            if found != opened:
+                raise BundleError(
+                    f"bundle {self.path}: {name} was replaced since the bundle was opened: {_stamp_said(found)}, "
+                    f"expected {_stamp_said(opened)}. Open it again."
+                )
+
     @classmethod
     def open(
         cls, path: str | Path, *, check_hashes: bool = True, progress: Callable[[str], object] | None = None
@@ -158,11 +188,12 @@ class Bundle:
             raise BundleError(
                 f"bundle {folder}: {MANIFEST} does not have the expected form ({reason}). Export the bundle again."
             ) from error
+        stamps = {}
         for name, entry in bundle.files.items():
             if progress is not None:
                 progress(name)
-            _check_file(folder, name, entry, check_hashes)
-        return bundle
+            stamps[name] = _check_file(folder, name, entry, check_hashes)
+        return replace(bundle, stamps=stamps)
 
 
 def _read_manifest(folder: Path) -> bytes:
@@ -271,7 +302,7 @@ def _tensor(entry: dict[str, Any]) -> Tensor:
     return Tensor(str(entry["name"]), str(entry["dtype"]), tuple(entry["shape"]))
 
 
-def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: bool) -> None:
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: bool) -> Stamp:
     path = folder / name
     again = "Copy the bundle again, or export it again."
     try:
@@ -288,14 +319,24 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: b
         raise BundleError(
             f"bundle {folder}: {name} has {found_there.st_size} bytes, expected {entry['bytes']}. {again}"
         )
+    stamp = _stamp(found_there)  # of before it is read: what changes it meanwhile is noticed later
     if not check_hash:
-        return
+        return stamp
     found = sha256(path)
     if found != entry["sha256"]:
         raise BundleError(
             f"bundle {folder}: {name} was changed: its SHA-256 is {found[:16]}..., "
             f"expected {str(entry['sha256'])[:16]}.... {again}"
         )
+    return stamp
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _stamp_said(stamp: Stamp) -> str:
+    return "inode {}, {} bytes, written at {} ns".format(*stamp)
 
 
 def sha256(path: Path) -> str:

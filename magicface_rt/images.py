@@ -115,7 +115,7 @@ def load_image(source: ImageSource, *, name: str) -> Image.Image:
     `MAX_PIXELS` pixels; the message starts with `name`.
     """
     image = _decode(source, name, ImageError)
-    return image.convert("RGBA" if _has_alpha(image) else "RGB")
+    return _convert(image, "RGBA" if _has_alpha(image) else "RGB", _named(source, name), ImageError)
 
 
 def load_mask(
@@ -136,13 +136,12 @@ def load_mask(
     if isinstance(threshold, bool) or not isinstance(threshold, (int, np.integer)) or not 1 <= threshold <= 255:
         raise OptionError(f"{name}: mask_threshold is {threshold!r}, expected a whole number from 1 to 255.")
     image = _decode(source, name, MaskError)
-    if isinstance(source, (str, os.PathLike)):
-        name = f"{name} {os.fspath(source)!r}"
+    name = _named(source, name)
     if _has_alpha(image):
-        rgba = image.convert("RGBA")
+        rgba = _convert(image, "RGBA", name, MaskError)
         alpha = rgba.getchannel("A")
         image = alpha if alpha.getextrema() != (255, 255) else rgba.convert("RGB")
-    values = np.asarray(image.convert("L"))
+    values = np.asarray(_convert(image, "L", name, MaskError))
     mask = values >= threshold
     if not mask.any():
         highest = int(values.max())
@@ -231,7 +230,7 @@ def _decode(source: ImageSource, name: str, error: type[ImageError] | type[MaskE
     if not isinstance(source, (str, os.PathLike)):
         raise error(f"{name}: found {type(source).__name__}, expected a path, a PIL image, or a uint8 array.")
     path = Path(source)
-    name = f"{name} {os.fspath(path)!r}"
+    name = _named(path, name)
     try:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist or is not a file"
@@ -259,9 +258,33 @@ def _settle(image: Image.Image, name: str, error: type[ImageError] | type[MaskEr
         raise error(f"{name} holds floating-point values; expected 8 bits a channel. Convert it first.")
     if upright.mode == "I" or upright.mode.startswith("I;16"):
         # Of the file's own width: eight bytes a pixel would be gigabytes for the largest that are read.
-        values = np.clip(np.asarray(upright), 0, 65535)
+        values = np.asarray(upright)
+        _check_greys(int(values.min()), int(values.max()), f"{name} holds whole numbers (mode {upright.mode})", error)
         return Image.fromarray((values >> 8).astype(np.uint8))
     return upright
+
+
+def _check_greys(lowest: int, highest: int, found: str, error: type[ImageError] | type[MaskError]) -> None:
+    """Of what is read as 16 bits: one of 0..255 would be all black, and what lies outside would be cut."""
+    if lowest < 0 or highest > 65535 or 0 < highest <= 255:
+        raise error(
+            f"{found} from {lowest} to {highest}, expected values up to 65535, as greys of 16 bits have them. Save it "
+            "with 8 bits a channel, or scale it to 0..65535."
+        )
+
+
+def _convert(image: Image.Image, mode: str, name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
+    try:
+        return image.convert(mode)
+    except Exception as cause:  # Pillow has no way from some of its modes, such as La and LAB
+        raise error(
+            f"{name} is of mode {image.mode}, which cannot be converted ({type(cause).__name__}: {cause}). Save it as "
+            "RGB or RGBA."
+        ) from cause
+
+
+def _named(source: ImageSource, name: str) -> str:
+    return f"{name} {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else name
 
 
 def _from_array(array: npt.NDArray[np.generic], name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:

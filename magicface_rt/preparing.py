@@ -151,7 +151,7 @@ class TokenList:
 
     def _add_kept(self, one: KeptReference, used: bool) -> None:
         self.keys.append(one.key)
-        self._add(one.key, Tokens(one.tokens, "file" if one.mapped else "memory", one.nbytes, used))
+        self._add(one.identity, Tokens(one.tokens, "file" if one.mapped else "memory", one.nbytes, used))
 
     def _add(self, key: object, tokens: Tokens) -> None:
         if key not in self._found or tokens.used:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ from .provenance import ProvenancePicture, software
 
 __all__ = ["Result", "Timings"]
 
+_OCCUPIED = {errno.EEXIST, errno.ENOTEMPTY}
 _OWN_FILES = re.compile(r"(image|regions)-\d+\.png|regions\.npz|run\.json")
 
 
@@ -149,8 +151,10 @@ class Result:
             with unfinished.part(target, folder=True) as part:
                 for name, content in self._files():
                     (part / name).write_bytes(content)
-                unfinished.put(part, target, overwrite=overwrite)
+                unfinished.put(part, target, overwrite=overwrite, look=lambda earlier: _check_own(earlier, target))
         except OSError as error:
+            if error.errno in _OCCUPIED:  # somebody put a folder there meanwhile
+                check_replaceable(target, overwrite)
             raise OutputError(f"output folder {str(target)!r} cannot be written: {unfinished.why(error)}") from error
         return target
 
@@ -221,7 +225,12 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
             f"output folder {str(target)!r} exists. Choose another, or allow overwriting "
             "(overwrite=True, or --overwrite)."
         )
-    foreign = sorted(entry.name for entry in target.iterdir() if not _OWN_FILES.fullmatch(entry.name))
+    _check_own(target, target)
+
+
+def _check_own(folder: Path, target: Path) -> None:
+    """Raise `OutputError` for files that are not a result's, in what is the `target` or was it a moment ago."""
+    foreign = sorted(entry.name for entry in folder.iterdir() if not _OWN_FILES.fullmatch(entry.name))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise OutputError(

@@ -242,6 +242,7 @@ class Session:
             InputError: a setting, prompt, concept, image or mask that cannot be used; nothing has been computed.
             KeptConceptError: a kept concept of another bundle, schedule, number of steps or reference_seed.
             BudgetError: the references need more memory than the budget allows.
+            BundleError: a file of the bundle was replaced since it was opened, and a graph was still to be loaded.
             Cancelled: `progress` returned False.
             NonFiniteError: a graph produced NaN or infinity.
             HostMemoryError: there is too little memory on the host.
@@ -415,13 +416,28 @@ class Session:
                     runner.close()
 
     def runner(self, graph: str) -> GraphRunner:
-        """A graph of the bundle, loaded on first use."""
+        """A graph of the bundle, loaded on first use.
+
+        Raises:
+            BundleError: the bundle has no such graph, or a file of it was replaced since it was opened.
+        """
         self._check_process()
         with self._loading:
             self._check_open()
             if graph not in self._runners:
-                self._runners[graph] = self.backend.load(self.bundle, graph)
+                self._runners[graph] = self._load(graph)
             return self._runners[graph]
+
+    def _load(self, graph: str) -> GraphRunner:
+        """Of the files that were opened and no others: backends find them by their paths."""
+        self.bundle.check_unchanged()
+        runner = self.backend.load(self.bundle, graph)
+        try:
+            self.bundle.check_unchanged()
+        except BaseException:
+            runner.close()
+            raise
+        return runner
 
     def _let_go(self, keys: frozenset[str] | None) -> bool:
         for graph in HOLD_REFERENCES:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import DeviceError, HostMemoryError
+from .errors import BackendError, BuildError, DeviceError, HostMemoryError, MagicFaceError
 
 try:
     import resource
@@ -67,6 +67,8 @@ def told_as_ours() -> Iterator[None]:
 def _says_so(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
+    if isinstance(error, MagicFaceError) and not isinstance(error, (BackendError, BuildError)):
+        return False  # these two repeat what a library said; others may repeat what a user wrote
     said = str(error).lower()
     if any(words in said for words in _SAID):
         return True

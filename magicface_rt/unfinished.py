@@ -32,8 +32,9 @@ __all__ = ["clear", "exchange", "part", "put", "settle", "why"]
 
 _NAME = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(part|old)", re.DOTALL)
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
+_CANNOT_RENAME_SO = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+_CANNOT_LINK = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -58,20 +59,28 @@ def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
             os.close(lock)
 
 
-def put(new: Path, target: Path, *, overwrite: bool = True) -> None:
+def put(
+    new: Path, target: Path, *, overwrite: bool = True, look: Callable[[Path], object] = lambda earlier: None
+) -> None:
     """Let `new`, a part of `target`, take its place, on the disk for certain.
 
-    An earlier file is replaced, and an earlier folder with `overwrite` as well: either it or the new one is there at
-    every moment. Without, a folder is put only where there is none, or an empty one.
+    With `overwrite` an earlier file or folder is replaced: either it or the new one is there at every moment. Without,
+    a file is put only where there is nothing, and a folder where there is none, or an empty one.
+
+    look: called with an earlier folder just before it is replaced, and again where it then is, before it is removed;
+    whatever it raises keeps that folder, or brings it back
 
     Raises:
+        FileExistsError: a file, without `overwrite`, and something is there.
         OSError: that failed, and what was there before is there again.
     """
     settle(new)
     earlier = os.path.lexists(target)
     replaced = overwrite and earlier and new.is_dir() and target.is_dir()
     if replaced:
-        _replace_folder(new, target)
+        _replace_folder(new, target, look)
+    elif not overwrite and not new.is_dir():
+        _put_where_nothing_is(new, target)
     else:
         os.replace(new, target)
     try:
@@ -129,15 +138,7 @@ def exchange(one: Path, other: Path) -> bool:
     Raises:
         OSError: it can, and that failed.
     """
-    renameat2 = _renameat2()
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _CANNOT_EXCHANGE:
-        return False
-    raise OSError(code, os.strerror(code), str(one), None, str(other))
+    return _rename(one, other, _RENAME_EXCHANGE)
 
 
 def why(error: OSError) -> str:
@@ -197,13 +198,43 @@ def _lock(path: Path) -> int | None:
         return None
 
 
-def _replace_folder(new: Path, target: Path) -> None:
+def _put_where_nothing_is(new: Path, target: Path) -> None:
+    """As a rename; of two that put a file there at the same time one succeeds.
+
+    Raises:
+        FileExistsError: something is there.
+    """
+    try:
+        os.link(new, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+    else:
+        # Both names are the file's now. What keeps this one from going is no harm: whoever comes next removes it.
+        with contextlib.suppress(OSError):
+            new.unlink()
+        return
+    if _rename(new, target, _RENAME_NOREPLACE):
+        return
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.rename(new, target)
+
+
+def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> None:
     """Afterwards the earlier folder is at `new`, or gone."""
+    look(target)
     if exchange(new, target):
+        try:
+            look(new)
+        except BaseException:
+            exchange(new, target)
+            raise
         return
     aside = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
     target.rename(aside)
     try:
+        look(aside)
         new.rename(target)
     except BaseException:
         aside.rename(target)
@@ -231,6 +262,19 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _rename(one: Path, other: Path, flag: int) -> bool:
+    """`renameat2`; False where this system or file system cannot."""
+    renameat2 = _renameat2()
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT_RENAME_SO:
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
 @functools.cache

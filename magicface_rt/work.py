@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -128,9 +128,9 @@ class Work:
     def _references(self, loaded: dict[int, list[BareReference]], held: ExitStack) -> _References:
         """Where the keys of every concept come from, after those that are to be prepared were prepared."""
         plan = self._plan(loaded)
-        self.keeper.make_room(plan, self._kept_keys())
+        self.keeper.make_room(plan, self._identities())
         by_concept: dict[tuple[int, int], list[Source]] = {}
-        kept_sources: dict[str, StoredKeys] = {}
+        kept_sources: dict[Hashable, StoredKeys] = {}
         references = _References([])
         for request in self.requests:
             of_request = []
@@ -189,23 +189,25 @@ class Work:
             for graph in ("denoise_step", "vae_decoder", *(("vae_encoder", "reference_kv") if preparing else ())):
                 self.place.binding(graph)
 
-    def _kept_keys(self) -> set[str]:
-        """Content keys of the references that are used and were prepared before."""
-        found: set[str] = set()
+    def _identities(self) -> set[Hashable]:
+        """Of the references that are used and were prepared before."""
+        found: set[Hashable] = set()
         for request in self.requests:
             for concept in request.concepts:
                 if concept.weight != 0:
                     which = id(concept), request.options.reference_seed
                     kept = concept.references if isinstance(concept, KeptConcept) else self.held[which]
-                    found |= {one.key for one in kept if one is not None}
+                    found |= {one.identity for one in kept if one is not None}
         return found
 
-    def _stored(self, kept: KeptReference, plan: MemoryPlan, sources: dict[str, StoredKeys]) -> StoredKeys:
-        """A prepared reference on the host, as the plan's mode has it there."""
-        if kept.key not in sources:
+    def _stored(self, kept: KeptReference, plan: MemoryPlan, sources: dict[Hashable, StoredKeys]) -> StoredKeys:
+        """A prepared reference on the host, as the plan's mode has it there. Its key is what its file says, so it is
+        told apart from others by its identity.
+        """
+        if kept.identity not in sources:
             read = plan.mode == "keep" and self.place.shelf() is None
-            sources[kept.key] = StoredKeys(kept.in_memory() if read else kept)
-        return sources[kept.key]
+            sources[kept.identity] = StoredKeys(kept.in_memory() if read else kept)
+        return sources[kept.identity]
 
     def _put_on_device(self, sources: Sequence[StoredKeys], held: ExitStack) -> None:
         """Have the keys of all steps there until the end of `held`. Where some find no room, all are streamed."""
@@ -213,11 +215,16 @@ class Work:
         if shelf is None:
             return
         # Those that are there come first, or the others might take their room.
-        ordered = sorted(sources, key=lambda source: not on_device.holds(source.kept.key))
+        ordered = sorted(sources, key=lambda source: not on_device.has(source.kept))
+
+        def waiting() -> None:
+            self.course.report(Progress(0, self.steps, "prepare", 0, 1))
+
         try:
             with ExitStack() as taken:
                 for source in ordered:
-                    source.on_device = taken.enter_context(on_device.use(source.kept, shelf, self.bundle, self.steps))
+                    use = on_device.use(source.kept, shelf, self.bundle, self.steps, waiting)
+                    source.on_device = taken.enter_context(use)
                 held.enter_context(taken.pop_all())
         except DeviceMemoryError as error:
             if self.keeper.settings.memory == "keep":

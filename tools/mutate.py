@@ -36,6 +36,7 @@ TESTS = {
     "magicface_rt/schedule.py": ["test_schedule.py"],
     "magicface_rt/regions.py": ["test_regions.py", "test_kept_store.py"],
     "magicface_rt/concept.py": ["test_concept.py"],
+    "magicface_rt/kept/awaited.py": ["test_kept_store.py", "test_kept_on_device.py"],
     "magicface_rt/kept/concept.py": ["test_kept_numbers.py", "test_kept_files.py"],
     "magicface_rt/kept/feed.py": ["test_kept_session.py", "test_kept_on_device.py"],
     "magicface_rt/kept/files.py": ["test_kept_files.py"],

@@ -8,7 +8,6 @@ import io
 import logging
 import os
 import stat
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from .binding import Binding
 from .device import Device
 from .host import BFLOAT16
 from .one_thread import InTurn, OneThread, at_once
-from .ort_arena import give_back, trim, use_shared_arena
+from .ort_arena import give_back, registering, trim, use_shared_arena
 from .ort_binding import GraphIds, OrtBinding, OrtDevice, first_line
 from .ort_placement import left_to_the_cpu, record_placement
 
@@ -54,7 +53,6 @@ _CUDA_PRECISION = {
 }
 
 logger = logging.getLogger("magicface_rt.onnxruntime")
-_registering = threading.Lock()
 
 
 def import_onnxruntime() -> Any:
@@ -306,7 +304,7 @@ class OnnxRuntime(Backend):
         except (ImportError, OSError):
             return []
         name = plugin.get_ep_name()
-        with _registering:
+        with registering():
             if not any(d.ep_name == name for d in self._ort.get_ep_devices()):
                 try:
                     self._ort.register_execution_provider_library(name, plugin.get_library_path())

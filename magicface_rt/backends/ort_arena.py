@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 import threading
 from typing import Any
 
@@ -23,10 +24,25 @@ _registering = threading.Lock()
 _usable: bool | None = None  # None before it was tried
 
 
+def _renew_lock() -> None:
+    """In a forked process: a thread that held it there does not exist, and nobody would give it back."""
+    global _registering
+    _registering = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def registering() -> threading.Lock:
+    """The lock to hold while something is registered with ONNX Runtime for the whole process."""
+    return _registering
+
+
 def use_shared_arena(ort: Any, options: Any) -> None:
     """Change the options of a session on the CPU: its tensors lie in the arena, its weights do not."""
     global _usable
-    with _registering:
+    with registering():
         if _usable is None:
             try:
                 kind, memory = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, ort.OrtMemType.DEFAULT

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console, RenderableType
 
+from magicface_rt import unfinished
 from magicface_rt.errors import BackendError, BackendMissingError, EngineError, MagicFaceError, OutputError
 from magicface_rt.images import MagicFaceWarning
 from magicface_rt.results import check_replaceable
@@ -157,12 +157,11 @@ def write_json(to: str | None, content: Mapping[str, Any]) -> None:
         if target.exists() and not target.is_file():  # /dev/stdout, a pipe
             target.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            part = Path(scratch) / "part"
+        with unfinished.part(target) as part:
             part.write_text(text, encoding="utf-8", errors="backslashreplace")
-            part.replace(target)
+            unfinished.put(part, target)
     except OSError as error:
-        raise OutputError(f"JSON file {to!r} cannot be written: {error}.") from error
+        raise OutputError(f"JSON file {to!r} cannot be written: {unfinished.why(error)}") from error
 
 
 def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:

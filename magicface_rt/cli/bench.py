@@ -66,7 +66,9 @@ def bench(
     limit: Annotated[
         float, typer.Option(metavar="S", help="Seconds for one step, request or compared run; then it has failed.")
     ] = 3600.0,
-    torch_device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="PyTorch's.")] = "auto",
+    torch_device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda", help="PyTorch's; ratios are of the same device only.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(metavar="N", help="Of drawn inputs.")] = 0,
     store: StoreOption = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw PNG and SVG; needs the extra bench.")] = True,

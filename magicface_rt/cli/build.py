@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import Cancelled, OptionError
+from magicface_rt.shortage import check_addresses
 
 from ._backend_options import DeviceOption
 from ._bundle_view import grid, size
@@ -23,6 +24,10 @@ from ._sizes import parse_size
 
 if TYPE_CHECKING:
     from magicface_rt.engines.store import Plan
+
+BUILD_ADDRESSES = 640 << 20
+"""Bytes of addresses with fewer of which the smallest graph could not be built. TensorRT, where it finds too few, may
+wait for ever for a thread that it could not start, or the system's loader ends the process."""
 
 StoreOption = Annotated[Path, typer.Option(metavar="DIR", help="The engine store; made where it is missing.")]
 FlavourOption = Annotated[str, typer.Option(metavar="NAME", help="tensorrt-rtx or tensorrt.")]
@@ -53,6 +58,7 @@ def build(
         from magicface_rt.engines.store import EngineStore
 
         size_limit = None if limit is None else parse_size(limit, "--limit")
+        check_addresses(BUILD_ADDRESSES, "TensorRT")
         chosen, library = choose_target(flavour, target, device)
         if parity:
             chosen = chosen.with_parity_outputs()

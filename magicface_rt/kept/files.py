@@ -45,7 +45,10 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool)
                 stream.write(header)
                 for array, _ in arrays.values():
                     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            unfinished.put(part, target)
+            try:
+                unfinished.put(part, target, overwrite=overwrite)
+            except FileExistsError as error:  # it was not there as this began, and whoever put it there keeps it
+                raise _exists(path) from error
     except OSError as error:
         raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
     return target
@@ -94,11 +97,14 @@ def _free(path: Path, overwrite: bool) -> Path:
     if not target.is_file():
         raise OutputError(f"{str(path)!r} exists already, and is not a file. Give another path.")
     if not overwrite:
-        raise OutputError(
-            f"file {str(path)!r} exists already. Give another path, or allow overwriting (overwrite=True, or "
-            "--overwrite)."
-        )
+        raise _exists(path)
     return target
+
+
+def _exists(path: Path) -> OutputError:
+    return OutputError(
+        f"file {str(path)!r} exists already. Give another path, or allow overwriting (overwrite=True, or --overwrite)."
+    )
 
 
 _Arrays = dict[str, tuple[NDArray[Any], str]]
@@ -254,6 +260,15 @@ def _check_content(
             bad = sum(non_finite(stored.extremes(step), concept.origin.dtype) for step in range(concept.steps))
             if bad:
                 _damaged(path, f"{position}.{name} holds {bad} values that are NaN or infinite")
+        reference.known_as(_content(reference, position, manifest["sha256"]))
+
+
+def _content(reference: KeptReference, position: int, hashes: Mapping[str, str]) -> tuple[str, str]:
+    """The key that the file claims with a digest of what was found to be in it: one alone would not tell it apart."""
+    names = sorted(f"{name}{suffix}" for name, stored in reference.tensors.items() for suffix in stored.arrays)
+    found = [[name, hashes[f"{position}.{name}"]] for name in names]
+    described = [reference.storage, sorted(reference.tokens.items()), found]
+    return reference.key, hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def _concept(

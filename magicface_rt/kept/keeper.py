@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..backends import Backend
@@ -120,14 +120,14 @@ class Keeper:
         if left is not None and need > left:
             raise foreseen(f"the keys of a reference for {steps} steps need {need / 1e6:,.1f} MB more on the host")
 
-    def make_room(self, plan: MemoryPlan, keys: Collection[str]) -> None:
+    def make_room(self, plan: MemoryPlan, wanted: Collection[Hashable]) -> None:
         """See to it that a request keeps its budget on the device, whatever earlier ones left there.
 
-        keys: content keys of the references that the request will use. What other requests use meanwhile stays, and is
+        wanted: identities of the references that the request will use. What other requests use meanwhile stays, and is
         in their budgets. Without a budget of the caller's all memory may be used, and is freed when it is needed.
         """
         if plan.on_device and plan.bytes_per_step and self.settings.budget is not None:
-            self.on_device.trim(self.settings.budget - plan.peak.device, keys if plan.mode == "keep" else ())
+            self.on_device.trim(self.settings.budget - plan.peak.device, wanted if plan.mode == "keep" else ())
 
     def forget(self, keys: Collection[str] | None) -> bool:
         """Drop what is kept under these content keys, on the host and where no request uses it on the device; None:

@@ -89,7 +89,9 @@ def prepare_reference(
             which = f"step {steps.stop}" if len(steps) == 1 else f"steps {first + 1} to {steps.stop}"
             raise NonFiniteError(f"{which} of {origin.steps}: {error}") from error
         report(steps.stop)
-    return KeptReference(key, encoded.prompt, storage, counts, tensors, worst_error(tensors))
+    kept = KeptReference(key, encoded.prompt, storage, counts, tensors, worst_error(tensors))
+    # What was computed here from what the key names has the keys of every other that was. Other noise is not named.
+    return kept if noise is not None else kept.known_as(("computed", key))
 
 
 def _indices(tokens: Mapping[int, NDArray[np.int64]], rows: int, bundle: Bundle) -> dict[str, NDArray[np.int64]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -140,11 +140,13 @@ class EightBit(Stored):
 class KeptReference:
     """The keys of one reference.
 
-    key      names its content, see `content_key`
+    key      names its content, see `content_key`. Of one that came from a file it is what the file says
     tokens   kept tokens by factor; 0 where the mask vanishes on that grid
     tensors  by name, such as "k_ref_10"
     error    what 8 bits cost: relative 2-norm of the worst tensor; 0 where the values are as they were computed
     mapped   whether the tensors lie in a file and not in memory
+    identity    equal only for references that are sure to have the same keys, see `known_as`; not for comparing across
+                processes. `dataclasses.replace` gives the new one an identity of its own
     """
 
     key: str
@@ -154,6 +156,12 @@ class KeptReference:
     tensors: Mapping[str, Stored] = field(repr=False)
     error: float = 0.0
     mapped: bool = False
+    identity: Hashable = field(init=False, repr=False, default_factory=object)
+
+    def known_as(self, identity: Hashable) -> KeptReference:
+        """Itself, from now on with an identity that tells its content and that no file can claim."""
+        object.__setattr__(self, "identity", identity)
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +191,8 @@ class KeptReference:
                 tensors[name] = EightBit(stored.levels.copy(), *channels, stored.dtype)
             else:
                 tensors[name] = Exact(np.array(stored.arrays[""]))
-        return KeptReference(self.key, self.prompt, self.storage, self.tokens, tensors, self.error)
+        read = KeptReference(self.key, self.prompt, self.storage, self.tokens, tensors, self.error)
+        return read.known_as(self.identity)
 
 
 def empty_tensors(origin: Origin, tokens: Mapping[int, int], storage: Storage) -> dict[str, Stored]:

@@ -6,9 +6,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 
+from .awaited import Awaited
 from .reference import KeptReference
-
-WAIT_SECONDS = 0.2
 
 
 class KeptStore:
@@ -52,34 +51,33 @@ class KeptStore:
         raise. Should the other fail, one of those who waited makes it; each gets the errors of its own attempt only.
         """
         while True:
-            with self._lock:
-                found = self._entries.get(key)
-                if found is not None:
-                    self._entries.move_to_end(key)
-                    return found
-                making = self._making.get(key)
-                mine = making is None
-                if making is None:
-                    making = self._making[key] = _Making()
-            if not mine:
-                while not making.done.wait(WAIT_SECONDS):
-                    waiting()
+            mine = _Making()
+            try:  # from before it is registered on: Ctrl-C may come at any moment
+                with self._lock:
+                    found = self._entries.get(key)
+                    if found is not None:
+                        self._entries.move_to_end(key)
+                        return found
+                    self._drop_what_is_over()
+                    making = self._making.setdefault(key, mine)
+                if making is mine:
+                    made = make()
+                    self._add(key, made)
+                    mine.made = made
+                    return made
+                making.wait(waiting)
                 if making.made is not None:
                     return making.made
-                continue
-            try:
-                made = make()
-                self._add(key, made)
-                making.made = made
-                return made
             finally:
+                mine.over = True
+                mine.wake()
                 with self._lock:
-                    del self._making[key]
-                making.done.set()
+                    self._drop_what_is_over()
 
     def forget(self, keys: Collection[str] | None = None) -> None:
         """Drop what has these content keys; None: everything."""
         with self._lock:
+            self._drop_what_is_over()
             for key in tuple(self._entries) if keys is None else keys:
                 self._entries.pop(key, None)
 
@@ -91,13 +89,19 @@ class KeptStore:
                 self._entries.popitem(last=False)
             self._entries[key] = made
 
+    def _drop_what_is_over(self) -> None:
+        """Also what an interrupt kept its own maker from dropping; until then nobody waits for it."""
+        for key, making in tuple(self._making.items()):
+            if making.over:
+                self._making.pop(key, None)
+
     def _held(self) -> int:
         return sum(entry.nbytes for entry in self._entries.values())
 
 
-class _Making:
+class _Making(Awaited):
     """A computation that others wait for."""
 
     def __init__(self) -> None:
-        self.done = threading.Event()
+        super().__init__()
         self.made: KeptReference | None = None

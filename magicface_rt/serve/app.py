@@ -6,12 +6,11 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,13 +21,13 @@ from ..errors import Cancelled, MagicFaceError, ServiceError
 from ..request import Progress
 from . import events
 from .auth import Tokens
-from .bodies import Bodies
+from .bodies import Bodies, take_body
 from .gate import Gate
 from .metrics import CONTENT_TYPE_LATEST, Metrics
 from .multipart import read_form
-from .openapi import describe, documented
+from .openapi import ORDER_BODY, describe, documented
 from .problems import Problem, refused
-from .reading import FORM_PARTS, problem_of_body, upload_of, wants_png
+from .reading import FORM_PARTS, NoOrderError, read_order, upload_of, wants_png
 from .schemas import (
     FORM_SCHEMA,
     BundleInfo,
@@ -62,12 +61,15 @@ def build_app(
     settings: ServeSettings | None = None,
     tokens: Tokens | None = None,
     metrics: Metrics | None = None,
+    hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """The application. It starts the service when it starts, and closes it when it ends.
 
     settings  those that the service has; limits of bodies are of them
     tokens    who may use it; everybody, unless given
     metrics   what /metrics shows; give the one that the service tells
+    hosts     names that clients may call the machine by, such as `gate.LOOPBACK_NAMES` where it is reached from this
+              machine only and has no tokens; any, unless given
     """
     limits = settings or ServeSettings()
     shown = metrics or Metrics()
@@ -89,7 +91,7 @@ def build_app(
         redoc_url=None,
     )
     app.add_middleware(Bodies, settings=limits, told=shown.problem)
-    app.add_middleware(Gate, tokens=tokens or Tokens(), metrics=shown)
+    app.add_middleware(Gate, tokens=tokens or Tokens(), metrics=shown, hosts=hosts)
     _add_handlers(app, shown)
     _add_concepts(app, service)
     _add_images(app, service, shown)
@@ -106,9 +108,9 @@ def _add_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def failed(request: Request, error: Exception) -> Response:
         return answer(_problem(error))
 
-    async def not_readable(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return answer(problem_of_body(error, request.headers.get("content-type")))
+    async def no_order(request: Request, error: Exception) -> Response:
+        assert isinstance(error, NoOrderError)
+        return answer(error.problem)
 
     async def not_routed(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -120,7 +122,7 @@ def _add_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     app.add_exception_handler(MagicFaceError, failed)
     app.add_exception_handler(MemoryError, failed)
-    app.add_exception_handler(RequestValidationError, not_readable)
+    app.add_exception_handler(NoOrderError, no_order)
     app.add_exception_handler(HTTPException, not_routed)
     app.add_exception_handler(Exception, failed)
 
@@ -141,9 +143,12 @@ def _add_concepts(app: FastAPI, service: Service) -> None:
         """The id names the content: the same images, masks, prompts, steps and settings have the same id, and are
         prepared once. The images are not kept, only keys and values made from them.
         """
-        body = await request.body()
-        form = await asyncio.to_thread(read_form, request.headers.get("content-type"), body, FORM_PARTS)
-        put = service.put_concept(upload_of(form), owner=request.state.owner)
+        kind, body = request.headers.get("content-type"), await take_body(request.receive)
+        form = await asyncio.to_thread(read_form, kind, body, FORM_PARTS)
+        upload = upload_of(form)
+        request.state.share.lasts_as_long_as(upload)
+        put = service.put_concept(upload, owner=request.state.owner)
+        del body, form, upload
         info, made = await _while_here(request, put)
         where = {"Location": f"/v1/concepts/{info.id}"}
         return _json(info, 201 if made else 200, where)
@@ -193,16 +198,23 @@ def _add_images(app: FastAPI, service: Service, metrics: Metrics) -> None:
             more={200: {"image/png": {"type": "string", "format": "binary"}, events.MEDIA_TYPE: events.SCHEMA}},
         ),
         response_class=Response,
+        openapi_extra={"requestBody": ORDER_BODY},
     )
-    async def make_images(request: Request, order: PictureOrder) -> Response:
+    async def make_images(request: Request) -> Response:
         """One picture as PNG or pictures as JSON, by `response` or the Accept header; or events, with `stream`.
 
         The request stops at its next step when its deadline passes or its client goes.
         """
+        kind, body = request.headers.get("content-type"), await take_body(request.receive)
+        order = await asyncio.to_thread(read_order, kind, body)  # a large one would hold up all others here
+        del body
+        request.state.share.lasts_as_long_as(order)
         png = wants_png(order, request.headers.get("accept"))
         if order.stream:
             return await _stream(request, service, order, failed)
-        outcome = await _while_here(request, service.generate(order, owner=request.state.owner))
+        work = service.generate(order, owner=request.state.owner)
+        del order
+        outcome = await _while_here(request, work)
         if not png:
             return Response(await asyncio.to_thread(_answer, outcome), media_type="application/json")
         spent = ", ".join(f"{stage};dur={1000 * outcome.timings[stage]:.1f}" for stage in ("queued", "total"))

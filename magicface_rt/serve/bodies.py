@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..errors import ServiceError
+from ..errors import Cancelled, ServiceError
 from .problems import Problem, refused
 from .settings import ServeSettings
 
-__all__ = ["Bodies", "send_problem"]
+__all__ = ["Bodies", "Share", "send_problem", "take_body"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -26,9 +27,37 @@ that is cut off at once sees a broken connection instead.
 """
 
 
-class Bodies:
-    """An ASGI application around another, which gets each body in one piece.
+class Share:
+    """What a body has of the bytes that all bodies may have. Given back once, in the event loop of the application."""
 
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self._loop = asyncio.get_running_loop()
+        self._nbytes = 0
+
+    def take(self, nbytes: int) -> None:
+        """Raises AnswerError, 503, where all together would have too many."""
+        self._bodies.take(nbytes)
+        self._nbytes += nbytes
+
+    def give_back(self) -> None:
+        """Nothing of the body is held any more; nothing happens the second time."""
+        self._bodies.held -= self._nbytes
+        self._nbytes = 0
+
+    def lasts_as_long_as(self, holder: object) -> None:
+        """Give it back when an object goes that was made of the body; the answer may take much longer."""
+        weakref.finalize(holder, self._give_back_soon).atexit = False
+
+    def _give_back_soon(self) -> None:  # in whatever thread the object's last user was
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.give_back)
+
+
+class Bodies:
+    """An ASGI application around another, which gets each body in one piece, and its `Share` as the state `share`.
+
+    held  bytes that all bodies have now
     told  the kind of each problem that it answers itself
     """
 
@@ -36,22 +65,24 @@ class Bodies:
         self._app = app
         self._settings = settings
         self._told = told
-        self._held = 0
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = bytearray()
+        body, share = bytearray(), Share(self)
+        scope.setdefault("state", {})["share"] = share
         try:
             try:
-                if not await self._read(scope, receive, body):
+                if not await self._read(scope, receive, body, share):
                     return
             except ServiceError as error:
                 self._told(error.kind)
                 await send_problem(Problem.of(error), send)
                 return
             whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+            body.clear()  # not two of it
 
             async def replay() -> Message:
                 nonlocal whole
@@ -62,9 +93,17 @@ class Bodies:
 
             await self._app(scope, replay, send)
         finally:
-            self._held -= len(body)
+            share.give_back()
 
-    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+    def take(self, nbytes: int) -> None:
+        """See `Share.take`."""
+        if self.held + nbytes > self._settings.bodies_bytes:
+            busy = refused(503, "busy", "too many uploads are being read. Try again later.")
+            busy.retry_after = 1.0
+            raise busy
+        self.held += nbytes
+
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray, share: Share) -> bool:
         """Fill the body; whether the client is still there."""
         settings = self._settings
         end = time.monotonic() + settings.body_seconds
@@ -86,12 +125,8 @@ class Bodies:
                 if message.get("more_body", False):
                     await self._discard(receive)
                 raise self._too_large("more")
-            if self._held + len(chunk) > settings.bodies_bytes:
-                busy = refused(503, "busy", "too many uploads are being read. Try again later.")
-                busy.retry_after = 1.0
-                raise busy
+            share.take(len(chunk))
             body += chunk
-            self._held += len(chunk)
             if not message.get("more_body", False):
                 return True
 
@@ -110,6 +145,18 @@ class Bodies:
             left -= len(message.get("body", b""))
             if message["type"] == "http.disconnect" or not message.get("more_body", False):
                 return
+
+
+async def take_body(receive: Receive) -> bytes:
+    """The body that a route behind `Bodies` gets, which nobody else holds then.
+
+    Raises:
+        Cancelled: the client has gone.
+    """
+    message = await receive()
+    if message["type"] != "http.request":
+        raise Cancelled("the client has gone.")
+    return bytes(message.pop("body", b""))
 
 
 async def send_problem(problem: Problem, send: Send) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from ..concept import Concept
-from ..errors import Cancelled, ServiceError, UnreachableError
+from ..errors import AnswerError, Cancelled, ServiceError, UnreachableError
 from ..request import Progress, ProgressCallback
 from .wire import Events, KeptId, Made, error_of, form_of, made_of, order_of, pause
+
+T = TypeVar("T")
 
 __all__ = ["AsyncClient", "Client"]
 
@@ -58,7 +60,7 @@ class Client:
     token    one of the service's, where it asks for them
     retries  how often a request is sent again, after the seconds of Retry-After where the service is full, or where
              the connection is lost: the same request makes the same picture
-    timeout  seconds without a byte of an answer
+    timeout  seconds without a byte of an answer; where Retry-After asks for more, the error is raised at once
     options  of httpx.Client, such as verify=... or trust_env=False
 
     Raises, in its methods: a child of `ServiceError`, with `status`, `kind` and `field` of the problem.
@@ -74,7 +76,7 @@ class Client:
         **options: Any,
     ) -> None:
         self._http = httpx.Client(**_options(url, token, timeout, options))
-        self._retries = retries
+        self._retries, self._most_pause = retries, timeout
 
     def __enter__(self) -> Client:
         return self
@@ -105,12 +107,12 @@ class Client:
         """
         order = order_of(prompt, concepts, settings)
         if progress is None:
-            return made_of(self._send("POST", "/v1/images", json=order).json())
+            return read(self._send("POST", "/v1/images", json=order), made_of)
         for attempt in range(self._retries + 1):
             try:
                 return self._streamed({**order, "stream": True}, progress)
             except ServiceError as error:
-                wait = pause(error, attempt, self._retries)
+                wait = pause(error, attempt, self._retries, self._most_pause)
                 if wait is None:
                     raise
                 time.sleep(wait)
@@ -125,24 +127,24 @@ class Client:
         """
         texts, files = form_of(concept, steps, reference_seed, storage)
         answer = self._send("PUT", "/v1/concepts", data=texts, files=files)
-        return KeptId.of(answer.json(), answer.status_code == 201)
+        return read(answer, lambda info: KeptId.of(info, answer.status_code == 201))
 
     def concepts(self) -> list[KeptId]:
         """All kept concepts, the oldest first."""
-        return [KeptId.of(one) for one in self._send("GET", "/v1/concepts").json()["concepts"]]
+        return read(self._send("GET", "/v1/concepts"), _listed)
 
     def concept(self, id: str) -> KeptId:
         """One of them."""
-        return KeptId.of(self._send("GET", f"/v1/concepts/{id}").json())
+        return read(self._send("GET", f"/v1/concepts/{id}"), KeptId.of)
 
     def erase(self, concept: KeptId | str) -> dict[str, Any]:
         """Erase a concept; returns when the service has found nothing of it any more."""
         id = concept if isinstance(concept, str) else concept.id
-        return dict(self._send("DELETE", f"/v1/concepts/{id}").json())
+        return read(self._send("DELETE", f"/v1/concepts/{id}"), dict)
 
     def bundle(self) -> dict[str, Any]:
         """What is served, and its limits."""
-        return dict(self._send("GET", "/v1/bundle").json())
+        return read(self._send("GET", "/v1/bundle"), dict)
 
     def ready(self) -> bool:
         """Whether the service is up and warm."""
@@ -161,7 +163,7 @@ class Client:
                 error = _lost(cause, self._http.base_url)
             if error is None:
                 return answer
-            wait = pause(error, attempt, self._retries) if _repeats(method, error) else None
+            wait = pause(error, attempt, self._retries, self._most_pause) if _repeats(method, error) else None
             if wait is None:
                 raise error
             time.sleep(wait)
@@ -194,7 +196,7 @@ class AsyncClient:
         **options: Any,
     ) -> None:
         self._http = httpx.AsyncClient(**_options(url, token, timeout, options))
-        self._retries = retries
+        self._retries, self._most_pause = retries, timeout
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -219,12 +221,12 @@ class AsyncClient:
         """As `Client.generate`."""
         order = await asyncio.to_thread(order_of, prompt, concepts, settings)
         if progress is None:
-            return made_of((await self._send("POST", "/v1/images", json=order)).json())
+            return read(await self._send("POST", "/v1/images", json=order), made_of)
         for attempt in range(self._retries + 1):
             try:
                 return await self._streamed({**order, "stream": True}, progress)
             except ServiceError as error:
-                wait = pause(error, attempt, self._retries)
+                wait = pause(error, attempt, self._retries, self._most_pause)
                 if wait is None:
                     raise
                 await asyncio.sleep(wait)
@@ -236,24 +238,24 @@ class AsyncClient:
         """As `Client.put_concept`."""
         texts, files = await asyncio.to_thread(form_of, concept, steps, reference_seed, storage)
         answer = await self._send("PUT", "/v1/concepts", data=texts, files=files)
-        return KeptId.of(answer.json(), answer.status_code == 201)
+        return read(answer, lambda info: KeptId.of(info, answer.status_code == 201))
 
     async def concepts(self) -> list[KeptId]:
         """All kept concepts, the oldest first."""
-        return [KeptId.of(one) for one in (await self._send("GET", "/v1/concepts")).json()["concepts"]]
+        return read(await self._send("GET", "/v1/concepts"), _listed)
 
     async def concept(self, id: str) -> KeptId:
         """One of them."""
-        return KeptId.of((await self._send("GET", f"/v1/concepts/{id}")).json())
+        return read(await self._send("GET", f"/v1/concepts/{id}"), KeptId.of)
 
     async def erase(self, concept: KeptId | str) -> dict[str, Any]:
         """As `Client.erase`."""
         id = concept if isinstance(concept, str) else concept.id
-        return dict((await self._send("DELETE", f"/v1/concepts/{id}")).json())
+        return read(await self._send("DELETE", f"/v1/concepts/{id}"), dict)
 
     async def bundle(self) -> dict[str, Any]:
         """What is served, and its limits."""
-        return dict((await self._send("GET", "/v1/bundle")).json())
+        return read(await self._send("GET", "/v1/bundle"), dict)
 
     async def ready(self) -> bool:
         """Whether the service is up and warm."""
@@ -272,7 +274,7 @@ class AsyncClient:
                 error = _lost(cause, self._http.base_url)
             if error is None:
                 return answer
-            wait = pause(error, attempt, self._retries) if _repeats(method, error) else None
+            wait = pause(error, attempt, self._retries, self._most_pause) if _repeats(method, error) else None
             if wait is None:
                 raise error
             await asyncio.sleep(wait)
@@ -290,6 +292,28 @@ class AsyncClient:
         except httpx.TransportError as cause:
             raise _lost(cause, self._http.base_url) from cause
         return events.made()
+
+
+def read(answer: httpx.Response, of: Callable[[Any], T]) -> T:
+    """What a success holds.
+
+    Raises:
+        AnswerError: it is nothing that the service says; something on the way has answered in its place.
+    """
+    try:
+        return of(answer.json())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AnswerError(
+            f"{answer.request.method} {answer.url} was answered with {answer.status_code}, and with "
+            f"{answer.headers.get('content-type', 'content of no type')} that the service does not send. Look at what "
+            "is between, such as a proxy or a sign-in page.",
+            status=answer.status_code,
+            kind="no-answer",
+        ) from error
+
+
+def _listed(content: Mapping[str, Any]) -> list[KeptId]:
+    return [KeptId.of(one) for one in content["concepts"]]
 
 
 def _tell(progress: ProgressCallback, step: Progress | None) -> None:

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,18 @@ class StoredConcept:
 def concept_id(keys: Sequence[str]) -> str:
     """The id of a concept with references of these content keys, in that order."""
     return hashlib.sha256("\n".join(keys).encode("ascii")).hexdigest()
+
+
+def load_own(id: str, path: Path, *, check_hashes: bool = True) -> KeptConcept:
+    """The concept of a file that has the name of an id.
+
+    Raises:
+        KeptConceptError: it is damaged, or holds another concept, such as one that was copied to the wrong name.
+    """
+    concept = KeptConcept.load(path, check_hashes=check_hashes)
+    if (own := concept_id([reference.key for reference in concept.references])) != id:
+        raise KeptConceptError(f"file {path.name!r} holds the concept {own}, expected that of its name.")
+    return concept
 
 
 def unknown(id: str) -> UnknownConceptError:
@@ -96,6 +108,12 @@ class ConceptStore(ABC):
     @abstractmethod
     def check_room(self, nbytes: int) -> None:
         """Raises StoreFullError where so many bytes do not fit, before they are computed."""
+
+    def take_vanished(self) -> frozenset[str]:
+        """Ids of concepts that were in this process's memory and that another process has erased, found since the last
+        call. The store holds nothing of them any more; a Session may.
+        """
+        return frozenset()
 
     def close(self) -> None:  # noqa: B027 - not every store holds something
         """Let go of what is in memory."""
@@ -183,20 +201,20 @@ class FolderConcepts(_Limited):
             raise OutputError(f"folder of concepts {str(folder)!r} may not be read and written.")
         self._lock = threading.Lock()
         self._mapped: dict[str, tuple[_Stamp, StoredConcept]] = {}
+        self._vanished: set[str] = set()
 
     def get(self, id: str) -> StoredConcept:
         path = self._path(id)
         stamp = _stamp(path) if path is not None else None
         if path is None or stamp is None:
-            with self._lock:
-                self._mapped.pop(id, None)
+            self._let_go({id})
             raise unknown(id)
         with self._lock:
             known = self._mapped.get(id)
         if known is not None and known[0] == stamp:
             return known[1]
         try:
-            stored = StoredConcept(id, KeptConcept.load(path), stamp.seconds)
+            stored = StoredConcept(id, load_own(id, path), stamp.seconds)
         except KeptConceptError as error:
             if not path.exists():  # erased by another process meanwhile
                 raise unknown(id) from None
@@ -248,6 +266,7 @@ class FolderConcepts(_Limited):
 
     def entries(self) -> list[StoredConcept]:
         found = []
+        self._let_go_of_what_is_gone()
         for path in self.folder.glob(f"*{SUFFIX}"):
             id, stamp = path.name.removesuffix(SUFFIX), _stamp(path)
             if not _ID.fullmatch(id) or stamp is None:
@@ -258,17 +277,33 @@ class FolderConcepts(_Limited):
                 found.append(known[1])
                 continue
             with contextlib.suppress(KeptConceptError):  # damaged: `get` says so
-                found.append(StoredConcept(id, KeptConcept.load(path, check_hashes=False), stamp.seconds))
+                found.append(StoredConcept(id, load_own(id, path, check_hashes=False), stamp.seconds))
         return sorted(found, key=lambda stored: stored.created)
 
     def used(self) -> tuple[int, int]:
+        self._let_go_of_what_is_gone()
         stamps = [_stamp(path) for path in self.folder.glob(f"*{SUFFIX}") if _ID.fullmatch(path.stem)]
         sizes = [stamp.nbytes for stamp in stamps if stamp is not None]
         return len(sizes), sum(sizes)
 
+    def take_vanished(self) -> frozenset[str]:
+        with self._lock:
+            found, self._vanished = frozenset(self._vanished), set()
+        return found
+
     def close(self) -> None:
         with self._lock:
             self._mapped.clear()
+
+    def _let_go_of_what_is_gone(self) -> None:
+        """Another process tells nobody when it erases: its file is gone."""
+        with self._lock:
+            mapped = set(self._mapped)
+        self._let_go({id for id in mapped if not (self.folder / f"{id}{SUFFIX}").exists()})
+
+    def _let_go(self, ids: Collection[str]) -> None:
+        with self._lock:
+            self._vanished.update(id for id in ids if self._mapped.pop(id, None) is not None)
 
     def _path(self, id: str) -> Path | None:
         """None for what is no id, so that no name leads out of the folder."""

@@ -20,7 +20,7 @@ J = TypeVar("J", bound=Owned)
 
 
 class FairQueue(Generic[J]):
-    """Whoever has many jobs waits for those who have few: after each job that is taken, its owner goes to the back."""
+    """Whoever has many jobs waits for those who have few: an owner goes to the back when a job is taken in its turn."""
 
     def __init__(self) -> None:
         self._jobs: OrderedDict[Hashable, deque[J]] = OrderedDict()
@@ -40,12 +40,23 @@ class FairQueue(Generic[J]):
         self._length += 1
 
     def take(self, fits: Callable[[J], bool] = lambda job: True) -> J | None:
-        """The next job that fits; None where none does."""
+        """The next job that fits; None where none does.
+
+        Those whose turn it is come first. Where none of them fits, a later one may overtake its owner's first, which
+        keeps its place: an owner that went to the back for it would never have its turn while others fit better.
+        """
         for owner, jobs in self._jobs.items():
-            found = next((job for job in jobs if fits(job)), None)
-            if found is not None:
-                self._take(owner, found)
+            if fits(jobs[0]):
+                found = jobs[0]
+                self._drop(owner, found)
+                if owner in self._jobs:
+                    self._jobs.move_to_end(owner)
                 return found
+        for owner, jobs in self._jobs.items():
+            later = next((job for job in jobs if fits(job)), None)
+            if later is not None:
+                self._drop(owner, later)
+                return later
         return None
 
     def remove(self, job: J) -> bool:
@@ -55,11 +66,6 @@ class FairQueue(Generic[J]):
             return False
         self._drop(job.owner, job)
         return True
-
-    def _take(self, owner: Hashable, job: J) -> None:
-        self._drop(owner, job)
-        if owner in self._jobs:
-            self._jobs.move_to_end(owner)
 
     def _drop(self, owner: Hashable, job: J) -> None:
         self._jobs[owner].remove(job)

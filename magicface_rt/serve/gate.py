@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import time
+from collections.abc import Collection
 
 from ..errors import ServiceError
 from .auth import Tokens
 from .bodies import App, Message, Receive, Scope, Send, header, send_problem
 from .metrics import Metrics
-from .problems import Problem
+from .problems import Problem, refused
 
-__all__ = ["Gate"]
+__all__ = ["LOOPBACK_NAMES", "Gate"]
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+"""What a client on this machine calls it."""
+
+_PORT = re.compile(r":\d{1,5}$")
 
 OPEN = ("/healthz", "/readyz")
 """What needs no token."""
@@ -22,17 +29,31 @@ PAGE = "/ui"
 a password (RFC 7617): the password is the token, the name may be anything.
 """
 
+_WRONG_HOST = Problem.of(
+    refused(
+        403,
+        "host",
+        f"without tokens, and listening for this machine only, the service answers to {', '.join(LOOPBACK_NAMES)} and "
+        "to no other name. Use one of these; or start it with --tokens, or with another --host.",
+        "Host",
+    )
+)
+
 _ASK = 'Basic realm="magicface_rt: any name, and a token as the password", charset="UTF-8"'
 
 
 class Gate:
     """An ASGI application around another. Without a right token it answers itself, before a body is read.
 
+    hosts  names that clients may call this machine by, with any port; any where it is None. A browser lets a page send
+           what it likes to the page's own name, wherever that leads (DNS rebinding)
+
     Sets `scope["state"]["owner"]`: whose request it is.
     """
 
-    def __init__(self, app: App, tokens: Tokens, metrics: Metrics) -> None:
+    def __init__(self, app: App, tokens: Tokens, metrics: Metrics, hosts: Collection[str] | None = None) -> None:
         self._app = app
+        self._hosts = hosts
         self._tokens = tokens
         self._metrics = metrics
 
@@ -51,6 +72,10 @@ class Gate:
         try:
             state = scope.setdefault("state", {})
             state["owner"] = ""
+            if not self._is_called_right(scope):
+                self._metrics.problem("host")
+                await send_problem(_WRONG_HOST, watched)
+                return
             if scope["path"] not in OPEN:
                 client = scope.get("client") or ("",)
                 on_page = scope["path"] == PAGE or scope["path"].startswith(f"{PAGE}/")
@@ -71,6 +96,12 @@ class Gate:
             status = status or 499  # there was nobody to answer
             method = scope["method"] if scope["method"] in ("GET", "PUT", "POST", "DELETE") else "other"
             self._metrics.answered(route, method, status, time.perf_counter() - start)
+
+    def _is_called_right(self, scope: Scope) -> bool:
+        if self._hosts is None:
+            return True
+        names = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        return len(names) == 1 and _PORT.sub("", names[0]).lower() in self._hosts
 
 
 def _bearer(authorization: str | None) -> str | None:

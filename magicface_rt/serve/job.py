@@ -15,7 +15,7 @@ from ..request import Progress, ProgressCallback, Request
 from ..results import Result
 from ..session import Session
 
-__all__ = ["Done", "Job", "Task"]
+__all__ = ["Done", "Job", "Task", "deadline_passed"]
 
 Task = Callable[[Session, ProgressCallback], Any]
 """Work that is no request for pictures, such as preparing a concept; gets the Session and a callback to report to."""
@@ -95,12 +95,7 @@ class Job:
     def check_deadline(self) -> None:
         """End it where its time is up."""
         if self.deadline is not None and not self.done and time.monotonic() >= self.deadline:
-            self.cancel(
-                DeadlineError(
-                    "the deadline passed before the request was done. Allow more time, or ask for fewer steps or "
-                    "pictures."
-                )
-            )
+            self.cancel(deadline_passed())
 
     def cancel(self, error: MagicFaceError) -> None:
         """End it with that error; nothing where it has ended."""
@@ -122,3 +117,10 @@ class Job:
         """Let go of what was to be done: images and keys are in it."""
         self._work = None
         self._progress = None
+
+
+def deadline_passed() -> DeadlineError:
+    """To raise when a request's time is up."""
+    return DeadlineError(
+        "the deadline passed before the request was done. Allow more time, or ask for fewer steps or pictures."
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +32,7 @@ from ..session import Session
 from .concepts import ConceptStore, StoredConcept, concept_id, without_source
 from .engine import Engine
 from .erasure import Trace, scrub
-from .job import Done, Job
+from .job import Done, Job, deadline_passed
 from .orders import check_named, kept_bytes, pixels_of, read_upload, request_of
 from .problems import at
 from .schemas import BundleInfo, BundleLimits, ConceptInfo, Erasure, PictureOrder
@@ -38,10 +40,15 @@ from .service import Accepted, ConceptUpload, Listener, Outcome, Service
 
 __all__ = ["LocalService", "Watcher"]
 
+logger = logging.getLogger("magicface_rt.serve")
+
 T = TypeVar("T")
 
 ERASE_ATTEMPTS = 20
 ERASE_PAUSE = 0.05
+
+LOOK_SECONDS = 10.0
+"""How often it looks whether another process has erased what is in memory here."""
 
 
 class Watcher:
@@ -85,17 +92,22 @@ class LocalService(Service):
         self._watcher = watcher or Watcher()
         self._session = engine.sessions[0]
         self._decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="magicface-decode")
+        # Finished pictures do not wait behind uploads.
+        self._encoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="magicface-encode")
         self._files = ThreadPoolExecutor(2, thread_name_prefix="magicface-files")
         self._uses: set[_Use] = set()
         self._making: dict[str, asyncio.Event] = {}
         self._unfinished: dict[str, Trace] = {}
         self._held_pixels = 0
+        self._arriving = 0
         self._closed = False
+        self._looking: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------------------------------------------ beginning, ending
 
     async def start(self) -> None:
         self.engine.start()
+        self._looking = asyncio.ensure_future(self._look())
 
     def failure(self) -> BaseException | None:
         return self.engine.failure
@@ -114,8 +126,11 @@ class LocalService(Service):
         if self._closed:
             return
         self._closed = True
+        if self._looking is not None:
+            self._looking.cancel()
         await asyncio.to_thread(self.engine.close)
         self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._encoders.shutdown(wait=False, cancel_futures=True)
         self._files.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
@@ -123,22 +138,23 @@ class LocalService(Service):
 
     async def generate(self, order: PictureOrder, *, owner: str, listener: Listener | None = None) -> Outcome:
         end = time.monotonic() + self._seconds(order.deadline)
-        self._check_taken()
         check_named(order)
         with self._using([use.id for use in order.concepts if use.id is not None]) as use:
-            kept = {id: await self._kept(id, k) for k, id in self._ids(order)}
-            use.check()
-            request, pixels = await self._in(
-                self._decoders, request_of, order, kept.__getitem__, self._session, self.settings
-            )
-            kept.clear()
-            request = replace(request, record_regions=order.record_regions)
+            with self._taken():
+                kept = {id: await self._kept(id, k) for k, id in self._ids(order)}
+                use.check()
+                request, pixels = await self._decoded(
+                    end, request_of, order, kept.__getitem__, self._session, self.settings
+                )
+                kept.clear()
+            request, alone = replace(request, record_regions=order.record_regions), order.alone
+            del order  # with the files of its images
             use.check()
             with self._holding(pixels):
-                job = Job(request, owner=owner, deadline=end, alone=order.alone, progress=_relay(listener))
+                job = Job(request, owner=owner, deadline=end, alone=alone, progress=_relay(listener))
                 del request
                 done = await self._done(job, use, listener)
-            outcome: Outcome = await self._in(self._decoders, _outcome, done)
+            outcome: Outcome = await self._in(self._encoders, _outcome, done)
             del done
             use.check()
         self._watcher.made(outcome)
@@ -173,7 +189,10 @@ class LocalService(Service):
         end = time.monotonic() + self.settings.deadline
         with at("storage"):
             storage = checked_storage(upload.storage)
-        concept, bare, origin = await self._in(self._decoders, read_upload, upload, self._session, self.settings)
+        with self._taken():
+            concept, bare, origin = await self._decoded(end, read_upload, upload, self._session, self.settings)
+        word = upload.word
+        del upload  # with the files of its images
 
         def keys() -> list[str]:
             return [content_key(origin, one.loaded, one.prompt, storage) for one in bare]
@@ -186,10 +205,10 @@ class LocalService(Service):
                 storage=storage,
                 progress=progress,
             )
-            return without_source(made, upload.word)
+            return without_source(made, word)
 
         with self._holding(pixels_of(concept)):
-            id = concept_id(await self._in(self._decoders, keys))
+            id = concept_id(await self._decoded(end, keys))
             async with self._making_alone(id):
                 found = await self._found(id)
                 self._watcher.looked_up(found is not None)
@@ -199,7 +218,8 @@ class LocalService(Service):
                 with self._using([]) as use:
                     done = await self._done(Job(prepare, owner=owner, deadline=end), use, None)
                 self._watcher.prepared()
-                return ConceptInfo.of(await self._in(self._files, self.store.put, id, done.result)), True
+                putting = asyncio.ensure_future(self._in(self._files, self.store.put, id, done.result))
+                return ConceptInfo.of(await _to_its_end(putting)), True
 
     async def concepts(self) -> list[ConceptInfo]:
         return [ConceptInfo.of(stored) for stored in await self._in(self._files, self.store.entries)]
@@ -236,15 +256,43 @@ class LocalService(Service):
     def _seconds(self, wanted: float | None) -> float:
         return self.settings.deadline if wanted is None else min(wanted, self.settings.deadline)
 
-    def _check_taken(self) -> None:
-        """Refuse early what the Engine would refuse when the images are decoded."""
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        """A place in the queue for the block, in which a request's images are decoded: the Engine has not got it yet.
+
+        Raises:
+            QueueFullError: as many wait as may.
+            DrainingError: no more work is taken.
+        """
         if self.engine.draining:
             raise DrainingError("the service is ending and takes no more work.", retry_after=1.0)
-        if self.engine.waiting >= self.settings.queue:
+        waiting = self.engine.waiting + self._arriving
+        if waiting >= self.settings.queue:
             raise QueueFullError(
-                f"{self.engine.waiting} requests wait, which is the limit. Try again later.",
+                f"{waiting} requests wait, which is the limit. Try again later.",
                 retry_after=self.engine.retry_after(),
             )
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
+
+    async def _decoded(self, end: float, call: Callable[..., T], *arguments: Any) -> T:
+        """The result of a call in a thread that decodes. One that has not begun when the deadline passes, or when
+        nobody waits any more, is not made.
+
+        Raises:
+            DeadlineError: it has passed.
+        """
+        task = asyncio.ensure_future(self._in(self._decoders, call, *arguments))
+        try:
+            await asyncio.wait({task}, timeout=max(0.0, end - time.monotonic()))
+            if not task.done():
+                raise deadline_passed()
+            return task.result()
+        finally:
+            task.cancel()
 
     @staticmethod
     def _ids(order: PictureOrder) -> Iterator[tuple[int, str]]:
@@ -285,6 +333,17 @@ class LocalService(Service):
         finally:
             self.engine.cancel(job, Cancelled("the client has gone."))
             use.job = None
+
+    async def _look(self) -> None:
+        """Let go of what other processes erase, though nobody asks for it here any more."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self._in(self._files, self.store.used)
+                if self.store.take_vanished():
+                    await asyncio.to_thread(self.engine.exclusive, scrub)
+            except Exception as error:  # such as a folder that cannot be read now; it looks again
+                logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
 
     async def _stop_uses(self, id: str) -> int:
         """End every request that uses a concept, and wait until it has. Returns how many there were."""
@@ -347,6 +406,19 @@ class LocalService(Service):
         if self._closed:
             raise DrainingError("the service has ended.", retry_after=1.0)
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
+
+
+async def _to_its_end(task: asyncio.Future[T]) -> T:
+    """Waits for what cannot be stopped, such as a thread that writes, also where nobody wants it any more: whoever
+    comes after would find it as it goes on.
+    """
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        raise
 
 
 def _relay(listener: Listener | None) -> Callable[[Progress], object] | None:

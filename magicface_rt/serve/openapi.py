@@ -11,17 +11,23 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from . import problems
-from .schemas import BundleInfo, ConceptInfo, ConceptList, Erasure, Pictures, ProblemBody, Status
+from .schemas import BundleInfo, ConceptInfo, ConceptList, Erasure, PictureOrder, Pictures, ProblemBody, Status
 
-__all__ = ["describe", "documented"]
+__all__ = ["ORDER_BODY", "describe", "documented"]
 
 _REF = "#/components/schemas/{model}"
 _ANSWERS = (BundleInfo, ConceptInfo, ConceptList, Erasure, Pictures, ProblemBody, Status)
+ORDER_BODY = {
+    "required": True,
+    "content": {"application/json": {"schema": {"$ref": _REF.format(model=PictureOrder.__name__)}}},
+}
+"""Of the route that reads its body itself."""
+
 _FRAMEWORKS = ("HTTPValidationError", "ValidationError")
 """FastAPI's own form of refusals, which no route here has."""
 
-_EVERYWHERE = (401, 408, 413, 503)
-"""What any route may answer: no token, a body that is late or too large, too many bodies at a time."""
+_EVERYWHERE = (401, 403, 408, 413, 503)
+"""What any route may answer: no token, another machine's name, a body that is late or too large, too many."""
 
 
 def documented(
@@ -54,7 +60,9 @@ def describe(app: FastAPI, *, protected: bool) -> None:
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            _, schemas = models_json_schema([(model, "serialization") for model in _ANSWERS], ref_template=_REF)
+            _, schemas = models_json_schema(
+                [(PictureOrder, "validation"), *((model, "serialization") for model in _ANSWERS)], ref_template=_REF
+            )
             components = document.setdefault("components", {})
             found = {**components.get("schemas", {}), **schemas["$defs"]}
             components["schemas"] = {name: schema for name, schema in found.items() if name not in _FRAMEWORKS}

@@ -60,6 +60,7 @@ _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
 _TITLES = {
     400: "The request cannot be read",
     401: "A token is needed",
+    403: "The request is not allowed",
     404: "There is no such thing",
     405: "The method is not allowed here",
     406: "No acceptable form of the answer",

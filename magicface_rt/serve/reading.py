@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
-from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 
 from .multipart import Form
 from .problems import Problem, refused
 from .schemas import FORM_SCHEMA, MOST_TEXT, MOST_WORD, ConceptUse, InlineReference, PictureOrder
 from .service import ConceptUpload, Upload
+from .structure import check_structure
 
-__all__ = ["FORM_PARTS", "problem_of_body", "upload_of", "wants_png"]
+__all__ = ["FORM_PARTS", "NoOrderError", "read_order", "upload_of", "wants_png"]
 
 FORM_PARTS = tuple(FORM_SCHEMA["properties"])
 
@@ -81,26 +83,49 @@ def wants_png(order: PictureOrder, accept: str | None) -> bool:
     return png
 
 
-def problem_of_body(error: RequestValidationError, content_type: str | None) -> Problem:
-    """A JSON body that is not as it should be. The values that were found are not repeated: they may be photographs."""
-    found = error.errors()
-    if any(one["type"] == "json_invalid" for one in found):
-        return Problem(400, "json", "the body is not JSON.")
-    errors = tuple(
-        (_field(one["loc"], one["type"]), str(one["msg"])) for one in found[:_MOST_ERRORS] if one["loc"][0] == "body"
-    )
+class NoOrderError(Exception):
+    """A JSON body that is no order. problem: what is wrong with it, field by field."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.detail)
+        self.problem = problem
+
+
+def read_order(content_type: str | None, body: bytes) -> PictureOrder:
+    """The order in a body. May take as long as there is much of it: run it in a thread.
+
+    Raises:
+        AnswerError: 415, another Content-Type; 400, no JSON; 422, more than anything here takes.
+        NoOrderError: 422, what is not as it should be in it.
+    """
     kind = (content_type or "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        return Problem(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
-    if not errors:
-        return Problem(422, "body", "the request cannot be used.")
+        raise refused(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
+    if not body:
+        raise refused(422, "body", "the body: Field required.")
+    check_structure(body)
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise refused(400, "json", "the body is not JSON.") from None
+    del body
+    try:
+        return PictureOrder.model_validate(content)
+    except ValidationError as error:
+        raise NoOrderError(_problem(error)) from None
+
+
+def _problem(error: ValidationError) -> Problem:
+    """The values that were found are not repeated: they may be photographs."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)[:_MOST_ERRORS]
+    errors = tuple((_field(one["loc"], one["type"]), str(one["msg"])) for one in found)
     field, detail = errors[0]
     return Problem(422, "body", f"{field or 'the body'}: {detail}.", field or None, errors=errors)
 
 
 def _field(loc: Iterable[int | str], kind: str) -> str:
     """A place such as concepts[0].weight; names of alternatives that pydantic tried are left out."""
-    parts = list(loc)[1:]
+    parts = list(loc)
     text = ""
     for position, part in enumerate(parts):
         if isinstance(part, int):

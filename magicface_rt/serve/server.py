@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import signal
 import socket
@@ -27,7 +28,7 @@ from .app import build_app
 from .auth import Tokens
 from .concepts import ConceptStore, MemoryConcepts
 from .engine import Engine
-from .gate import PAGE
+from .gate import LOOPBACK_NAMES, PAGE
 from .local import LocalService
 from .metrics import Metrics
 from .service import Service
@@ -71,14 +72,16 @@ def serve(
     with contextlib.closing(listen(host, port)) as where:
         metrics = Metrics()
         service = local_service(sessions, store=store, settings=settings, workers=workers, metrics=metrics)
-        app = build_app(service, settings=settings, tokens=tokens, metrics=metrics)
+        found = where.getsockname()
+        # Any page may have a name of its own lead to this machine: who asks for another name has not asked for this.
+        hosts = LOOPBACK_NAMES if not tokens and ipaddress.ip_address(found[0]).is_loopback else None
+        app = build_app(service, settings=settings, tokens=tokens, metrics=metrics, hosts=hosts)
         server = Server(app, service, drain=settings.drain, told=told)
         if mounting is not None:
             facts = ui_module("facts").Facts.of(
                 sessions[0].bundle, settings, backend=sessions[0].backend.name, protected=bool(tokens)
             )
             server.at_end = mounting.mount_page(app, service, sessions[0].tokenizer, facts).end
-        found = where.getsockname()
         url = f"http://{f'[{found[0]}]' if ':' in found[0] else found[0]}:{found[1]}"
         told(f"listening on {url}")
         if page:
@@ -176,6 +179,9 @@ class Server(uvicorn.Server):
     """uvicorn's, but a signal first drains the service, while /readyz and /healthz still answer; a second one cuts the
     requests off. Runs in any thread; signals reach it in the main thread only.
 
+    config   of uvicorn.Config. Without `proxy_headers=True` a client's address is that of its connection: by a header
+             anyone could be whoever they like, in the fair order
+
     at_end   called when the requests are done, in the event loop: lets go of connections that would stay open
     cut_off  how many requests had no time left, when all is over
     """
@@ -197,7 +203,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=CLOSE_SECONDS,
-                **config,
+                **{"proxy_headers": False, **config},
             )
         )
         self.cut_off = 0

@@ -27,7 +27,7 @@ class ServeSettings:
     body_seconds    seconds in which a body must have come; over that, 408
     pixels          pixels of one uploaded image, seen in its header before it is decoded
     held_pixels     pixels of all decoded images of requests that wait or run; over that, 429
-    decoders        threads that decode uploads and encode pictures
+    decoders        threads that decode uploads, and as many that encode pictures
     steps           denoising steps of a request
     default_steps   where a request has no kept concept and does not say
     images          pictures of a request

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,8 +41,6 @@ from ..options import Options
 from ..request import Progress
 
 __all__ = ["Events", "KeptId", "Made", "error_of", "form_of", "made_of", "order_of", "pause"]
-
-MOST_PAUSE = 60.0
 
 _OPTIONS = {option.name for option in fields(Options)}
 _OF_SERVICE = {"deadline", "alone", "record_regions"}
@@ -195,24 +196,39 @@ def error_of(status: int, body: bytes, retry_after: str | None = None) -> Servic
     kind = str(problem.get("kind", "no-problem-details"))
     where = f"{problem['field']}: " if problem.get("field") else ""
     detail = f"{where}{problem.get('detail', f'the service answered {status}')}"
-    try:
-        seconds = None if retry_after is None else float(retry_after)
-    except ValueError:  # a date
-        seconds = 1.0
+    seconds = None if retry_after is None else _seconds(retry_after)
     if kind in _KINDS and _KINDS[kind].status == status:
         return _KINDS[kind](detail, field=problem.get("field"), retry_after=seconds)
     return AnswerError(detail, status=status, kind=kind, field=problem.get("field"), retry_after=seconds)
 
 
-def pause(error: ServiceError, attempt: int, retries: int) -> float | None:
-    """Seconds before the request is sent again; None where it is not. attempt: 0 for the first."""
+def pause(error: ServiceError, attempt: int, retries: int, most: float = math.inf) -> float | None:
+    """Seconds before the request is sent again; None where it is not.
+
+    attempt  0 for the first
+    most     where the service asks for more, the request is not sent again: it would be refused again before that
+    """
     if attempt >= retries:
         return None
     if isinstance(error, UnreachableError):
         return min(8.0, 0.25 * 2.0**attempt)
     if error.status in (429, 503) and error.retry_after is not None:
-        return min(MOST_PAUSE, error.retry_after)
+        return error.retry_after if error.retry_after <= most else None
     return None
+
+
+def _seconds(retry_after: str) -> float:
+    """Of a Retry-After header, which has seconds or a date (RFC 9110); a second where it has neither."""
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(retry_after)
+        except (ValueError, TypeError):
+            return 1.0
+        date = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
+        seconds = (date - datetime.now(timezone.utc)).total_seconds()
+    return max(0.0, seconds) if math.isfinite(seconds) else 1.0
 
 
 class Events:

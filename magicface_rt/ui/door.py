@@ -1,23 +1,29 @@
 """What stands between the service and the page's framework: which paths there are, and what a browser may do with it.
 
 Gradio's application has routes that the page has no use for: files that are uploaded to its cache and served from it,
-proxies. They are not there for a caller.
+proxies. They are not there for a caller. Nor are files in the fields of an event, which Gradio would fetch from
+wherever they are said to be, whatever the field is for.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 from collections.abc import Callable
 from importlib.resources import files
 from urllib.parse import urlsplit
 
+from ..errors import ServiceError
 from ..serve.bodies import App, Message, Receive, Scope, Send, header, send_problem
-from ..serve.problems import Problem
+from ..serve.problems import Problem, refused
+from ..serve.structure import check_structure
 
 __all__ = ["Door"]
 
 _CALLS = ("app_id", "info", "login_check", "queue/join", "queue/data", "startup-events")
 _PATHS = {"", "/", "/config", "/config/", "/theme.css", *(f"/gradio_api/{call}" for call in _CALLS)}
+_EVENTS = "/gradio_api/queue/join"
 _HEARTBEAT = "/gradio_api/heartbeat/"
 _FOLDERS = ("/assets/", "/static/", "/svelte/", _HEARTBEAT)
 
@@ -69,6 +75,10 @@ class Door:
             await send_problem(Problem(404, "no-such-path", "the page has nothing there."), send)
         elif scope["method"] not in ("GET", "HEAD") and not _same_origin(scope):
             await send_problem(Problem(403, "other-origin", "this was sent by another site's page."), send)
+        elif path == _EVENTS:
+            await self._event(scope, receive, send)
+        elif scope["method"] not in ("GET", "HEAD"):
+            await send_problem(Problem(405, "method-not-allowed", "the page sends nothing there."), send)
         elif path in ("", "/"):
             await self._page(scope, receive, send)
         elif path.startswith(_HEARTBEAT):
@@ -78,6 +88,33 @@ class Door:
                 self._left(path.removeprefix(_HEARTBEAT))
         else:
             await self._app(scope, receive, _guarded(send))
+
+    async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What a field or button sends, when it has been looked at. The limits of bodies stand before the page."""
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+        body.clear()
+        assert whole is not None
+        try:
+            await asyncio.to_thread(_check_event, whole["body"])
+        except ServiceError as error:
+            await send_problem(Problem.of(error), send)
+            return
+
+        async def replay() -> Message:
+            nonlocal whole
+            if whole is not None:
+                message, whole = whole, None
+                return message
+            return await receive()
+
+        await self._app(scope, replay, _guarded(send))
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The HTML, with this package's assets and without what points elsewhere."""
@@ -94,6 +131,26 @@ class Door:
         await self._app({**scope, "headers": plain}, receive, hold)
         text = _FOREIGN.sub("", body.decode("utf-8")).replace("</head>", _HEAD, 1)
         await _send(send, text.encode("utf-8"), b"text/html; charset=utf-8", int(start["status"]))
+
+
+def _check_event(body: bytes) -> None:
+    """The page's fields hold texts, numbers, lists of these, or nothing. To Gradio an object may be a file somewhere.
+
+    Raises:
+        AnswerError: 400, no JSON; 422, there is an object in a field.
+    """
+    check_structure(body)
+    try:
+        event = json.loads(body) if body else None
+    except (ValueError, RecursionError):
+        raise refused(400, "json", "the body is no JSON.") from None
+    left = [event.get("data")] if isinstance(event, dict) else []
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            raise refused(422, "body", "a field holds an object; expected texts and numbers.", "data")
+        if isinstance(value, list):
+            left += value
 
 
 def _same_origin(scope: Scope) -> bool:

@@ -36,9 +36,26 @@ def test_every_form_is_measured_and_compared(
     assert all(re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", row[2]) for row in rows)
     assert re.search(r"bytes kept for a concept [\d,]+", rows[1][5])
     assert re.search(r"error of the keys \S+, of the latents \S+", rows[4][5])
+    errors = {row[1]: row[6] for row in rows}
+    assert errors["plain"] == "not compared"
+    assert all(0 <= float(errors[what]) <= 1e-4 for what in ("first", "second", "beside"))
+    assert float(errors["8-bit"]) > 0
     ratios = {row[1]: row[2] for row in rows_of(told, "| N | ratio")}
     assert set(ratios) == {"first / second", "second / plain", "beside / second"}
     assert all(re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", ratio) for ratio in ratios.values())
+
+
+def test_only_what_took_turns_is_paired() -> None:
+    """A machine that slows down alike for both: of pairs the ratio stays, and no one may say so of two runs apart."""
+    lower = [kept_concepts.Told(seconds) for seconds in (1.0, 3.0, 2.0)]
+    upper = [kept_concepts.Told(4 * one.seconds) for one in lower]
+    assert kept_concepts._ratio(upper, lower, "diffusers") == "4.00 (4.00 to 4.00)"
+    assert kept_concepts._ratio(upper, lower, "authors") == "4.00 (1.33 to 12.00), not in turn"
+
+
+def test_what_was_compared_with_nothing_says_so() -> None:
+    assert kept_concepts._parity([kept_concepts.Told(1.0)]) == "not compared"
+    assert kept_concepts._parity([kept_concepts.Told(1.0, error=0.0), kept_concepts.Told(1.0, error=2e-5)]) == "2.0e-05"
 
 
 @pytest.mark.slow
@@ -51,3 +68,5 @@ def test_pytorch_stands_beside_it(
     )  # fmt: skip
     ratios = {row[1] for row in rows_of(told, "| N | ratio")}
     assert {"diffusers / second", "authors / second"} <= ratios
+    errors = {row[1]: row[6] for row in rows_of(told, "| N | | seconds a step")}
+    assert errors["diffusers"] == errors["authors"] == "not compared"

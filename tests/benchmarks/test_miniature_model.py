@@ -20,6 +20,9 @@ from benchmarks.miniature import pictures, quality, requests, segmenter, shippin
 from magicface_rt import Options, Request, Session  # noqa: E402
 from magicface_rt.export.checkpoint import Checkpoint  # noqa: E402
 from magicface_rt.export.exporter import ExportOptions, export_bundle  # noqa: E402
+from magicface_rt.export.reference import MagicFaceReference  # noqa: E402
+from magicface_rt.export.replay import relative_error  # noqa: E402
+from magicface_rt.export.trajectory import record  # noqa: E402
 
 WEIGHTS = Path(os.environ.get("MAGICFACE_RT_MINIATURE", shipping.WEIGHTS))
 pytestmark = pytest.mark.skipif(
@@ -29,6 +32,9 @@ pytestmark = pytest.mark.skipif(
 # Requests with two or three concepts, so that regions can be wrong, and how they are made.
 NUMBERS, STEPS, GUIDANCE = (3, 5, 9, 11, 13, 15), 12, 3.0
 SHIFTED = (9, 10, 11, 12, 13, 14)
+# A request that is also made by PyTorch with the authors' layers, and how far from its latents those of a bundle may be
+# (relative 2-norm): between what rounding does, 1e-6, and what one layer that is missing does.
+BESIDE_PYTORCH, PARTED = 9, 0.01
 # What must be reached; means over the requests. Between what the shipped weights reach and what the faults below do.
 FLOORS = {"fidelity": 0.6, "fidelity above plain": 0.35, "region IoU": 0.4, "caption F1": 0.85}
 
@@ -96,10 +102,26 @@ def test_swapped_regions_are_noticed(bundle: Path, cases: list[requests.Case]) -
     assert missed(found), found
 
 
+def parted(bundle: Path, case: requests.Case) -> float:
+    """How far a request ends from where PyTorch ends with references in layers 10 to 15."""
+    unet = Checkpoint.open(WEIGHTS).load_unet(torch.float32)
+    options = Options(steps=STEPS, guidance=GUIDANCE, seed=case.number)
+    concepts = pictures.concepts(case)
+    with Session(bundle, backend="onnxruntime-cpu", provenance=False) as session:
+        found = session.generate(case.caption, concepts, options=options).latents
+        _, final = record("miniature", session, concepts, options, MagicFaceReference(unet), case.caption)
+    return relative_error(found, final.latents.numpy())
+
+
+def test_the_picture_is_the_one_of_the_authors_layers(bundle: Path, cases: list[requests.Case]) -> None:
+    assert parted(bundle, cases[NUMBERS.index(BESIDE_PYTORCH)]) < PARTED
+
+
 @pytest.mark.slow  # a bundle of its own
-@pytest.mark.xfail(strict=True, reason="five of six layers stay, and these figures do not notice it: docs/miniature.md")
 def test_injection_layers_that_are_shifted_by_one_are_noticed(tmp_path: Path, cases: list[requests.Case]) -> None:
+    """Five of six layers stay: looks are carried over as well, into another picture."""
     checkpoint = Checkpoint.open(shipping.open_shipped(WEIGHTS))
     export_bundle(checkpoint, tmp_path / "bundle", ExportOptions(injection_layers=SHIFTED))
     found = reached(tmp_path / "bundle", cases)
-    assert missed(found), found
+    assert not missed(found), f"the figures notice it by now; docs/miniature.md says that they do not: {found}"
+    assert parted(tmp_path / "bundle", cases[NUMBERS.index(BESIDE_PYTORCH)]) > PARTED

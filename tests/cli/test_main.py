@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,26 @@ def test_an_error_is_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     report = tmp_path / "report.json"
     assert main(["inspect", "--json", str(report)]) == 2
     assert json.loads(report.read_text())["error"]["kind"] == "UsageError"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills itself by a signal")
+def test_what_a_killed_command_left_of_its_json_goes_when_it_is_given_again(tmp_path: Path) -> None:
+    killed = "import os; os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+    code = "from magicface_rt.cli import main; main(['inspect', 'nowhere', '--json', 'report.json'])"
+    done = subprocess.run([sys.executable, "-c", killed + code], cwd=tmp_path, capture_output=True)
+    assert done.returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name != "report.json"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(str(descriptor)), real(descriptor))[1])
+    assert main(["inspect", "nowhere", "--json", str(tmp_path / "report.json")]) == 2
+    assert len(synced) == 2, "the file, and its folder"
 
 
 @pytest.mark.parametrize("verb", ["checkpoint", "export", "verify"])

@@ -1,4 +1,4 @@
-"""Attacks run under limits, and what came of them is told at the end."""
+"""Attacks run under limits."""
 
 from __future__ import annotations
 
@@ -8,31 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from outcomes import table
 
 ADDRESSES = 8 << 30
 """Bytes of address space that a test may take more: a header that claims terabytes becomes a MemoryError."""
 
 END_SECONDS = 1800
-"""A test that hangs outside Python, where no alarm reaches it, ends its process after so long."""
+SLOW_END_SECONDS = 4 * 3600
+"""A test that hangs outside Python, where no alarm reaches it, ends its process after so long, and with it all tests
+of that process: longer than what any test takes by its own limits."""
 
 
 @pytest.fixture(autouse=True)
-def _limits() -> Iterator[None]:
+def _limits(request: pytest.FixtureRequest) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESSES, hard))
-    faulthandler.dump_traceback_later(END_SECONDS, exit=True)
+    slow = request.node.get_closest_marker("slow") is not None
+    faulthandler.dump_traceback_later(SLOW_END_SECONDS if slow else END_SECONDS, exit=True)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    lines = table()
-    if lines:
-        terminalreporter.section("attacks: inputs by parser and outcome")
-        for line in lines:
-            terminalreporter.write_line(line)

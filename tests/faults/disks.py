@@ -3,7 +3,7 @@
 `Layer` stands before whatever changes something below a folder, and calls `act(operation, path)` first:
 
     open        a file to write to            mkdir, unlink, rmdir
-    write       bytes into it                 rename     also os.replace; the path is the one that goes
+    write       bytes into it                 rename     also os.replace and os.link; the path is the one that goes
     fsync       a file or folder              exchange   two folders that change places
 """
 
@@ -53,7 +53,7 @@ class Layer:
             name: self._acting(operation, getattr(os, name))
             for operation, name in (
                 *(("unlink", "unlink"), ("unlink", "remove"), ("rmdir", "rmdir"), ("mkdir", "mkdir")),
-                *(("fsync", "fsync"), ("rename", "rename"), ("rename", "replace")),
+                *(("fsync", "fsync"), ("rename", "rename"), ("rename", "replace"), ("rename", "link")),
             )
         }
         opened = self._opening(io.open)

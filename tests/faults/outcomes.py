@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -17,6 +16,7 @@ from typing import TypeVar
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from tallies import TALLY
 
 from magicface_rt.errors import MagicFaceError
 
@@ -32,9 +32,6 @@ MOST_MESSAGE = 4000
 SEED = int(os.environ.get("MAGICFACE_RT_FAULTS_SEED", "14"))
 QUICK, MANY = 200, 10_000
 inputs = pytest.mark.parametrize("inputs", [QUICK, pytest.param(MANY, marks=pytest.mark.slow)])
-
-TALLY: dict[str, Counter[str]] = defaultdict(Counter)
-"""By parser: how many inputs were `tried`, `accepted`, and refused by which error."""
 
 T = TypeVar("T")
 
@@ -104,14 +101,3 @@ def _resident(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1]) << 10
     raise AssertionError(field)
-
-
-def table() -> list[str]:
-    """The tally as lines of text."""
-    lines = []
-    for parser, counts in sorted(TALLY.items()):
-        refused = {kind: n for kind, n in counts.items() if kind not in ("tried", "accepted")}
-        kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(refused.items()))
-        told = f"{counts['tried']:8,} tried {counts['accepted']:8,} accepted {sum(refused.values()):8,} refused"
-        lines.append(f"{parser:28} {told}{f'  ({kinds})' if kinds else ''}")
-    return lines

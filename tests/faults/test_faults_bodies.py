@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from corruptions import ODD_BYTES, as_json, changed_tree, edited, edits, png_of, with_key_twice
 from hypothesis import strategies as st
-from outcomes import TALLY, inputs, judged, little_memory, loop, no_hang
+from outcomes import inputs, judged, little_memory, loop, no_hang
 from PIL import Image
 from single_files import encoded
+from tallies import TALLY
 
 pytest.importorskip("fastapi")
 

@@ -30,6 +30,11 @@ from threads_signalled import OUTSIDE, Ended, Forks
 
 import magicface_rt
 from magicface_rt import Bundle, KeptConcept, Session
+from magicface_rt.backends.device import Device
+from magicface_rt.backends.lane import Lane
+from magicface_rt.backends.shelf import Shelf
+from magicface_rt.kept.on_device import OnDevice
+from tests.runtime.fake_cuda import FakeCuda
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 
@@ -329,9 +334,12 @@ def test_ctrl_c_while_a_thread_draws_reaches_the_main_thread_alone(mixed: Mixed)
 
 
 PACKAGE = Path(magicface_rt.__file__).parent
-DRAWING = ("session", "work", "workplace", "preparing", "course", "denoiser", "request", "results")
+KEEPING = ("kept/store", "kept/on_device", "kept/awaited")
+DRAWING = ("session", "work", "workplace", "preparing", "course", "denoiser", "request", "results", *KEEPING)
 """Modules whose calls are interrupted. What Python's own library does in between, such as taking a semaphore, has
 moments at which an interrupt loses it; these cannot be mended here."""
+COUNTING = ("session.py", "workplace.py", "store.py", "on_device.py", "awaited.py")
+"""Those which keep count of who is at work, or for whom others wait."""
 SAVING = ("results", "unfinished", "provenance")
 
 
@@ -393,7 +401,7 @@ def test_ctrl_c_at_any_call_leaves_the_session_usable(tiny_bundle: Path, most: i
         expected = draw()
         counting = Interrupt(files)
         assert not interrupted(counting, draw)
-        chosen = some_of(counting.moments, most, always=("session.py", "workplace.py"))
+        chosen = some_of(counting.moments, most, always=COUNTING)
         stopped = 0
         for at in chosen:
             interrupt = Interrupt(files, at)
@@ -408,6 +416,44 @@ def test_ctrl_c_at_any_call_leaves_the_session_usable(tiny_bundle: Path, most: i
         f"{stopped} of {len(counting.moments)} moments tried, the Session usable and the next picture right after each"
     )
     figures.tell("signals", f"Ctrl-C at any call ({form})", told)
+
+
+def test_ctrl_c_at_any_call_of_bringing_keys_up_and_using_them(tiny_bundle: Path) -> None:
+    """On a device that is made up: whoever comes next brings them up or finds them, and nobody is left using them."""
+    bundle = Bundle.open(tiny_bundle, check_hashes=False)
+    with Session(bundle, backend=Hollow()) as session:
+        reference = session.prepare(HAT, steps=STEPS).references[0]
+    cuda, on_device = FakeCuda(), OnDevice()
+    lane = Lane(Device(0, cuda=cuda))
+    lane.join()
+    files = {str(PACKAGE / f"{name}.py") for name in KEEPING}
+    stopped = tried = 0
+
+    def use() -> np.ndarray:
+        with on_device.use(reference, Shelf(lane), bundle, STEPS) as keys:
+            found = keys[STEPS - 1, "k_ref_10"]
+            return cuda.view(found.buffer.address + found.offset, found.nbytes).copy()
+
+    expected = use()
+    for there in (False, True):
+        counting = Interrupt(files)
+        if not there:
+            on_device.free_unused()
+        assert not interrupted(counting, use)
+        for at in range(len(counting.moments)):
+            on_device.free_unused()
+            if there:
+                use()
+            interrupt = Interrupt(files, at)
+            stopped += interrupted(interrupt, use)
+            tried += 1
+            assert not any(entry.users for entry in on_device._entries.values()), interrupt.where
+            np.testing.assert_array_equal(draw_in_time(use, interrupt.where), expected, interrupt.where)
+            assert len(on_device._entries) == 1, interrupt.where
+    assert stopped >= 0.95 * tried
+    on_device.close()
+    lane.leave()
+    assert not cuda.alive()
 
 
 def draw_in_time(draw: Callable[[], np.ndarray], where: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,48 @@ def test_a_missing_a_shortened_and_a_changed_file_are_named(bundle: Path, name: 
     path.unlink()
     with pytest.raises(BundleError, match=f"{name} is missing"):
         Bundle.open(bundle)
+
+
+def replaced(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    stamp = path.stat()
+    os.utime(other, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # as `cp -p` and rsync leave it
+    other.replace(path)
+
+
+def written_to(path: Path) -> None:
+    earlier = path.stat().st_mtime_ns
+    with path.open("r+b") as stream:
+        stream.write(b"else")
+    os.utime(path, ns=(earlier + 1, earlier + 1))  # a fast machine writes it within one tick of the disk's clock
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "denoise_step.onnxruntime.onnx", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (replaced, "was replaced since .*Open it again"),
+        (written_to, "was replaced since"),
+        (Path.unlink, "was removed"),
+    ],
+)
+def test_a_file_that_changes_after_opening_is_named(
+    bundle: Path, name: str, change: Callable[[Path], object], said: str
+) -> None:
+    opened = Bundle.open(bundle, check_hashes=False)
+    opened.check_unchanged()
+    change(bundle / name)
+    with pytest.raises(BundleError, match=f"{name} {said}"):
+        opened.check_unchanged()
+
+
+def test_links_and_permissions_of_an_opened_bundle_may_change(bundle: Path, tmp_path: Path) -> None:
+    opened = Bundle.open(bundle, check_hashes=False)
+    os.link(bundle / "weights.bin", tmp_path / "link")
+    (bundle / "weights.bin").chmod(0o400)
+    bundle.rename(tmp_path / "aside").rename(bundle)
+    opened.check_unchanged()
 
 
 def test_a_newer_format_asks_for_an_upgrade(bundle: Path) -> None:

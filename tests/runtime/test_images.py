@@ -160,6 +160,40 @@ def test_sixteen_bit_greys_keep_their_brightness() -> None:
     assert load_image(image, name="image").getpixel((0, 0)) == (128, 128, 128)
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (np.array([[0, 255]], np.uint16), "from 0 to 255"),
+        (np.array([[0, 1]], np.uint16), "from 0 to 1"),
+        (np.array([[0, 255]], np.int32), "from 0 to 255"),
+        (np.array([[0, 65536]], np.int32), "from 0 to 65536"),
+        (np.array([[-1, 40000]], np.int32), "from -1 to 40000"),
+    ],
+)
+def test_whole_numbers_that_would_be_black_or_cut_are_refused(values: Any, named: str, tmp_path: Path) -> None:
+    image = Image.fromarray(values)
+    with pytest.raises(ImageError, match=f"^image .*{named}, expected .* 65535.*8 bits a channel, or scale it"):
+        load_image(image, name="image")
+    image.save(tmp_path / "mask.tif")
+    with pytest.raises(MaskError, match=f"mask.tif.*{named}"):
+        load_mask(tmp_path / "mask.tif", image_size=None, name="mask")
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_whole_numbers_of_sixteen_bits_and_black_ones_are_read(dtype: Any) -> None:
+    bright, black = np.array([[0, 256, 65535]], dtype), np.zeros((1, 3), dtype)
+    assert np.asarray(load_image(Image.fromarray(bright), name="image"))[0, :, 0].tolist() == [0, 1, 255]
+    assert not np.asarray(load_image(Image.fromarray(black), name="image")).any()
+
+
+def test_modes_that_pillow_cannot_convert_are_refused() -> None:
+    with pytest.raises(ImageError, match=r"^image is of mode La, which cannot be converted.*Save it as"):
+        load_image(Image.new("La", (4, 4)), name="image")
+    for mode in ("La", "LAB"):
+        with pytest.raises(MaskError, match=f"^mask is of mode {mode}"):
+            load_mask(Image.new(mode, (4, 4)), image_size=None, name="mask")
+
+
 def test_images_are_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

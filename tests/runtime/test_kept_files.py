@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference
+from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference, unfinished
 from magicface_rt.backends.host import from_bfloat16, to_bfloat16
 from magicface_rt.cli import main
 from magicface_rt.images import load_reference
@@ -124,6 +126,80 @@ def test_a_loaded_concept_outlives_a_new_file_in_its_place(path: Path) -> None:
     made(tokens=(30, 20)).save(path, overwrite=True)
     loaded.renamed("cap", weight=1).save(path, overwrite=True)
     np.testing.assert_array_equal(KeptConcept.load(path).references[0].tensors["k_ref_10"].step(1), before)
+
+
+@pytest.fixture(params=["link", "rename", "look"])
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a system can do to put a file only where there is none."""
+
+    def cannot(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if request.param != "link":
+        monkeypatch.setattr(os, "link", cannot)
+    if request.param == "look":
+        monkeypatch.setattr(unfinished, "_rename", lambda *_: False)
+
+
+@pytest.mark.usefixtures("system")
+def test_a_file_that_somebody_puts_there_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, settle = tmp_path / "cap.concept", unfinished.settle
+
+    def slow(new: Path) -> None:
+        path.write_bytes(b"somebody's")
+        settle(new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(unfinished, "settle", slow)
+        with pytest.raises(OutputError, match=r"cap.concept' exists already. Give another path, or allow overwriting"):
+            made().save(path)
+        assert path.read_bytes() == b"somebody's"
+        assert os.listdir(tmp_path) == ["cap.concept"]
+        made().save(path, overwrite=True)
+    path.unlink()
+    assert KeptConcept.load(made().save(path)).name == "cap"
+    assert os.listdir(tmp_path) == ["cap.concept"]
+    assert os.stat(path).st_nlink == 1
+
+
+def test_of_two_that_save_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, settle, both = tmp_path / "cap.concept", unfinished.settle, threading.Barrier(2)
+    ended: list[str] = []
+
+    def together(new: Path) -> None:
+        settle(new)
+        both.wait(60)
+
+    def save(name: str) -> None:
+        try:
+            made().renamed(name=name).save(path)
+            ended.append(name)
+        except OutputError as error:
+            ended.append("exists already" if "exists already" in str(error) else str(error))
+
+    monkeypatch.setattr(unfinished, "settle", together)
+    threads = [threading.Thread(target=save, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(ended) == sorted(["exists already", KeptConcept.load(path).name])
+
+
+def test_references_are_alike_where_all_that_was_looked_at_is(tmp_path: Path, path: Path) -> None:
+    def identities(loaded: KeptConcept) -> list[object]:
+        return [one.identity for one in loaded.references]
+
+    first, again = KeptConcept.load(path), KeptConcept.load(path)
+    assert identities(first) == identities(again) == identities(first.renamed("hat"))
+    assert [one.in_memory().identity for one in first.references] == identities(first)
+    unchecked = [KeptConcept.load(path, check_hashes=False) for _ in range(2)]
+    apart = {one for loaded in (first, *unchecked, made()) for one in identities(loaded)}
+    assert len(apart) == 8
+    other = made(tokens=(30, 20)).save(tmp_path / "other.concept")
+    assert set(identities(KeptConcept.load(other))).isdisjoint(identities(first)), "with the same keys"
 
 
 def with_keys_of(source: Concept) -> KeptConcept:

@@ -19,7 +19,7 @@ from magicface_rt.backends.device import Buffer, Device
 from magicface_rt.backends.lane import Lane
 from magicface_rt.backends.shelf import Shelf
 from magicface_rt.bundle import Bundle
-from magicface_rt.errors import DeviceError, DeviceMemoryError
+from magicface_rt.errors import DeviceError, DeviceMemoryError, KeptConceptError
 from magicface_rt.kept.feed import KeyFeed
 from magicface_rt.kept.memory import row_bytes
 from magicface_rt.kept.on_device import OnDevice
@@ -28,6 +28,7 @@ from tests.runtime.drawn_backend import Drawn
 from tests.runtime.fake_cuda import KERNEL_FAILED, FakeCuda
 from tests.runtime.fake_tensorrt import Recipe
 from tests.runtime.fake_world import FLAVOUR, World
+from tests.runtime.test_kept_store import Interrupting, ends
 from tests.runtime.test_session import HAT, MAN, PROMPT, disc, picture
 
 STEPS = 6
@@ -216,7 +217,7 @@ def test_keys_that_nobody_uses_make_room(world: World, bundle: Bundle) -> None:
         held = session._keeper.on_device.unused_bytes([])
         assert held >= man.nbytes
         session.generate("a hat", [hat], steps=40)
-        assert man.references[0].key not in session._keeper.on_device._entries
+        assert not session._keeper.on_device.has(man.references[0])
 
 
 def test_a_request_that_ends_early_gives_its_keys_free(world: World, bundle: Bundle) -> None:
@@ -228,7 +229,7 @@ def test_a_request_that_ends_early_gives_its_keys_free(world: World, bundle: Bun
             with pytest.raises(KeyboardInterrupt):
                 session.generate("a man", [man], steps=STEPS, progress=interrupt)
             session.generate("a man", [man], steps=STEPS)
-            assert all(entry.users == 0 for entry in session._keeper.on_device._entries.values())
+            assert not any(entry.users for entry in session._keeper.on_device._entries.values())
 
 
 def test_unloading_frees_the_device_and_later_requests_work(world: World, bundle: Bundle, expected: Any) -> None:
@@ -578,7 +579,7 @@ class Slow(Stored):
 def slowed(reference: KeptReference, error: BaseException | None = None) -> tuple[KeptReference, Slow]:
     name = min(reference.tensors)
     slow = Slow(reference.tensors[name], error)
-    return replace(reference, tensors={**reference.tensors, name: slow}), slow
+    return replace(reference, tensors={**reference.tensors, name: slow}).known_as(reference.identity), slow
 
 
 def thread(function: Callable[..., object], *arguments: Any, **options: Any) -> threading.Thread:
@@ -635,15 +636,128 @@ def test_two_that_want_the_same_keys_bring_them_up_once_unless_that_fails(bundle
     assert slow.asked.wait(60)
     second = thread(use, 1, reference)
     until = time.monotonic() + 60
-    while on_device._entries[reference.key].users < 2 and time.monotonic() < until:
+    while len(on_device._entries[reference.identity].users) < 2 and time.monotonic() < until:
         time.sleep(0.01)
     slow.go_on.set()
     for one in (first, second):
         one.join(60)
     assert sorted(map(str, found)) == (["True", "no more"] if fails else ["True", "True"])
     assert cuda.count("cudaMalloc") == (2 if fails else 1)
-    assert [entry.users for entry in on_device._entries.values()] == [0]
+    assert [len(entry.users) for entry in on_device._entries.values()] == [0]
     on_device.close()
+    assert not cuda.alive()
+
+
+def test_waiting_for_keys_that_another_brings_up_can_be_cancelled(world: World, bundle: Bundle) -> None:
+    with open_session(world, bundle, memory="keep", workers=2) as session:
+        man = session.prepare(MAN, steps=STEPS)
+        reference, slow = slowed(man.references[0])
+        first = thread(session.generate, "a man", [KeptConcept("man", [reference], man.origin)], steps=STEPS)
+        assert slow.asked.wait(60)
+        told: list[Any] = []
+
+        def cancel(progress: Any) -> bool:
+            told.append((progress.stage, progress.step))
+            return False
+
+        with pytest.raises(Cancelled):
+            session.generate("a man", [man], steps=STEPS, progress=cancel)
+        assert told == [("prepare", 0)]
+        (entry,) = session._keeper.on_device._entries.values()
+        assert len(entry.users) == 1, "only the one that brings them up"
+        slow.go_on.set()
+        first.join(60)
+        assert not entry.users
+
+
+def test_an_interrupt_at_any_moment_leaves_nobody_waiting_and_nobody_using(bundle: Bundle) -> None:
+    with Session(bundle, backend=Drawn()) as session:
+        reference = session.prepare(MAN, steps=STEPS).references[0]
+    cuda = FakeCuda()
+    lane = Lane(Device(0, cuda=cuda))
+    lane.join()
+    for at in range(20):
+        on_device = OnDevice()
+
+        def use(on_device: OnDevice = on_device) -> None:
+            with on_device.use(reference, Shelf(lane), bundle, STEPS):
+                pass
+
+        interrupting = Interrupting(at)
+        on_device._lock = interrupting  # type: ignore[assignment]
+        try:
+            use()
+        except KeyboardInterrupt:
+            assert interrupting.came
+        interrupting.at = -1  # not from here on
+        assert not any(entry.users for entry in on_device._entries.values())
+        assert ends(use), f"after the lock was let go {at} times"
+        assert len(on_device._entries) == 1
+        on_device.close()
+        if not interrupting.came:
+            break
+    assert at == 2
+    lane.leave()
+    assert not cuda.alive()
+
+
+# ------------------------------------------------------------------------------------------- which keys are the same
+
+
+def claiming(hat: KeptConcept, key: str, path: Path, *, check_hashes: bool) -> KeptConcept:
+    """A file with the hat's keys that says it were another reference's."""
+    references = [replace(hat.references[0], key=key)]
+    KeptConcept("hat", references, hat.origin, weight=HAT.weight).save(path, overwrite=True)
+    return KeptConcept.load(path, check_hashes=check_hashes)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_file_that_claims_the_key_of_another_reference_spoils_no_request(
+    world: World, bundle: Bundle, expected: Any, tmp_path: Path, checked: bool
+) -> None:
+    with open_session(world, bundle, memory="keep") as session:
+        man, hat = (session.prepare(one, steps=STEPS) for one in (MAN, HAT))
+        claims = claiming(hat, man.references[0].key, tmp_path / "hat.concept", check_hashes=checked)
+        for first in (man, claims):
+            session._keeper.on_device.free_unused()
+            session.generate("a man", [first.renamed("man")], steps=STEPS)
+            for _ in range(2):
+                made = session.generate(PROMPT, [man, claims], steps=STEPS, seed=7, images=2)
+                same(made.latents, expected.latents)
+        assert len(session._keeper.on_device._entries) == 2
+
+
+def test_what_is_sure_to_be_the_same_is_brought_up_once(world: World, bundle: Bundle, tmp_path: Path) -> None:
+    with open_session(world, bundle, memory="keep") as session:
+        man = session.prepare(MAN, steps=STEPS)
+        man.save(tmp_path / "man.concept")
+        on_device = session._keeper.on_device
+        session.generate(PROMPT, [man, man.renamed("hat")], steps=STEPS)
+        session.generate("a man", [session.prepare(MAN, steps=STEPS)], steps=STEPS)
+        assert len(on_device._entries) == 1
+        for _ in range(2):
+            session.generate("a man", [KeptConcept.load(tmp_path / "man.concept")], steps=STEPS)
+        assert len(on_device._entries) == 2
+        assert session.forget([man.references[0].key])
+        assert not on_device._entries
+
+
+def test_keys_of_another_size_are_refused(bundle: Bundle) -> None:
+    with Session(bundle, backend=Drawn()) as session:
+        man, hat = (session.prepare(one, steps=STEPS).references[0] for one in (MAN, HAT))
+    cuda, on_device = FakeCuda(), OnDevice()
+    lane = Lane(Device(0, cuda=cuda))
+    lane.join()
+    with on_device.use(man, Shelf(lane), bundle, STEPS):
+        other = replace(hat).known_as(man.identity)
+        with (
+            pytest.raises(KeptConceptError, match=r"on the device have \d+ bytes, and a request wants \d+ bytes"),
+            on_device.use(other, Shelf(lane), bundle, STEPS),
+        ):
+            raise AssertionError("it was given")
+    assert not any(entry.users for entry in on_device._entries.values())
+    on_device.close()
+    lane.leave()
     assert not cuda.alive()
 
 

@@ -254,6 +254,22 @@ def test_any_masks_and_any_number_of_references(
         same(session.generate_batch(requests)[1].latents, expected)
 
 
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+def test_a_file_that_claims_the_key_of_another_reference_is_drawn_with_its_own_keys(
+    bundle: Bundle, tmp_path: Path, memory: str, checked: bool
+) -> None:
+    with Session(bundle, backend=Drawn(), memory=memory) as session:
+        man, hat = (session.prepare(one, steps=STEPS) for one in (MAN, HAT))
+        claiming = [replace(hat.references[0], key=man.references[0].key)]
+        KeptConcept("hat", claiming, hat.origin, weight=HAT.weight).save(tmp_path / "hat.concept")
+        claims = KeptConcept.load(tmp_path / "hat.concept", check_hashes=checked)
+        assert claims.references[0].key == man.references[0].key
+        for expected, found in (([man, hat], [man, claims]), ([hat, man], [claims, man])):
+            drawn = [session.generate(PROMPT, one, steps=STEPS, seed=7).latents for one in (expected, found)]
+            np.testing.assert_array_equal(*drawn)
+
+
 def test_a_batch_gives_each_request_what_it_gets_alone(session: Session, backend: Drawn) -> None:
     man, hat = (session.prepare(concept, steps=STEPS) for concept in (MAN, HAT))
     requests = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magicface_rt import OptionError
+from magicface_rt.kept.awaited import Awaited
 from magicface_rt.kept.reference import Exact, KeptReference
 from magicface_rt.kept.store import KeptStore
 from magicface_rt.regions import PADDING, KeptTokens, bucket, key_access
@@ -72,6 +74,76 @@ def test_where_one_fails_another_that_waited_makes_it() -> None:
     thread.join(30)
     assert len(errors) == 1
     assert store.keys == ("a",)
+
+
+class Interrupting:
+    """A lock; Ctrl-C comes right after it was let go for the time with the number `at`."""
+
+    def __init__(self, at: int) -> None:
+        self.lock, self.at, self.came = threading.Lock(), at, False
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+        self.at -= 1
+        if self.at == -1:
+            self.came = True
+            raise KeyboardInterrupt
+
+
+def ends(work: Callable[[], object]) -> bool:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(10)
+    return not thread.is_alive()
+
+
+def test_an_interrupt_at_any_moment_leaves_nobody_waiting() -> None:
+    for at in range(20):
+        store = KeptStore(1000)
+        interrupting = Interrupting(at)
+        store._lock = interrupting  # type: ignore[assignment]
+        try:
+            store.get_or_make("a", lambda: entry("a"))
+        except KeyboardInterrupt:
+            assert interrupting.came
+        interrupting.at = -1  # not from here on
+        assert ends(lambda store=store: store.get_or_make("a", lambda: entry("a"))), f"after {at} times"
+        assert store.keys == ("a",)
+        assert not store._making
+        if not interrupting.came:
+            break
+    assert at == 3
+
+
+def test_an_interrupt_as_it_says_that_it_is_over_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, first, found, wake = KeptStore(1000), threading.Event(), list[str](), Awaited.wake
+
+    def making() -> KeptReference:
+        first.set()
+        time.sleep(0.5)
+        return entry("a")
+
+    def interrupted(self: Awaited) -> None:
+        if threading.current_thread() is maker:
+            raise KeyboardInterrupt
+        wake(self)
+
+    def make() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            store.get_or_make("a", making)
+
+    monkeypatch.setattr(Awaited, "wake", interrupted)
+    maker = threading.Thread(target=make)
+    maker.start()
+    assert first.wait(10)
+    assert ends(lambda: found.append(store.get_or_make("a", lambda: entry("b")).key))
+    maker.join(10)
+    assert found == ["a"]
+    store.forget()
+    assert not store._making
 
 
 @given(count=st.integers(1, 30_000), largest=st.none() | st.integers(1, 30_000))

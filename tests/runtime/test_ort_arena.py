@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,39 @@ def test_graphs_work_in_the_same_memory_and_give_it_back() -> None:
     backend.close()
     assert resident() - before < 0.2 * WORKING, "closing the backend has left working memory behind"
     assert sessions[0].run(None, x)[0] == WORKING // 4  # and graphs go on
+
+
+FORKING = """
+import os, signal, threading
+import numpy as np
+from magicface_rt.backends.onnxruntime import OnnxRuntime
+from magicface_rt.backends.ort_arena import registering
+from magicface_rt.backends.sum_model import sum_model
+
+def hold():
+    with registering():
+        holding.set()
+        let_go.wait()
+
+holding, let_go = threading.Event(), threading.Event()
+holder = threading.Thread(target=hold)
+holder.start()
+holding.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    OnnxRuntime("cpu", threads=1).run_model(sum_model(), {"x": np.ones(1, np.float32)})
+    os._exit(7)
+let_go.set()
+holder.join()
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_is_forked_while_a_thread_opens_a_graph_opens_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True)
+    assert done.returncode == 7, f"it hung: {done.returncode} {done.stderr}"
 
 
 def test_sessions_that_open_and_close_leave_no_memory(tiny_bundle: Path) -> None:

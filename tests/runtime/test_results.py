@@ -142,6 +142,52 @@ def test_overwriting_never_removes_other_files(tmp_path: Path) -> None:
     assert listing(folder) == sorted([*FILES, "thesis.txt"])
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("moment", ["while it is written", "as it is replaced"])
+def test_files_that_appear_meanwhile_are_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, moment: str
+) -> None:
+    folder = result().save(tmp_path / "out")
+    before = (folder / "run.json").read_bytes()
+    real = {"_png": results._png, "exchange": unfinished.exchange, "rename": Path.rename}
+
+    def appears(name: str, *arguments: Any) -> Any:
+        if (folder / "run.json").exists() and not (folder / "thesis.txt").exists():
+            (folder / "thesis.txt").write_text("mine")
+        return real[name](*arguments)
+
+    if moment == "while it is written":
+        monkeypatch.setattr(results, "_png", lambda *arguments: appears("_png", *arguments))
+    elif exchange:
+        monkeypatch.setattr(unfinished, "exchange", lambda *arguments: appears("exchange", *arguments))
+    if not exchange:
+        monkeypatch.setattr(unfinished, "exchange", lambda one, other: False)
+        if moment == "as it is replaced":
+            monkeypatch.setattr(Path, "rename", lambda *arguments: appears("rename", *arguments))
+    with pytest.raises(OutputError, match=r"out' is not replaced: it holds 'thesis.txt', which no result writes"):
+        result(prompt="another").save(folder, overwrite=True)
+    assert listing(tmp_path) == ["out"]
+    assert listing(folder) == sorted([*FILES, "thesis.txt"])
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_a_folder_that_appears_meanwhile_is_refused_as_one_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    png = results._png
+
+    def slow(image: Image.Image) -> bytes:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "run.json").write_text("somebody's")
+        return png(image)
+
+    monkeypatch.setattr(results, "_png", slow)
+    with pytest.raises(OutputError, match=r"out' exists. Choose another, or allow overwriting"):
+        result().save(tmp_path / "out")
+    assert (tmp_path / "out" / "run.json").read_text() == "somebody's"
+    assert listing(tmp_path) == ["out"]
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")

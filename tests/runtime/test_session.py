@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from magicface_rt import (
+    BundleError,
     Cancelled,
     Concept,
     ConceptError,
@@ -232,6 +235,36 @@ def test_a_backend_object_may_be_given_and_each_graph_is_loaded_once(tiny_bundle
         session.generate(PROMPT, [MAN], steps=1)
         session.generate(PROMPT, [MAN], steps=1)
     assert sorted(backend.loaded) == ["denoise_step", "reference_kv", "text_encoder", "vae_decoder", "vae_encoder"]
+
+
+def with_other_weights(folder: Path) -> None:
+    weights = np.fromfile(folder / "weights.bin", np.float32)
+    (weights * np.float32(1.02)).tofile(folder / "new")
+    os.replace(folder / "new", folder / "weights.bin")
+
+
+def test_a_bundle_that_is_replaced_after_opening_is_not_drawn_with(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    with Session(folder, backend="onnxruntime-cpu") as session:
+        with_other_weights(folder)
+        with pytest.raises(BundleError, match=r"weights\.bin was replaced since the bundle was opened.*Open it again"):
+            session.generate(PROMPT, steps=1)
+        assert not session._runners
+
+
+def test_a_bundle_that_is_replaced_while_a_graph_is_loaded_is_not_drawn_with(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+    class Late(_Counting):
+        def load(self, bundle: Bundle, graph: str) -> GraphRunner:
+            if graph == "vae_decoder":
+                with_other_weights(folder)
+            return super().load(bundle, graph)
+
+    with Session(folder, backend=Late(), check_hashes=False) as session:
+        with pytest.raises(BundleError, match="was replaced since the bundle was opened"):
+            session.generate(PROMPT, steps=1)
+        assert "vae_decoder" not in session._runners
 
 
 def test_importing_the_runtime_loads_no_torch() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import shutil
 import socket
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,14 @@ from loopback import PROMPT, Gated, Running, concept, disc, picture, png, runnin
 from PIL import Image, ImageFile
 
 from magicface_rt.errors import AnswerError, OptionError
-from magicface_rt.serve import FolderConcepts, ServeSettings
+from magicface_rt.serve import FolderConcepts, ServeSettings, local
+from magicface_rt.serve.app import build_app
 from magicface_rt.serve.auth import Tokens
+from magicface_rt.serve.bodies import Bodies
+from magicface_rt.serve.gate import LOOPBACK_NAMES
+from magicface_rt.serve.reading import read_order
+from magicface_rt.serve.schemas import PictureOrder
+from magicface_rt.serve.server import Server, serve
 
 ID = "0" * 64
 TOKEN = "correct-horse-battery-staple"
@@ -330,9 +339,140 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(http: httpx.Client, ser
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
-def test_images_of_all_requests_together_are_limited(session: Gated, http: httpx.Client) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+def test_a_large_body_does_not_hold_up_others(session: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the sizes that are taken by default: many values, and few that are long."""
+    reading, free = threading.Event(), threading.Event()
 
+    def held(kind: str | None, body: bytes) -> PictureOrder:
+        reading.set()
+        free.wait(60)
+        return read_order(kind, body)
+
+    monkeypatch.setattr("magicface_rt.serve.app.read_order", held)
+    many = b'{"prompt": "a", "concepts": [' + b"1," * (15 * 2**20) + b"1]}"
+    long = json.dumps(
+        {"prompt": "a", "concepts": [{"word": "a", "references": [{"image": "A" * (31 * 2**20)}]}]}
+    ).encode()
+    with running(session, settings=ServeSettings(default_steps=1)) as server, ThreadPoolExecutor(1) as pool:
+
+        def post(body: bytes) -> httpx.Response:
+            headers = {"Content-Type": "application/json"}
+            return httpx.post(f"{server.url}/v1/images", content=body, headers=headers, timeout=60, trust_env=False)
+
+        for body, said in ((many, "more than 100,000 values"), (long, "concepts[0].references[0].image: ")):
+            reading.clear()
+            free.clear()
+            sent = pool.submit(post, body)
+            try:
+                assert reading.wait(60)
+                assert httpx.get(f"{server.url}/healthz", timeout=10, trust_env=False).status_code == 200
+                assert not sent.done()
+            finally:
+                free.set()
+            answer = sent.result(60)
+            assert answer.status_code == 422
+            assert said in answer.json()["detail"] or answer.json()["field"] == said.removesuffix(": ")
+
+
+def test_orders_are_read_in_another_thread(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    real = PictureOrder.model_validate
+
+    def noted(content: Any) -> PictureOrder:
+        threads.append(threading.current_thread().name)
+        return real(content)
+
+    monkeypatch.setattr(PictureOrder, "model_validate", noted)
+    with httpx.Client(base_url=server.url, trust_env=False, verify=False) as http:
+        assert http.post("/v1/images", json={"prompt": 3}).status_code == 422
+    assert threads
+    assert server.thread.name not in threads
+
+
+def test_a_body_counts_until_its_images_are_decoded_and_not_until_the_answer(server: Running, session: Gated) -> None:
+    order = {"prompt": PROMPT, "concepts": [inline()], "steps": 3}
+    room = next(one for one in walk(server.app) if isinstance(one, Bodies))
+    for extra in ({}, {"stream": True}):
+        session.reset()
+        session.free.clear()
+        with ThreadPoolExecutor(1) as pool:
+            made = pool.submit(
+                httpx.post, f"{server.url}/v1/images", json={**order, **extra}, trust_env=False, timeout=60
+            )
+            session.wait_for_step()
+            until(lambda: room.held == 0, "the body is held while the picture is made", 20)
+            session.free.set()
+            assert made.result(30).status_code == 200
+    assert room.held == 0
+
+
+def walk(app: Any) -> Iterator[Any]:
+    """The applications around a FastAPI application's routes."""
+    one = app.middleware_stack
+    while one is not None:
+        yield one
+        one = getattr(one, "app", getattr(one, "_app", None))
+
+
+def decoding_held(server: Running, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Decoding waits for the event that this returns."""
+    free = threading.Event()
+    real = local.request_of
+
+    def held(*given: Any) -> Any:
+        free.wait(30)
+        return real(*given)
+
+    monkeypatch.setattr(local, "request_of", held)
+    return free
+
+
+def test_what_is_being_decoded_counts_as_waiting_and_has_its_deadline(
+    session: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ServeSettings(default_steps=1, queue=3, decoders=1, batch_wait=0)
+    with running(session, settings=settings) as server, ThreadPoolExecutor(4) as pool:
+        free = decoding_held(server, monkeypatch)
+
+        def post(**more: Any) -> httpx.Response:
+            return httpx.post(f"{server.url}/v1/images", json={"prompt": PROMPT, **more}, trust_env=False, timeout=30)
+
+        try:
+            waiting = [pool.submit(post) for _ in range(2)]
+            until(lambda: server.service._arriving == 2, "the requests did not come")
+            late = post(deadline=0.2)
+            assert (late.status_code, late.json()["kind"]) == (504, "deadline-passed")
+            waiting.append(pool.submit(post))
+            until(lambda: server.service._arriving == 3, "the third did not come")
+            refused = post()
+            assert (refused.status_code, refused.json()["kind"]) == (429, "queue-full")
+            upload = httpx.put(f"{server.url}/v1/concepts", files=[("image", ("i", IMAGE))], trust_env=False)
+            assert upload.status_code == 429
+        finally:
+            free.set()
+        assert [one.result(30).status_code for one in waiting] == [200] * 3
+        assert server.service._arriving == 0
+
+
+def test_a_finished_picture_does_not_wait_behind_uploads(session: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ServeSettings(default_steps=1, decoders=1, batch_wait=0)
+    with running(session, settings=settings) as server, ThreadPoolExecutor(2) as pool:
+        session.free.clear()
+        url, order = f"{server.url}/v1/images", {"prompt": PROMPT}
+        first = pool.submit(httpx.post, url, json=order, trust_env=False, timeout=30)
+        session.wait_for_step()
+        free = decoding_held(server, monkeypatch)
+        try:
+            second = pool.submit(httpx.post, url, json=order, trust_env=False, timeout=30)
+            until(lambda: server.service._arriving == 1, "the second did not come")
+            session.free.set()
+            assert first.result(15).status_code == 200
+        finally:
+            free.set()
+        assert second.result(30).status_code == 200
+
+
+def test_images_of_all_requests_together_are_limited(session: Gated, http: httpx.Client) -> None:
     settings = ServeSettings(default_steps=1, held_pixels=30_000)
     with running(session, settings=settings) as server, ThreadPoolExecutor(1) as pool:
         session.free.clear()
@@ -362,6 +502,92 @@ def test_paths_and_methods_that_there_are_not(http: httpx.Client) -> None:
         answer = http.request(method, path)
         assert answer.status_code == status, (method, path)
         assert answer.json()["status"] == status
+
+
+HOSTS = {
+    "localhost": 200,
+    "LOCALHOST:8000": 200,
+    "127.0.0.1": 200,
+    "127.0.0.1:1": 200,
+    "[::1]:8000": 200,
+    "evil.example": 403,
+    "evil.example:8000": 403,
+    "127.0.0.1.evil.example": 403,
+    "localhost.": 403,
+    "localhost:8000@evil.example": 403,
+    "0.0.0.0:8000": 403,
+    "": 403,
+}
+
+
+def test_a_service_of_this_machine_answers_to_no_name_that_a_page_made_up(server: Running) -> None:
+    async def ask() -> None:
+        app = build_app(server.service, settings=SETTINGS, hosts=LOOPBACK_NAMES)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+            for path in ("/v1/bundle", "/healthz", "/metrics", "/nothing"):
+                for host, status in HOSTS.items():
+                    answer = await http.get(path, headers={"Host": host})
+                    if status == 403:
+                        assert (answer.status_code, answer.json()["kind"]) == (403, "host"), (path, host)
+                        assert "--tokens" in answer.json()["detail"]
+                        assert answer.headers["content-type"] == "application/problem+json"
+                    else:
+                        assert answer.status_code != 403, (path, host)
+            two = [("Host", "localhost"), ("Host", "evil.example")]
+            assert (await http.get("/healthz", headers=two)).status_code == 403
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("host", "tokens", "name", "status"),
+    [
+        ("127.0.0.1", None, "evil.example", 403),
+        ("127.0.0.1", None, "localhost", 200),
+        ("127.0.0.1", Tokens([TOKEN]), "evil.example", 200),
+        ("0.0.0.0", None, "evil.example", 200),
+    ],
+)
+def test_names_are_looked_at_where_nothing_else_keeps_strangers_out(
+    session: Gated, monkeypatch: pytest.MonkeyPatch, host: str, tokens: Tokens | None, name: str, status: int
+) -> None:
+    answered: list[int] = []
+
+    class Asked(Server):
+        def run(self, sockets: Any = None) -> None:
+            url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/healthz"
+
+            def ask() -> None:
+                until(lambda: self.started, "the server did not start")
+                answered.append(httpx.get(url, headers={"Host": name}, trust_env=False).status_code)
+                self.stop()
+
+            asking = threading.Thread(target=ask)
+            asking.start()
+            super().run(sockets)
+            asking.join(30)
+
+    monkeypatch.setattr("magicface_rt.serve.server.Server", Asked)
+    serve([session], settings=SETTINGS, host=host, port=0, tokens=tokens)
+    assert answered == [status]
+
+
+def test_nobody_chooses_whose_turn_it_is_by_a_header(server: Running, http: httpx.Client) -> None:
+    owners: list[str] = []
+    real = server.service.generate
+
+    async def noted(order: Any, *, owner: str, listener: Any = None) -> Any:
+        owners.append(owner)
+        return await real(order, owner=owner, listener=listener)
+
+    server.service.generate = noted  # type: ignore[method-assign]
+    try:
+        for address in ("192.0.2.1", "192.0.2.2"):
+            headers = {"X-Forwarded-For": address, "Forwarded": f"for={address}"}
+            http.post("/v1/images", json={"prompt": PROMPT}, headers=headers).raise_for_status()
+    finally:
+        server.service.generate = real  # type: ignore[method-assign]
+    assert owners == ["127.0.0.1"] * 2
 
 
 def test_a_kept_concept_does_not_fit_every_request(http: httpx.Client, server: Running) -> None:

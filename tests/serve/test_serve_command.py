@@ -143,6 +143,31 @@ def test_what_takes_longer_than_the_drain_is_cut_off(tiny_bundle: Path) -> None:
         assert "1 requests were cut off" in process.said[-1]
 
 
+def test_a_second_signal_cuts_off_at_once(tiny_bundle: Path) -> None:
+    with started(tiny_bundle, "--drain", "300") as process, process.client() as client:
+        stepped = threading.Event()
+        errors: list[Exception] = []
+
+        def generate() -> None:
+            try:
+                client.generate(PROMPT, steps=150, images=4, progress=lambda step: stepped.set())
+            except Exception as error:
+                errors.append(error)
+
+        working = threading.Thread(target=generate)
+        working.start()
+        assert stepped.wait(30)
+        process.process.send_signal(signal.SIGTERM)
+        process.wait_for("SIGTERM: ending when the requests that are being done have their answers")
+        assert working.is_alive(), "the first signal lets it go on"
+        assert process.process.poll() is None
+        assert process.end(signal.SIGINT) == 0
+        working.join(30)
+        assert [getattr(error, "kind", error) for error in errors] == ["draining"]
+        assert any("SIGINT again: ending now" in line for line in process.said)
+        assert "1 requests were cut off" in process.said[-1]
+
+
 def test_what_cannot_be_served_is_said_before_anything_is_opened(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

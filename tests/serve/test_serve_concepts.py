@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import stat
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, running, until
+from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png, running, until
 
 from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference
-from magicface_rt.errors import ErasedError, StoreFullError, UnknownConceptError
+from magicface_rt.errors import ErasedError, StoreFullError, UnknownConceptError, UnreachableError
 from magicface_rt.serve import FolderConcepts, KeptId, Made, MemoryConcepts, ServeSettings
-from magicface_rt.serve.concepts import ConceptStore
+from magicface_rt.serve.concepts import ConceptStore, StoredConcept, concept_id
+from magicface_rt.serve.erasure import Trace
 
 MAN, HAT = concept("man", 1), concept("hat", 2)
 STEPS = 2
@@ -193,6 +198,100 @@ def test_a_second_process_serves_what_the_first_prepared(
         assert other.concepts() == []
 
 
+def test_what_another_process_erased_is_let_go_of_though_nobody_asks_for_it(
+    session: Gated, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("magicface_rt.serve.local.LOOK_SECONDS", 0.1)
+    settings = ServeSettings(default_steps=STEPS)
+    here, there = FolderConcepts(tmp_path), FolderConcepts(tmp_path)
+    with (
+        Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1) as beside,
+        running(session, store=here, settings=settings) as first,
+        running(beside, store=there, settings=settings) as second,
+        first.client() as one,
+        second.client() as other,
+    ):
+        kept = one.put_concept(MAN)
+        other.generate(PROMPT, [kept], seed=4)
+        trace = Trace(there.get(kept.id).concept)
+        assert trace.alive()
+        forgotten: list[int] = []
+        real = beside.forget
+        monkeypatch.setattr(beside, "forget", lambda: forgotten.append(1) or real())
+        one.erase(kept)
+        until(lambda: forgotten and not trace.alive(), "the other process holds it")
+        assert not there._mapped
+
+
+@pytest.mark.parametrize("look", ["entries", "used", "get"])
+def test_a_store_finds_what_another_has_erased_whatever_it_is_asked(session: Gated, tmp_path: Path, look: str) -> None:
+    one, other = FolderConcepts(tmp_path), FolderConcepts(tmp_path)
+    kept, stays = put_both(session, one)
+    for id in (kept, stays):
+        other.get(id)
+    one.erase(kept)
+    assert other.take_vanished() == frozenset()
+    if look == "get":
+        with pytest.raises(UnknownConceptError):
+            other.get(kept)
+    else:
+        getattr(other, look)()
+    assert list(other._mapped) == [stays]
+    assert other.take_vanished() == {kept}
+    assert other.take_vanished() == frozenset()
+    assert one.take_vanished() == frozenset(), "it has erased it itself"
+
+
+def put_both(session: Gated, store: ConceptStore) -> list[str]:
+    """The ids of two concepts, put."""
+    prepared = [session.prepare(one, steps=1) for one in (MAN, HAT)]
+    ids = [concept_id([reference.key for reference in one.references]) for one in prepared]
+    for id, one in zip(ids, prepared, strict=True):
+        store.put(id, one)
+    return ids
+
+
+def test_a_file_under_the_name_of_another_is_not_served(session: Gated, tmp_path: Path) -> None:
+    man, hat = put_both(session, FolderConcepts(tmp_path))
+    (tmp_path / f"{man}.concept").replace(tmp_path / "aside")
+    (tmp_path / f"{hat}.concept").replace(tmp_path / f"{man}.concept")
+    (tmp_path / "aside").replace(tmp_path / f"{hat}.concept")
+    store = FolderConcepts(tmp_path)
+    for id in (man, hat):
+        with pytest.raises(UnknownConceptError, match="Put the concept again"):
+            store.get(id)
+    assert store.entries() == []
+
+
+def test_an_upload_that_is_given_up_as_it_is_stored_is_stored_before_anyone_else_has_its_turn(
+    session: Gated, tmp_path: Path
+) -> None:
+    class Slow(FolderConcepts):
+        def __init__(self) -> None:
+            super().__init__(tmp_path)
+            self.putting, self.go = threading.Event(), threading.Event()
+
+        def put(self, id: str, concept: KeptConcept) -> StoredConcept:
+            self.putting.set()
+            assert self.go.wait(30)
+            return super().put(id, concept)
+
+    store, settings = Slow(), ServeSettings(default_steps=1)
+    with running(session, store=store, settings=settings) as server, ThreadPoolExecutor(1) as pool:
+        with server.client(timeout=1.0, retries=0) as impatient, pytest.raises(UnreachableError):
+            impatient.put_concept(MAN)
+        assert store.putting.wait(30)
+        with server.client() as client:
+            kept = session.prepare(MAN, steps=1)
+            erasing = pool.submit(client.erase, concept_id([one.key for one in kept.references]))
+            time.sleep(0.3)
+            assert not erasing.done(), "an erasure has found nothing of what was about to appear"
+            store.go.set()
+            assert erasing.result(30)["erased"]
+            assert client.concepts() == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_file_is_named_and_replaced_by_putting_it_again(session: Gated, tmp_path: Path) -> None:
     settings = ServeSettings(default_steps=STEPS)
     with running(session, store=FolderConcepts(tmp_path), settings=settings) as server, server.client() as client:
@@ -209,14 +308,44 @@ def test_a_damaged_file_is_named_and_replaced_by_putting_it_again(session: Gated
     assert list(tmp_path.iterdir()) == []
 
 
+class _Writes:
+    """Notes the files that this process opens to write while it is on. A hook cannot be taken away again."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.paths: list[Path] = []
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.on and event == "open" and isinstance(arguments[0], (str, bytes)):
+            mode, flags = arguments[1], arguments[2]
+            if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & 3):
+                self.paths.append(Path(os.fsdecode(arguments[0])))
+
+
 def test_no_upload_is_written_and_no_image_is_kept(server: Running, store: ConceptStore) -> None:
     with server.client() as client:
-        kept = client.put_concept(MAN)
+        client.erase(client.put_concept(MAN))  # whatever is loaded late is loaded now
+        client.generate(PROMPT, [HAT], seed=1)
+        writes = _Writes()
+        writes.on = True
+        try:
+            kept = client.put_concept(MAN)
+            put, writes.paths = writes.paths, []
+            client.generate(PROMPT, [HAT, kept], seed=1)
+        finally:
+            writes.on = False
         found = store.get(kept.id).concept
         assert found.source is None
         assert not found.pictures
+        assert writes.paths == [], "a picture writes nothing"
         if isinstance(store, FolderConcepts):
+            assert {path.parent for path in put} == {store.folder}, "keys are written, in the folder of concepts"
+            assert all(kept.id in path.name for path in put)
             assert not KeptConcept.load(store.folder / f"{kept.id}.concept").pictures
+            assert not any(data in (store.folder / f"{kept.id}.concept").read_bytes() for data in (png(picture(1)),))
+        else:
+            assert put == []
 
 
 def test_limits_of_number_and_bytes_refuse_before_anything_is_prepared(session: Gated) -> None:

@@ -57,17 +57,44 @@ def test_a_fair_queue_keeps_each_owners_order_and_counts() -> None:
     jobs = [job(n, owner, steps=n % 2 + 1) for n, owner in enumerate("aabab")]
     for one in jobs:
         queue.put(one)
-    assert queue.take(lambda one: one.steps == 2) is jobs[1]
+    assert queue.take(lambda one: one.steps == 2) is jobs[1]  # overtakes its owner's first, whose turn it still is
     assert queue.remove(jobs[2])
     assert not queue.remove(jobs[2])
     assert [len(queue), queue.take(), queue.take(), queue.take(), queue.take(), len(queue)] == [
         3,
-        jobs[4],
         jobs[0],
+        jobs[4],
         jobs[3],
         None,
         0,
     ]
+
+
+def test_what_is_next_comes_before_what_would_have_to_overtake() -> None:
+    queue: FairQueue[Job] = FairQueue()
+    long, behind, others = job(0, "a", steps=50), job(1, "a", steps=20), job(2, "b", steps=20)
+    for one in (long, behind, others):
+        queue.put(one)
+    assert [queue.take(lambda one: one.steps == 20) for _ in range(3)] == [others, behind, None]
+    assert queue.take() is long
+
+
+def test_a_request_that_fits_no_batch_has_its_turn_while_others_that_fit_keep_coming() -> None:
+    queue: FairQueue[Job] = FairQueue()
+    long = job(0, "a", steps=50)
+    for one in (job(0, "b", steps=20), long, *(job(n, "ab"[n % 2], steps=20) for n in range(8))):
+        queue.put(one)
+    begun = []
+    while long not in begun and len(begun) < 10:
+        first = queue.take()
+        assert first is not None
+        begun.append(first)
+        taken = [first]
+        while len(taken) < 4 and (more := queue.take(lambda one: one.steps == 20)) is not None:
+            taken.append(more)
+        for one in taken:  # whoever has a picture asks for the next
+            queue.put(job(0, one.owner, steps=20))
+    assert long in begun[:2], "as many batches as there are owners"
 
 
 def test_a_job_that_waits_is_cancelled_at_once_and_makes_room(engine: Engine, session: Gated) -> None:

@@ -77,8 +77,8 @@ def test_tokens_are_in_the_document_where_there_are_any(session: Gated) -> None:
     assert document["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
 
 
-@pytest.mark.slow
-def test_nothing_that_the_document_allows_makes_the_service_fail(server: Running) -> None:
+@pytest.mark.parametrize("examples", [20, pytest.param(300, marks=pytest.mark.slow)])
+def test_nothing_that_the_document_allows_makes_the_service_fail(server: Running, examples: int) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     import hypothesis
 
@@ -95,7 +95,7 @@ def test_nothing_that_the_document_allows_makes_the_service_fail(server: Running
         operation = result.ok()
 
         @hypothesis.settings(
-            max_examples=300, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+            max_examples=examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
         )
         @hypothesis.given(case=operation.as_strategy())
         def fuzz(case: Any) -> None:

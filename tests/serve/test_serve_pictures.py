@@ -8,7 +8,10 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,8 +20,10 @@ from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png
 from PIL import Image
 
 from magicface_rt import Cancelled, Concept, Progress, Reference
+from magicface_rt.errors import AnswerError, QueueFullError
 from magicface_rt.provenance import read_provenance
-from magicface_rt.serve import AsyncClient, Made, ServeSettings
+from magicface_rt.serve import AsyncClient, Client, Made, ServeSettings
+from magicface_rt.serve.wire import error_of, pause
 
 MAN, HAT = concept("man", 1, weight=2.5), concept("hat", 2, weight=2.0)
 STEPS = 3
@@ -269,6 +274,78 @@ def test_a_full_queue_says_when_to_come_back_and_the_client_does(server: Running
         waited.wait(0.2)
         session.free.set()
         assert [len(one.result(60).pngs) for one in (*waiting, patient)] == [1] * (limit + 2)
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ("600", 600, 600),
+        ("1.5", 1.5, 1.5),
+        (timedelta(seconds=300), 1, 301),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("-5", 0, 0),
+        ("nan", 1, 1),
+        ("soon", 1, 1),
+    ],
+    ids=["seconds", "part of one", "date", "past date", "below 0", "nan", "text"],
+)
+def test_a_client_comes_back_when_it_is_told_to(header: str | timedelta, least: float, most: float) -> None:
+    if isinstance(header, timedelta):
+        header = format_datetime(datetime.now(timezone.utc) + header, usegmt=True)
+    error = error_of(429, b'{"kind": "queue-full", "status": 429}', header)
+    assert error.retry_after is not None
+    assert least <= error.retry_after <= most
+    assert pause(error, 0, 4, 660.0) == error.retry_after
+    assert pause(error, 4, 4, 660.0) is None
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_client_that_would_wait_longer_than_it_may_says_so_at_once(
+    monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    asked: list[str] = []
+
+    def full(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return httpx.Response(429, json={"kind": "queue-full", "status": 429}, headers={"Retry-After": "120"})
+
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+
+    async def use_later() -> None:
+        transport = httpx.MockTransport(full)
+        async with AsyncClient("http://x", retries=2, timeout=60, transport=transport) as client:
+            await client.generate(PROMPT)
+
+    def use() -> None:
+        with Client("http://x", retries=2, timeout=60, transport=httpx.MockTransport(full)) as client:
+            client.generate(PROMPT)
+
+    with pytest.raises(QueueFullError) as refused:
+        asyncio.run(use_later()) if asynchronous else use()
+    assert refused.value.retry_after == 120
+    assert (asked, slept) == (["/v1/images"], [])
+    with pytest.raises(QueueFullError), Client("http://x", retries=2, transport=httpx.MockTransport(full)) as client:
+        client.generate(PROMPT, progress=print)
+    assert slept == [120, 120]
+
+
+@pytest.mark.parametrize("answer", [{"text": "<html>sign in</html>"}, {"json": {"hello": "you"}}, {"json": [1]}])
+def test_a_success_that_the_service_did_not_send_is_an_error_of_ours(answer: dict[str, Any]) -> None:
+    def strange(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, **answer)
+
+    with Client("http://x", transport=httpx.MockTransport(strange)) as client:
+        calls = (
+            lambda: client.generate(PROMPT),
+            lambda: client.put_concept(MAN),
+            client.concepts,
+            lambda: client.concept("1" * 64),
+        )
+        for call in calls:
+            with pytest.raises(AnswerError, match="does not send") as refused:
+                call()
+            assert (refused.value.status, refused.value.kind) == (200, "no-answer")
 
 
 def test_the_asynchronous_client_does_the_same(server: Running, oracle: Oracle) -> None:

@@ -231,11 +231,23 @@ def test_what_is_erased_is_gone_from_every_replica_that_was_using_it(service: On
 
 def test_an_erasure_waits_for_a_preparation_and_a_preparation_for_an_erasure(service: OnRay) -> None:
     with service.client() as client, ThreadPoolExecutor(3) as pool:
+        id = client.put_concept(MAN).id
+        client.erase(id)
+        service.gate.forget()
         service.gate.hold()
         putting = pool.submit(service.client().put_concept, MAN)
         service.gate.wait_for("prepared")
+        erasing = pool.submit(client.erase, id)
+        time.sleep(0.5)
+        assert not erasing.done()
         service.gate.free()
-        kept = putting.result(30)
+        assert erasing.result(30)["erased"]
+        with contextlib.suppress(ErasedError):
+            putting.result(30)  # what was prepared for it went with it
+        with pytest.raises(UnknownConceptError):
+            client.concept(id)
+        kept = client.put_concept(MAN)
+        assert kept.new
         service.gate.hold()
         using = pool.submit(service.client().generate, PROMPT, [kept])
         service.gate.wait_for("made")

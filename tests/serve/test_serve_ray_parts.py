@@ -14,7 +14,7 @@ from loopback import Gated, concept
 import magicface_rt.errors
 from magicface_rt import MagicFaceError, OptionError
 from magicface_rt.errors import AnswerError, DrainingError, QueueFullError, ServiceError, UnknownConceptError
-from magicface_rt.serve.concepts import FolderConcepts
+from magicface_rt.serve.concepts import FolderConcepts, concept_id
 from magicface_rt.serve.problems import Problem
 from magicface_rt.serve.ray import roster as roster_module
 from magicface_rt.serve.ray.messages import Part
@@ -161,6 +161,7 @@ class Members:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(roster_module, "PING_SECONDS", 0.02)
+        monkeypatch.setattr(roster_module, "SETTLING_SECONDS", 0.0)
         self.dead: set[str] = set()
 
         async def gone(handle: str) -> bool:
@@ -250,6 +251,30 @@ def test_a_file_that_cannot_be_removed_is_said(
     assert "made to fail" in verdict.left
 
 
+def test_a_new_roster_waits_for_replicas_of_the_one_before_it(
+    members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster_module, "SETTLING_SECONDS", 0.5)
+
+    async def gone(_: object) -> bool:
+        return False
+
+    async def scenario() -> None:
+        roster = Roster(gone)
+        (tmp_path / f"{ID}.concept").write_bytes(b"x")
+        erasing = asyncio.ensure_future(roster.erase(ID, str(tmp_path), 20))
+        await asyncio.sleep(0.1)
+        assert not erasing.done()  # nobody is known, and somebody may hold it
+        await roster.register("one", "1")
+        assert (await roster.watch("one", 0)).condemned == {ID}
+        await asyncio.sleep(0.6)
+        assert not erasing.done()
+        await roster.done("one", ID, Part(True, 0, None))
+        assert (await erasing).parts == {"one": Part(True, 0, None)}
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
 def test_a_replica_that_a_new_roster_does_not_know_is_told_so(members: Members) -> None:
     async def scenario() -> None:
         assert not (await members.roster.watch("one", 0)).known
@@ -279,45 +304,47 @@ def test_the_front_that_began_last_is_the_one_that_stays(members: Members) -> No
 
 def test_what_is_being_erased_is_there_for_nobody_and_leaves_a_trace(session: Gated, tmp_path: Path) -> None:
     made = session.prepare(concept("man", 1), steps=1)
-    FolderConcepts(tmp_path).put(ID, made)
+    id = concept_id([made.references[0].key])
+    FolderConcepts(tmp_path).put(id, made)
     store = SharedConcepts(tmp_path)
-    assert store.traces(ID) == []
-    assert store.peek(ID).concept.nbytes == made.nbytes
-    assert store.traces(ID) == []  # a look at the file is no use of it
-    held = store.get(ID)
-    assert store.get(ID) is held
-    (trace,) = store.traces(ID)
+    assert store.traces(id) == []
+    assert store.peek(id).concept.nbytes == made.nbytes
+    assert store.traces(id) == []  # a look at the file is no use of it
+    held = store.get(id)
+    assert store.get(id) is held
+    (trace,) = store.traces(id)
     assert trace.alive()
-    store.condemn([ID])
+    store.condemn([id])
     for look in (store.get, store.peek):
         with pytest.raises(UnknownConceptError):
-            look(ID)
-    assert not store.has(ID)
-    store.unmap(ID)
+            look(id)
+    assert not store.has(id)
+    store.unmap(id)
     del held
     assert trace.alive() == 0
-    store.forget(ID)
-    assert store.traces(ID) == []
+    store.forget(id)
+    assert store.traces(id) == []
     store.condemn([])
-    assert store.has(ID)
-    assert store.get(ID).concept.nbytes == made.nbytes
+    assert store.has(id)
+    assert store.get(id).concept.nbytes == made.nbytes
 
 
 def test_all_maps_of_a_concept_are_watched(session: Gated, tmp_path: Path) -> None:
     made = session.prepare(concept("man", 1), steps=1)
+    id = concept_id([made.references[0].key])
     store = SharedConcepts(tmp_path)
-    first = store.put(ID, made)
+    first = store.put(id, made)
     del made
-    store.unmap(ID)
-    second = store.get(ID)
+    store.unmap(id)
+    second = store.get(id)
     assert first is not second
     with ThreadPoolExecutor(4) as pool:
-        assert all(one is second for one in pool.map(store.get, [ID] * 8))
-    store.unmap(ID)
-    assert sum(trace.alive() > 0 for trace in store.traces(ID)) == 2
+        assert all(one is second for one in pool.map(store.get, [id] * 8))
+    store.unmap(id)
+    assert sum(trace.alive() > 0 for trace in store.traces(id)) == 2
     del first, second
-    assert sum(trace.alive() for trace in store.traces(ID)) == 0
-    assert store.traces(ID)  # which Session may have copied keys is still to be seen
+    assert sum(trace.alive() for trace in store.traces(id)) == 0
+    assert store.traces(id)  # which Session may have copied keys is still to be seen
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan

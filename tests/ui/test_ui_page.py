@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from gradio import processing_utils
 from paging import Held, Served, Tab, bomb, bridged, disc, photograph, png, served, until
 from PIL import Image
 
@@ -259,6 +260,45 @@ def test_another_sites_page_cannot_send_events(server: Served) -> None:
         ):
             answer = http.post("/ui/gradio_api/queue/join", json={"data": [], "fn_index": 0}, headers=headers)
             assert answer.status_code == status, (headers, answer.text)
+
+
+def a_file(path: str) -> dict[str, object]:
+    return {"path": path, "url": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    "nested", [lambda one: one, lambda one: [[one]], lambda one: {"value": one}], ids=["bare", "listed", "within"]
+)
+@pytest.mark.parametrize("path", ["http://192.0.2.1/x.png", "/etc/hostname"])
+def test_nothing_is_fetched_for_a_field(
+    tab: Tab, monkeypatch: pytest.MonkeyPatch, nested: Callable[[object], object], path: str
+) -> None:
+    fetched: list[object] = []
+    for name in ("ssrf_protected_download", "async_ssrf_protected_download", "unsafe_download", "save_file_to_cache"):
+        monkeypatch.setattr(processing_utils, name, lambda *given, **_: fetched.append(given))
+    for event in ("generate", "words", "add"):
+        values = tab.values(event)
+        for place in range(len(values)):
+            with pytest.raises(httpx.HTTPStatusError, match="422") as refused:
+                tab.send(event, [nested(a_file(path)) if k == place else value for k, value in enumerate(values)])
+            answer = refused.value.response
+            assert (answer.json()["kind"], answer.json()["field"]) == ("body", "data")
+            assert answer.headers["content-type"] == "application/problem+json"
+    status, *_ = generated(tab, bridged())
+    assert "Done in" in status
+    assert not fetched
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [(b"{", 400), (b"[" * 50_000, 400), (b"[" + b"1," * 200_000 + b"1]", 422), (b"\xff", 400)]
+)
+def test_what_is_no_event_is_refused(server: Served, body: bytes, status: int) -> None:
+    with server.http() as http:
+        headers = {"Content-Type": "application/json"}
+        answer = http.post("/ui/gradio_api/queue/join", content=body, headers=headers)
+        assert answer.status_code == status
+        assert answer.json()["status"] == status
+        assert http.post("/ui/gradio_api/startup-events", json={}).status_code == 405
 
 
 def test_bodies_have_the_services_limit(session: Held) -> None:

@@ -30,6 +30,10 @@ WATCH_SECONDS = 5.0
 PING_SECONDS = 1.0
 """How often replicas are looked at: while an answer is missing; otherwise ten times as rarely."""
 
+SETTLING_SECONDS = 5.0
+"""How long a new roster waits for replicas that it does not know. One that takes the place of a lost roster knows none
+until they have noticed, which takes them half a second where nothing holds them up."""
+
 
 @dataclass
 class _Member:
@@ -60,6 +64,7 @@ class Roster:
         self._failure: Exception | None = None
         self._front = 0.0
         self._looked = 0.0
+        self._settled = time.monotonic() + SETTLING_SECONDS
 
     # ------------------------------------------------------------------------------------------------------- replicas
 
@@ -123,7 +128,8 @@ class Roster:
         their part, or after so many seconds.
 
         The file goes first, so that nobody finds it; and once more in the end, because a replica that was preparing
-        the concept may have written it meanwhile.
+        the concept may have written it meanwhile. A roster that has just been made gives replicas of an earlier one
+        the time to register.
         """
         while id in self._condemned:
             await self._condemned[id].over.wait()
@@ -132,7 +138,7 @@ class Roster:
         end = time.monotonic() + seconds
         try:
             files, _ = await asyncio.to_thread(_remove, folder, id)
-            while one.waiting and time.monotonic() < end:
+            while (one.waiting or time.monotonic() < self._settled) and time.monotonic() < end:
                 changed = self._changed
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(changed.wait(), PING_SECONDS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...errors import KeptConceptError
 from ...kept import KeptConcept
-from ..concepts import FolderConcepts, StoredConcept, unknown
+from ..concepts import FolderConcepts, StoredConcept, load_own, unknown
 from ..erasure import Trace
 
 __all__ = ["SharedConcepts"]
@@ -91,7 +91,7 @@ class SharedConcepts(FolderConcepts):
     @staticmethod
     def _read(id: str, path: Path) -> StoredConcept | None:
         try:
-            return StoredConcept(id, KeptConcept.load(path, check_hashes=False), path.stat().st_mtime)
+            return StoredConcept(id, load_own(id, path, check_hashes=False), path.stat().st_mtime)
         except (KeptConceptError, OSError):
             return None
 
