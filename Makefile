@@ -58,7 +58,7 @@ BENCH := .cache/bench
 
 bench: $(BENCH)/tiny/bundle/bundle.json  ## time the SDK beside PyTorch on a small random model, into bench-out
 	$(VENV)/bin/magicface-rt bench $(BENCH)/tiny/bundle --checkpoint $(BENCH)/tiny/checkpoint --out bench-out --torch-device cpu \
-	  --concepts 0,3 --steps 4 --rounds 6 --requests 2
+	  --concepts 0,3 --steps 4 --rounds 6 --requests 1 --parity-steps 2
 
 # One-step measurements of the full-size network: 24 GB of memory, and hours on two cores. (a) runs alone.
 # BUNDLE and CHECKPOINT name a float32 bundle and what it was made from; without them random ones are made.
