@@ -9,7 +9,7 @@ Writes quality.json (every request), quality.md (tables), sheet.png. Pictures ar
 stopped goes on, and a further variant makes only its own.
 
 Three rows are drawn, not generated, and give the figures their scale: the target in the references' looks, the same
-through the model's autoencoder (what a perfect method could reach), and the target in other looks (what chance gives).
+through the model's autoencoder (about the best that can be reached), and the target in other looks (what chance gives).
 """
 
 from __future__ import annotations

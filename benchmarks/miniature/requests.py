@@ -73,7 +73,7 @@ class Case:
         return PATTERNS[int(self.references.people.looks[part].pattern[k])] if part in PATTERNED else None
 
     def drawn_again(self) -> Pictures:
-        """The target as the world draws it in the references' looks: the best that a method can do."""
+        """The target as the world draws it in the references' looks: about the best that a method can do."""
         looks = dict(self.target.looks)
         for k, part in enumerate(self.parts):
             for name in SAME_LOOK.get(part, (part,)):
