@@ -37,7 +37,7 @@ wheel: venv  ## the wheel, the same bytes every time: dist/*.whl
 	rm -f dist/*.whl
 	$(VENV)/bin/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
-demo: venv  ## the whole chain on a small random model: checkpoint, export, picture, parity
+demo: venv  ## the whole chain on the miniature that is shipped: export, pictures, sheet, parity
 	$(VENV)/bin/magicface-rt demo
 
 test: lint types  ## lint, types and the quick tests

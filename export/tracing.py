@@ -54,7 +54,7 @@ def trace(graph: Graph) -> ir.Model:
                 dynamic_shapes=graph.arguments(shapes),
                 input_names=[t.name for t in graph.inputs],
                 output_names=[t.name for t in graph.outputs],
-                optimize=False,  # simplify() does, in a tenth of the time
+                optimize=False,  # simplify() does, and tries fewer rules
                 verbose=False,
             )
             assert program is not None

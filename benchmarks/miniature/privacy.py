@@ -26,13 +26,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from magicface_rt import Bundle, Concept, MagicFaceError, Reference, Session
+from magicface_rt import Concept, MagicFaceError, Reference, Session
 from magicface_rt.errors import OptionError, OutputError
-from magicface_rt.export.checkpoint import Checkpoint
-from magicface_rt.export.exporter import ExportOptions, export_bundle
 from magicface_rt.images import layer_mask, mask_grid
 
-from .shipping import WEIGHTS, open_shipped
+from .quality import autoencoded, open_model
+from .sheets import eight_bits, tile
+from .shipping import WEIGHTS
 from .world import Pictures, World
 
 ATTACKER, VICTIM = 3_000_017, 3_000_029  # worlds that nothing else draws
@@ -80,8 +80,7 @@ def take(session: Session, pictures: Pictures, *, steps: int, storage: str = "ex
     taken = []
     for image, labels, caption in zip(pictures.images, pictures.labels, pictures.captions, strict=True):
         mask = labels.numpy() != 0
-        pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        concept = Concept("person", Reference(np.ascontiguousarray(pixels), mask=mask, prompt=caption), token_index=1)
+        concept = Concept("person", Reference(eight_bits(image), mask=mask, prompt=caption), token_index=1)
         kept = session.prepare(concept, steps=steps, storage=storage).references[0]
         keys = np.stack([np.concatenate([kept.tensors[n].step(t) for n in names], 1) for t in range(steps)])
         cells = torch.from_numpy(np.flatnonzero(layer_mask(mask_grid(mask), rows, columns)))
@@ -199,20 +198,12 @@ def attacks(
         row = judged(name, [patches for patches, _ in found], exact, photographs)
         rows.append(dataclasses.replace(row, distance=float(torch.stack([off.mean() for _, off in found]).mean())))
         shown[name] = [patches for patches, _ in found]
-    rows.append(judged("the model's autoencoder, for scale", autoencoded(session, pictures, exact), exact, photographs))
+    # The most that keys made of the latents could give back without guessing.
+    passed = [
+        cut(image, patch)[one.cells] for image, one in zip(autoencoded(session, pictures.images), exact, strict=True)
+    ]
+    rows.append(judged("the model's autoencoder, for scale", passed, exact, photographs))
     return rows, shown, exact, pictures
-
-
-def autoencoded(session: Session, pictures: Pictures, victims: Sequence[Taken]) -> list[Tensor]:
-    """What the latents hold of a photograph: the most that keys made of them could give back without guessing."""
-    encoder, decoder = session.runner("vae_encoder"), session.runner("vae_decoder")
-    passed = []
-    for image, one in zip(pictures.images, victims, strict=True):
-        latents = encoder.run({"pixels": image[None].numpy()})["latents"]
-        (pixels,) = decoder.run({"latents": latents}).values()
-        whole = torch.from_numpy(np.asarray(pixels, np.float32)).clamp(-1, 1)[0]
-        passed.append(cut(whole, one.patches.shape[-1])[one.cells])
-    return passed
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -236,14 +227,13 @@ def sheet(shown: dict[str, list[Tensor]], victims: Sequence[Taken], pictures: Pi
     whole = Image.new("RGB", (count * (TILE + 4) + 4, len(rows) * (TILE + line + 4) + TILE + 8), "white")
     pen = ImageDraw.Draw(whole)
     for column in range(count):
-        whole.paste(_tile(pictures.images[column]), (4 + column * (TILE + 4), 4))
+        whole.paste(tile(pictures.images[column], TILE), (4 + column * (TILE + 4), 4))
     for number, (name, recovered) in enumerate(rows.items()):
         y = TILE + 8 + number * (TILE + line + 4)
         pen.text((4, y), name, fill="black", font=font)
         for column in range(count):
-            whole.paste(
-                _tile(_placed(recovered[column], victims[column].cells, size)), (4 + column * (TILE + 4), y + line)
-            )
+            picture = tile(_placed(recovered[column], victims[column].cells, size), TILE)
+            whole.paste(picture, (4 + column * (TILE + 4), y + line))
     return whole
 
 
@@ -255,16 +245,11 @@ def _placed(patches: Tensor, cells: Tensor, size: int) -> Tensor:
     return canvas.unflatten(0, (grid, grid)).permute(2, 0, 3, 1, 4).reshape(3, size, size)
 
 
-def _tile(pixels: Tensor) -> Image.Image:
-    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(np.ascontiguousarray(values)).resize((TILE, TILE), Image.Resampling.NEAREST)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.miniature.privacy", description=str(__doc__).splitlines()[0]
     )
-    parser.add_argument("bundle", type=Path, nargs="?", help="a bundle of the miniature; else one is exported into OUT")
+    parser.add_argument("source", type=Path, nargs="?", default=WEIGHTS, help="a bundle or a diffusers folder")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--examples", type=int, default=800, help="pictures that the attacker prepares")
     parser.add_argument("--victims", type=int, default=100)
@@ -273,10 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if a.examples < 2 or a.victims < 2 or a.steps < 4:
             raise OptionError("--examples and --victims have to be at least 2, --steps at least 4.")
-        place = a.bundle or a.out / "bundle"
-        if a.bundle is None and not place.exists():
-            export_bundle(Checkpoint.open(open_shipped(WEIGHTS)), place, ExportOptions(dtype="fp32"), report=print)
-        with Session(Bundle.open(place), backend="onnxruntime-cpu") as session:
+        bundle = open_model(a.source, a.out, ("fp32",), print).bundle
+        with Session(bundle, backend="onnxruntime-cpu") as session:
             rows, shown, victims, pictures = attacks(session, examples=a.examples, victims=a.victims, steps=a.steps)
         settings = {name: getattr(a, name) for name in ("examples", "victims", "steps")}
         text = json.dumps({"settings": settings, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,18 +108,24 @@ def scored(
 def oracle_images(model: Model, cases: Sequence[Case], threads: int) -> dict[str, list[Tensor]]:
     """The drawn rows."""
     again = [case.drawn_again().images[0] for case in cases]
-    passed: list[Tensor] = []
     with Session(model.bundle, backend="onnxruntime-cpu", threads=threads) as session:
-        encoder, decoder = session.runner("vae_encoder"), session.runner("vae_decoder")
-        for image in again:
-            latents = encoder.run({"pixels": image[None].numpy()})["latents"]
-            (pixels,) = decoder.run({"latents": latents}).values()
-            passed.append(torch.from_numpy(np.asarray(pixels, np.float32)).clamp(-1, 1)[0])
+        passed = autoencoded(session, again)
     return {
         AGAIN: again,
         AUTOENCODED: passed,
         OTHERWISE: [case.drawn_otherwise().images[0] for case in cases],
     }
+
+
+def autoencoded(session: Session, images: Iterable[Tensor]) -> list[Tensor]:
+    """Images float32 [3,h,w] in -1..1 after the bundle's encoder and decoder: what its latents hold of them."""
+    encoder, decoder = session.runner("vae_encoder"), session.runner("vae_decoder")
+    passed = []
+    for image in images:
+        latents = encoder.run({"pixels": image[None].numpy()})["latents"]
+        (pixels,) = decoder.run({"latents": latents}).values()
+        passed.append(torch.from_numpy(np.asarray(pixels, np.float32)).clamp(-1, 1)[0])
+    return passed
 
 
 def run(

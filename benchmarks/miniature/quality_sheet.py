@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .pictures import PictureFolder
 from .requests import Case
-from .sheets import coloured
+from .sheets import coloured, tile
 from .variants import DEFAULT, PLAIN, RSA
 from .world import PARTS
 
@@ -44,7 +44,7 @@ def sheet(cases: Sequence[Case], folder: PictureFolder) -> Image.Image:
             _named(pen, left(k), y, part, font)
         for column, (name, _) in enumerate(MADE, REFERENCES):
             if folder.has(name, case.number):
-                whole.paste(_image(folder.image(name, case.number)), (left(column), y))
+                whole.paste(tile(folder.image(name, case.number), TILE), (left(column), y))
         if folder.has(DEFAULT, case.number):
             drawn = _regions(folder.image(DEFAULT, case.number), folder.regions(DEFAULT, case.number), case.parts)
             whole.paste(drawn, (left(columns - 1), y))
@@ -53,7 +53,7 @@ def sheet(cases: Sequence[Case], folder: PictureFolder) -> Image.Image:
 
 def _masked(image: Tensor, mask: Tensor, part: str) -> Image.Image:
     """The reference, dimmed where the mask is not, with the mask's edge in the part's colour."""
-    picture = np.asarray(_image(torch.where(mask, image, 0.35 * image + 0.65))).copy()
+    picture = np.asarray(tile(torch.where(mask, image, 0.35 * image + 0.65), TILE)).copy()
     enlarged = np.asarray(Image.fromarray(mask.numpy()).resize((TILE, TILE), Image.Resampling.NEAREST))
     edge = np.zeros_like(enlarged)
     edge[1:] |= enlarged[1:] != enlarged[:-1]
@@ -68,13 +68,7 @@ def _regions(image: Tensor, regions: Tensor, parts: Sequence[str]) -> Image.Imag
     side = image.shape[-1] // regions.shape[-1]
     fill = coloured(numbers[None])[0].repeat_interleave(side, 1).repeat_interleave(side, 2)
     inside = (numbers >= 0).repeat_interleave(side, 0).repeat_interleave(side, 1)
-    return _image(torch.where(inside, 0.45 * image + 0.55 * fill, 0.6 * image - 0.2))
-
-
-def _image(pixels: Tensor) -> Image.Image:
-    """float32 [3,h,w] in -1..1."""
-    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(np.ascontiguousarray(values)).resize((TILE, TILE), Image.Resampling.NEAREST)
+    return tile(torch.where(inside, 0.45 * image + 0.55 * fill, 0.6 * image - 0.2), TILE)
 
 
 def _colour(part: str) -> tuple[int, int, int]:

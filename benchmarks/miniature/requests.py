@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .sheets import eight_bits
 from .world import PARTS, PATTERNS, Look, People, Pictures, World, captions
 
 COUNT = 200
@@ -60,8 +61,7 @@ class Case:
 
     def reference(self, k: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_], str]:
         """Image [h,w,3], mask [h,w] and caption of concept k's reference."""
-        image = ((self.references.images[k] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        return np.ascontiguousarray(image), self.mask(k).numpy(), self.references.captions[k]
+        return eight_bits(self.references.images[k]), self.mask(k).numpy(), self.references.captions[k]
 
     def mask(self, k: int) -> Tensor:
         """bool [h,w]: the visible pixels of concept k in its reference."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -32,13 +33,22 @@ def grid(images: Tensor, *, columns: int) -> Tensor:
     return images.view(rows, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
 
 
+def eight_bits(image: Tensor) -> NDArray[np.uint8]:
+    """An image [3,h,w] in -1..1, what is beyond cut off, as uint8 [h,w,3]."""
+    pixels = ((image.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(pixels)
+
+
+def tile(image: Tensor, side: int) -> Image.Image:
+    """An image [3,h,w] in -1..1 as a square of so many pixels, without smoothing."""
+    return Image.fromarray(eight_bits(image)).resize((side, side), Image.Resampling.NEAREST)
+
+
 def save(images: Tensor, path: Path, *, columns: int, enlarge: int = 1) -> None:
     """Writes images [n,3,h,w] in -1..1 as one PNG."""
-    pixels = (
-        ((grid(images.float().cpu().clamp(-1, 1), columns=columns) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    )
+    pixels = eight_bits(grid(images, columns=columns))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(pixels)).resize(
+    Image.fromarray(pixels).resize(
         (pixels.shape[1] * enlarge, pixels.shape[0] * enlarge), Image.Resampling.NEAREST
     ).save(path)
 

@@ -12,7 +12,7 @@ from ..errors import Cancelled, ServiceError
 from .problems import Problem, refused
 from .settings import ServeSettings
 
-__all__ = ["Bodies", "Share", "send_problem", "take_body"]
+__all__ = ["Bodies", "Share", "replayed", "send_problem", "take_body"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -81,17 +81,9 @@ class Bodies:
                 self._told(error.kind)
                 await send_problem(Problem.of(error), send)
                 return
-            whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+            whole = replayed(bytes(body), receive)
             body.clear()  # not two of it
-
-            async def replay() -> Message:
-                nonlocal whole
-                if whole is not None:
-                    message, whole = whole, None
-                    return message
-                return await receive()
-
-            await self._app(scope, replay, send)
+            await self._app(scope, whole, send)
         finally:
             share.give_back()
 
@@ -148,15 +140,33 @@ class Bodies:
 
 
 async def take_body(receive: Receive) -> bytes:
-    """The body that a route behind `Bodies` gets, which nobody else holds then.
+    """The body that what stands behind `Bodies` gets, which nobody else holds then.
 
     Raises:
         Cancelled: the client has gone.
     """
-    message = await receive()
-    if message["type"] != "http.request":
-        raise Cancelled("the client has gone.")
-    return bytes(message.pop("body", b""))
+    pieces, more = list[bytes](), True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise Cancelled("the client has gone.")
+        pieces.append(message.pop("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(pieces)  # of one piece that piece itself, and no copy
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body, which was read already, in one piece, and then whatever else there is."""
+    whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+    async def replay() -> Message:
+        nonlocal whole
+        if whole is not None:
+            message, whole = whole, None
+            return message
+        return await receive()
+
+    return replay
 
 
 async def send_problem(problem: Problem, send: Send) -> None:

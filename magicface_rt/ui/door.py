@@ -14,8 +14,8 @@ from collections.abc import Callable
 from importlib.resources import files
 from urllib.parse import urlsplit
 
-from ..errors import ServiceError
-from ..serve.bodies import App, Message, Receive, Scope, Send, header, send_problem
+from ..errors import Cancelled, ServiceError
+from ..serve.bodies import App, Message, Receive, Scope, Send, header, replayed, send_problem, take_body
 from ..serve.problems import Problem, refused
 from ..serve.structure import check_structure
 
@@ -91,30 +91,17 @@ class Door:
 
     async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What a field or button sends, when it has been looked at. The limits of bodies stand before the page."""
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
-        body.clear()
-        assert whole is not None
         try:
-            await asyncio.to_thread(_check_event, whole["body"])
+            body = await take_body(receive)
+            await asyncio.to_thread(_check_event, body)
+        except Cancelled:
+            return
         except ServiceError as error:
             await send_problem(Problem.of(error), send)
             return
-
-        async def replay() -> Message:
-            nonlocal whole
-            if whole is not None:
-                message, whole = whole, None
-                return message
-            return await receive()
-
-        await self._app(scope, replay, _guarded(send))
+        whole = replayed(body, receive)
+        del body
+        await self._app(scope, whole, _guarded(send))
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The HTML, with this package's assets and without what points elsewhere."""

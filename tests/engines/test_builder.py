@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -29,6 +30,7 @@ from magicface_rt.engines.targets import Span, Target, load_target  # noqa: E402
 from magicface_rt.errors import (  # noqa: E402
     BackendMissingError,
     BuildError,
+    BundleError,
     Cancelled,
     DeviceError,
     GateError,
@@ -64,6 +66,26 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EngineStore:
 @pytest.fixture(scope="module")
 def plans(bundle: Bundle, flavour: Flavour, target: Target, store: EngineStore) -> list[Plan]:
     return build(bundle, flavour, target, store)
+
+
+def test_a_bundle_that_is_replaced_while_a_plan_is_built_leaves_none(
+    tiny_bundle: Path, flavour: Flavour, target: Target, tmp_path: Path
+) -> None:
+    """It would be kept under the hash of weights that it does not have."""
+    folder, store = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")), EngineStore(tmp_path / "store")
+    opened, replaced = Bundle.open(folder), list[str]()
+
+    def replace_weights(*_: object) -> bool:
+        if not replaced:
+            shutil.copy(folder / "weights.bin", folder / "new")
+            os.replace(folder / "new", folder / "weights.bin")
+            replaced.append("weights.bin")
+        return True
+
+    with pytest.raises(BundleError, match=r"weights\.bin was replaced since the bundle was opened"):
+        build_plan(opened, QUICK, flavour, target, store, advance=replace_weights)
+    assert replaced
+    assert store.plans() == []
 
 
 # What a plan is made for

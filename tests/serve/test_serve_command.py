@@ -123,20 +123,26 @@ def test_a_process_finishes_its_work_when_it_is_told_to_end(tiny_bundle: Path, o
         assert process.end(signal.SIGINT) == 0
 
 
+def long_request(client: Client) -> tuple[threading.Thread, list[Exception]]:
+    """A thread that makes pictures for longer than any test waits, and has begun; and what it failed with."""
+    stepped = threading.Event()
+    errors: list[Exception] = []
+
+    def generate() -> None:
+        try:
+            client.generate(PROMPT, steps=150, images=4, progress=lambda step: stepped.set())
+        except Exception as error:
+            errors.append(error)
+
+    working = threading.Thread(target=generate)
+    working.start()
+    assert stepped.wait(30)
+    return working, errors
+
+
 def test_what_takes_longer_than_the_drain_is_cut_off(tiny_bundle: Path) -> None:
     with started(tiny_bundle, "--drain", "0.2") as process, process.client() as client:
-        stepped = threading.Event()
-        errors: list[Exception] = []
-
-        def generate() -> None:
-            try:
-                client.generate(PROMPT, steps=150, images=4, progress=lambda step: stepped.set())
-            except Exception as error:
-                errors.append(error)
-
-        working = threading.Thread(target=generate)
-        working.start()
-        assert stepped.wait(30)
+        working, errors = long_request(client)
         assert process.end() == 0
         working.join(30)
         assert [getattr(error, "kind", error) for error in errors] == ["draining"]
@@ -145,18 +151,7 @@ def test_what_takes_longer_than_the_drain_is_cut_off(tiny_bundle: Path) -> None:
 
 def test_a_second_signal_cuts_off_at_once(tiny_bundle: Path) -> None:
     with started(tiny_bundle, "--drain", "300") as process, process.client() as client:
-        stepped = threading.Event()
-        errors: list[Exception] = []
-
-        def generate() -> None:
-            try:
-                client.generate(PROMPT, steps=150, images=4, progress=lambda step: stepped.set())
-            except Exception as error:
-                errors.append(error)
-
-        working = threading.Thread(target=generate)
-        working.start()
-        assert stepped.wait(30)
+        working, errors = long_request(client)
         process.process.send_signal(signal.SIGTERM)
         process.wait_for("SIGTERM: ending when the requests that are being done have their answers")
         assert working.is_alive(), "the first signal lets it go on"

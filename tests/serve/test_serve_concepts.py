@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
 import stat
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png, running, until
+from writes import Writes
 
 from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference
 from magicface_rt.errors import ErasedError, StoreFullError, UnknownConceptError, UnreachableError
@@ -308,37 +307,19 @@ def test_a_damaged_file_is_named_and_replaced_by_putting_it_again(session: Gated
     assert list(tmp_path.iterdir()) == []
 
 
-class _Writes:
-    """Notes the files that this process opens to write while it is on. A hook cannot be taken away again."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.paths: list[Path] = []
-        sys.addaudithook(self._hook)
-
-    def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
-        if self.on and event == "open" and isinstance(arguments[0], (str, bytes)):
-            mode, flags = arguments[1], arguments[2]
-            if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & 3):
-                self.paths.append(Path(os.fsdecode(arguments[0])))
-
-
 def test_no_upload_is_written_and_no_image_is_kept(server: Running, store: ConceptStore) -> None:
     with server.client() as client:
         client.erase(client.put_concept(MAN))  # whatever is loaded late is loaded now
         client.generate(PROMPT, [HAT], seed=1)
-        writes = _Writes()
-        writes.on = True
-        try:
+        writes = Writes()
+        with writes.noted() as put:
             kept = client.put_concept(MAN)
-            put, writes.paths = writes.paths, []
+        with writes.noted() as made:
             client.generate(PROMPT, [HAT, kept], seed=1)
-        finally:
-            writes.on = False
         found = store.get(kept.id).concept
         assert found.source is None
         assert not found.pictures
-        assert writes.paths == [], "a picture writes nothing"
+        assert made == [], "a picture writes nothing"
         if isinstance(store, FolderConcepts):
             assert {path.parent for path in put} == {store.folder}, "keys are written, in the folder of concepts"
             assert all(kept.id in path.name for path in put)

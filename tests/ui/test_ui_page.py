@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from gradio import processing_utils
 from paging import Held, Served, Tab, bomb, bridged, disc, photograph, png, served, until
 from PIL import Image
+from writes import Writes
 
 from magicface_rt import Concept, Reference
 from magicface_rt.serve import ServeSettings
@@ -364,31 +364,12 @@ def test_the_calls_that_are_shown_make_the_same_picture(
     assert (tmp_path / "out.png").read_bytes() == expected
 
 
-class _Writes:
-    """Notes the files that this process opens to write while it is on. A hook cannot be taken away again."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.paths: list[str] = []
-        sys.addaudithook(self._hook)
-
-    def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
-        if self.on and event == "open" and isinstance(arguments[0], (str, bytes)):
-            mode, flags = arguments[1], arguments[2]
-            if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & 3):
-                self.paths.append(str(arguments[0]))
-
-
 def test_no_file_is_written(server: Served, tab: Tab) -> None:
     generated(tab, bridged((1, MAN, MASK)))  # whatever is loaded late is loaded now
-    writes = _Writes()
-    writes.on = True
-    try:
+    with Writes().noted() as written:
         status, *_ = generated(tab, bridged((1, MAN, MASK)))
-    finally:
-        writes.on = False
     assert "Done in" in status
-    assert writes.paths == []
+    assert written == []
 
 
 def test_the_photographs_are_let_go_of_when_the_picture_is_made(server: Served, tab: Tab) -> None:
