@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import TargetError
+from magicface_rt.plain_file import read_plain
+from magicface_rt.shown import shown
 
 from .flavour import FLAVOURS
 
@@ -29,6 +31,11 @@ COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT-RTX 1.7 builds for."""
 TURING = "7.5"
+
+MOST_BYTES = 100_000
+"""Of a target file."""
+MOST = 1 << 20
+"""Of anything that is counted, memory in MiB among it: a plan for more could not be built anywhere."""
 
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 
@@ -115,11 +122,11 @@ def load_target(name: str | Path, flavour: str | None = None) -> Target:
     if not own and str(name) not in target_names():
         raise TargetError(f"target {str(name)!r} is not known; there are {', '.join(target_names())}.")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = tomllib.loads(read_plain(path, MOST_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # the last where it is nested too deeply
         raise TargetError(f"target file {path}: it cannot be read as TOML ({error}).") from error
     target = _parse(path.stem, path, values)
-    _check_capabilities(target)
+    _check_capabilities(path, target)
     if flavour is not None and flavour != target.flavour:
         raise TargetError(
             f"target {target.name} is for {target.flavour}, and {flavour} was asked for. "
@@ -169,13 +176,13 @@ def _parse(name: str, path: Path, values: Mapping[str, Any]) -> Target:
     unknown, missing = sorted(set(values) - known), sorted(known - set(values) - {"builder"})
     if unknown or missing:
         raise TargetError(
-            f"target file {path}: unknown {unknown}, missing {missing}; expected {', '.join(sorted(known))}."
+            f"target file {path}: unknown {shown(unknown)}, missing {missing}; expected {', '.join(sorted(known))}."
         )
     builder = values.get("builder", {})
     types = {f.name: type(f.default) for f in fields(BuilderOptions)}
     if not isinstance(builder, Mapping) or not all(type(v) is types.get(k) for k, v in builder.items()):
         raise TargetError(
-            f"target file {path}: [builder] is {builder!r}, expected "
+            f"target file {path}: [builder] is {shown(builder)}, expected "
             f"{', '.join(f'{option} ({kind.__name__})' for option, kind in types.items())}."
         )
     options = BuilderOptions(**builder)
@@ -195,73 +202,76 @@ def _parse(name: str, path: Path, values: Mapping[str, Any]) -> Target:
 
 def _word(path: Path, key: str, value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise TargetError(f"target file {path}: {key} is {value!r}, expected text.")
+        raise TargetError(f"target file {path}: {key} is {shown(value)}, expected text.")
     return value
 
 
 def _words(path: Path, key: str, value: object, form: re.Pattern[str]) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
-        raise TargetError(f"target file {path}: {key} is {value!r}, expected a list of text.")
+        raise TargetError(f"target file {path}: {key} is {shown(value)}, expected a list of text.")
     wrong = [entry for entry in value if not form.fullmatch(_word(path, key, entry))]
     if wrong:
-        raise TargetError(f"target file {path}: {key} holds {wrong[0]!r}, expected text of the form {form.pattern}.")
+        raise TargetError(
+            f"target file {path}: {key} holds {shown(wrong[0])}, expected text of the form {form.pattern}."
+        )
     return tuple(value)
 
 
 def _check_options(path: Path, options: BuilderOptions, flavour: str) -> None:
     compatibility = COMPATIBILITY if flavour == "tensorrt" else ("none",)
     for name, fine, expected in (
-        ("workspace_mib", options.workspace_mib >= 1, "a whole number from 1"),
+        ("workspace_mib", 1 <= options.workspace_mib <= MOST, f"a whole number from 1 to {MOST}"),
         ("optimization_level", 0 <= options.optimization_level <= 5, "0 to 5"),
         ("hardware_compatibility", options.hardware_compatibility in compatibility, " or ".join(compatibility)),
     ):
         if not fine:
             raise TargetError(
-                f"target file {path}: [builder] {name} is {getattr(options, name)!r}, expected {expected}"
+                f"target file {path}: [builder] {name} is {shown(getattr(options, name))}, expected {expected}"
                 f" for {flavour}."
             )
 
 
 def _count(path: Path, key: str, value: object) -> int:
-    if type(value) is not int or value < 1:
-        raise TargetError(f"target file {path}: {key} is {value!r}, expected a whole number from 1.")
+    if type(value) is not int or not 1 <= value <= MOST:
+        raise TargetError(f"target file {path}: {key} is {shown(value)}, expected a whole number from 1 to {MOST}.")
     return value
 
 
 def _span(path: Path, key: str, value: object) -> Span:
     sizes = value if isinstance(value, Mapping) else {}
     optimum, maximum = sizes.get("optimum"), sizes.get("maximum")
-    if type(optimum) is not int or type(maximum) is not int or not 1 <= optimum <= maximum or len(sizes) != 2:
-        raise TargetError(f"target file {path}: [{key}] is {value!r}, expected 1 <= optimum <= maximum.")
-    return Span(optimum, maximum)
+    if type(optimum) is int and type(maximum) is int and len(sizes) == 2 and 1 <= optimum <= maximum <= MOST:
+        return Span(optimum, maximum)
+    raise TargetError(f"target file {path}: [{key}] is {shown(value)}, expected 1 <= optimum <= maximum <= {MOST}.")
 
 
 def _limits(path: Path, value: object) -> dict[str, int]:
     limits = dict(value) if isinstance(value, Mapping) else {}
     known = {*GRAPHS, "others"}
-    if "others" not in limits or not all(k in known and type(mib) is int and mib >= 1 for k, mib in limits.items()):
+    fine = all(k in known and type(mib) is int and 1 <= mib <= MOST for k, mib in limits.items())
+    if "others" not in limits or not fine:
         raise TargetError(
-            f"target file {path}: [scratch_limits_mib] is {value!r}, expected whole MiB from 1 for `others`, and for "
-            f"any of {', '.join(GRAPHS)}."
+            f"target file {path}: [scratch_limits_mib] is {shown(value)}, expected whole MiB from 1 to {MOST} for "
+            f"`others`, and for any of {', '.join(GRAPHS)}."
         )
     return limits
 
 
-def _check_capabilities(target: Target) -> None:
+def _check_capabilities(path: Path, target: Target) -> None:
     if target.flavour not in FLAVOURS:
         raise TargetError(
-            f"target {target.name}: flavour {target.flavour!r} is not known; there are {', '.join(FLAVOURS)}."
+            f"target file {path}: flavour {shown(target.flavour)} is not known; there are {', '.join(FLAVOURS)}."
         )
     if target.flavour != "tensorrt-rtx":
         return
     refused = [c for c in target.compute_capabilities if c not in RTX_CAPABILITIES]
     if refused:
         raise TargetError(
-            f"target {target.name}: tensorrt-rtx does not offer compute capability {', '.join(refused)}, only "
+            f"target file {path}: tensorrt-rtx does not offer compute capability {shown(refused)}, only "
             f"{', '.join(RTX_CAPABILITIES)} (no H100, H200 or B200). Use flavour tensorrt on such a GPU."
         )
     if TURING in target.compute_capabilities and len(target.compute_capabilities) > 1:
         raise TargetError(
-            f"target {target.name}: {TURING} stands beside other compute capabilities, and would drag them all down "
+            f"target file {path}: {TURING} stands beside other compute capabilities, and would drag them all down "
             "to Turing's kernels. Give it a target of its own."
         )

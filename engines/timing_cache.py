@@ -12,9 +12,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from magicface_rt.plain_file import read_plain
+
 from .flavour import Flavour
 from .gpu import capability_here
 from .log import LOGGER
+
+MOST_BYTES = 1 << 30
 
 
 def place(root: Path, flavour: Flavour, device: int) -> Path:
@@ -27,11 +31,10 @@ def load(root: Path, flavour: Flavour, device: int, config: Any) -> None:
     path = place(root, flavour, device)
     kept = b""
     try:
-        kept = path.read_bytes()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        LOGGER.warning("timing cache %s cannot be read (%s); building without it", path, error)
+        kept = read_plain(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        if os.path.lexists(path):
+            LOGGER.warning("timing cache %s cannot be read (%s); building without it", path, error)
     cache = config.create_timing_cache(kept)
     if not (cache is not None and config.set_timing_cache(cache, False)):
         LOGGER.warning("timing cache %s is not usable with %s %s; starting anew", path, flavour.name, flavour.version)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from magicface_rt.errors import CheckpointError
+from magicface_rt.plain_file import read_plain
 from magicface_rt.schedule import Schedule
 from magicface_rt.strict_json import read_json
 
@@ -228,13 +229,7 @@ def read_safetensors(file: Path, keys: Sequence[str] | None = None) -> State:
 def read_text(file: Path) -> str:
     """The text of a config or a vocabulary. Raises CheckpointError: missing, no file, too large, or not UTF-8."""
     try:
-        if not file.is_file():
-            raise CheckpointError(f"checkpoint file {file}: missing")
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_TEXT_BYTES + 1)
-        if len(raw) > MAX_TEXT_BYTES:
-            raise CheckpointError(f"checkpoint file {file}: larger than {MAX_TEXT_BYTES:,} bytes")
-        return raw.decode("utf-8")
+        return read_plain(file, MAX_TEXT_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint file {file}: cannot be read as UTF-8 text: {error}") from error
 

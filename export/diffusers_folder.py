@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from magicface_rt.errors import CheckpointError
+from magicface_rt.tokenizer import guarded
 
 from .block_layout import check_configs
 from .checkpoint import MAX_LENGTH, PICKLES, Checkpoint, State, read_config, read_safetensors, read_text
@@ -74,10 +75,11 @@ class FolderCheckpoint(Checkpoint):
         lines = read_text(folder / "merges.txt").splitlines()
         pairs = [line.split() for line in lines if line and not line.startswith("#version")]
         try:
-            return build_tokenizer_json(vocabulary, [(left, right) for left, right in pairs], pad_token=self._pad_token)
+            merges = [(left, right) for left, right in pairs]
+            return guarded(lambda: build_tokenizer_json(vocabulary, merges, pad_token=self._pad_token))
         except Exception as error:  # the tokenizers wheel raises plain Exception
             raise CheckpointError(
-                f"tokenizer {folder}: vocab.json and merges.txt do not fit together: {error}"
+                f"tokenizer {folder}: vocab.json and merges.txt do not fit together: {str(error)[:500]}"
             ) from error
 
     @cached_property
@@ -97,9 +99,11 @@ class FolderCheckpoint(Checkpoint):
     def pad_token_id(self) -> int:
         folder = self.path / "tokenizer"
         try:
-            number = Tokenizer.from_str(self.tokenizer_json).token_to_id(self._pad_token)
+            number = guarded(lambda: Tokenizer.from_str(self.tokenizer_json).token_to_id(self._pad_token))
+        except CheckpointError:
+            raise
         except Exception as error:  # the tokenizers wheel raises plain Exception
-            raise CheckpointError(f"tokenizer {folder}: tokenizer.json cannot be read: {error}") from error
+            raise CheckpointError(f"tokenizer {folder}: tokenizer.json cannot be read: {str(error)[:500]}") from error
         if number is None:
             raise CheckpointError(
                 f"tokenizer {folder}: its padding token {self._pad_token[:100]!r} is not in its vocabulary"

@@ -30,6 +30,7 @@ import yaml
 from .concept import Concept, Reference
 from .errors import InputError, JobError
 from .options import Options
+from .plain_file import read_plain
 from .shown import shown
 from .strict_json import read_json
 
@@ -92,18 +93,9 @@ def load_job(path: str | os.PathLike[str]) -> Job:
     path = Path(path)
     name = repr(os.fspath(path))
     try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # a name too long, a NUL in it
-        is_file = False
-    if not is_file:
-        raise JobError(f"job {name} does not exist or is not a file.")
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_JOB_BYTES + 1)
+        raw = read_plain(path, MAX_JOB_BYTES)
     except (OSError, ValueError) as error:
-        raise JobError(f"job {name} cannot be read: {error}.") from error
-    if len(raw) > MAX_JOB_BYTES:
-        raise JobError(f"job {name} is larger than {MAX_JOB_BYTES:,} bytes; no job needs that. Is it another file?")
+        raise JobError(f"job {name} cannot be read: {error}. Is it another file?") from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

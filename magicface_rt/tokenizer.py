@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -13,8 +12,9 @@ import numpy.typing as npt
 import tokenizers
 
 from .errors import BundleError, PromptError
+from .plain_file import read_plain
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "guarded"]
 
 MAX_FILE_BYTES = 1 << 26
 
@@ -49,16 +49,11 @@ class Tokenizer:
         """Read a `tokenizer.json`. Raises `BundleError` for a file that is missing or no tokenizer."""
         name = f"tokenizer {os.fspath(path)!r}"
         try:
-            if not Path(path).is_file():
-                raise BundleError(f"{name} does not exist or is not a file.")
-            with open(path, "rb") as stream:
-                raw = stream.read(MAX_FILE_BYTES + 1)
+            raw = read_plain(path, MAX_FILE_BYTES)
         except (OSError, ValueError) as error:
             raise BundleError(f"{name} cannot be read: {error}.") from error
-        if len(raw) > MAX_FILE_BYTES:
-            raise BundleError(f"{name} is larger than {MAX_FILE_BYTES:,} bytes, which no tokenizer is.")
         try:
-            return _guarded(
+            return guarded(
                 lambda: cls(tokenizers.Tokenizer.from_buffer(raw), pad_token_id=pad_token_id, max_length=max_length)
             )
         except BundleError as error:
@@ -124,7 +119,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise PromptError(f"the {what} is {text!r}, expected text.")
         try:
-            return _guarded(lambda: self._tokenizer.encode(text, add_special_tokens=False))
+            return guarded(lambda: self._tokenizer.encode(text, add_special_tokens=False))
         except (TypeError, ValueError) as error:  # lone surrogates have no UTF-8
             raise PromptError(f"the {what} {_excerpt(text)!r} is not valid Unicode text.") from error
         except Exception as error:  # a model without a token for what it does not know, for one
@@ -134,7 +129,7 @@ class Tokenizer:
         return str(self._tokenizer.id_to_token(token_id))
 
 
-def _guarded(make: Callable[[], _T]) -> _T:
+def guarded(make: Callable[[], _T]) -> _T:
     """What `make` returns; where the wheel's own code panics, which is no `Exception`, a RuntimeError is raised."""
     try:
         return make()

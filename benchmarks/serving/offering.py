@@ -81,7 +81,8 @@ async def saturate(send: Send, clients: int, seconds: float) -> float:
     async def client() -> None:
         nonlocal made
         while monotonic() - start < seconds and (k := next(numbers, None)) is not None:
-            made += (await _ended(send, k))[0] == "made"
+            ending, _ = await _ended(send, k)  # not in one line with the sum, which would be read before the wait
+            made += ending == "made"
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return made / (monotonic() - start)

@@ -18,10 +18,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from ..plain_file import read_plain
+
 FOLDER = "runtime-cache"
 SAVED_AT_MOST_EVERY = 60.0
 """Seconds, while requests are served; each set of shapes may add kernels, and a file is written whole."""
 
+MOST_BYTES = 4 << 30
 _DIGEST_BYTES = 32
 
 logger = logging.getLogger("magicface_rt.tensorrt")
@@ -112,11 +115,10 @@ class RuntimeCache:
         """Digest and content of the file; both empty where there is none, or a damaged one."""
         level = logging.DEBUG if quiet else logging.WARNING
         try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return b"", b""
-        except OSError as error:
-            logger.log(level, "runtime cache %s cannot be read (%s); kernels are compiled again.", self.path, error)
+            content = read_plain(self.path, MOST_BYTES)
+        except (OSError, ValueError) as error:
+            if os.path.lexists(self.path):
+                logger.log(level, "runtime cache %s cannot be read (%s); kernels are compiled again.", self.path, error)
             return b"", b""
         digest, blob = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         # Compared first: what is in the blob is run on the GPU.

@@ -19,6 +19,7 @@ from starlette.responses import Response, StreamingResponse
 from .. import __version__
 from ..errors import Cancelled, MagicFaceError, ServiceError
 from ..request import Progress
+from ..shown import shown
 from . import events
 from .auth import Tokens
 from .bodies import Bodies, take_body
@@ -72,7 +73,7 @@ def build_app(
               machine only and has no tokens; any, unless given
     """
     limits = settings or ServeSettings()
-    shown = metrics or Metrics()
+    measured = metrics or Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -90,12 +91,12 @@ def build_app(
         docs_url=None,  # its pages would load scripts from elsewhere
         redoc_url=None,
     )
-    app.add_middleware(Bodies, settings=limits, told=shown.problem)
-    app.add_middleware(Gate, tokens=tokens or Tokens(), metrics=shown, hosts=hosts)
-    _add_handlers(app, shown)
+    app.add_middleware(Bodies, settings=limits, told=measured.problem)
+    app.add_middleware(Gate, tokens=tokens or Tokens(), metrics=measured, hosts=hosts)
+    _add_handlers(app, measured)
     _add_concepts(app, service)
-    _add_images(app, service, shown)
-    _add_state(app, service, shown)
+    _add_images(app, service, measured)
+    _add_state(app, service, measured)
     describe(app, protected=bool(tokens))
     return app
 
@@ -114,8 +115,12 @@ def _add_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     async def not_routed(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        kind = {404: "no-such-path", 405: "method-not-allowed"}.get(error.status_code, "bad-request")
-        answered = answer(Problem(error.status_code, kind, str(error.detail)))
+        path, lists = shown(request.url.path), "/openapi.json lists what there is."
+        kind, detail = {
+            404: ("no-such-path", f"there is nothing at {path}; {lists}"),
+            405: ("method-not-allowed", f"{request.method} is not offered at {path}; {lists}"),
+        }.get(error.status_code, ("bad-request", str(error.detail)))
+        answered = answer(Problem(error.status_code, kind, detail))
         for name, value in (error.headers or {}).items():
             answered.headers[name] = value
         return answered

@@ -6,28 +6,31 @@ import hashlib
 import hmac
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from ..errors import AnswerError, OptionError
+from ..plain_file import read_plain
 
 __all__ = ["ENVIRONMENT", "Tokens"]
 
 ENVIRONMENT = "MAGICFACE_RT_TOKENS"
-LEAST_LENGTH = 16
+LEAST_LENGTH, MOST_LENGTH = 16, 512
+MOST_BYTES = 1 << 20
+"""Of a file of tokens."""
 
 
 class Tokens:
     """The tokens that are accepted. Only their SHA-256 is held; no message, log or `repr` has one.
 
-    Raises OptionError for a token that is too short or is no printable ASCII text.
+    Raises OptionError for a token that is too short or too long, or is no printable ASCII text.
     """
 
     def __init__(self, tokens: Iterable[str] = (), *, source: str = "tokens") -> None:
         digests = []
         for number, token in enumerate(tokens, 1):
-            if len(token) < LEAST_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
+            fits = LEAST_LENGTH <= len(token) <= MOST_LENGTH
+            if not fits or not token.isascii() or not token.isprintable() or " " in token:
                 raise OptionError(
-                    f"{source}: token {number} has {len(token)} characters; expected at least {LEAST_LENGTH}, "
+                    f"{source}: token {number} has {len(token)} characters; expected {LEAST_LENGTH} to {MOST_LENGTH}, "
                     "printable ASCII without blanks. `openssl rand -hex 32` makes one."
                 )
             digests.append(hashlib.sha256(token.encode("ascii")).digest())
@@ -49,7 +52,7 @@ class Tokens:
         else:
             source = f"the file of tokens {os.fspath(path)!r}"
             try:
-                text = Path(path).read_text(encoding="utf-8")
+                text = read_plain(path, MOST_BYTES).decode("utf-8")
             except (OSError, ValueError) as error:
                 raise OptionError(f"{source} cannot be read: {error}.") from error
         lines = [line.strip() for line in text.splitlines()]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
 
 from ..concept import Concept
-from ..errors import AnswerError, Cancelled, ServiceError, UnreachableError
+from ..errors import AnswerError, Cancelled, MagicFaceError, ServiceError, UnreachableError
 from ..request import Progress, ProgressCallback
-from .wire import Events, KeptId, Made, error_of, form_of, made_of, order_of, pause
+from ..strict_json import read_json
+from .wire import UNREADABLE, Events, KeptId, Made, error_of, form_of, made_of, order_of, pause
 
 T = TypeVar("T")
 
@@ -28,10 +31,12 @@ Concepts = Iterable[Concept | KeptId | Mapping[str, Any] | str]
 def _options(url: str, token: str | None, timeout: float, given: Mapping[str, Any]) -> dict[str, Any]:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     limits = httpx.Timeout(timeout, connect=10.0)
-    return {"base_url": url, "headers": headers, "timeout": limits, **given}
+    # The service sets no cookies. Those of something on the way are not kept: httpx could not even send some of them.
+    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
+    return {"base_url": url, "headers": headers, "timeout": limits, "cookies": no_cookies, **given}
 
 
-def _lost(error: httpx.TransportError, url: httpx.URL) -> UnreachableError:
+def _lost(error: httpx.RequestError, url: httpx.URL) -> UnreachableError:
     lost = UnreachableError(f"no answer from {url}: {type(error).__name__}: {error}.")
     lost.__cause__ = error
     return lost
@@ -150,7 +155,7 @@ class Client:
         """Whether the service is up and warm."""
         try:
             return self._http.get("/readyz").is_success
-        except httpx.TransportError:
+        except httpx.RequestError:
             return False
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
@@ -159,7 +164,7 @@ class Client:
             try:
                 answer = self._http.request(method, path, **arguments)
                 error = _failed(answer)
-            except httpx.TransportError as cause:
+            except httpx.RequestError as cause:
                 error = _lost(cause, self._http.base_url)
             if error is None:
                 return answer
@@ -177,10 +182,13 @@ class Client:
                     answer.read()
                     raise _failed(answer) or AssertionError
                 for line in answer.iter_lines():
-                    _tell(progress, events.line(line))
-        except httpx.TransportError as cause:
+                    with _understood(answer):
+                        step = events.line(line)
+                    _tell(progress, step)
+        except httpx.RequestError as cause:
             raise _lost(cause, self._http.base_url) from cause
-        return events.made()
+        with _understood(answer):
+            return events.made()
 
 
 class AsyncClient:
@@ -261,7 +269,7 @@ class AsyncClient:
         """Whether the service is up and warm."""
         try:
             return (await self._http.get("/readyz")).is_success
-        except httpx.TransportError:
+        except httpx.RequestError:
             return False
 
     async def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
@@ -270,7 +278,7 @@ class AsyncClient:
             try:
                 answer = await self._http.request(method, path, **arguments)
                 error = _failed(answer)
-            except httpx.TransportError as cause:
+            except httpx.RequestError as cause:
                 error = _lost(cause, self._http.base_url)
             if error is None:
                 return answer
@@ -288,10 +296,13 @@ class AsyncClient:
                     await answer.aread()
                     raise _failed(answer) or AssertionError
                 async for line in answer.aiter_lines():
-                    _tell(progress, events.line(line))
-        except httpx.TransportError as cause:
+                    with _understood(answer):
+                        step = events.line(line)
+                    _tell(progress, step)
+        except httpx.RequestError as cause:
             raise _lost(cause, self._http.base_url) from cause
-        return events.made()
+        with _understood(answer):
+            return events.made()
 
 
 def read(answer: httpx.Response, of: Callable[[Any], T]) -> T:
@@ -300,13 +311,21 @@ def read(answer: httpx.Response, of: Callable[[Any], T]) -> T:
     Raises:
         AnswerError: it is nothing that the service says; something on the way has answered in its place.
     """
+    with _understood(answer):
+        return of(read_json(answer.content))
+
+
+@contextlib.contextmanager
+def _understood(answer: httpx.Response) -> Iterator[None]:
     try:
-        return of(answer.json())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        yield
+    except MagicFaceError:
+        raise
+    except UNREADABLE as error:
         raise AnswerError(
             f"{answer.request.method} {answer.url} was answered with {answer.status_code}, and with "
-            f"{answer.headers.get('content-type', 'content of no type')} that the service does not send. Look at what "
-            "is between, such as a proxy or a sign-in page.",
+            f"{answer.headers.get('content-type', 'content of no type')[:100]} that the service does not send. Look at "
+            "what is between, such as a proxy or a sign-in page.",
             status=answer.status_code,
             kind="no-answer",
         ) from error

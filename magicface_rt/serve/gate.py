@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
 import re
 import time
 from collections.abc import Collection
@@ -14,10 +15,19 @@ from .bodies import App, Message, Receive, Scope, Send, header, send_problem
 from .metrics import Metrics
 from .problems import Problem, refused
 
-__all__ = ["LOOPBACK_NAMES", "Gate"]
+__all__ = ["LOOPBACK_NAMES", "Gate", "names_of"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """What a client on this machine calls it."""
+
+
+def names_of(address: str) -> tuple[str, ...] | None:
+    """What clients may call a service that listens there and has no tokens; None for anything.
+
+    Any page may have a name of its own lead to this machine: who asks for another name has not asked for this.
+    """
+    return LOOPBACK_NAMES if ipaddress.ip_address(address).is_loopback else None
+
 
 _PORT = re.compile(r":\d{1,5}$")
 

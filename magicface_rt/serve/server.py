@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import logging
 import signal
 import socket
@@ -28,7 +27,7 @@ from .app import build_app
 from .auth import Tokens
 from .concepts import ConceptStore, MemoryConcepts
 from .engine import Engine
-from .gate import LOOPBACK_NAMES, PAGE
+from .gate import PAGE, names_of
 from .local import LocalService
 from .metrics import Metrics
 from .service import Service
@@ -73,8 +72,7 @@ def serve(
         metrics = Metrics()
         service = local_service(sessions, store=store, settings=settings, workers=workers, metrics=metrics)
         found = where.getsockname()
-        # Any page may have a name of its own lead to this machine: who asks for another name has not asked for this.
-        hosts = LOOPBACK_NAMES if not tokens and ipaddress.ip_address(found[0]).is_loopback else None
+        hosts = None if tokens else names_of(str(found[0]))
         app = build_app(service, settings=settings, tokens=tokens, metrics=metrics, hosts=hosts)
         server = Server(app, service, drain=settings.drain, told=told)
         if mounting is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,8 +38,14 @@ from ..errors import (
 from ..images import load_image, load_mask
 from ..options import Options
 from ..request import Progress
+from ..strict_json import read_json
 
-__all__ = ["Events", "KeptId", "Made", "error_of", "form_of", "made_of", "order_of", "pause"]
+__all__ = ["UNREADABLE", "Events", "KeptId", "Made", "error_of", "form_of", "made_of", "order_of", "pause"]
+
+MOST_DETAIL, MOST_WORD = 2000, 100
+"""Characters of a problem that an error repeats, whoever sent it."""
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
+"""What reading an answer raises where it is none of the service's."""
 
 _OPTIONS = {option.name for option in fields(Options)}
 _OF_SERVICE = {"deadline", "alone", "record_regions"}
@@ -115,10 +120,22 @@ class Made:
 
     @cached_property
     def images(self) -> tuple[Image.Image, ...]:
-        """The pictures, RGB; a PNG's own text is in their `info`."""
-        opened = tuple(Image.open(io.BytesIO(png), formats=["PNG"]) for png in self.pngs)
-        for image in opened:
-            image.load()
+        """The pictures, RGB; a PNG's own text is in their `info`.
+
+        Raises:
+            AnswerError: what came as one is no PNG, or is damaged.
+        """
+        try:
+            opened = tuple(Image.open(io.BytesIO(png), formats=["PNG"]) for png in self.pngs)
+            for image in opened:
+                image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise AnswerError(
+                f"a picture that came is no PNG that can be read ({type(error).__name__}: {error}). Ask for it again; "
+                "if that does not help, look at what is between, such as a proxy.",
+                status=200,
+                kind="no-picture",
+            ) from error
         return opened
 
 
@@ -188,18 +205,18 @@ def made_of(content: Mapping[str, Any]) -> Made:
 def error_of(status: int, body: bytes, retry_after: str | None = None) -> ServiceError:
     """The error of an answer that is no success."""
     try:
-        problem = json.loads(body)
-        if not isinstance(problem, dict):
-            problem = {}
-    except ValueError:  # something on the way has answered in place of the service
-        problem = {}
-    kind = str(problem.get("kind", "no-problem-details"))
-    where = f"{problem['field']}: " if problem.get("field") else ""
-    detail = f"{where}{problem.get('detail', f'the service answered {status}')}"
+        found = read_json(body)
+    except ValueError:
+        found = None
+    # Anything but our problem's texts is from something on the way, which has answered in place of the service.
+    problem = {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
+    kind, field = problem.get("kind", "no-problem-details")[:MOST_WORD], problem.get("field", "")[:MOST_WORD]
+    where = f"{field}: " if field else ""
+    detail = f"{where}{problem.get('detail') or f'the service answered {status}'}"[:MOST_DETAIL]
     seconds = None if retry_after is None else _seconds(retry_after)
     if kind in _KINDS and _KINDS[kind].status == status:
-        return _KINDS[kind](detail, field=problem.get("field"), retry_after=seconds)
-    return AnswerError(detail, status=status, kind=kind, field=problem.get("field"), retry_after=seconds)
+        return _KINDS[kind](detail, field=field or None, retry_after=seconds)
+    return AnswerError(detail, status=status, kind=kind, field=field or None, retry_after=seconds)
 
 
 def pause(error: ServiceError, attempt: int, retries: int, most: float = math.inf) -> float | None:
@@ -224,7 +241,7 @@ def _seconds(retry_after: str) -> float:
     except ValueError:
         try:
             date = parsedate_to_datetime(retry_after)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return 1.0
         date = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
         seconds = (date - datetime.now(timezone.utc)).total_seconds()
@@ -244,6 +261,7 @@ class Events:
 
         Raises:
             ServiceError: the request failed.
+            one of UNREADABLE: it is nothing that the service sends.
         """
         if line.startswith("event:"):
             self._name = line[6:].strip()
@@ -253,8 +271,8 @@ class Events:
             name, text = self._name, "\n".join(self._data)
             self._name, self._data = "", []
             if name == "problem":
-                raise error_of(int(json.loads(text)["status"]), text.encode())
-            content = json.loads(text)
+                raise error_of(int(read_json(text)["status"]), text.encode())
+            content = read_json(text)
             if name == "pictures":
                 self.content = content
             elif name == "progress":

@@ -293,7 +293,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no vae": (lambda f: shutil.rmtree(f / "vae"), "component 'vae' is missing"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "component 'scheduler' is missing"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "component 'tokenizer' is missing"),
-    "no config": (lambda f: (f / "unet" / "config.json").unlink(), "config.json: missing"),
+    "no config": (lambda f: (f / "unet" / "config.json").unlink(), r"config\.json: .*does not exist"),
     "broken config": (lambda f: (f / "unet" / "config.json").write_text("{"), "cannot be read as JSON"),
     "broken tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), "tokenizer.json"),
     "v-prediction": (

@@ -11,6 +11,7 @@ READY: a bundle. LIBRARY: what is loaded, `load_LIBRARY` of killing_writers. A r
     kill              null; or {"step": n}, before that step; or {"after": "start" or "write", "seconds": s}; with
                       "armed": FILE steps and writes count while that file is there
     fault             null; or [n, code]: step n fails, see `disks.Failing`
+    dawdle            seconds that each step takes more
     settled           whether to see that it is on the disk before it gets its name, see `disks.Settling`
     file_limit        null; or bytes that a file may have
 """
@@ -75,7 +76,7 @@ class Forks:
         return self.answer()
 
     def send(self, work: str, arguments: list[Any], below: Path, **more: Any) -> None:
-        """Have it done. `more`: kill, fault, settled, file_limit."""
+        """Have it done. `more`: kill, fault, dawdle, settled, file_limit."""
         self._log.unlink(missing_ok=True)
         request = {"work": work, "arguments": arguments, "below": os.fspath(below), "log": os.fspath(self._log), **more}
         self._process.tell(request)
@@ -266,6 +267,7 @@ def _acting(request: dict[str, Any], told: int, settling: disks.Settling | None)
     kill = request.get("kill") or {}
     die_at, armed = kill.get("step"), kill.get("armed")
     fault = disks.Failing(*request["fault"]) if request.get("fault") else None
+    dawdle = request.get("dawdle") or 0.0
     step = 0
 
     def act(operation: str, path: str) -> None:
@@ -279,6 +281,7 @@ def _acting(request: dict[str, Any], told: int, settling: disks.Settling | None)
             settling(operation, path)
         if fault is not None:
             fault(operation, path)
+        time.sleep(dawdle)
 
     return act
 

@@ -201,6 +201,44 @@ def _picture_formats() -> list[Format]:
     ]
 
 
+TARGET = """\
+flavour = "tensorrt-rtx"
+compute_capabilities = ["8.6", "8.9"]
+precisions = ["float16"]
+full_masks = 2
+[images]
+optimum = 1
+maximum = 2
+[references]
+optimum = 2
+maximum = 4
+[builder]
+workspace_mib = 512
+tf32 = true
+[scratch_limits_mib]
+denoise_step = 100
+others = 200
+"""
+TOKENS = f"# who may\n{'a1' * 16}\n\n{'b2' * 16}\n"
+
+
+def _read_target(path: Path) -> object:
+    from magicface_rt.engines.targets import load_target
+
+    target = load_target(path)
+    assert target.with_parity_outputs().scratch_limit("text_encoder") > 0
+    assert 1 <= target.images.optimum <= target.images.maximum <= 1 << 20
+    return target
+
+
+def _read_tokens(path: Path) -> object:
+    from magicface_rt.serve.auth import Tokens
+
+    tokens = Tokens.read(path)
+    assert tokens
+    return tokens
+
+
 FORMATS = [
     Format("kept concept", "concept", cache(lambda: _kept_sample("exact")), _read_kept),
     Format("kept concept 8-bit", "concept", cache(lambda: _kept_sample("8-bit")), _read_kept),
@@ -221,6 +259,8 @@ FORMATS = [
         read_provenance,
         PICTURE_MEMORY,
     ),
+    Format("target", "toml", lambda: TARGET.encode(), _read_target),
+    Format("tokens", "txt", lambda: TOKENS.encode(), _read_tokens),
     Format("tokenizer", "json", lambda: small_tokenizer().encode(), _read_tokenizer),
     Format("single-file checkpoint", "safetensors", tiny_layout, _read_checkpoint),
     Format("weights", "safetensors", tiny_layout, _read_weights),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,8 @@ from magicface_rt import Bundle
 from magicface_rt.errors import StoreFullError
 from magicface_rt.serve import ServeSettings
 from magicface_rt.serve.app import build_app
+from magicface_rt.serve.auth import Tokens
+from magicface_rt.serve.gate import LOOPBACK_NAMES
 from magicface_rt.serve.multipart import MOST_HEADER_BYTES, MOST_PARTS, read_form
 from magicface_rt.serve.orders import check_named, read_upload, request_of
 from magicface_rt.serve.reading import FORM_PARTS
@@ -83,17 +85,28 @@ class Full(Service):
 class Door:
     """The application, asked without a network. Pieces: of a body, as they would come."""
 
-    def __init__(self, bundle: Bundle, settings: ServeSettings = SETTINGS) -> None:
-        self.app = build_app(Full(bundle, settings), settings=settings)
+    def __init__(self, bundle: Bundle, settings: ServeSettings = SETTINGS, **who: Any) -> None:
+        self.app = build_app(Full(bundle, settings), settings=settings, **who)
         self.loop = asyncio.new_event_loop()
 
     def ask(
-        self, method: str, path: str, kind: str, pieces: Sequence[bytes], headers: Sequence[tuple[bytes, bytes]] = ()
+        self,
+        method: str,
+        path: str,
+        kind: str,
+        pieces: Sequence[bytes],
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        *,
+        host: bytes | None = b"x",
     ) -> tuple[int, bytes]:
-        return self.loop.run_until_complete(self._ask(method, path, kind, pieces, headers))
+        """`kind` and `host`: headers of their own, before the others, where they are not empty."""
+        first = [(b"host", host)] if host else []
+        if kind:
+            first.append((b"content-type", kind.encode("latin-1")))
+        return self.loop.run_until_complete(self._ask(method, path, pieces, [*first, *headers]))
 
     async def _ask(
-        self, method: str, path: str, kind: str, pieces: Sequence[bytes], headers: Sequence[tuple[bytes, bytes]]
+        self, method: str, path: str, pieces: Sequence[bytes], headers: Sequence[tuple[bytes, bytes]]
     ) -> tuple[int, bytes]:
         left = list(pieces)
         answer: list[Any] = []
@@ -119,7 +132,7 @@ class Door:
             "query_string": b"",
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
-            "headers": [(b"host", b"x"), (b"content-type", kind.encode("latin-1")), *headers],
+            "headers": headers,
         }
         await self.app(scope, receive, send)
         return answer[0]["status"], b"".join(part.get("body", b"") for part in answer[1:])
@@ -137,12 +150,14 @@ def door(bundle: Bundle) -> Iterator[Door]:
     opened.loop.close()
 
 
-def answered(parser: str, ask: Callable[[], tuple[int, bytes]], memory: int = 256 << 20) -> int:
+def answered(
+    parser: str, ask: Callable[[], tuple[int, bytes]], memory: int = 256 << 20, *, fine: Collection[int] = FINE
+) -> int:
     """The status of an answer that says what is wrong in the form of a problem, and in few words."""
     TALLY[parser]["tried"] += 1
     with no_hang(), little_memory(memory):
         status, body = ask()
-    assert status in FINE, (status, body[:500])
+    assert status in fine, (status, body[:500])
     told = json.loads(body)
     assert told["status"] == status
     assert 10 < len(told["detail"]) < 4000
@@ -310,6 +325,80 @@ def test_references_are_counted_before_an_image_of_them_is_decoded(bundle: Bundl
 )
 def test_an_order_as_long_as_it_may_be(body: bytes, door: Door) -> None:
     assert post(door, body) in (400, 422)
+
+
+# ------------------------------------------------------------------------------------------------------------ headers
+
+HEADERS = ("authorization", "host", "content-length", "content-type", "content-encoding", "transfer-encoding", "accept")
+HEADERS += (
+    "expect",
+    "cookie",
+    "origin",
+    "referer",
+    "range",
+    "x-forwarded-for",
+    "x-forwarded-proto",
+    "forwarded",
+    "via",
+)
+VALUES = (
+    "",
+    "0",
+    "-1",
+    "9" * 400,
+    "Bearer",
+    "Bearer " + "x" * 40,
+    "bearer \xff",
+    "Basic YTpi",
+    "chunked",
+    "gzip",
+    "*/*",
+)
+VALUES += (
+    "localhost",
+    "[::1]:80",
+    "[",
+    "a:b:c",
+    "x" * 60_000,
+    "multipart/form-data",
+    f"{FORM}; boundary=",
+    "text/\xff",
+)
+VALUES += ("application/json; charset=utf-16", "application/json; charset=no-such", "http://x", "null", "bytes=0-")
+
+
+@inputs
+def test_any_headers(inputs: int, bundle: Bundle) -> None:
+    """Of a service that asks for a token, and of one that does not, which looks at the name that it is called by."""
+    token = "0123456789abcdef" * 2
+    right = {"authorization": f"Bearer {token}", "host": "localhost:8000"}
+    doors = {"authorization": Door(bundle, tokens=Tokens([token])), "host": Door(bundle, hosts=LOOPBACK_NAMES)}
+    pairs = st.tuples(st.sampled_from(HEADERS), st.sampled_from(VALUES) | st.text(max_size=10))
+    bodies = {JSON: json.dumps(ORDER).encode(), FORM: SOUND, "": b"x"}
+    asked = st.sampled_from([("POST", "/v1/images"), ("PUT", "/v1/concepts"), ("POST", "/v1/concepts"), ("GET", "/x")])
+
+    def check(one: tuple[str, bool, tuple[str, str], str, list[tuple[str, str]]]) -> None:
+        needed, given, (method, path), kind, headers = one
+        raw = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers if name != needed]
+        if given:
+            raw.append((needed.encode(), right[needed].encode()))
+        elif needed == "host":
+            raw.append((b"host", b"evil.example"))
+        status = answered(
+            "headers",
+            lambda: doors[needed].ask(method, path, kind, [bodies[kind]], raw, host=None),
+            fine=FINE | {401, 403, 405, 421},
+        )
+        assert (status in (401, 403)) == (not given)
+
+    kinds = st.sampled_from([JSON, FORM, ""])
+    loop(
+        inputs,
+        st.tuples(st.sampled_from(sorted(doors)), st.booleans(), asked, kinds, st.lists(pairs, max_size=5)),
+        check,
+    )
+    for door in doors.values():
+        door.loop.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces

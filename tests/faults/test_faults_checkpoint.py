@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from corruptions import DAMAGES, NAMES, NO_NAMES, PLACES, as_json, changed_tree, packed, places, with_key_twice
+from corruptions import (
+    DAMAGES,
+    NAMES,
+    NO_NAMES,
+    PLACES,
+    as_json,
+    changed_tree,
+    edited,
+    edits,
+    packed,
+    places,
+    with_key_twice,
+)
 from hypothesis import strategies as st
 from outcomes import inputs, judged, loop
 from safetensors.torch import load_file, save_file
@@ -204,6 +216,67 @@ def test_a_vocabulary_that_is_none(vocabulary: Any, folder: Path) -> None:
     (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
     (folder / "tokenizer/vocab.json").write_text(json.dumps(vocabulary))
     assert opened(folder) is None
+
+
+SHARDS = {"metadata": {"total_size": 8}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+VOCABULARY = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "a</w>": 3, "b": 4, "ab": 5, "ab</w>": 6, "b</w>": 7}
+MERGES = "#version: 0.2\na b\na b</w>\n"
+
+
+@pytest.fixture
+def shards(folder: Path) -> Path:
+    """Whose U-Net is in two files, of which an index says what is where."""
+    (folder / UNET).unlink()
+    for name in set(SHARDS["weight_map"].values()):  # type: ignore[attr-defined]
+        (folder / "unet" / name).write_bytes(EMPTY)
+    (folder / INDEX).write_text(json.dumps(SHARDS))
+    return folder
+
+
+@pytest.fixture
+def vocabulary(folder: Path) -> Path:
+    """Whose tokenizer is in the two files of older checkpoints."""
+    (folder / "tokenizer/tokenizer.json").unlink()
+    (folder / "tokenizer/merges.txt").write_text(MERGES)
+    (folder / "tokenizer/vocab.json").write_text(json.dumps(VOCABULARY))
+    return folder
+
+
+def test_a_sound_index_and_a_sound_vocabulary(shards: Path) -> None:
+    assert opened(shards) is not None
+
+
+def test_a_sound_vocabulary(vocabulary: Path) -> None:
+    assert opened(vocabulary) is not None
+
+
+@inputs
+def test_any_edit_of_an_index(inputs: int, shards: Path) -> None:
+    def check(one: tuple[bool, list[tuple[str, float, int]], st.DataObject]) -> None:
+        by_bytes, changes, data = one
+        text = json.dumps(SHARDS).encode()
+        other = as_json(changed_tree(data, SHARDS)).encode("utf-8", "surrogatepass")
+        (shards / INDEX).write_bytes(edited(text, changes) if by_bytes else other)
+        opened(shards)
+
+    loop(inputs, st.tuples(st.booleans(), edits, st.data()), check)
+
+
+@inputs
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.json"])
+def test_any_edit_of_a_vocabulary(name: str, inputs: int, vocabulary: Path) -> None:
+    path = vocabulary / "tokenizer" / name
+    sound = path.read_bytes()
+
+    def check(one: tuple[bool, list[tuple[str, float, int]], st.DataObject]) -> None:
+        by_bytes, changes, data = one
+        if by_bytes or name == "merges.txt":
+            path.write_bytes(edited(sound, changes))
+        else:
+            path.write_bytes(as_json(changed_tree(data, VOCABULARY)).encode("utf-8", "surrogatepass"))
+        opened(vocabulary)
+
+    loop(inputs, st.tuples(st.booleans(), edits, st.data()), check)
 
 
 # ------------------------------------------------------------------------------------------------------------ weights

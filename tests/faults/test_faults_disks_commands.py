@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import figures
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and mount
 MIB = 1 << 20
 NAMES = ("result.save", "KeptConcept.save", "prepare", "build", "export")
 every = pytest.mark.parametrize(("target", "of"), [(name, name) for name in NAMES], indirect=["target"])
+DAWDLE = 0.05
+"""Seconds that a slow disk takes more for each step."""
 ROOMS = (0, 3, 6, 9, 11)
 """Of a disk on which something is to be written: twelfths of its size."""
 
@@ -155,6 +158,28 @@ def test_a_server_whose_disk_is_full_or_read_only_goes_on(
             assert os.strerror(code) in of_it.said, "the log does not say it"
         assert str(folder) in of_it.said
     figures.tell("disks", "PUT /v1/concepts, full, read-only", "507, the service went on, worked again")
+
+
+# ----------------------------------------------------------------------------------------------------------------- slow
+
+
+@pytest.mark.parametrize(("target", "of"), [(n, n) for n in ("prepare", "build", "export")], indirect=["target"])
+def test_a_command_on_a_slow_disk_is_never_seen_half_written(target: Target, of: str, forks: GetForks) -> None:
+    """Somebody looks all the time: there is nothing, and then the whole."""
+    of_it, seen = forks(target.library), [target.standing()]
+    of_it.send(target.work, target.arguments, target.below, dawdle=DAWDLE)
+    with ThreadPoolExecutor(1) as waiting:
+        ended = waiting.submit(of_it.answer)
+        while not ended.done():
+            seen.append(target.standing())
+    assert ended.result().code == 0, ended.result().said
+    assert target.standing()
+    assert seen == sorted(seen)
+    assert seen.count(False) >= 3
+    told = (
+        f"looked at {len(seen)} times in {ended.result().steps} steps of {1000 * DAWDLE:.0f} ms more, never half there"
+    )
+    figures.tell("disks", f"{of}, slow", told)
 
 
 # ---------------------------------------------------------------------------------------------------- power, and steps

@@ -100,7 +100,7 @@ def test_yaml_of_more_than_it_is_read_of(tmp_path: Path) -> None:
 
 
 def test_a_name_too_long_for_a_file(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="does not exist"):
+    with pytest.raises(JobError, match="File name too long"):
         load_job(tmp_path / ("x" * 300))
 
 

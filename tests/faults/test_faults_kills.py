@@ -51,8 +51,8 @@ def test_killed_at_random_moments(target: Target, of: str, kills: int, forks: Ge
     assert target.standing()
     target.clear()
     moments, tally = Moments(whole, seed=kills), Tally()
-    # The kills must hit what they are for; how many of them come too late is a matter of time.
-    while tally.tries < kills or tally.kills < kills // 2 or tally.unfinished < max(1, kills // 8):
+    # Those that come too late do not count, and enough of them must hit what they are for.
+    while tally.kills < kills or tally.unfinished < max(1, kills // 8):
         assert tally.tries < 10 * kills, tally
         ended = target.run(of_it, kill=moments.next())
         assert ended.killed or ended.code == 0, ended.said

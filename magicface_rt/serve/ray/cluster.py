@@ -19,7 +19,7 @@ from ...backends import FLAVOURS, why_not
 from ...bundle import Bundle
 from ...errors import BackendError, DeviceError, MagicFaceError, OptionError
 from .. import module
-from ..gate import PAGE
+from ..gate import PAGE, names_of
 from ..server import listen
 from .plan import RayPlan, wants_gpu
 from .signals import Signals
@@ -81,6 +81,7 @@ def serve(
     with contextlib.closing(listen(host, port)) as where:
         address = where.getsockname()
     _checked(plan)
+    plan = replace(plan, hosts=names_of(str(address[0])))
     signals = Signals(told)
     with signals.caught(), started(plan, told=told) as plan, signals.caught():  # Ray catches some when it starts
         running = Running(plan, str(address[0]), int(address[1]), signals=signals)

@@ -313,7 +313,8 @@ class Front:
             store=SharedConcepts(plan.concepts, **limits),
             metrics=metrics,
         )
-        app = build_app(self._service, settings=plan.settings, tokens=self._tokens, metrics=metrics)
+        hosts = None if self._tokens else plan.hosts
+        app = build_app(self._service, settings=plan.settings, tokens=self._tokens, metrics=metrics, hosts=hosts)
         if plan.page:
             bundle = Bundle.open(plan.bundle, check_hashes=False)  # of which it reads the tokenizer only
             facts = ui_module("facts").Facts.of(

@@ -47,6 +47,7 @@ class RayPlan:
     settings  limits of the service
     tokens    who may use it. None: those of `token_file`, or of the variable MAGICFACE_RT_TOKENS, as the front's
               process finds them
+    hosts     names that clients may call the service by where there are no tokens, see `build_app`; None for any
     revision  any text; another one replaces the replicas, also where nothing else is new
     opener    makes a replica's Session
 
@@ -64,6 +65,7 @@ class RayPlan:
     settings: ServeSettings = field(default_factory=ServeSettings)
     tokens: Tokens | None = None
     token_file: str | None = None
+    hosts: tuple[str, ...] | None = None
     revision: str = ""
     opener: Callable[..., Session] = Session
 
@@ -106,7 +108,7 @@ class RayPlan:
         Raises:
             OptionError: a name that is not known, one that is missing, or a value that cannot be used.
         """
-        own = {one.name for one in fields(cls)} - {"session", "settings", "opener", "tokens", "token_file"}
+        own = {one.name for one in fields(cls)} - {"session", "settings", "opener", "tokens", "token_file", "hosts"}
         limits = {MOST_CONCEPTS if one.name == "concepts" else one.name: one.name for one in fields(ServeSettings)}
         known = sorted(own | limits.keys() | set(SESSION_OPTIONS) | {"tokens"})
         for name in given:

@@ -1,0 +1,256 @@
+"""What a client is answered by something that is not the service: JSON, problems, events, headers, all spoiled."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from corruptions import as_json, changed_tree, edited, edits
+from hypothesis import strategies as st
+from outcomes import MOST_MESSAGE, inputs, little_memory, loop, no_hang
+from single_files import encoded
+from tallies import TALLY
+
+pytest.importorskip("httpx")
+
+import httpx
+
+from magicface_rt.errors import AnswerError, MagicFaceError, ServiceError
+from magicface_rt.serve import Client
+
+ID = "1" * 64
+KEPT = {"id": ID, "word": "man", "steps": 2, "reference_seed": 0, "bytes": 5, "created": "2026-01-01T00:00:00Z"}
+PICTURES: dict[str, Any] = {
+    "pictures": [base64.b64encode(encoded("PNG")).decode()],
+    "regions": [[[0, 1], [1, 0]]],
+    "region_names": ["man"],
+    "timings": {"denoising": 1.5, "queued": 0.0},
+    "batch": 1,
+    "settings": {"seed": 3},
+    "regions_per_step": [[[[0, 1], [1, 0]]]],
+}
+PROBLEM = {
+    "type": "about:blank",
+    "title": "Too Many Requests",
+    "status": 429,
+    "kind": "queue-full",
+    "field": "prompt",
+    "detail": "32 requests wait, which are as many as may. Come back later.",
+}
+STEP = {"step": 1, "steps": 2, "stage": "rsa", "batch": 0, "batches": 1}
+
+
+def sse(*events: tuple[str, Any]) -> bytes:
+    return b"".join(f"event: {name}\ndata: {json.dumps(data)}\n\n".encode() for name, data in events)
+
+
+STREAM = sse(("accepted", {"waiting": 0}), ("progress", STEP), ("pictures", PICTURES))
+FAILED = sse(("progress", STEP), ("problem", PROBLEM))
+KINDS = {"json": "application/json", "events": "text/event-stream"}
+
+
+@dataclass
+class Stranger:
+    """Answers in place of a service: always the same."""
+
+    client: Client = field(init=False)
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # retries would only ask for the same again
+        self.client = Client("http://x", retries=0, transport=httpx.MockTransport(self._answer))
+
+    def _answer(self, _: httpx.Request) -> httpx.Response:
+        headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in self.headers.items()]
+        return httpx.Response(self.status, headers=headers, content=self.body)
+
+    def says(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.status, self.body, self.headers = status, body, headers or {}
+
+
+@pytest.fixture(scope="module")
+def stranger() -> Iterator[Stranger]:
+    one = Stranger()
+    yield one
+    one.client.close()
+
+
+def asked(parser: str, call: Callable[[], Any]) -> Any:
+    """What the client gives; None where it raises an error of ours."""
+    TALLY[parser]["tried"] += 1
+    try:
+        with no_hang(), little_memory(256 << 20):
+            found = call()
+    except MagicFaceError as error:
+        message = str(error)
+        TALLY[parser][type(error).__name__] += 1
+    else:
+        TALLY[parser]["accepted"] += 1
+        return found
+    assert 0 < len(message) <= MOST_MESSAGE, message[:500]
+    return None
+
+
+def pictures(client: Client) -> Any:
+    made = client.generate("a man", [ID])
+    assert made.batch == int(made.batch)
+    return made.images
+
+
+def streamed(client: Client) -> Any:
+    return client.generate("a man", [ID], progress=lambda step: None).images
+
+
+def problem(client: Client) -> Any:
+    with pytest.raises(ServiceError) as raised:
+        client.generate("a man")
+    assert raised.value.field is None or isinstance(raised.value.field, str)
+    assert raised.value.retry_after is None or raised.value.retry_after >= 0
+    raise raised.value
+
+
+WHAT: dict[str, tuple[Callable[[Client], Any], int, bytes, str]] = {
+    "pictures": (pictures, 200, json.dumps(PICTURES).encode(), "json"),
+    "events": (streamed, 200, STREAM, "events"),
+    "events, failed": (streamed, 200, FAILED, "events"),
+    "concept": (lambda client: client.concept(ID), 200, json.dumps(KEPT).encode(), "json"),
+    "concepts": (lambda client: client.concepts(), 200, json.dumps({"concepts": [KEPT, KEPT]}).encode(), "json"),
+    "problem": (problem, 429, json.dumps(PROBLEM).encode(), "json"),
+}
+each = pytest.mark.parametrize("what", WHAT)
+
+
+@each
+def test_a_sound_answer(what: str, stranger: Stranger) -> None:
+    call, status, body, kind = WHAT[what]
+    stranger.says(status, body, {"content-type": KINDS[kind]})
+    found = asked(f"answer: {what}", lambda: call(stranger.client))
+    assert (found is None) == (what in ("problem", "events, failed"))
+
+
+@each
+@inputs
+def test_any_edit(what: str, inputs: int, stranger: Stranger) -> None:
+    call, status, body, kind = WHAT[what]
+
+    def check(changes: list[tuple[str, float, int]]) -> None:
+        stranger.says(status, edited(body, changes), {"content-type": KINDS[kind]})
+        asked(f"answer: {what}", lambda: call(stranger.client))
+
+    loop(inputs, edits, check)
+
+
+@pytest.mark.parametrize("what", ["pictures", "concept", "problem", "events"])
+@inputs
+def test_any_other_value(what: str, inputs: int, stranger: Stranger) -> None:
+    call, status, body, kind = WHAT[what]
+    tree = PICTURES if what == "events" else json.loads(body)
+
+    def check(data: st.DataObject) -> None:
+        text = as_json(changed_tree(data, tree)).encode("utf-8", "surrogatepass")
+        if what == "events":
+            name = data.draw(st.sampled_from(["pictures", "progress", "problem", "accepted"]))
+            text = b"event: " + name.encode() + b"\ndata: " + text + b"\n\n"
+        stranger.says(status, text, {"content-type": KINDS[kind]})
+        asked(f"answer: {what}", lambda: call(stranger.client))
+
+    loop(inputs, st.data(), check)
+
+
+ODD_HEADERS = ["", "0", "-1", "1e999", "nan", "x" * 5000, "gzip", "br", "utf-16", "\xff", "9" * 400, "bytes */*"]
+ODD_HEADERS += ["Wed, 21 Oct 9999 07:28:00 +9999999999999", "text/event-stream; charset=no-such", "deflate, gzip"]
+
+
+@inputs
+def test_any_headers(inputs: int, stranger: Stranger) -> None:
+    names = ["content-type", "content-encoding", "retry-after", "content-length", "location", "set-cookie", "x" * 3000]
+    headers = st.dictionaries(st.sampled_from(names), st.sampled_from(ODD_HEADERS) | st.text(max_size=12), max_size=4)
+    statuses = st.sampled_from([100, 200, 201, 204, 206, 301, 307, 400, 401, 404, 418, 429, 500, 503, 599])
+
+    def check(one: tuple[str, int, dict[str, str]]) -> None:
+        what, status, of = one
+        call, _, body, _ = WHAT[what]
+        of = {name: value.replace("\r", " ").replace("\n", " ") for name, value in of.items()}
+        stranger.says(status, body, of)
+        asked("answer: headers", lambda: pictures(stranger.client) if what == "problem" else call(stranger.client))
+
+    loop(inputs, st.tuples(st.sampled_from(sorted(WHAT)), statuses, headers), check)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (500, b"[" * 200_000),
+        (502, b"<html>" * 100_000),
+        (429, json.dumps({**PROBLEM, "detail": "x" * 1_000_000}).encode()),
+        (429, json.dumps({**PROBLEM, "detail": {"a": 5}, "field": [1], "kind": 5}).encode()),
+        (400, b'{"detail": "\xff"}'),
+        (400, b""),
+    ],
+    ids=["deep", "a page", "long", "no texts", "no UTF-8", "nothing"],
+)
+def test_a_problem_that_is_none(status: int, body: bytes, stranger: Stranger) -> None:
+    stranger.says(status, body, {"retry-after": "Wed, 21 Oct 9999 07:28:00 +9999999999999"})
+    with pytest.raises(ServiceError) as raised:
+        stranger.client.generate("a man")
+    assert raised.value.status == status
+    assert 10 < len(str(raised.value)) <= MOST_MESSAGE
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("problem", "{}"),
+        ("problem", "5"),
+        ("problem", '{"status": "x"}'),
+        ("problem", '{"status": 1e999}'),
+        ("pictures", "[" * 100_000),
+        ("pictures", "{}"),
+        ("pictures", '{"pictures": [5]}'),
+        ("progress", "[1]"),
+        ("progress", '{"colour": 5}'),
+    ],
+)
+def test_events_that_the_service_does_not_send(name: str, data: str, stranger: Stranger) -> None:
+    stranger.says(200, f"event: {name}\ndata: {data}\n\n".encode(), {"content-type": "text/event-stream"})
+    with pytest.raises(AnswerError, match="does not send"):
+        streamed(stranger.client)
+
+
+def test_cookies_of_something_on_the_way_are_not_kept(stranger: Stranger) -> None:
+    """One that httpx cannot send would have every later request fail."""
+    stranger.says(200, json.dumps(KEPT).encode(), {"set-cookie": "a=\x90"})
+    assert stranger.client.concept(ID).id == stranger.client.concept(ID).id == ID
+
+
+def test_an_error_of_the_callback_stays_what_it_is(stranger: Stranger) -> None:
+    """It is the caller's, and not the answer's."""
+    stranger.says(200, STREAM, {"content-type": "text/event-stream"})
+
+    def fails(_: object) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        stranger.client.generate("a man", progress=fails)
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", encoded("PNG")[:-30]], ids=["nothing", "a GIF", "cut"])
+def test_a_picture_that_is_none(content: bytes, stranger: Stranger) -> None:
+    answer = {**PICTURES, "pictures": [base64.b64encode(content).decode()]}
+    stranger.says(200, json.dumps(answer).encode(), {"content-type": "application/json"})
+    made = stranger.client.generate("a man")
+    with pytest.raises(AnswerError, match="no PNG that can be read"):
+        _ = made.images
+
+
+def test_an_answer_that_is_not_packed_as_it_says(stranger: Stranger) -> None:
+    stranger.says(200, json.dumps(PICTURES).encode(), {"content-encoding": "gzip"})
+    for progress in (None, print):
+        with pytest.raises(ServiceError, match="DecodingError"):
+            stranger.client.generate("a man", progress=progress)

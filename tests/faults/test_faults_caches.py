@@ -1,0 +1,137 @@
+"""TensorRT's caches, spoiled: whatever is wrong with one costs time and nothing else, and none of it is run.
+
+The library is a stand-in here: what it is given is what is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from corruptions import DAMAGES, PLACES, cuts, edited, edits, flips
+from outcomes import inputs, little_memory, loop, no_hang
+from tallies import TALLY
+
+from magicface_rt.backends.runtime_cache import RuntimeCache
+from magicface_rt.engines import timing_cache
+
+BLOB = random.Random(0).randbytes(1500)
+SOUND = hashlib.sha256(BLOB).digest() + BLOB
+
+
+class Compiled:
+    """The library's runtime cache: holds what it was given."""
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def deserialize(self, content: bytes) -> bool:
+        self.content = content
+        return True
+
+    def serialize(self) -> bytes:
+        return self.content
+
+
+def given(path: Path) -> bytes:
+    """What the library gets of a file; and what another process then finds there is sound again."""
+    TALLY["runtime cache"]["tried"] += 1
+    with no_hang(), little_memory(256 << 20):
+        cache = RuntimeCache(path, Compiled)
+        loaded = cache.load()
+        found: bytes = cache.cache.content
+        assert loaded == bool(found)
+        if not loaded:
+            cache.cache.content = BLOB
+            if cache.save():
+                again = RuntimeCache(path, Compiled)
+                assert again.load()
+                assert again.cache.content == BLOB
+    TALLY["runtime cache"]["accepted" if loaded else "left out"] += 1
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)  # ten thousand warnings would be held
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "runtime-cache" / "plan.cache"
+    file.parent.mkdir()
+    file.write_bytes(SOUND)
+    return file
+
+
+def test_a_sound_cache_is_given_to_the_library(path: Path) -> None:
+    assert given(path) == BLOB
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache(damage: str, path: Path) -> None:
+    path.write_bytes(DAMAGES[damage](SOUND))
+    assert given(path) == b""
+
+
+def test_a_cache_cut_or_flipped_anywhere(path: Path) -> None:
+    for content in [*(SOUND[:keep] for keep in cuts(SOUND)), *flips(SOUND)]:
+        path.write_bytes(content)
+        assert given(path) == (BLOB if content == SOUND else b"")
+
+
+@inputs
+def test_any_edit(inputs: int, path: Path) -> None:
+    def check(changes: list[tuple[str, float, int]]) -> None:
+        content = edited(SOUND, changes)
+        path.write_bytes(content)
+        assert given(path) == (BLOB if content == SOUND else b"")
+
+    loop(inputs, edits, check)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_something_else_in_its_place(place: str, path: Path) -> None:
+    PLACES[place](path)
+    assert given(path) == b""
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+class Config:
+    """A builder's configuration, which takes what the library reads, and only that."""
+
+    def __init__(self, reads: bool) -> None:
+        self.reads = reads
+        self.made: list[bytes] = []
+        self.set: bytes | None = None
+
+    def create_timing_cache(self, content: bytes) -> Any:
+        self.made.append(content)
+        return SimpleNamespace(content=content) if self.reads or not content else None
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch  # measurements of another GPU would be taken for this one's
+        self.set = cache.content
+        return True
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["readable", "not readable"])
+@pytest.mark.parametrize("place", [None, *PLACES])
+def test_a_timing_cache_is_a_hint(place: str | None, reads: bool, tmp_path: Path) -> None:
+    flavour: Any = SimpleNamespace(name="tensorrt", version="10.0")
+    path = timing_cache.place(tmp_path, flavour, 0)
+    path.parent.mkdir()
+    path.write_bytes(BLOB)
+    if place is not None:
+        PLACES[place](path)
+    config = Config(reads)
+    with no_hang(), little_memory(256 << 20):
+        timing_cache.load(tmp_path, flavour, 0, config)
+    assert config.set == (BLOB if reads and place is None else b"")

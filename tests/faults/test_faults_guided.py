@@ -1,0 +1,67 @@
+"""Attacks guided by coverage on the formats of one file whose parsers are written in Python; see `guided`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import figures
+import pytest
+from outcomes import MANY, QUICK, SEED
+from single_files import BY_NAME
+
+pytest.importorskip("torch")
+pytest.importorskip("atheris", reason="there is none for this system or this Python")
+
+HERE = Path(__file__).parent
+PATHS = os.pathsep.join(str(path) for path in (HERE, HERE.parent, HERE.parents[1]))
+GUIDED = [name for name in BY_NAME if not name.startswith("picture")] + ["picture png"]
+SOON = ("kept concept", "job json", "target")
+"""Those that the quick tests try."""
+
+
+def guided(name: str, inputs: int, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(HERE / "guided.py"), name, "--inputs", str(inputs), "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    return subprocess.run(
+        [*command, "--seed", str(SEED)], capture_output=True, text=True, env=environment, timeout=3000
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [(name, QUICK) for name in SOON] + [pytest.param(name, MANY, marks=pytest.mark.slow) for name in GUIDED],
+)
+def test_inputs_that_reach_new_branches(name: str, inputs: int, tmp_path: Path) -> None:
+    done = guided(name, inputs, tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"Done {inputs} runs" in done.stderr
+    seen = [int(found) for found in re.findall(r" cov: (\d+) ", done.stderr)]
+    assert seen[-1] > 20, "nothing is instrumented"
+    (told,) = [line for line in done.stdout.splitlines() if line.startswith(name)]
+    outcome = " ".join(told.removeprefix(name).split())
+    figures.tell("guided", name, f"{outcome}; {seen[0]} branches at first, {seen[-1]} at last")
+
+
+def test_an_input_that_fails_is_shown_and_kept(tmp_path: Path) -> None:
+    """The attack would not be worth much if it said nothing."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import magicface_rt.shown, magicface_rt.strict_json as strict\n"
+        "def distinct(pairs, was=strict._distinct):\n"
+        "    if any(len(key) != 2 and key.startswith('pro') and key != 'prompt' for key, _ in pairs):\n"
+        "        raise ZeroDivisionError('found')\n"
+        "    return was(pairs)\n"
+        "strict._distinct = distinct\n"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, str(HERE / "guided.py"), "job json", "--inputs", str(MANY), "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), PATHS))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode != 0
+    assert "ZeroDivisionError: found" in done.stderr + done.stdout
+    (kept,) = out.glob("failed-*")
+    assert b"pro" in kept.read_bytes()
