@@ -13,6 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from magicface_rt.cores import cores
+
 PACKAGES = (
     "magicface_rt",
     "numpy",
@@ -29,21 +31,20 @@ QUIET_LOAD = 0.3
 
 def describe() -> dict[str, Any]:
     """Machine, versions, commit. Call it before anything runs: the load average is of that moment."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = list(os.getloadavg()) if hasattr(os, "getloadavg") else []
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "system": platform.platform(),
         "processor": _processor(),
         "vector_instructions": _vector_instructions(),
-        "cores": cores,
+        "cores": cores(),
         "memory_bytes": memory()[1],
         "gpu": _gpu(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(),
         "load_average": [round(value, 2) for value in load],
-        "quiet": bool(load) and load[0] < QUIET_LOAD * cores,
+        "quiet": bool(load) and load[0] < QUIET_LOAD * cores(),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from magicface_rt import Bundle, Session
 from magicface_rt.backends import Backend, Binding, GraphRunner, open_backend
 from magicface_rt.backends.host import host_dtype, to_bfloat16
+from magicface_rt.cores import cores
 from magicface_rt.denoiser import STATE, Denoiser, Guidance, ReferenceSet
 from magicface_rt.regions import cell_groups, key_access
 
@@ -107,7 +107,7 @@ class Ours(Runner):
         }
 
     def threads(self) -> int | None:
-        return self.settings.threads or len(os.sched_getaffinity(0)) if not self.on_device else None
+        return self.settings.threads or cores() if not self.on_device else None
 
     def kept_bytes(self) -> int:
         if not self.kept or not self.with_references:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+
+from magicface_rt.cores import cores
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def measure_peaks(size: int = 2048, megabytes: int = 256, threads: int = 0) -> P
     found = {name: _best(work, 4) for name, work in _products(size, threads).items()}
     fastest = min(found, key=found.__getitem__)
     flops = {name: 2 * size**3 / seconds for name, seconds in found.items()}
-    threads = threads or _cores()
+    threads = threads or cores()
     where = f"cpu, float32 ({fastest}), {threads} thread{'s' if threads > 1 else ''}"
     return Peaks(flops[fastest], _copied_per_second(megabytes, threads), where, flops)
 
@@ -60,10 +61,6 @@ def _copied_per_second(megabytes: int, threads: int) -> float:
         # numpy lets go of the interpreter's lock while it copies.
         seconds = _best(lambda: list(pool.map(lambda part: np.copyto(*part), parts)), 4)
     return 2 * source.nbytes / seconds
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _products(size: int, threads: int) -> dict[str, Callable[[], object]]:

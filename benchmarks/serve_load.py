@@ -1,6 +1,6 @@
 """A service under load, on loopback: latency and throughput against offered load, and whether memory stays flat.
 
-    python -m benchmarks.serve_load BUNDLE --out DIR [--replicas 0,2] [--batches 1,4] [--seconds 20] [--steps 4]
+    python -m benchmarks.serve_load BUNDLE --out DIR [--replicas 0,2] [--workers 1,2] [--batches 1,4] [--steps 4]
 
 Each form of service is started as its users would start it, and driven with the client from this process, on the same
 cores. First what one process without batching can do is measured with a closed loop; the offered loads are parts of
@@ -31,7 +31,7 @@ from magicface_rt.errors import BackendMissingError, InputError, MagicFaceError,
 from magicface_rt.serve import AsyncClient
 
 from .machine import describe
-from .serving.figures import draw, markdown
+from .serving.figures import COLOURS, draw, markdown
 from .serving.flatness import Flatness, flatness
 from .serving.offering import MOST_REQUESTS, Point, Send, offer, repeat, saturate
 from .serving.service import Form, Service, served
@@ -51,7 +51,7 @@ class Settings:
 
     bundle: str
     forms: tuple[Form, ...]
-    loads: tuple[float, ...] = (0.3, 0.6, 0.8, 0.95, 1.2)
+    loads: tuple[float, ...] = (0.3, 0.6, 0.9, 1.2, 1.8, 2.4)
     seconds: float = 20.0
     steps: int = 4
     mask_share: float = 0.3
@@ -195,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--replicas", default="0", help="0: one process; above: Ray with so many replicas")
+    parser.add_argument("--workers", default="1,2", help="of one process; a replica of Ray has one")
     parser.add_argument("--batches", default="1,4", help="pictures made together; 1 for no batching")
     parser.add_argument("--loads", default=",".join(map(str, default.loads)), help="parts of the capacity")
     parser.add_argument("--seconds", type=float, default=default.seconds, help="of each load")
@@ -204,12 +205,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=default.seed)
     given = parser.parse_args(arguments)
     try:
-        forms = tuple(Form(batch, replicas) for replicas in _whole(given.replicas) for batch in _whole(given.batches))
+        where = [(n, w) for n in _whole(given.replicas) for w in (_whole(given.workers) if n == 0 else [1])]
+        forms = tuple(Form(batch, replicas, workers) for replicas, workers in where for batch in _whole(given.batches))
         loads = tuple(float(load) for load in given.loads.split(","))
     except ValueError as error:
         parser.error(f"a list of numbers is expected: {error}")
     if not 0 < given.seconds <= 120 or any(not 0 < load <= 4 for load in loads) or given.memory_requests > 5000:
         parser.error("--seconds is up to 120, a load above 0 and up to 4, --memory-requests up to 5000.")
+    if len(forms) > len(COLOURS):
+        parser.error(f"these are {len(forms)} forms of service; a plot shows {len(COLOURS)} at most.")
     if given.memory_requests and given.memory_requests < 100:
         parser.error("--memory-requests is 0, or at least 100: fewer say nothing of a slope.")
     settings = Settings(

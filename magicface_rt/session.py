@@ -16,6 +16,7 @@ from .backends import Backend, GraphRunner, open_backend
 from .backends.tensorrt import PlanStore
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
+from .cores import threads_of_each
 from .course import Course
 from .errors import (
     BackendError,
@@ -69,8 +70,8 @@ class Session:
     bundle     folder made by `magicface-rt export`
     backend    a name of `backends.BACKENDS`, or a `Backend` object, which stays the caller's to close; "auto" takes the
                fastest that works here
-    workers    how many requests may compute at the same time; more wait. On a GPU each has memory of its own
-    threads    threads of one request's computation on the CPU, 0 for the runtime's own choice
+    workers    how many requests may compute at the same time; more wait. Each has memory of its own
+    threads    threads of one request's computation on the CPU; 0: the workers share the cores
     check_hashes    read every file once and compare it with the manifest
     provenance      pictures say how they were made (PNG text and XMP)
     device          the GPU's ordinal
@@ -130,7 +131,7 @@ class Session:
         else:
             self.backend = open_backend(
                 backend,
-                threads=threads,
+                threads=threads_of_each(threads, workers),
                 store=store,
                 device=device,
                 build_missing=build_missing,

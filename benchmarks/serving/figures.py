@@ -10,8 +10,9 @@ from ..style import HEIGHT, WIDTH, legend_below, pyplot
 
 Json = Mapping[str, Any]
 
-COLOURS = ("#2166ac", "#ef8a62", "#8073ac", "#1b7837")
-MARKERS = ("o", "s", "^", "D")
+COLOURS = ("#2166ac", "#92c5de", "#b2182b", "#f4a582", "#1b7837", "#a6dba0", "#542788", "#b2abd2")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""Of as many forms as one plot can tell apart."""
 KINDS = {"warm": "concepts kept and warm", "cold": "each request puts a new concept first"}
 
 

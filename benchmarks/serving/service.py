@@ -22,19 +22,22 @@ END_SECONDS = 90.0
 
 @dataclass(frozen=True)
 class Form:
-    """How a bundle is served. batch: pictures made together, 1 for none; replicas: of Ray, 0 for one process."""
+    """How a bundle is served. batch: pictures made together, 1 for none; replicas: of Ray, 0 for one process; workers:
+    batches that are made at the same time by that, or by each replica."""
 
     batch: int
     replicas: int = 0
+    workers: int = 1
 
     @property
     def name(self) -> str:
         where = f"Ray, {self.replicas} replicas" if self.replicas else "one process"
-        return f"{where}, {'no batching' if self.batch == 1 else f'batches of {self.batch}'}"
+        workers = f", {self.workers} workers" if self.workers > 1 else ""
+        return f"{where}{workers}, {'no batching' if self.batch == 1 else f'batches of {self.batch}'}"
 
     def arguments(self) -> list[str]:
         engine = ["--engine", "ray", "--replicas", str(self.replicas)] if self.replicas else []
-        return ["--batch", str(self.batch), *engine]
+        return ["--batch", str(self.batch), "--workers", str(self.workers), *engine]
 
 
 class Service:

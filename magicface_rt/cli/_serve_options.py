@@ -23,7 +23,9 @@ DefaultStepsOption = Annotated[
     int, typer.Option(metavar="N", min=1, help="Where a request does not say, and the page's slider stands at first.")
 ]
 MaxStepsOption = Annotated[int, typer.Option(metavar="N", min=1, help="Denoising steps of a request.")]
-ServingThreadsOption = Annotated[int, typer.Option(metavar="N", min=0, help="Of one batch; 0: the runtime's choice.")]
+ServingThreadsOption = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Of one batch, on a CPU; 0: those made at once share the cores.")
+]
 
 HOST, PORT = "127.0.0.1", 8000
 DEFAULT_STEPS, MAX_STEPS = 50, 150

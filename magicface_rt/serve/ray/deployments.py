@@ -169,7 +169,8 @@ class Pictures:
 
     async def _open(self) -> None:
         plan = self._plan
-        self._session = await asyncio.to_thread(plan.opener, plan.bundle, workers=plan.workers, **plan.session)
+        options = {**plan.session, "workers": plan.workers, "threads": plan.threads}
+        self._session = await asyncio.to_thread(plan.opener, plan.bundle, **options)
         settings = replace(plan.settings, queue=max(plan.settings.queue, 2 * plan.at_once))
         self._counts = Counts(self._name, self._session)
         engine = Engine(

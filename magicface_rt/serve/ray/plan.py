@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...backends import BACKENDS
+from ...cores import threads_of_each
 from ...errors import OptionError
 from ...kept.keeper import KeepSettings
 from ...session import Session
@@ -99,6 +100,13 @@ class RayPlan:
     def at_once(self) -> int:
         """Requests that a replica makes at once, where they can be made together."""
         return self.workers * self.settings.batch
+
+    @property
+    def threads(self) -> Any:
+        """Of one computation on a CPU: as given; else what a replica's `cpus` allow, or its share of this machine."""
+        of_replica = int(self.cpus) // self.workers
+        share = threads_of_each(0, self.workers * self.range[1])
+        return self.session.get("threads") or (max(of_replica, share) if of_replica > 1 else share)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> RayPlan:
