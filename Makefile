@@ -43,8 +43,10 @@ demo: venv  ## the whole chain on the miniature that is shipped: export, picture
 test: lint types  ## lint, types and the quick tests
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not full and not gpu"
 
+# The full-size network alone: two at once would not fit into 24 GB.
 test-all: lint types  ## all tests that need no GPU: every recording, the full-size network, the slow properties
-	$(VENV)/bin/python -m pytest -q -m "not gpu"
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu and not full"
+	$(VENV)/bin/python -m pytest -q -m "full and not gpu"
 
 lint: venv  ## ruff: rules and format
 	$(VENV)/bin/ruff check .

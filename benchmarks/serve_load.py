@@ -33,7 +33,7 @@ from magicface_rt.serve import AsyncClient
 from .machine import describe
 from .serving.figures import COLOURS, draw, markdown
 from .serving.flatness import Flatness, flatness
-from .serving.offering import MOST_REQUESTS, Point, Send, offer, repeat, saturate
+from .serving.offering import MOST_REQUESTS, Point, Send, arrivals, offer, repeat, saturate
 from .serving.service import Form, Service, served
 from .workload import mask_of_share
 
@@ -69,11 +69,12 @@ def concept(number: int, share: float) -> Concept:
     return Concept("man", Reference(picture, mask=mask_of_share(share) * np.uint8(255), prompt="a man"))
 
 
-def run(settings: Settings, say: Say) -> dict[str, Any]:
-    """All loads on all forms of service; returns the report.
+def run(settings: Settings, say: Say, so_far: Callable[[dict[str, Any]], object] = id) -> dict[str, Any]:
+    """All loads on all forms of service; returns the report. `so_far`: called with it after each form.
 
     Raises:
         BackendError: a service does not start.
+        InputError: a load would be of more requests than are sent.
     """
     report: dict[str, Any] = {"machine": describe(), "settings": asdict(settings), "bundle": _bundle(settings.bundle)}
     options = ["--queue", str(settings.queue)]
@@ -82,6 +83,11 @@ def run(settings: Settings, say: Say) -> dict[str, Any]:
     if not capacity:
         raise InputError(f"{settings.bundle}: no picture was made in {settings.seconds:g} s; give more --seconds.")
     say(f"{CALIBRATION.name}: {capacity:.2f} pictures a second")
+    try:
+        for number, load in enumerate(settings.loads):
+            arrivals(load * capacity, settings.seconds, settings.seed + number)
+    except ValueError as error:
+        raise InputError(f"{error} Give fewer --seconds, or smaller --loads.") from error
     report["capacity"], report["forms"] = capacity, []
     for form in settings.forms:
         found: dict[str, Any] = {**asdict(form), "name": form.name, "warm": [], "cold": [], "memory": None}
@@ -93,6 +99,7 @@ def run(settings: Settings, say: Say) -> dict[str, Any]:
                     point = asyncio.run(_point(service, settings, kind, load * capacity, len(found[kind])))
                     found[kind].append(asdict(point))
                     say(f"{form.name}, {kind}: {_in_words(point)}")
+        so_far(report)
     # Last, since they need no quiet machine: of these requests no time is taken.
     for form, found in zip(settings.forms, report["forms"], strict=True):
         if settings.memory_requests:
@@ -100,6 +107,7 @@ def run(settings: Settings, say: Say) -> dict[str, Any]:
                 grown, endings = asyncio.run(_memory(service, settings))
             found["memory"] = {**asdict(grown), "flat": grown.flat, "endings": endings}
             slope, low, high = (value / 1024 for value in (grown.bytes_per_request, grown.low, grown.high))
+            so_far(report)
             say(f"{form.name}, {grown.requests} requests: {slope:+.2f} KiB a request ({low:+.2f} to {high:+.2f})")
     return report
 
@@ -170,11 +178,16 @@ def _in_words(point: Point) -> str:
     return f"{rates}; {latencies}; {point.refused} refused{failed}"
 
 
+def dump(report: dict[str, Any], out: Path) -> None:
+    """The report as JSON. Raises OSError."""
+    (out / "serve_load.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def write(report: dict[str, Any], out: Path) -> list[Path]:
     """Raises OutputError where the folder cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "serve_load.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        dump(report, out)
         text = markdown(report)
         made = [out / "serve_load.json", out / "serve_load.md"]
         try:
@@ -228,7 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         given.out.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after
-        report = run(settings, lambda line: print(line, file=sys.stderr, flush=True))
+        report = run(
+            settings,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            lambda so_far: dump(so_far, given.out),  # another form may not start
+        )
         for file in write(report, given.out):
             print(file)
     except OSError as error:

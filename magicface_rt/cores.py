@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 
 __all__ = ["cores", "threads_of_each"]
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Of a container, where Linux has version 2 of control groups: microseconds of processors in so many of the clock."""
+
+
+def cores(quota: Path = QUOTA) -> int:
+    """Those that this process may use, a container's quota counted in whole ones."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        most, period = quota.read_text(encoding="ascii").split()
+        return found if most == "max" else max(1, min(found, math.ceil(int(most) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # no such thing here
+        return found
 
 
 def threads_of_each(threads: int, at_once: int) -> int:
     """Threads of each of so many computations at the same time: `threads`, or their share of the cores where that is 0.
     One that is alone keeps its 0, the runtime's own choice.
 
-    Several that each take all cores get in each other's way: benchmarks/README.md, "The service under load".
+    Several that each take all cores get in each other's way: benchmarks/README.md, "A service under load".
     """
     return threads if threads or at_once == 1 else max(1, cores() // at_once)

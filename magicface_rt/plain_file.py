@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
 
 __all__ = ["read_plain"]
 
@@ -16,16 +15,16 @@ def read_plain(path: str | os.PathLike[str], most: int) -> bytes:
         OSError: it cannot be read.
         ValueError: there is none, it is no file, it is larger, or no file can have this name.
     """
-    path = Path(path)
     try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+        # Opening a pipe would wait, and what is looked at by its name may be another thing when it is opened.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ValueError("it does not exist or is not a file") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it does not exist or is not a file")
-    if found.st_size <= most:
-        with path.open("rb") as stream:
-            content = stream.read(most + 1)  # it may have grown
-        if len(content) <= most:
-            return content
-    raise ValueError(f"it is larger than {most:,} bytes")
+    with os.fdopen(handle, "rb") as stream:
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it does not exist or is not a file")
+        content = stream.read(most + 1) if found.st_size <= most else b""
+        if found.st_size > most or len(content) > most:  # it may have grown
+            raise ValueError(f"it is larger than {most:,} bytes")
+        return content

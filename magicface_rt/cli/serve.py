@@ -100,13 +100,15 @@ def serve(
             ui_module("mounting")
         if deadline <= 0:
             raise OptionError(f"--deadline is {deadline:g}, expected seconds above 0.")
-        settings = serving_module("settings").ServeSettings(
+        body, kind = parse_size(max_body, "--max-body"), serving_module("settings").ServeSettings
+        settings = kind(
             queue=queue,
             batch=batch,
             batch_wait=batch_wait_ms / 1000,
             deadline=deadline,
             drain=drain,
-            body_bytes=parse_size(max_body, "--max-body"),
+            body_bytes=body,
+            bodies_bytes=max(kind.bodies_bytes, 2 * body),
             pixels=max_pixels,
             steps=max_steps,
             default_steps=min(default_steps, max_steps),
@@ -118,8 +120,9 @@ def serve(
         kept = serving_module("concepts")
         limits = {"most": settings.concepts, "most_bytes": settings.concept_bytes}
         place = kept.MemoryConcepts(**limits) if concepts is None else kept.FolderConcepts(concepts, **limits)
-        serving.listen(host, port).close()  # a bundle takes long to open: what cannot be served is said before
-        if host not in ("127.0.0.1", "::1", "localhost") and not accepted:
+        with contextlib.closing(serving.listen(host, port)) as where:  # what cannot be served is said before a bundle,
+            address = str(where.getsockname()[0])  # which takes long, is opened
+        if not accepted and serving_module("gate").names_of(address) is None:
             verb.note(f"warning: {host} can be reached by others, and no --tokens were given: anyone may use it.")
         if on_ray:
             of_each = {"backend": backend, "threads": threads, "provenance": provenance, "target": target}

@@ -26,11 +26,10 @@ from .bodies import Bodies, take_body
 from .gate import Gate
 from .metrics import CONTENT_TYPE_LATEST, Metrics
 from .multipart import read_form
-from .openapi import ORDER_BODY, describe, documented
+from .openapi import FORM_BODY, ORDER_BODY, describe, documented
 from .problems import Problem, refused
 from .reading import FORM_PARTS, NoOrderError, read_order, upload_of, wants_png
 from .schemas import (
-    FORM_SCHEMA,
     BundleInfo,
     ConceptInfo,
     ConceptList,
@@ -142,7 +141,7 @@ def _add_concepts(app: FastAPI, service: Service) -> None:
         ),
         response_class=Response,
         status_code=201,
-        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}},
+        openapi_extra={"requestBody": FORM_BODY},
     )
     async def put_concept(request: Request) -> Response:
         """The id names the content: the same images, masks, prompts, steps and settings have the same id, and are
@@ -263,7 +262,10 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get(
         "/metrics",
         summary="For Prometheus",
-        responses={200: {"description": "Text.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={
+            **documented({}),
+            200: {"description": "Text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        },
         response_class=Response,
     )
     async def get_metrics() -> Response:
@@ -335,7 +337,10 @@ def _problem(error: BaseException) -> Problem:
     if not isinstance(error, MagicFaceError):
         logger.error("a request failed", exc_info=error)
     elif problem.status >= 500 and not isinstance(error, ServiceError):
-        logger.error("%s: %s", type(error).__name__, error)
+        first: BaseException = error
+        while isinstance(first.__cause__, MagicFaceError):  # what is put before it may be a name that a client gave
+            first = first.__cause__
+        logger.error("%s: %s", type(first).__name__, first)
     return problem
 
 

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import httpx
 
 from ..concept import Concept
-from ..errors import AnswerError, Cancelled, MagicFaceError, ServiceError, UnreachableError
+from ..errors import AnswerError, Cancelled, MagicFaceError, ServiceError, UnknownConceptError, UnreachableError
 from ..request import Progress, ProgressCallback
+from ..shown import shown
 from ..strict_json import read_json
 from .wire import UNREADABLE, Events, KeptId, Made, error_of, form_of, made_of, order_of, pause
 
@@ -29,23 +30,51 @@ Concepts = Iterable[Concept | KeptId | Mapping[str, Any] | str]
 
 
 def _options(url: str, token: str | None, timeout: float, given: Mapping[str, Any]) -> dict[str, Any]:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    headers = httpx.Headers(given.get("headers"))
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
     limits = httpx.Timeout(timeout, connect=10.0)
     # The service sets no cookies. Those of something on the way are not kept: httpx could not even send some of them.
     no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
-    return {"base_url": url, "headers": headers, "timeout": limits, "cookies": no_cookies, **given}
+    return {"base_url": url, "timeout": limits, "cookies": no_cookies, **given, "headers": headers}
 
 
-def _lost(error: httpx.RequestError, url: httpx.URL) -> UnreachableError:
-    lost = UnreachableError(f"no answer from {url}: {type(error).__name__}: {error}.")
-    lost.__cause__ = error
-    return lost
+_LOST = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+"""A connection that was never there, or is no more: another may do. Not one on which an answer takes too long, since
+the service would only begin again."""
+
+_REQUEST_FAILED = (httpx.RequestError, httpx.InvalidURL)
+"""What httpx raises. The second is a child of nothing."""
+
+
+def _unanswered(error: httpx.RequestError | httpx.InvalidURL, url: httpx.URL) -> ServiceError:
+    told: ServiceError
+    if isinstance(error, httpx.DecodingError):
+        told = AnswerError(
+            f"the answer of {url} is not packed as it says ({error}). Look at what is between, such as a proxy.",
+            status=200,
+            kind="no-answer",
+        )
+    else:
+        told = UnreachableError(f"no answer from {url}: {type(error).__name__}: {error}.")
+    told.__cause__ = error
+    return told
 
 
 def _repeats(method: str, error: ServiceError) -> bool:
-    """Whether asking again asks for the same. What was erased cannot be erased again, so that must not have begun."""
-    begun = isinstance(error, UnreachableError) and not isinstance(error.__cause__, httpx.ConnectError)
-    return method != "DELETE" or not begun
+    """Whether asking again asks for the same, and may help. What was erased cannot be erased again, so that must not
+    have begun."""
+    if not isinstance(error, UnreachableError):
+        return True
+    never_begun = isinstance(error.__cause__, (httpx.ConnectError, httpx.ConnectTimeout))
+    return never_begun if method == "DELETE" else error.__cause__ is None or isinstance(error.__cause__, _LOST)
+
+
+def _path_of(id: str) -> str:
+    """Raises UnknownConceptError for what can be nobody's id."""
+    if not isinstance(id, str) or not id.isalnum() or not id.isascii():
+        raise UnknownConceptError(f"concept {shown(id)} is no id; expected what `put_concept` or `concepts` gave.")
+    return f"/v1/concepts/{id}"
 
 
 def _failed(answer: httpx.Response) -> ServiceError | None:
@@ -64,7 +93,7 @@ class Client:
 
     token    one of the service's, where it asks for them
     retries  how often a request is sent again, after the seconds of Retry-After where the service is full, or where
-             the connection is lost: the same request makes the same picture
+             the connection is lost: the same request makes the same picture. Not where an answer takes too long
     timeout  seconds without a byte of an answer; where Retry-After asks for more, the error is raised at once
     options  of httpx.Client, such as verify=... or trust_env=False
 
@@ -104,7 +133,7 @@ class Client:
         """Make pictures, as `Session.generate` does.
 
         concepts  what `put_concept` gave (or its `use`, or its id), or a `Concept`, whose images are sent along
-        progress  called after every step; return False to cancel
+        progress  called after every step; return False to cancel. It begins anew where the request is sent again
         settings  those of `Options`; and `deadline` in seconds, and `alone=True` for no batch with others
 
         Raises:
@@ -117,7 +146,7 @@ class Client:
             try:
                 return self._streamed({**order, "stream": True}, progress)
             except ServiceError as error:
-                wait = pause(error, attempt, self._retries, self._most_pause)
+                wait = pause(error, attempt, self._retries, self._most_pause) if _repeats("POST", error) else None
                 if wait is None:
                     raise
                 time.sleep(wait)
@@ -132,7 +161,7 @@ class Client:
         """
         texts, files = form_of(concept, steps, reference_seed, storage)
         answer = self._send("PUT", "/v1/concepts", data=texts, files=files)
-        return read(answer, lambda info: KeptId.of(info, answer.status_code == 201))
+        return read(answer, lambda info: KeptId.of(info, answer.status_code == 201).put_as(concept))
 
     def concepts(self) -> list[KeptId]:
         """All kept concepts, the oldest first."""
@@ -140,12 +169,12 @@ class Client:
 
     def concept(self, id: str) -> KeptId:
         """One of them."""
-        return read(self._send("GET", f"/v1/concepts/{id}"), KeptId.of)
+        return read(self._send("GET", _path_of(id)), KeptId.of)
 
     def erase(self, concept: KeptId | str) -> dict[str, Any]:
         """Erase a concept; returns when the service has found nothing of it any more."""
         id = concept if isinstance(concept, str) else concept.id
-        return read(self._send("DELETE", f"/v1/concepts/{id}"), dict)
+        return read(self._send("DELETE", _path_of(id)), dict)
 
     def bundle(self) -> dict[str, Any]:
         """What is served, and its limits."""
@@ -155,7 +184,7 @@ class Client:
         """Whether the service is up and warm."""
         try:
             return self._http.get("/readyz").is_success
-        except httpx.RequestError:
+        except _REQUEST_FAILED:
             return False
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
@@ -164,8 +193,8 @@ class Client:
             try:
                 answer = self._http.request(method, path, **arguments)
                 error = _failed(answer)
-            except httpx.RequestError as cause:
-                error = _lost(cause, self._http.base_url)
+            except _REQUEST_FAILED as cause:
+                error = _unanswered(cause, self._http.base_url)
             if error is None:
                 return answer
             wait = pause(error, attempt, self._retries, self._most_pause) if _repeats(method, error) else None
@@ -185,8 +214,8 @@ class Client:
                     with _understood(answer):
                         step = events.line(line)
                     _tell(progress, step)
-        except httpx.RequestError as cause:
-            raise _lost(cause, self._http.base_url) from cause
+        except _REQUEST_FAILED as cause:
+            raise _unanswered(cause, self._http.base_url) from cause
         with _understood(answer):
             return events.made()
 
@@ -234,7 +263,7 @@ class AsyncClient:
             try:
                 return await self._streamed({**order, "stream": True}, progress)
             except ServiceError as error:
-                wait = pause(error, attempt, self._retries, self._most_pause)
+                wait = pause(error, attempt, self._retries, self._most_pause) if _repeats("POST", error) else None
                 if wait is None:
                     raise
                 await asyncio.sleep(wait)
@@ -246,7 +275,7 @@ class AsyncClient:
         """As `Client.put_concept`."""
         texts, files = await asyncio.to_thread(form_of, concept, steps, reference_seed, storage)
         answer = await self._send("PUT", "/v1/concepts", data=texts, files=files)
-        return read(answer, lambda info: KeptId.of(info, answer.status_code == 201))
+        return read(answer, lambda info: KeptId.of(info, answer.status_code == 201).put_as(concept))
 
     async def concepts(self) -> list[KeptId]:
         """All kept concepts, the oldest first."""
@@ -254,12 +283,12 @@ class AsyncClient:
 
     async def concept(self, id: str) -> KeptId:
         """One of them."""
-        return read(await self._send("GET", f"/v1/concepts/{id}"), KeptId.of)
+        return read(await self._send("GET", _path_of(id)), KeptId.of)
 
     async def erase(self, concept: KeptId | str) -> dict[str, Any]:
         """As `Client.erase`."""
         id = concept if isinstance(concept, str) else concept.id
-        return read(await self._send("DELETE", f"/v1/concepts/{id}"), dict)
+        return read(await self._send("DELETE", _path_of(id)), dict)
 
     async def bundle(self) -> dict[str, Any]:
         """What is served, and its limits."""
@@ -269,7 +298,7 @@ class AsyncClient:
         """Whether the service is up and warm."""
         try:
             return (await self._http.get("/readyz")).is_success
-        except httpx.RequestError:
+        except _REQUEST_FAILED:
             return False
 
     async def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
@@ -278,8 +307,8 @@ class AsyncClient:
             try:
                 answer = await self._http.request(method, path, **arguments)
                 error = _failed(answer)
-            except httpx.RequestError as cause:
-                error = _lost(cause, self._http.base_url)
+            except _REQUEST_FAILED as cause:
+                error = _unanswered(cause, self._http.base_url)
             if error is None:
                 return answer
             wait = pause(error, attempt, self._retries, self._most_pause) if _repeats(method, error) else None
@@ -299,8 +328,8 @@ class AsyncClient:
                     with _understood(answer):
                         step = events.line(line)
                     _tell(progress, step)
-        except httpx.RequestError as cause:
-            raise _lost(cause, self._http.base_url) from cause
+        except _REQUEST_FAILED as cause:
+            raise _unanswered(cause, self._http.base_url) from cause
         with _understood(answer):
             return events.made()
 

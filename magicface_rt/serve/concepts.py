@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,8 +106,13 @@ class ConceptStore(ABC):
         """Number of concepts, and bytes of them."""
 
     @abstractmethod
-    def check_room(self, nbytes: int) -> None:
-        """Raises StoreFullError where so many bytes do not fit, before they are computed."""
+    def reserve(self, nbytes: int) -> Callable[[], object]:
+        """Hold room for a concept of so many bytes, which is not computed yet. What it returns gives the room back:
+        call it when the concept was put, or will not be.
+
+        Raises:
+            StoreFullError: they do not fit beside what is kept and what else is held.
+        """
 
     def take_vanished(self) -> frozenset[str]:
         """Ids of concepts that were in this process's memory and that another process has erased, found since the last
@@ -122,9 +127,23 @@ class ConceptStore(ABC):
 class _Limited(ConceptStore):
     def __init__(self, *, most: int, most_bytes: int) -> None:
         self._most, self._most_bytes = most, most_bytes
+        self._room = threading.RLock()
+        self._reserved: list[int] = []
 
-    def check_room(self, nbytes: int) -> None:
-        count, held = self.used()
+    def reserve(self, nbytes: int) -> Callable[[], object]:
+        with self._room:
+            self._check_room(nbytes, self._reserved)
+            self._reserved.append(nbytes)
+
+        def release() -> None:
+            with self._room:
+                self._reserved.remove(nbytes)
+
+        return release
+
+    def _check_room(self, nbytes: int, others: Sequence[int] = ()) -> None:
+        """others: bytes of concepts that are about to be kept as well."""
+        count, held = (found + more for found, more in zip(self.used(), (len(others), sum(others)), strict=True))
         if count >= self._most:
             raise StoreFullError(f"{count} concepts are kept, which is the limit. Erase one that is not needed.")
         if held + nbytes > self._most_bytes:
@@ -151,11 +170,12 @@ class MemoryConcepts(_Limited):
 
     def put(self, id: str, concept: KeptConcept) -> StoredConcept:
         stored = StoredConcept(id, concept, time.time())
-        with self._lock:
-            self._entries.pop(id, None)
-        self.check_room(concept.nbytes)
-        with self._lock:
-            self._entries[id] = stored
+        with self._room:
+            with self._lock:
+                self._entries.pop(id, None)
+            self._check_room(concept.nbytes)
+            with self._lock:
+                self._entries[id] = stored
         return stored
 
     def erase(self, id: str) -> int:
@@ -227,9 +247,10 @@ class FolderConcepts(_Limited):
     def put(self, id: str, concept: KeptConcept) -> StoredConcept:
         path = self._path(id)
         assert path is not None, id
-        if not path.exists():
-            self.check_room(concept.nbytes)
-        concept.save(path, overwrite=True)
+        with self._room:  # what is checked is still so when the file is there
+            if not path.exists():
+                self._check_room(concept.nbytes)
+            concept.save(path, overwrite=True)
         stamp = _stamp(path)
         if stamp is None:
             raise unknown(id)  # erased by another process in this moment

@@ -218,7 +218,6 @@ class Engine:
             seconds = time.monotonic() - start
             for job in batch:
                 job.forget()
-            self._observer.batch(batch, seconds)
             with self._changed:
                 self._seconds_per_job += 0.2 * (seconds / len(batch) - self._seconds_per_job)
                 self._running.difference_update(batch)
@@ -281,6 +280,7 @@ class Engine:
                 job.report(progress)
             return not all(job.done for job in jobs)
 
+        start = time.monotonic()
         try:
             if isinstance(jobs[0].work, Request):
                 requests = [job.work for job in jobs if isinstance(job.work, Request)]
@@ -300,5 +300,6 @@ class Engine:
             for job in jobs:
                 self._run(session, [job])
         else:
+            self._observer.batch(jobs, time.monotonic() - start)
             for job, result in zip(jobs, results, strict=True):
                 job.succeed(result, sum(one.images for one in jobs))

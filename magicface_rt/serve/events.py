@@ -68,7 +68,7 @@ async def follow(
         except (Exception, asyncio.CancelledError) as error:
             yield event("problem", failed(error).body)
         else:
-            yield event("pictures", answer(outcome))
+            yield event("pictures", await asyncio.to_thread(answer, outcome))
     finally:
         task.cancel()
         if waiting is not None:

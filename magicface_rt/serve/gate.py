@@ -26,7 +26,10 @@ def names_of(address: str) -> tuple[str, ...] | None:
 
     Any page may have a name of its own lead to this machine: who asks for another name has not asked for this.
     """
-    return LOOPBACK_NAMES if ipaddress.ip_address(address).is_loopback else None
+    found = ipaddress.ip_address(address)
+    if not found.is_loopback:
+        return None
+    return (*LOOPBACK_NAMES, f"[{address}]" if found.version == 6 else address)
 
 
 _PORT = re.compile(r":\d{1,5}$")

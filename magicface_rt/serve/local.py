@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import io
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -95,6 +96,8 @@ class LocalService(Service):
         # Finished pictures do not wait behind uploads.
         self._encoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="magicface-encode")
         self._files = ThreadPoolExecutor(2, thread_name_prefix="magicface-files")
+        # Of its own, since it may wait for a whole batch, and whatever shared its threads would wait as well.
+        self._alone = ThreadPoolExecutor(1, thread_name_prefix="magicface-alone")
         self._uses: set[_Use] = set()
         self._making: dict[str, asyncio.Event] = {}
         self._unfinished: dict[str, Trace] = {}
@@ -120,7 +123,9 @@ class LocalService(Service):
         return None if self.engine.warm else "the service is warming up."
 
     async def drain(self, seconds: float) -> int:
-        return await asyncio.to_thread(self.engine.drain, seconds)
+        # A thread for each: a second call ends what the first one waits for.
+        with _own_thread("magicface-drain") as pool:
+            return await asyncio.get_running_loop().run_in_executor(pool, self.engine.drain, seconds)
 
     async def close(self) -> None:
         if self._closed:
@@ -128,7 +133,9 @@ class LocalService(Service):
         self._closed = True
         if self._looking is not None:
             self._looking.cancel()
-        await asyncio.to_thread(self.engine.close)
+        with _own_thread("magicface-close") as pool:
+            await asyncio.get_running_loop().run_in_executor(pool, self.engine.close)
+        self._alone.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)
         self._files.shutdown(wait=False, cancel_futures=True)
@@ -189,34 +196,38 @@ class LocalService(Service):
         end = time.monotonic() + self.settings.deadline
         with at("storage"):
             storage = checked_storage(upload.storage)
-        with self._taken():
-            concept, bare, origin = await self._decoded(end, read_upload, upload, self._session, self.settings)
         word = upload.word
-        del upload  # with the files of its images
 
-        def keys() -> list[str]:
-            return [content_key(origin, one.loaded, one.prompt, storage) for one in bare]
+        with ExitStack() as held:
+            place = held.enter_context(ExitStack())  # in the queue, until the Engine has it
+            place.enter_context(self._taken())
+            concept, bare, origin = await self._decoded(end, read_upload, upload, self._session, self.settings)
+            del upload  # with the files of its images
+            held.enter_context(self._holding(pixels_of(concept)))
 
-        def prepare(session: Session, progress: ProgressCallback) -> KeptConcept:
-            made = session.prepare(
-                concept,
-                steps=origin.steps,
-                reference_seed=origin.reference_seed,
-                storage=storage,
-                progress=progress,
-            )
-            return without_source(made, word)
+            def keys() -> list[str]:
+                return [content_key(origin, one.loaded, one.prompt, storage) for one in bare]
 
-        with self._holding(pixels_of(concept)):
+            def prepare(session: Session, progress: ProgressCallback) -> KeptConcept:
+                made = session.prepare(
+                    concept,
+                    steps=origin.steps,
+                    reference_seed=origin.reference_seed,
+                    storage=storage,
+                    progress=progress,
+                )
+                return without_source(made, word)
+
             id = concept_id(await self._decoded(end, keys))
-            async with self._making_alone(id):
+            async with self._making_alone(id, end):
                 found = await self._found(id)
                 self._watcher.looked_up(found is not None)
                 if found is not None:
                     return ConceptInfo.of(found), False
-                await self._in(self._files, self.store.check_room, kept_bytes(origin, bare, storage))
+                release = await self._in(self._files, self.store.reserve, kept_bytes(origin, bare, storage))
+                held.callback(release)
                 with self._using([]) as use:
-                    done = await self._done(Job(prepare, owner=owner, deadline=end), use, None)
+                    done = await self._done(Job(prepare, owner=owner, deadline=end), use, None, place)
                 self._watcher.prepared()
                 putting = asyncio.ensure_future(self._in(self._files, self.store.put, id, done.result))
                 return ConceptInfo.of(await _to_its_end(putting)), True
@@ -243,7 +254,7 @@ class LocalService(Service):
             stopped = await self._stop_uses(id)
             place = await self._in(self._files, self.store.left, id)
             if place is None and trace is not None:
-                place = await asyncio.to_thread(self.engine.exclusive, scrub)
+                place = await self._scrubbed()
             if place is None and trace is not None:
                 place = await self._still_in_memory(trace)
             if place is not None:
@@ -315,8 +326,10 @@ class LocalService(Service):
         except UnknownConceptError:
             return None
 
-    async def _done(self, job: Job, use: _Use, listener: Listener | None) -> Done:
-        """Queue a job and wait for it. Whatever ends the wait ends the job."""
+    async def _done(self, job: Job, use: _Use, listener: Listener | None, place: ExitStack | None = None) -> Done:
+        """Queue a job and wait for it. Whatever ends the wait ends the job. `place`: the one that it had so far."""
+        if place is not None:
+            place.close()
         before = self.engine.waiting
         self.engine.submit(job)
         use.job = job
@@ -341,9 +354,13 @@ class LocalService(Service):
             try:
                 await self._in(self._files, self.store.used)
                 if self.store.take_vanished():
-                    await asyncio.to_thread(self.engine.exclusive, scrub)
+                    await self._scrubbed()
             except Exception as error:  # such as a folder that cannot be read now; it looks again
                 logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
+
+    async def _scrubbed(self) -> str | None:
+        """Have the Sessions let go of what nobody keeps any more, when what runs has ended. Where something is left."""
+        return await self._in(self._alone, self.engine.exclusive, scrub)
 
     async def _stop_uses(self, id: str) -> int:
         """End every request that uses a concept, and wait until it has. Returns how many there were."""
@@ -367,10 +384,14 @@ class LocalService(Service):
         return f"memory ({alive} arrays)"
 
     @asynccontextmanager
-    async def _making_alone(self, id: str) -> AsyncIterator[None]:
-        """Nobody else makes or erases the concept of that id meanwhile."""
+    async def _making_alone(self, id: str, end: float = math.inf) -> AsyncIterator[None]:
+        """Nobody else makes or erases the concept of that id meanwhile.
+
+        Raises:
+            DeadlineError: `end` came before that.
+        """
         while id in self._making:
-            await self._making[id].wait()
+            await until(self._making[id], end)
         over = self._making[id] = asyncio.Event()
         try:
             yield
@@ -406,6 +427,28 @@ class LocalService(Service):
         if self._closed:
             raise DrainingError("the service has ended.", retry_after=1.0)
         return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
+
+
+async def until(event: asyncio.Event, end: float) -> None:
+    """Waits for it.
+
+    Raises:
+        DeadlineError: `end`, of time.monotonic(), came before.
+    """
+    left = None if end == math.inf else max(0.0, end - time.monotonic())
+    try:
+        await asyncio.wait_for(event.wait(), left)
+    except asyncio.TimeoutError:
+        raise deadline_passed() from None
+
+
+@contextmanager
+def _own_thread(name: str) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False)
 
 
 async def _to_its_end(task: asyncio.Future[T]) -> T:

@@ -11,9 +11,19 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from . import problems
-from .schemas import BundleInfo, ConceptInfo, ConceptList, Erasure, PictureOrder, Pictures, ProblemBody, Status
+from .schemas import (
+    FORM_SCHEMA,
+    BundleInfo,
+    ConceptInfo,
+    ConceptList,
+    Erasure,
+    PictureOrder,
+    Pictures,
+    ProblemBody,
+    Status,
+)
 
-__all__ = ["ORDER_BODY", "describe", "documented"]
+__all__ = ["FORM_BODY", "ORDER_BODY", "describe", "documented"]
 
 _REF = "#/components/schemas/{model}"
 _ANSWERS = (BundleInfo, ConceptInfo, ConceptList, Erasure, Pictures, ProblemBody, Status)
@@ -22,6 +32,22 @@ ORDER_BODY = {
     "content": {"application/json": {"schema": {"$ref": _REF.format(model=PictureOrder.__name__)}}},
 }
 """Of the route that reads its body itself."""
+
+FORM_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": FORM_SCHEMA,
+            "examples": {
+                "a man": {
+                    "summary": "One photograph and its mask; the files go in the parts `image` and `mask`",
+                    "value": {"image": ["man.jpg"], "mask": ["man-mask.png"], "prompt": ["a man"], "word": "man"},
+                }
+            },
+        }
+    },
+}
+"""The same of a form."""
 
 _FRAMEWORKS = ("HTTPValidationError", "ValidationError")
 """FastAPI's own form of refusals, which no route here has."""

@@ -64,6 +64,11 @@ class ServeSettings:
                     raise OptionError(f"{field.name} is {value!r}, expected seconds, {'above' if least else 'from'} 0.")
             elif isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{field.name} is {value!r}, expected a whole number from {least}.")
+        if self.body_bytes > self.bodies_bytes:
+            raise OptionError(
+                f"body_bytes is {self.body_bytes:,}, more than the {self.bodies_bytes:,} of bodies_bytes, which all "
+                "bodies share; no such body could come in."
+            )
         if self.default_steps > self.steps:
             raise OptionError(
                 f"default_steps is {self.default_steps}, more than the {self.steps} steps that a request may have."

@@ -7,12 +7,12 @@ import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,8 @@ MOST_DETAIL, MOST_WORD = 2000, 100
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
 """What reading an answer raises where it is none of the service's."""
 
+T = TypeVar("T")
+
 _OPTIONS = {option.name for option in fields(Options)}
 _OF_SERVICE = {"deadline", "alone", "record_regions"}
 _KINDS: dict[str, type[ServiceError]] = {
@@ -70,6 +72,8 @@ class KeptId:
     word    what requests use unless they say otherwise; None where it was put without one
     new     whether it was prepared now, and had not been kept already
     info    all that the service says of it
+    weight, token_index, name   what `use` takes unless it is told otherwise: those of the `Concept` that was put. The
+            service does not keep them, so they are the usual ones where its list or an id was asked for
     """
 
     id: str
@@ -79,23 +83,49 @@ class KeptId:
     nbytes: int
     new: bool = False
     info: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    weight: float = 3.0
+    token_index: tuple[int, ...] | None = None
+    name: str | None = None
 
     def use(
         self,
         word: str | None = None,
         *,
-        weight: float = 3.0,
+        weight: float | None = None,
         token_index: int | Sequence[int] | None = None,
         name: str | None = None,
     ) -> dict[str, Any]:
         """The concept in a picture, for `generate`."""
-        index = token_index if token_index is None or isinstance(token_index, int) else list(token_index)
-        return {"id": self.id, "word": word, "weight": weight, "token_index": index, "name": name}
+        index = token_index
+        if index is None and word in (None, self.word):  # another word has tokens of its own
+            index = self.token_index
+        return {
+            "id": self.id,
+            "word": word,
+            "weight": self.weight if weight is None else weight,
+            "token_index": index if index is None or isinstance(index, int) else list(index),
+            "name": self.name if name is None else name,
+        }
+
+    def put_as(self, concept: Concept) -> KeptId:
+        """This one, used as that concept is unless told otherwise."""
+        return replace(self, weight=concept.weight, token_index=concept.token_index, name=concept.name)
 
     @classmethod
     def of(cls, info: Mapping[str, Any], new: bool = False) -> KeptId:
         """From what the service says of it."""
-        return cls(info["id"], info["word"], info["steps"], info["reference_seed"], info["bytes"], new, info)
+        word = info["word"]
+        if word is not None:
+            _typed(str, word)
+        return cls(
+            _typed(str, info["id"]),
+            word,
+            _typed(int, info["steps"]),
+            _typed(int, info["reference_seed"]),
+            _typed(int, info["bytes"]),
+            new,
+            info,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +167,13 @@ class Made:
                 kind="no-picture",
             ) from error
         return opened
+
+
+def _typed(kind: type[T], value: Any) -> T:
+    """Raises TypeError where it is of another kind."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{type(value).__name__}, expected {kind.__name__}")
+    return value
 
 
 def order_of(
@@ -194,10 +231,10 @@ def made_of(content: Mapping[str, Any]) -> Made:
     return Made(
         pngs=tuple(base64.b64decode(text) for text in content["pictures"]),
         regions=np.array(content["regions"], np.int64),
-        region_names=tuple(content["region_names"]),
-        timings=content["timings"],
-        batch=int(content["batch"]),
-        settings=content["settings"],
+        region_names=tuple(_typed(str, name) for name in content["region_names"]),
+        timings=_typed(dict, content["timings"]),
+        batch=_typed(int, content["batch"]),
+        settings=_typed(dict, content["settings"]),
         regions_per_step=None if steps is None else np.array(steps, np.uint8),
     )
 
@@ -276,7 +313,11 @@ class Events:
             if name == "pictures":
                 self.content = content
             elif name == "progress":
-                return Progress(**content)
+                step = Progress(**content)
+                for count in (step.step, step.steps, step.batch, step.batches):
+                    _typed(int, count)
+                _typed(str, step.stage)
+                return step
         return None
 
     def made(self) -> Made:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 from corruptions import as_json, changed_tree, edited, edits
 from hypothesis import strategies as st
@@ -19,8 +20,10 @@ pytest.importorskip("httpx")
 
 import httpx
 
-from magicface_rt.errors import AnswerError, MagicFaceError, ServiceError
+from magicface_rt import Progress
+from magicface_rt.errors import AnswerError, MagicFaceError, ServiceError, UnknownConceptError, UnreachableError
 from magicface_rt.serve import Client
+from magicface_rt.serve.wire import KeptId, Made
 
 ID = "1" * 64
 KEPT = {"id": ID, "word": "man", "steps": 2, "reference_seed": 0, "bytes": 5, "created": "2026-01-01T00:00:00Z"}
@@ -98,13 +101,31 @@ def asked(parser: str, call: Callable[[], Any]) -> Any:
 
 
 def pictures(client: Client) -> Any:
-    made = client.generate("a man", [ID])
-    assert made.batch == int(made.batch)
+    return sound(client.generate("a man", [ID]))
+
+
+def sound(made: Made) -> Any:
+    assert type(made.batch) is int
+    assert all(type(name) is str for name in made.region_names)
+    assert isinstance(made.timings, dict)
+    assert isinstance(made.settings, dict)
+    assert made.regions.dtype == np.int64
     return made.images
 
 
+def kept(*concepts: KeptId) -> Any:
+    for one in concepts:
+        assert (type(one.id), type(one.steps), type(one.reference_seed), type(one.nbytes)) == (str, int, int, int)
+        assert one.word is None or type(one.word) is str
+    return concepts
+
+
 def streamed(client: Client) -> Any:
-    return client.generate("a man", [ID], progress=lambda step: None).images
+    def told(step: Progress) -> None:
+        assert all(type(count) is int for count in (step.step, step.steps, step.batch, step.batches))
+        assert type(step.stage) is str
+
+    return sound(client.generate("a man", [ID], progress=told))
 
 
 def problem(client: Client) -> Any:
@@ -119,8 +140,8 @@ WHAT: dict[str, tuple[Callable[[Client], Any], int, bytes, str]] = {
     "pictures": (pictures, 200, json.dumps(PICTURES).encode(), "json"),
     "events": (streamed, 200, STREAM, "events"),
     "events, failed": (streamed, 200, FAILED, "events"),
-    "concept": (lambda client: client.concept(ID), 200, json.dumps(KEPT).encode(), "json"),
-    "concepts": (lambda client: client.concepts(), 200, json.dumps({"concepts": [KEPT, KEPT]}).encode(), "json"),
+    "concept": (lambda client: kept(client.concept(ID)), 200, json.dumps(KEPT).encode(), "json"),
+    "concepts": (lambda client: kept(*client.concepts()), 200, json.dumps({"concepts": [KEPT, KEPT]}).encode(), "json"),
     "problem": (problem, 429, json.dumps(PROBLEM).encode(), "json"),
 }
 each = pytest.mark.parametrize("what", WHAT)
@@ -252,5 +273,53 @@ def test_a_picture_that_is_none(content: bytes, stranger: Stranger) -> None:
 def test_an_answer_that_is_not_packed_as_it_says(stranger: Stranger) -> None:
     stranger.says(200, json.dumps(PICTURES).encode(), {"content-encoding": "gzip"})
     for progress in (None, print):
-        with pytest.raises(ServiceError, match="DecodingError"):
+        with pytest.raises(AnswerError, match="not packed as it says"):
             stranger.client.generate("a man", progress=progress)
+
+
+@pytest.mark.parametrize(
+    ("error", "times"),
+    [
+        (httpx.ConnectError, 3),
+        (httpx.RemoteProtocolError, 3),
+        (httpx.ReadTimeout, 1),
+        (httpx.UnsupportedProtocol, 1),
+        (httpx.InvalidURL, 1),
+    ],
+)
+@pytest.mark.parametrize("progress", [None, print])
+def test_only_a_lost_connection_is_tried_again(
+    error: Any, times: int, progress: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an answer that takes too long the service would make all of it again."""
+    asked: list[str] = []
+
+    def fails(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        raise error("mine")
+
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    client = Client("http://x", retries=2, transport=httpx.MockTransport(fails))
+    with client, pytest.raises(UnreachableError, match="mine"):
+        client.generate("a man", progress=progress)
+    assert asked == ["/v1/images"] * times
+
+
+def test_a_token_goes_with_headers_of_the_callers_own() -> None:
+    seen: list[httpx.Headers] = []
+
+    def answers(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers)
+        return httpx.Response(200, json=KEPT)
+
+    with Client("http://x", token="t" * 20, headers={"X-Mine": "1"}, transport=httpx.MockTransport(answers)) as client:
+        client.concept(ID)
+    assert (seen[0]["authorization"], seen[0]["x-mine"]) == ("Bearer " + "t" * 20, "1")
+
+
+@pytest.mark.parametrize("id", ["", "x?y", "../../bundle", "a\0b", "\u00e9"])
+def test_what_is_no_id_is_not_asked_for(id: str, stranger: Stranger) -> None:
+    stranger.says(200, b"{}")
+    for ask in (stranger.client.concept, stranger.client.erase):
+        with pytest.raises(UnknownConceptError, match="is no id"):
+            ask(id)

@@ -29,6 +29,7 @@ from magicface_rt.errors import StoreFullError
 from magicface_rt.serve import ServeSettings
 from magicface_rt.serve.app import build_app
 from magicface_rt.serve.auth import Tokens
+from magicface_rt.serve.bodies import Bodies
 from magicface_rt.serve.gate import LOOPBACK_NAMES
 from magicface_rt.serve.multipart import MOST_HEADER_BYTES, MOST_PARTS, read_form
 from magicface_rt.serve.orders import check_named, read_upload, request_of
@@ -404,22 +405,45 @@ def test_any_headers(inputs: int, bundle: Bundle) -> None:
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
+def bodies_of(door: Door) -> Bodies:
+    """What holds the bodies, of the application's middleware."""
+    found: Any = door.app.middleware_stack
+    while not isinstance(found, Bodies):
+        found = getattr(found, "_app", None) or found.app
+    return found
+
+
 @inputs
-def test_any_pieces(inputs: int, door: Door) -> None:
+def test_any_pieces(inputs: int, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a body comes, no more of it is held than may be, and nothing of it afterwards."""
+    most: list[int] = []
+    take = Bodies.take
+
+    def taken(self: Bodies, nbytes: int) -> None:
+        take(self, nbytes)
+        most.append(self.held)
+
+    monkeypatch.setattr(Bodies, "take", taken)
+    assert answered("pieces", lambda: door.ask("POST", "/v1/images", JSON, [b"{}"])) == 422  # builds the application
+    assert most
     pieces = st.lists(st.integers(0, 150_000), min_size=1, max_size=8)
     lengths = (
         st.none() | st.integers(0, 10**6).map(str) | st.sampled_from(["-1", "x", "9" * 25, "\u0663", "1e9", "+5", ""])
     )
 
+    held = bodies_of(door)
+
     def check(one: tuple[list[int], str | None]) -> None:
         sizes, length = one
+        most.clear()
         headers = [] if length is None else [(b"content-length", length.encode("latin-1", "replace"))]
         status = answered(
             "pieces", lambda: door.ask("POST", "/v1/images", JSON, [b" " * size for size in sizes], headers)
         )
         if sum(sizes) > SETTINGS.body_bytes:
             assert status == 413
+        assert max(most, default=0) <= SETTINGS.body_bytes
+        assert held.held == 0
 
     loop(inputs, st.tuples(pieces, lengths), check)
     body = json.dumps(ORDER).encode()

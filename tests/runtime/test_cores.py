@@ -35,6 +35,18 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPat
         os.sched_setaffinity(0, allowed)
 
 
+@pytest.mark.parametrize(
+    ("quota", "found"),
+    [("max 100000", 4), ("150000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), ("5", 4), ("0 0", 4)],
+)
+def test_a_containers_quota_counts(quota: str, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5, 7})
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert cores.cores(tmp_path / "cpu.max") == found
+    assert cores.cores(tmp_path / "missing") == 4
+
+
 @pytest.mark.parametrize(("workers", "threads", "each"), [(1, 0, 0), (4, 0, 2), (4, 1, 1)])
 def test_workers_of_a_session(
     workers: int, threads: int, each: int, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
@@ -62,7 +74,7 @@ def test_workers_of_a_session(
         ({"replicas": (2, 2)}, 4),
         ({"replicas": (1, 4), "workers": 2}, 1),
         ({"replicas": (8, 8), "cpus": 4.0}, 4),
-        ({"replicas": (2, 2), "cpus": 2.0}, 4),
+        ({"replicas": (2, 2), "cpus": 2.0}, 2),
         ({"replicas": (2, 2), "session": {"threads": 1}}, 1),
     ],
 )

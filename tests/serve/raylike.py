@@ -263,8 +263,9 @@ def on_ray(
     bundle: Path, folder: Path, *, settings: ServeSettings, replicas: int = 2, page: bool = False
 ) -> Iterator[OnRay]:
     """A service on a Ray of its own; nothing of it is left after the block."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, before)))  # for `HeldSession`
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "MAGICFACE_RT_TOKENS")}
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, before["PYTHONPATH"])))  # for `HeldSession`
+    os.environ["MAGICFACE_RT_TOKENS"] = TOKEN  # as who starts a service may have it
     (folder / "gate").mkdir()
     plan = RayPlan(
         str(bundle),
@@ -295,6 +296,7 @@ def on_ray(
                 gate.free()
                 service.end()
     finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value

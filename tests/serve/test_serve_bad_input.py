@@ -22,7 +22,7 @@ import pytest
 from loopback import PROMPT, Gated, Running, concept, disc, picture, png, running, until
 from PIL import Image, ImageFile
 
-from magicface_rt.errors import AnswerError, OptionError
+from magicface_rt.errors import AnswerError, NonFiniteError, OptionError
 from magicface_rt.serve import FolderConcepts, ServeSettings, local
 from magicface_rt.serve.app import build_app
 from magicface_rt.serve.auth import Tokens
@@ -702,6 +702,25 @@ def test_an_error_of_ours_is_a_problem_without_details(server: Running, session:
     assert "secret" not in str(refused.value)
     until(lambda: server.service.engine.running == 0, "the job did not end")
     monkeypatch.undo()
+
+
+def test_the_log_says_what_failed_and_not_for_whom(
+    server: Running, session: Gated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error of a preparation begins with the concept's name, which is a client's."""
+
+    def spoiled(*_: Any, **__: Any) -> Any:
+        try:
+            raise NonFiniteError("graph reference_kv: k_ref_10 is not finite")
+        except NonFiniteError as error:
+            raise NonFiniteError(f"concept 'pelican': {error}") from error
+
+    monkeypatch.setattr(session, "generate_batch", spoiled)
+    with server.client() as client, pytest.raises(AnswerError) as failed:
+        client.generate("a pelican with a hat", [concept("hat", 2, name="pelican")], steps=1)
+    assert (failed.value.status, failed.value.kind) == (500, "not-finite")
+    assert "pelican" not in caplog.text
+    assert "graph reference_kv: k_ref_10 is not finite" in caplog.text
 
 
 def test_the_log_has_nothing_of_a_request(server: Running, caplog: pytest.LogCaptureFixture) -> None:

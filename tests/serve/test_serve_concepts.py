@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import stat
 import threading
 import time
@@ -17,7 +18,14 @@ from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png
 from writes import Writes
 
 from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference
-from magicface_rt.errors import ErasedError, StoreFullError, UnknownConceptError, UnreachableError
+from magicface_rt.errors import (
+    DeadlineError,
+    ErasedError,
+    QueueFullError,
+    StoreFullError,
+    UnknownConceptError,
+    UnreachableError,
+)
 from magicface_rt.serve import FolderConcepts, KeptId, Made, MemoryConcepts, ServeSettings
 from magicface_rt.serve.concepts import ConceptStore, StoredConcept, concept_id
 from magicface_rt.serve.erasure import Trace
@@ -347,6 +355,87 @@ def test_limits_of_number_and_bytes_refuse_before_anything_is_prepared(session: 
         with full as server, server.client() as client, pytest.raises(StoreFullError):
             client.put_concept(MAN)
     assert session.prepared == 0
+
+
+def test_uploads_that_race_for_the_last_place_are_not_all_prepared(session: Gated) -> None:
+    """What is being prepared counts: else all would be, and all but one for nothing."""
+    with running(session, settings=ServeSettings(concepts=1)) as server, server.client() as client:
+        session.free.clear()
+        with ThreadPoolExecutor(5) as pool:
+            puts = [pool.submit(client.put_concept, concept("man", seed)) for seed in range(5)]
+            until(lambda: sum(put.done() for put in puts) == 4, "those that have no room were not told so")
+            session.free.set()
+        outcomes = [put.exception() for put in puts]
+        assert sorted(type(error).__name__ for error in outcomes) == ["NoneType", *["StoreFullError"] * 4]
+        assert session.prepared == 1
+        assert len(client.concepts()) == 1
+        with pytest.raises(StoreFullError):
+            client.put_concept(concept("man", 9))
+        client.erase(client.concepts()[0])
+        client.put_concept(concept("man", 9))
+
+
+def test_room_that_was_held_is_given_back_where_nothing_came_of_it(session: Gated) -> None:
+    with running(session, settings=ServeSettings(concepts=1)) as server, server.client() as client:
+        session.free.clear()
+        with ThreadPoolExecutor(1) as pool:
+            put = pool.submit(server.client(timeout=1.0).put_concept, concept("man", 2))  # and goes
+            assert isinstance(put.exception(30), UnreachableError)
+        session.free.set()
+        until(lambda: not server.service.store._reserved, "the room was not given back")  # type: ignore[attr-defined]
+        client.put_concept(concept("man", 3))
+
+
+def test_many_erasures_beside_a_batch_hold_up_nobody_else(session: Gated) -> None:
+    """Each waits until the batch has ended, and must not take the threads with which others are read and answered."""
+    many = (os.cpu_count() or 1) + 6  # more than asyncio has threads of its own
+    with running(session) as server, server.client() as client:
+        kept = [client.put_concept(concept("man", seed)) for seed in range(many)]
+        session.free.clear()
+        with ThreadPoolExecutor(many + 1) as pool:
+            held = pool.submit(client.generate, "a man", steps=2)
+            session.wait_for_step()
+            erasures = [pool.submit(client.erase, one) for one in kept]
+            until(lambda: not client.concepts(), "the erasures did not begin")
+            assert not any(erasure.done() for erasure in erasures)
+            with pytest.raises(DeadlineError):
+                client.generate("a man", steps=1, deadline=0.2)
+            assert client.bundle()["limits"]["queue"] > 0
+            session.free.set()
+            assert all(erasure.result(30)["id"] for erasure in erasures)
+            assert len(held.result(30).images) == 1
+
+
+def test_an_upload_that_waits_has_a_place_in_the_queue_and_a_deadline(session: Gated) -> None:
+    settings = ServeSettings(queue=1, deadline=3.0)
+    with running(session, settings=settings) as server, server.client() as client:
+        session.free.clear()
+        with ThreadPoolExecutor(3) as pool:
+            first = pool.submit(client.put_concept, concept("man", 1))
+            until(lambda: session.prepared == 1, "nothing was prepared")
+            second = pool.submit(client.put_concept, concept("man", 1))  # waits for the first, which makes the same
+            until(lambda: server.service._arriving == 1, "it did not arrive")
+            with pytest.raises(QueueFullError):
+                client.put_concept(concept("man", 2))
+            with pytest.raises(DeadlineError):
+                second.result(30)
+            assert isinstance(first.exception(30), DeadlineError)
+            session.free.set()
+        until(lambda: server.service.engine.running == 0, "the engine did not become free")
+        assert server.service._arriving == 0
+
+
+def test_a_concept_is_used_as_the_one_that_was_put(session: Gated, oracle: Oracle) -> None:
+    """With its weight, tokens and name, as `Session.prepare` keeps them."""
+    one = concept("hat", 3, weight=1.25, token_index=(5,), name="red hat")
+    with running(session) as server, server.client() as client:
+        kept = client.put_concept(one, steps=2)
+        made = client.generate("a man with a hat", [kept], seed=4, steps=2)
+        assert list(made.pngs) == oracle.pngs([one], seed=4, steps=2)
+        assert made.region_names == ("red hat",)
+        assert kept.use(weight=2.0)["weight"] == 2.0
+        assert kept.use("man")["token_index"] is None  # another word's tokens are others
+        assert client.concept(kept.id).use()["weight"] == 3.0
 
 
 def test_a_name_that_is_no_id_leads_nowhere(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_nothing_that_the_document_allows_makes_the_service_fail(server: Running
     assert len(checks) == len(wanted)
 
     def no_failure(context: Any, response: Any, case: Any) -> None:
-        assert response.status_code != 500, response.text
+        assert response.status_code not in (500, 503), response.text
 
     tried = []
     for result in schema.get_all_operations():

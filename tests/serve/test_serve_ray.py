@@ -20,7 +20,7 @@ pytest.importorskip("ray")
 import grpc
 import httpx
 from loopback import PROMPT, Oracle, concept, picture, png, until
-from raylike import OnRay, listening, on_ray, other_bundle, stored_bytes
+from raylike import TOKEN, OnRay, listening, on_ray, other_bundle, stored_bytes
 
 from magicface_rt import BundleError, Cancelled, Concept, Progress, Reference
 from magicface_rt.errors import AnswerError, DeadlineError, ErasedError, QueueFullError, UnknownConceptError
@@ -277,6 +277,11 @@ def test_no_photograph_and_no_token_is_written_or_left_in_rays_store(service: On
         content = path.read_bytes()
         assert b"a-token-that-nobody" not in content, path
         assert b"words that nobody else" not in content, path
+    for pid, command in service.cluster.processes().items():
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            assert b"MAGICFACE_RT_TOKENS" not in environment, command
+            assert TOKEN.encode() not in environment, command
 
 
 def test_rays_ports_are_this_machines_or_ask_for_its_token(service: OnRay) -> None:

@@ -236,6 +236,26 @@ def test_without_ray_it_says_what_to_install(tiny_bundle: Path) -> None:
     assert done.stdout.startswith("BackendMissingError")
 
 
+def test_rays_processes_find_a_token_of_their_own_and_none_of_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    from magicface_rt.serve.ray.cluster import _environment
+
+    monkeypatch.setenv("MAGICFACE_RT_TOKENS", TOKEN)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    rays = []
+    for _ in range(2):
+        with _environment():
+            assert "MAGICFACE_RT_TOKENS" not in os.environ
+            rays.append(os.environ["RAY_AUTH_TOKEN"])
+        assert os.environ["MAGICFACE_RT_TOKENS"] == TOKEN
+        assert "RAY_AUTH_TOKEN" not in os.environ
+    assert rays[0] != rays[1]
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    with _environment():
+        assert os.environ["RAY_AUTH_TOKEN"] == "mine"
+    assert os.environ["RAY_AUTH_TOKEN"] == "mine"
+
+
 def test_nothing_of_ray_is_imported_before_it_is_asked_for() -> None:
     code = (
         "import sys, magicface_rt.cli, magicface_rt.serve.ray, magicface_rt.serve.server\n"

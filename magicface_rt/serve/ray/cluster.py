@@ -18,7 +18,10 @@ from typing import Any
 from ...backends import FLAVOURS, why_not
 from ...bundle import Bundle
 from ...errors import BackendError, DeviceError, MagicFaceError, OptionError
+from ...shown import one_line
 from .. import module
+from ..auth import ENVIRONMENT as TOKENS_VARIABLE
+from ..auth import Tokens
 from ..gate import PAGE, names_of
 from ..server import listen
 from .plan import RayPlan, wants_gpu
@@ -56,6 +59,10 @@ def system_config(body_bytes: int) -> dict[str, Any]:
         "task_rpc_inlined_bytes_limit": most,
         "automatic_object_spilling_enabled": False,
     }
+
+
+MOST_SAID = 500
+"""Characters of an error of Ray's, which may be pages."""
 
 
 def serve(
@@ -121,9 +128,29 @@ def started(plan: RayPlan, *, told: Callable[[str], object] = logger.info) -> It
         OptionError: this process is connected to a Ray already.
         DeviceError: there are fewer GPUs than replicas.
     """
+    plan = replace(plan, tokens=Tokens.read(plan.token_file) if plan.tokens is None else plan.tokens)
+    with _environment():
+        yield from _started(plan, told)
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """What Ray's processes shall find in theirs, for the block: a token of Ray's own, and none of the service's."""
+    before = dict(os.environ)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _set_token()
+    os.environ.pop(TOKENS_VARIABLE, None)
+    try:
+        yield
+    finally:
+        for name in {"RAY_AUTH_TOKEN", TOKENS_VARIABLE}:
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+def _started(plan: RayPlan, told: Callable[[str], object]) -> Iterator[RayPlan]:
     ray: Any = importlib.import_module("ray")  # not before its environment is there
     if ray.is_initialized():
         raise OptionError(
@@ -255,7 +282,9 @@ class Running:
             except TimeoutError:
                 if self._signals.stops > 1:
                     cut_off = int(self._handle.drain.remote(0.0).result(timeout_s=10))
-        with contextlib.suppress(TimeoutError):
+            except _of_ray():  # the front is gone, and what it had with it
+                cut_off = 0
+        with contextlib.suppress(TimeoutError, *_of_ray()):
             serve.delete(APPLICATION)  # when the last answers are out
         return cut_off
 
@@ -301,5 +330,17 @@ def _update(running: Running, told: Callable[[str], object]) -> None:
         told(f"updating to bundle {bundle.hash[:16]}")
         running.update(running.plan)
         told("updated")
-    except MagicFaceError as error:
-        told(f"not updated, the service goes on with what it has: {error}")
+    except _update_failed() as error:
+        told(f"not updated, the service goes on with what it has: {one_line(str(error))[:MOST_SAID]}")
+
+
+def _update_failed() -> tuple[type[Exception], ...]:
+    return (MagicFaceError, *_of_ray())
+
+
+def _of_ray() -> tuple[type[Exception], ...]:
+    """What Ray raises where something of it fails."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    return (RayError, RayServeException)

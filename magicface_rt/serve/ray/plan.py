@@ -106,7 +106,7 @@ class RayPlan:
         """Of one computation on a CPU: as given; else what a replica's `cpus` allow, or its share of this machine."""
         of_replica = int(self.cpus) // self.workers
         share = threads_of_each(0, self.workers * self.range[1])
-        return self.session.get("threads") or (max(of_replica, share) if of_replica > 1 else share)
+        return self.session.get("threads") or (of_replica if of_replica > 1 else share)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> RayPlan:

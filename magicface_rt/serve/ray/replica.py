@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -12,9 +13,8 @@ from typing import Any
 from ...errors import Cancelled, MagicFaceError
 from ...session import Session
 from ..engine import Engine, Observer
-from ..erasure import scrub
 from ..job import Job
-from ..local import LocalService, Watcher
+from ..local import LocalService, Watcher, until
 from ..problems import refused
 from ..service import Listener
 from .messages import Ended, Part, Tally
@@ -93,7 +93,7 @@ class ReplicaService(LocalService):
             stopped = await self._stop_uses(id)
             place = None
             if traces:
-                place = await asyncio.to_thread(self.engine.exclusive, scrub)
+                place = await self._scrubbed()
             for trace in traces:
                 place = place or await self._still_in_memory(trace)
             if place is None:
@@ -101,16 +101,16 @@ class ReplicaService(LocalService):
             return Part(bool(traces), stopped, place)
 
     @asynccontextmanager
-    async def _making_alone(self, id: str) -> AsyncIterator[None]:
+    async def _making_alone(self, id: str, end: float = math.inf) -> AsyncIterator[None]:
         """As for any service; and a concept that is being erased is made again when that is over everywhere."""
         while True:
             if id in self._shared.condemned:
-                await self._pardoned.wait()
+                await until(self._pardoned, end)
             elif id in self._making:
-                await self._making[id].wait()
+                await until(self._making[id], end)
             else:
                 break
-        async with super()._making_alone(id):
+        async with super()._making_alone(id, end):
             yield
 
 
