@@ -109,7 +109,8 @@ class KeptId:
 
     def put_as(self, concept: Concept) -> KeptId:
         """This one, used as that concept is unless told otherwise."""
-        return replace(self, weight=concept.weight, token_index=concept.token_index, name=concept.name)
+        name = None if concept.name == concept.word else concept.name
+        return replace(self, weight=concept.weight, token_index=concept.token_index, name=name)
 
     @classmethod
     def of(cls, info: Mapping[str, Any], new: bool = False) -> KeptId:
