@@ -35,6 +35,7 @@ _KNOWN = {
 
 # Metadata that says too little ("BSD", a whole text, a version left out): the licence file in the package was read.
 READ = {
+    "atheris": "Apache-2.0",
     "cmake": "Apache-2.0 AND BSD-3-Clause",
     "contourpy": "BSD-3-Clause",
     "cycler": "BSD-3-Clause",
