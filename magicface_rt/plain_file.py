@@ -20,11 +20,12 @@ def read_plain(path: str | os.PathLike[str], most: int) -> bytes:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ValueError("it does not exist or is not a file") from None
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(handle)
+        raise ValueError("it does not exist or is not a file")
     with os.fdopen(handle, "rb") as stream:
-        found = os.fstat(stream.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it does not exist or is not a file")
         content = stream.read(most + 1) if found.st_size <= most else b""
-        if found.st_size > most or len(content) > most:  # it may have grown
-            raise ValueError(f"it is larger than {most:,} bytes")
-        return content
+    if found.st_size > most or len(content) > most:  # it may have grown
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return content

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +239,10 @@ def test_a_file_that_may_not_be_opened_is_refused(tmp_path: Path, monkeypatch: p
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(JobError, match=r"cannot be read: .*Permission denied"):
-        load_job(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", denied)
+        with pytest.raises(JobError, match=r"cannot be read: .*Permission denied"):
+            load_job(path)
 
 
 def test_large_files_are_refused(tmp_path: Path) -> None:

@@ -207,6 +207,7 @@ def test_what_is_erased_is_gone_from_every_replica_that_was_using_it(service: On
         service.gate.hold()
         using = generating(service, pool, range(300, 305), [kept])
         until(lambda: len(makers(service, range(300, 305))) == 2, "not both replicas use it")
+        until(lambda: service.admitted() == 5, "not all have come")
         assert service.mapped(kept.id) == service.replicas()
         erasing = pool.submit(client.erase, kept)
         for future in using:
