@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from magicface_rt.errors import CheckpointError
+from magicface_rt.shown import shown
 from magicface_rt.tokenizer import guarded
 
 from .block_layout import check_configs
@@ -17,6 +18,7 @@ from .tokenizer import END, build_tokenizer_json
 
 __all__ = ["FolderCheckpoint", "find_weights"]
 
+MOST_TOKENS = 1_000_000
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -72,6 +74,13 @@ class FolderCheckpoint(Checkpoint):
                     f"tokenizer {folder}: {name} is missing; expected tokenizer.json, or vocab.json and merges.txt"
                 )
         vocabulary = read_config(folder / "vocab.json")
+        for token, number in vocabulary.items():
+            # The tokenizers library ends the process where it has no memory for a list of all that are between.
+            if type(number) is not int or not 0 <= number < MOST_TOKENS:
+                raise CheckpointError(
+                    f"tokenizer {folder}: vocab.json gives {shown(token)} the number {shown(number)}; expected a whole "
+                    f"number from 0 to {MOST_TOKENS - 1}"
+                )
         lines = read_text(folder / "merges.txt").splitlines()
         pairs = [line.split() for line in lines if line and not line.startswith("#version")]
         try:

@@ -210,6 +210,16 @@ def test_merges_that_are_none(merges: bytes, folder: Path) -> None:
     assert opened(folder) is None
 
 
+@pytest.mark.parametrize("number", [2**32 - 2, 2**31, 1_000_000, -1, True, 1.0, "1"])
+def test_a_vocabulary_with_a_number_that_no_token_has(number: Any, vocabulary: Path) -> None:
+    """Of one near 2^32 the tokenizers library asked for so much memory that the process was ended."""
+    (vocabulary / "tokenizer/vocab.json").write_text(json.dumps({**VOCABULARY, "<|endoftext|>": number}))
+    with pytest.raises(
+        CheckpointError, match=r"'<\|endoftext\|>' the number .* expected a whole number from 0 to 999999"
+    ):
+        Checkpoint.open(vocabulary)
+
+
 @pytest.mark.parametrize("vocabulary", [{}, {"a": "b"}, {"a": -1}, {"a": 2**70}, {"<|endoftext|>": 1}, {"a": None}])
 def test_a_vocabulary_that_is_none(vocabulary: Any, folder: Path) -> None:
     (folder / "tokenizer/tokenizer.json").unlink()
