@@ -69,7 +69,7 @@ def concept(number: int, share: float) -> Concept:
     return Concept("man", Reference(picture, mask=mask_of_share(share) * np.uint8(255), prompt="a man"))
 
 
-def run(settings: Settings, say: Say, so_far: Callable[[dict[str, Any]], object] = id) -> dict[str, Any]:
+def run(settings: Settings, say: Say, so_far: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     """All loads on all forms of service; returns the report. `so_far`: called with it after each form.
 
     Raises:
@@ -84,8 +84,7 @@ def run(settings: Settings, say: Say, so_far: Callable[[dict[str, Any]], object]
         raise InputError(f"{settings.bundle}: no picture was made in {settings.seconds:g} s; give more --seconds.")
     say(f"{CALIBRATION.name}: {capacity:.2f} pictures a second")
     try:
-        for number, load in enumerate(settings.loads):
-            arrivals(load * capacity, settings.seconds, settings.seed + number)
+        arrivals(max(settings.loads) * capacity, settings.seconds, settings.seed)  # before hours are spent on others
     except ValueError as error:
         raise InputError(f"{error} Give fewer --seconds, or smaller --loads.") from error
     report["capacity"], report["forms"] = capacity, []

@@ -16,6 +16,7 @@ from typing import Any
 
 from .bundle_form import check_form
 from .errors import BundleError, CheckpointError
+from .plain_file import read_plain
 from .schedule import Schedule
 from .shown import shown
 from .strict_json import read_json
@@ -206,13 +207,9 @@ def _read_manifest(folder: Path) -> bytes:
         if not manifest.is_file():
             hint = " It looks like a checkpoint: export it first." if (folder / "model_index.json").is_file() else ""
             raise BundleError(f"bundle {folder}: there is no {MANIFEST}, so this is not a bundle.{hint}")
-        with manifest.open("rb") as stream:
-            raw = stream.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
+        return read_plain(manifest, MAX_MANIFEST_BYTES)
+    except (OSError, ValueError) as error:
         raise BundleError(f"bundle {folder}: {MANIFEST} cannot be read: {error}.") from error
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"bundle {folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes.")
-    return raw
 
 
 def _parse(folder: Path, raw: bytes) -> dict[str, Any]:

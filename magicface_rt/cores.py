@@ -8,7 +8,6 @@ from pathlib import Path
 
 __all__ = ["cores", "threads_of_each"]
 
-
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Of a container, where Linux has version 2 of control groups: microseconds of processors in so many of the clock."""
 
@@ -27,6 +26,6 @@ def threads_of_each(threads: int, at_once: int) -> int:
     """Threads of each of so many computations at the same time: `threads`, or their share of the cores where that is 0.
     One that is alone keeps its 0, the runtime's own choice.
 
-    Several that each take all cores get in each other's way: benchmarks/README.md, "A service under load".
+    What comes of it: benchmarks/README.md, "A service under load".
     """
     return threads if threads or at_once == 1 else max(1, cores() // at_once)

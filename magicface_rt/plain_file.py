@@ -9,7 +9,7 @@ __all__ = ["read_plain"]
 
 
 def read_plain(path: str | os.PathLike[str], most: int) -> bytes:
-    """Its bytes, at most so many. A pipe, which would have its reader wait for ever, is not opened.
+    """Its bytes, at most so many. Of a pipe, which would have its reader wait for ever, nothing is read.
 
     Raises:
         OSError: it cannot be read.

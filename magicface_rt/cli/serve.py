@@ -100,7 +100,8 @@ def serve(
             ui_module("mounting")
         if deadline <= 0:
             raise OptionError(f"--deadline is {deadline:g}, expected seconds above 0.")
-        body, kind = parse_size(max_body, "--max-body"), serving_module("settings").ServeSettings
+        kind = serving_module("settings").ServeSettings
+        body = parse_size(max_body, "--max-body")
         settings = kind(
             queue=queue,
             batch=batch,
@@ -120,8 +121,9 @@ def serve(
         kept = serving_module("concepts")
         limits = {"most": settings.concepts, "most_bytes": settings.concept_bytes}
         place = kept.MemoryConcepts(**limits) if concepts is None else kept.FolderConcepts(concepts, **limits)
-        with contextlib.closing(serving.listen(host, port)) as where:  # what cannot be served is said before a bundle,
-            address = str(where.getsockname()[0])  # which takes long, is opened
+        # A bundle takes long to open: what cannot be served is said before.
+        with contextlib.closing(serving.listen(host, port)) as where:
+            address = str(where.getsockname()[0])
         if not accepted and serving_module("gate").names_of(address) is None:
             verb.note(f"warning: {host} can be reached by others, and no --tokens were given: anyone may use it.")
         if on_ray:

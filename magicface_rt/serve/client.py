@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Any, TypeVar
@@ -48,22 +49,40 @@ _REQUEST_FAILED = (httpx.RequestError, httpx.InvalidURL)
 
 
 def _unanswered(error: httpx.RequestError | httpx.InvalidURL, url: httpx.URL) -> ServiceError:
-    told: ServiceError
     if isinstance(error, httpx.DecodingError):
-        told = AnswerError(
+        return AnswerError(
             f"the answer of {url} is not packed as it says ({error}). Look at what is between, such as a proxy.",
             status=200,
             kind="no-answer",
         )
-    else:
-        told = UnreachableError(f"no answer from {url}: {type(error).__name__}: {error}.")
-    told.__cause__ = error
-    return told
+    return UnreachableError(f"no answer from {url}: {type(error).__name__}: {error}.")
+
+
+@contextlib.contextmanager
+def _reached(url: httpx.URL) -> Iterator[None]:
+    """Raises ServiceError where httpx fails."""
+    try:
+        yield
+    except _REQUEST_FAILED as error:
+        raise _unanswered(error, url) from error
+
+
+@dataclass(frozen=True)
+class _Retries:
+    """most: how often a request is sent again; longest: seconds that are waited for it at most."""
+
+    most: int
+    longest: float
+
+    def wait(self, method: str, error: ServiceError, attempt: int) -> float | None:
+        """Seconds before it is; None where it is not."""
+        return pause(error, attempt, self.most, self.longest) if _repeats(method, error) else None
 
 
 def _repeats(method: str, error: ServiceError) -> bool:
     """Whether asking again asks for the same, and may help. What was erased cannot be erased again, so that must not
-    have begun."""
+    have begun.
+    """
     if not isinstance(error, UnreachableError):
         return True
     never_begun = isinstance(error.__cause__, (httpx.ConnectError, httpx.ConnectTimeout))
@@ -110,7 +129,7 @@ class Client:
         **options: Any,
     ) -> None:
         self._http = httpx.Client(**_options(url, token, timeout, options))
-        self._retries, self._most_pause = retries, timeout
+        self._retries = _Retries(retries, timeout)
 
     def __enter__(self) -> Client:
         return self
@@ -142,11 +161,11 @@ class Client:
         order = order_of(prompt, concepts, settings)
         if progress is None:
             return read(self._send("POST", "/v1/images", json=order), made_of)
-        for attempt in range(self._retries + 1):
+        for attempt in range(self._retries.most + 1):
             try:
                 return self._streamed({**order, "stream": True}, progress)
             except ServiceError as error:
-                wait = pause(error, attempt, self._retries, self._most_pause) if _repeats("POST", error) else None
+                wait = self._retries.wait("POST", error, attempt)
                 if wait is None:
                     raise
                 time.sleep(wait)
@@ -188,16 +207,17 @@ class Client:
             return False
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        for attempt in range(self._retries + 1):
+        for attempt in range(self._retries.most + 1):
             error: ServiceError | None
             try:
-                answer = self._http.request(method, path, **arguments)
+                with _reached(self._http.base_url):
+                    answer = self._http.request(method, path, **arguments)
                 error = _failed(answer)
-            except _REQUEST_FAILED as cause:
-                error = _unanswered(cause, self._http.base_url)
+            except ServiceError as unanswered:
+                error = unanswered
             if error is None:
                 return answer
-            wait = pause(error, attempt, self._retries, self._most_pause) if _repeats(method, error) else None
+            wait = self._retries.wait(method, error, attempt)
             if wait is None:
                 raise error
             time.sleep(wait)
@@ -205,17 +225,14 @@ class Client:
 
     def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
         events = Events()
-        try:
-            with self._http.stream("POST", "/v1/images", json=order) as answer:
-                if not answer.is_success:
-                    answer.read()
-                    raise _failed(answer) or AssertionError
-                for line in answer.iter_lines():
-                    with _understood(answer):
-                        step = events.line(line)
-                    _tell(progress, step)
-        except _REQUEST_FAILED as cause:
-            raise _unanswered(cause, self._http.base_url) from cause
+        with _reached(self._http.base_url), self._http.stream("POST", "/v1/images", json=order) as answer:
+            if not answer.is_success:
+                answer.read()
+                raise _failed(answer) or AssertionError
+            for line in answer.iter_lines():
+                with _understood(answer):
+                    step = events.line(line)
+                _tell(progress, step)
         with _understood(answer):
             return events.made()
 
@@ -233,7 +250,7 @@ class AsyncClient:
         **options: Any,
     ) -> None:
         self._http = httpx.AsyncClient(**_options(url, token, timeout, options))
-        self._retries, self._most_pause = retries, timeout
+        self._retries = _Retries(retries, timeout)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -259,11 +276,11 @@ class AsyncClient:
         order = await asyncio.to_thread(order_of, prompt, concepts, settings)
         if progress is None:
             return read(await self._send("POST", "/v1/images", json=order), made_of)
-        for attempt in range(self._retries + 1):
+        for attempt in range(self._retries.most + 1):
             try:
                 return await self._streamed({**order, "stream": True}, progress)
             except ServiceError as error:
-                wait = pause(error, attempt, self._retries, self._most_pause) if _repeats("POST", error) else None
+                wait = self._retries.wait("POST", error, attempt)
                 if wait is None:
                     raise
                 await asyncio.sleep(wait)
@@ -302,16 +319,17 @@ class AsyncClient:
             return False
 
     async def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        for attempt in range(self._retries + 1):
+        for attempt in range(self._retries.most + 1):
             error: ServiceError | None
             try:
-                answer = await self._http.request(method, path, **arguments)
+                with _reached(self._http.base_url):
+                    answer = await self._http.request(method, path, **arguments)
                 error = _failed(answer)
-            except _REQUEST_FAILED as cause:
-                error = _unanswered(cause, self._http.base_url)
+            except ServiceError as unanswered:
+                error = unanswered
             if error is None:
                 return answer
-            wait = pause(error, attempt, self._retries, self._most_pause) if _repeats(method, error) else None
+            wait = self._retries.wait(method, error, attempt)
             if wait is None:
                 raise error
             await asyncio.sleep(wait)
@@ -319,7 +337,7 @@ class AsyncClient:
 
     async def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
         events = Events()
-        try:
+        with _reached(self._http.base_url):
             async with self._http.stream("POST", "/v1/images", json=order) as answer:
                 if not answer.is_success:
                     await answer.aread()
@@ -328,8 +346,6 @@ class AsyncClient:
                     with _understood(answer):
                         step = events.line(line)
                     _tell(progress, step)
-        except _REQUEST_FAILED as cause:
-            raise _unanswered(cause, self._http.base_url) from cause
         with _understood(answer):
             return events.made()
 

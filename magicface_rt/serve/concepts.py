@@ -77,7 +77,8 @@ class ConceptStore(ABC):
 
     @abstractmethod
     def put(self, id: str, concept: KeptConcept) -> StoredConcept:
-        """Keep a concept, and give it back as it is kept. What is there under the id is replaced.
+        """Keep a concept, and give it back as it is kept. What is there under the id is replaced. Of several that put
+        at once without having reserved, all may find the same room.
 
         Raises:
             StoreFullError: there is no room.
@@ -106,9 +107,9 @@ class ConceptStore(ABC):
         """Number of concepts, and bytes of them."""
 
     @abstractmethod
-    def reserve(self, nbytes: int) -> Callable[[], object]:
+    def reserve(self, id: str, nbytes: int) -> Callable[[], object]:
         """Hold room for a concept of so many bytes, which is not computed yet. What it returns gives the room back:
-        call it when the concept was put, or will not be.
+        call it when the concept was put, or will not be. Once for an id at a time.
 
         Raises:
             StoreFullError: they do not fit beside what is kept and what else is held.
@@ -127,23 +128,28 @@ class ConceptStore(ABC):
 class _Limited(ConceptStore):
     def __init__(self, *, most: int, most_bytes: int) -> None:
         self._most, self._most_bytes = most, most_bytes
-        self._room = threading.RLock()
-        self._reserved: list[int] = []
+        self._room = threading.Lock()
+        self._reserved: dict[str, int] = {}
 
-    def reserve(self, nbytes: int) -> Callable[[], object]:
+    def reserve(self, id: str, nbytes: int) -> Callable[[], object]:
         with self._room:
-            self._check_room(nbytes, self._reserved)
-            self._reserved.append(nbytes)
+            self._check_room(nbytes, [held for other, held in self._reserved.items() if not self._keeps(other)])
+            self._reserved[id] = nbytes
 
         def release() -> None:
             with self._room:
-                self._reserved.remove(nbytes)
+                del self._reserved[id]
 
         return release
 
+    @abstractmethod
+    def _keeps(self, id: str) -> bool:
+        """Whether `used` counts it."""
+
     def _check_room(self, nbytes: int, others: Sequence[int] = ()) -> None:
         """others: bytes of concepts that are about to be kept as well."""
-        count, held = (found + more for found, more in zip(self.used(), (len(others), sum(others)), strict=True))
+        count, held = self.used()
+        count, held = count + len(others), held + sum(others)
         if count >= self._most:
             raise StoreFullError(f"{count} concepts are kept, which is the limit. Erase one that is not needed.")
         if held + nbytes > self._most_bytes:
@@ -170,12 +176,11 @@ class MemoryConcepts(_Limited):
 
     def put(self, id: str, concept: KeptConcept) -> StoredConcept:
         stored = StoredConcept(id, concept, time.time())
-        with self._room:
-            with self._lock:
-                self._entries.pop(id, None)
-            self._check_room(concept.nbytes)
-            with self._lock:
-                self._entries[id] = stored
+        with self._lock:
+            self._entries.pop(id, None)
+        self._check_room(concept.nbytes)
+        with self._lock:
+            self._entries[id] = stored
         return stored
 
     def erase(self, id: str) -> int:
@@ -191,6 +196,10 @@ class MemoryConcepts(_Limited):
     def entries(self) -> list[StoredConcept]:
         with self._lock:
             return sorted(self._entries.values(), key=lambda stored: stored.created)
+
+    def _keeps(self, id: str) -> bool:
+        with self._lock:
+            return id in self._entries
 
     def used(self) -> tuple[int, int]:
         with self._lock:
@@ -247,10 +256,9 @@ class FolderConcepts(_Limited):
     def put(self, id: str, concept: KeptConcept) -> StoredConcept:
         path = self._path(id)
         assert path is not None, id
-        with self._room:  # what is checked is still so when the file is there
-            if not path.exists():
-                self._check_room(concept.nbytes)
-            concept.save(path, overwrite=True)
+        if not path.exists():
+            self._check_room(concept.nbytes)
+        concept.save(path, overwrite=True)
         stamp = _stamp(path)
         if stamp is None:
             raise unknown(id)  # erased by another process in this moment
@@ -300,6 +308,9 @@ class FolderConcepts(_Limited):
             with contextlib.suppress(KeptConceptError):  # damaged: `get` says so
                 found.append(StoredConcept(id, load_own(id, path, check_hashes=False), stamp.seconds))
         return sorted(found, key=lambda stored: stored.created)
+
+    def _keeps(self, id: str) -> bool:
+        return (self.folder / f"{id}{SUFFIX}").exists()
 
     def used(self) -> tuple[int, int]:
         self._let_go_of_what_is_gone()

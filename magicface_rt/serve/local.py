@@ -39,7 +39,7 @@ from .problems import at
 from .schemas import BundleInfo, BundleLimits, ConceptInfo, Erasure, PictureOrder
 from .service import Accepted, ConceptUpload, Listener, Outcome, Service
 
-__all__ = ["LocalService", "Watcher"]
+__all__ = ["LocalService", "Watcher", "until"]
 
 logger = logging.getLogger("magicface_rt.serve")
 
@@ -224,7 +224,7 @@ class LocalService(Service):
                 self._watcher.looked_up(found is not None)
                 if found is not None:
                     return ConceptInfo.of(found), False
-                release = await self._in(self._files, self.store.reserve, kept_bytes(origin, bare, storage))
+                release = await self._in(self._files, self.store.reserve, id, kept_bytes(origin, bare, storage))
                 held.callback(release)
                 with self._using([]) as use:
                     done = await self._done(Job(prepare, owner=owner, deadline=end), use, None, place)

@@ -172,7 +172,7 @@ class Made:
 
 def _typed(kind: type[T], value: Any) -> T:
     """Raises TypeError where it is of another kind."""
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    if type(value) is not kind:  # which true, a whole number to Python, is not either
         raise TypeError(f"{type(value).__name__}, expected {kind.__name__}")
     return value
 

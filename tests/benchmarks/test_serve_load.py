@@ -147,15 +147,19 @@ def test_a_short_run_over_the_real_service(tiny_bundle: Path, tmp_path: Path) ->
     arguments = ["--batches", "2", "--loads", "2", "--seconds", "2", "--steps", "2", "--memory-requests", "100"]
     assert serve_load.main([str(tiny_bundle), "--out", str(out), *arguments]) == 0
     report = json.loads((out / "serve_load.json").read_text())
-    form = report["forms"][0]
     assert report["capacity"] > 0
-    for kind in ("warm", "cold"):
-        point = form[kind][0]
-        assert point["offered"] == 2 * report["capacity"]
-        assert point["made"] + point["refused"] == len(arrivals(point["offered"], 2.0, seed=0))
-        assert point["failed"] == {}
-    assert form["memory"]["endings"] == {"made": 100}
-    assert form["memory"]["typical_bytes"] > 20e6
+    assert [form["name"] for form in report["forms"]] == [
+        "one process, batches of 2",
+        "one process, 2 workers, batches of 2",
+    ]
+    for form in report["forms"]:
+        for kind in ("warm", "cold"):
+            point = form[kind][0]
+            assert point["offered"] == 2 * report["capacity"]
+            assert point["made"] + point["refused"] == len(arrivals(point["offered"], 2.0, seed=0))
+            assert point["failed"] == {}
+        assert form["memory"]["endings"] == {"made": 100}
+        assert form["memory"]["typical_bytes"] > 20e6
     table = (out / "serve_load.md").read_text()
     assert "one process, batches of 2: concepts kept and warm" in table
     for plot in ("latency", "throughput", "memory"):

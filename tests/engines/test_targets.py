@@ -5,28 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from target_files import OWN
 
 from magicface_rt.engines import targets
 from magicface_rt.engines.targets import RTX_CAPABILITIES, Target, load_target, target_for, target_names
 from magicface_rt.errors import TargetError
-
-OWN = """
-flavour = "tensorrt-rtx"
-compute_capabilities = ["8.6"]
-precisions = ["float16"]
-full_masks = 2
-[images]
-optimum = 1
-maximum = 2
-[references]
-optimum = 1
-maximum = 4
-[scratch_limits_mib]
-denoise_step = 100
-others = 200
-[builder]
-tf32 = true
-"""
 
 
 def own(folder: Path, text: str = OWN) -> Target:

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from corruptions import packed
 from PIL import Image
+from target_files import OWN
 
 from magicface_rt import KeptConcept
 from magicface_rt.export.tokenizer import END, START, build_tokenizer_json
@@ -201,24 +202,6 @@ def _picture_formats() -> list[Format]:
     ]
 
 
-TARGET = """\
-flavour = "tensorrt-rtx"
-compute_capabilities = ["8.6", "8.9"]
-precisions = ["float16"]
-full_masks = 2
-[images]
-optimum = 1
-maximum = 2
-[references]
-optimum = 2
-maximum = 4
-[builder]
-workspace_mib = 512
-tf32 = true
-[scratch_limits_mib]
-denoise_step = 100
-others = 200
-"""
 TOKENS = f"# who may\n{'a1' * 16}\n\n{'b2' * 16}\n"
 
 
@@ -259,7 +242,7 @@ FORMATS = [
         read_provenance,
         PICTURE_MEMORY,
     ),
-    Format("target", "toml", lambda: TARGET.encode(), _read_target),
+    Format("target", "toml", lambda: OWN.encode(), _read_target),
     Format("tokens", "txt", lambda: TOKENS.encode(), _read_tokens),
     Format("tokenizer", "json", lambda: small_tokenizer().encode(), _read_tokenizer),
     Format("single-file checkpoint", "safetensors", tiny_layout, _read_checkpoint),

@@ -544,6 +544,8 @@ def test_a_service_of_this_machine_answers_to_no_name_that_a_page_made_up(server
     [
         ("127.0.0.1", None, "evil.example", 403),
         ("127.0.0.1", None, "localhost", 200),
+        ("127.0.0.2", None, "127.0.0.2", 200),
+        ("127.0.0.2", None, "evil.example", 403),
         ("127.0.0.1", Tokens([TOKEN]), "evil.example", 200),
         ("0.0.0.0", None, "evil.example", 200),
     ],
@@ -555,7 +557,7 @@ def test_names_are_looked_at_where_nothing_else_keeps_strangers_out(
 
     class Asked(Server):
         def run(self, sockets: Any = None) -> None:
-            url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/healthz"
+            url = f"http://{host.replace('0.0.0.0', '127.0.0.1')}:{sockets[0].getsockname()[1]}/healthz"
 
             def ask() -> None:
                 until(lambda: self.started, "the server did not start")

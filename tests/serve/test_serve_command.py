@@ -117,9 +117,11 @@ def test_a_process_finishes_its_work_when_it_is_told_to_end(tiny_bundle: Path, o
     assert not any("Traceback" in line or "t" * 20 in line for line in process.said), process.said
     assert [path.name for path in folder.iterdir()] == [f"{kept.id}.concept"]
 
-    with started(tiny_bundle, "--concepts", folder, "--default-steps", 20) as process:
+    options = ("--default-steps", 20, "--max-body", "300MiB")  # more than all bodies together have unless it is said
+    with started(tiny_bundle, "--concepts", folder, *options) as process:
         with process.client() as client:
             assert not client.put_concept(MAN).new
+            assert client.bundle()["limits"]["body_bytes"] == 300 << 20
         assert process.end(signal.SIGINT) == 0
 
 

@@ -249,6 +249,8 @@ def test_settings_that_cannot_be_used_are_named(session: Gated) -> None:
             ServeSettings(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="default_steps"):
         ServeSettings(steps=10)
+    with pytest.raises(OptionError, match=r"body_bytes is 300, more than the 200 of bodies_bytes"):
+        ServeSettings(body_bytes=300, bodies_bytes=200)
     with pytest.raises(OptionError, match="workers"):
         Engine([session], workers=0)
     with pytest.raises(OptionError, match="Sessions"):

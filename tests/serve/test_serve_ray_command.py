@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -254,6 +255,62 @@ def test_rays_processes_find_a_token_of_their_own_and_none_of_the_services(monke
     with _environment():
         assert os.environ["RAY_AUTH_TOKEN"] == "mine"
     assert os.environ["RAY_AUTH_TOKEN"] == "mine"
+
+
+class Failing:
+    """A service on Ray of which everything that it is asked for fails so."""
+
+    plan: Any = None
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def update(self, _: Any) -> None:
+        raise self.error
+
+    @property
+    def drain(self) -> Failing:
+        return self
+
+    def remote(self, *_: Any) -> Failing:
+        return self
+
+    def result(self, **_: Any) -> int:
+        raise self.error
+
+
+def test_an_update_that_ray_fails_at_is_none_and_the_service_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import RayServeException
+
+    from magicface_rt.serve.ray import cluster
+
+    monkeypatch.setattr(cluster, "_checked", lambda _: SimpleNamespace(hash="0" * 64))
+    for error in (RayActorError(), RayServeException("gone\n" * 1000), OptionError("no")):
+        told: list[str] = []
+        cluster._update(Failing(error), told.append)  # type: ignore[arg-type]
+        assert told[-1].startswith("not updated, the service goes on with what it has: ")
+        assert len(told[-1]) < 600
+        assert "\n" not in told[-1]
+    with pytest.raises(ZeroDivisionError):  # a fault of ours is not told as an outcome
+        cluster._update(Failing(ZeroDivisionError()), told.append)  # type: ignore[arg-type]
+
+
+def test_a_service_whose_front_is_gone_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from ray import serve
+    from ray.exceptions import RayActorError
+
+    from magicface_rt.serve.ray import RayPlan
+    from magicface_rt.serve.ray.cluster import Running
+
+    deleted: list[str] = []
+    monkeypatch.setattr(serve, "delete", deleted.append)
+    running = Running(RayPlan("b", "c"), "127.0.0.1", 1)
+    running._handle = Failing(RayActorError())
+    assert running.end() == 0
+    assert len(deleted) == 1
 
 
 def test_nothing_of_ray_is_imported_before_it_is_asked_for() -> None:

@@ -274,19 +274,22 @@ class Running:
         """
         from ray import serve
 
-        answer = self._handle.drain.remote(self._plan.settings.drain)
-        cut_off = -1
-        while cut_off < 0:
-            try:
-                cut_off = int(answer.result(timeout_s=0.2))
-            except TimeoutError:
-                if self._signals.stops > 1:
-                    cut_off = int(self._handle.drain.remote(0.0).result(timeout_s=10))
-            except _of_ray():  # the front is gone, and what it had with it
-                cut_off = 0
+        try:
+            cut_off = self._drained()
+        except _of_ray():  # the front is gone, and what it had with it
+            cut_off = 0
         with contextlib.suppress(TimeoutError, *_of_ray()):
             serve.delete(APPLICATION)  # when the last answers are out
         return cut_off
+
+    def _drained(self) -> int:
+        answer = self._handle.drain.remote(self._plan.settings.drain)
+        while True:
+            try:
+                return int(answer.result(timeout_s=0.2))
+            except TimeoutError:
+                if self._signals.stops > 1:
+                    return int(self._handle.drain.remote(0.0).result(timeout_s=10))
 
     def _deploy(self) -> None:
         from ray.serve import RunTarget, run_many  # `serve.run` would wait where no signal ends it
@@ -330,12 +333,10 @@ def _update(running: Running, told: Callable[[str], object]) -> None:
         told(f"updating to bundle {bundle.hash[:16]}")
         running.update(running.plan)
         told("updated")
-    except _update_failed() as error:
+    except Exception as error:
+        if not isinstance(error, (MagicFaceError, *_of_ray())):
+            raise
         told(f"not updated, the service goes on with what it has: {one_line(str(error))[:MOST_SAID]}")
-
-
-def _update_failed() -> tuple[type[Exception], ...]:
-    return (MagicFaceError, *_of_ray())
 
 
 def _of_ray() -> tuple[type[Exception], ...]:
