@@ -40,12 +40,15 @@ wheel: venv  ## the wheel, the same bytes every time: dist/*.whl
 demo: venv  ## the whole chain on the miniature that is shipped: export, pictures, sheet, parity
 	$(VENV)/bin/magicface-rt demo
 
+# A file's tests share what they made, and the order is that of tests/conftest.py.
+BESIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: lint types  ## lint, types and the quick tests
-	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not full and not gpu"
+	$(VENV)/bin/python -m pytest -q $(BESIDE) -m "not slow and not full and not gpu"
 
 # The full-size network alone: two at once would not fit into 24 GB.
 test-all: lint types  ## all tests that need no GPU: every recording, the full-size network, the slow properties
-	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu and not full"
+	$(VENV)/bin/python -m pytest -q $(BESIDE) -m "not gpu and not full"
 	$(VENV)/bin/python -m pytest -q -m "full and not gpu"
 
 lint: venv  ## ruff: rules and format

@@ -68,6 +68,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[TOLD] = os.fspath(cache.mkdir("told") / f"{began}-{os.getpid()}.jsonl")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, or at the end one process would wait for another."""
+    lengths: dict[Path, int] = {}
+    for item in items:
+        length = 2 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("ray") else 0
+        lengths[item.path] = max(lengths.get(item.path, 0), length)
+    items.sort(key=lambda item: -lengths[item.path])
+
+
 def _counted() -> dict[str, Any]:
     return {"figures": copy.deepcopy(figures.FIGURES), "tally": tallies.plain()}
 
