@@ -23,7 +23,7 @@ class Reference:
 
         Reference("man.jpg", mask="man-mask.png", prompt="a man")
         Reference("man-cut-out.png")                                  the alpha channel is the mask
-        Reference(array, mask=array > 0)                              arrays and PIL images do as well
+        Reference(array, mask=array.any(axis=2))                      arrays and PIL images do as well
         Reference("man.jpg", mask="mask.jpg", mask_threshold=255, resample="nearest")    the authors' loader
 
     image           path, PIL image, or uint8 array [h,w,3] or [h,w,4]

@@ -8,17 +8,15 @@ its mask -> `load_mask` -> `mask_grid` (128 x 128) -> `layer_mask` (the grid of 
 from __future__ import annotations
 
 import colorsys
-import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
+from .decoding import MAX_PIXELS, MAX_SIDE, Decoded, ImageSource, MagicFaceWarning, decode, warn
 from .errors import ImageError, MaskError, NonFiniteError, OptionError
 
 if TYPE_CHECKING:
@@ -27,12 +25,14 @@ if TYPE_CHECKING:
 __all__ = [
     "MASK_GRID",
     "MAX_PIXELS",
+    "MAX_SIDE",
     "ImageSource",
     "LoadedReference",
     "MagicFaceWarning",
     "Resample",
     "image_to_pixels",
     "layer_mask",
+    "load_alpha_mask",
     "load_image",
     "load_mask",
     "load_reference",
@@ -41,24 +41,14 @@ __all__ = [
     "region_overlay",
 ]
 
-ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | npt.NDArray[np.bool_]
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 Resample = Literal["lanczos", "nearest"]
 
 MASK_GRID = 128  # every mask goes through this grid, whatever the bundle's size
-MAX_PIXELS = 64_000_000
-MAX_FILE_BYTES = 1 << 30  # four bytes a pixel are a quarter of it; some decoders read a file whole
-
-# Formats that Pillow decodes in its own process; EPS, for one, would start Ghostscript.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 
 # Okabe and Ito's palette: told apart by readers who do not see all colours.
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
-
-
-class MagicFaceWarning(UserWarning):
-    """Something was done to the input that the caller may not have meant, such as stretching a mask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,18 +75,11 @@ def load_reference(reference: Reference, *, name: str) -> LoadedReference:
     """Read the image and the mask of a reference. Without a mask of its own, the image's alpha channel is the mask.
 
     Raises `ImageError` for an image that cannot be used; `MaskError` for a mask that cannot be used, is empty, has no
-    point on the 128 x 128 grid, or is missing. Warns `MagicFaceWarning` where the mask is stretched over the image.
+    point on the 128 x 128 grid, or is missing. Warns `MagicFaceWarning` where the mask is stretched over the image, and
+    where one of them was turned upright by its EXIF orientation and their sizes do not tell whether the other fits.
     """
-    image = load_image(reference.image, name=f"{name}: image")
-    source: ImageSource | None = reference.mask
-    if source is None:
-        if image.mode != "RGBA":
-            raise MaskError(
-                f"{name}: there is no mask, and the image has no alpha channel to stand in for one. Give mask=..., an "
-                "image of the same size that is white where the concept is, or an image with a transparent background."
-            )
-        source = np.asarray(image.getchannel("A"))
-    mask = load_mask(source, image_size=image.size, threshold=reference.mask_threshold, name=f"{name}: mask")
+    image = decode(reference.image, f"{name}: image", ImageError)
+    mask = _own_mask(reference, image, name)
     grid = mask_grid(mask)
     if not grid.any():
         raise MaskError(
@@ -111,11 +94,11 @@ def load_image(source: ImageSource, *, name: str) -> Image.Image:
     """An image from a path, a PIL image, or a uint8 array [h,w], [h,w,1], [h,w,3] or [h,w,4].
 
     Returns a PIL image of mode RGBA where the source has transparency, else RGB, turned upright by its EXIF
-    orientation. Raises `ImageError` for what cannot be read, is damaged or cut short, is empty, or has more than
-    `MAX_PIXELS` pixels; the message starts with `name`.
+    orientation; colour profiles are not applied. Raises `ImageError` for what cannot be read, is damaged or cut short,
+    is empty, or has more than `MAX_PIXELS` pixels or a side of more than `MAX_SIDE`; the message starts with `name`.
     """
-    image = _decode(source, name, ImageError)
-    return _convert(image, "RGBA" if _has_alpha(image) else "RGB", _named(source, name), ImageError)
+    image = decode(source, name, ImageError)
+    return image.convert("RGBA" if image.has_alpha else "RGB")
 
 
 def load_mask(
@@ -123,9 +106,9 @@ def load_mask(
 ) -> npt.NDArray[np.bool_]:
     """A mask, bool [h,w] at its own size: True where its value is at least `threshold`.
 
-    A bool array is taken as it is. The value of a colour mask is its luminance, which for equal channels is their
-    value. A mask with an alpha channel counts by its alpha where that is not opaque everywhere, else by its luminance.
-    `threshold=255` keeps full white only.
+    A bool array [h,w] is taken as it is. The value of a colour mask is its luminance, which for equal channels is their
+    value. A mask with an alpha channel counts by its alpha where that leaves anything out, that is, where it is below
+    `threshold` somewhere; else by its luminance. `threshold=255` keeps full white only.
 
     `image_size` is (width, height), as PIL has it. A mask of another size is stretched over the image when the aspect
     ratios agree within 1 %, with a `MagicFaceWarning`; it keeps its own size here, because the only resampling it
@@ -133,26 +116,66 @@ def load_mask(
 
     Raises `MaskError` for a mask that cannot be read, does not fit, or is empty.
     """
+    mask = _thresholded(decode(source, name, MaskError), threshold)
+    if image_size is not None:
+        _check_aspect(mask.shape, image_size, name)
+    return mask
+
+
+def load_alpha_mask(source: ImageSource, *, threshold: int = 128, name: str) -> npt.NDArray[np.bool_]:
+    """The mask that an image's alpha channel stands in for, bool [h,w]: True where it is at least `threshold`.
+
+    Raises `ImageError` for an image that cannot be read; `MaskError` where it has no alpha channel, or one that is
+    opaque everywhere or leaves nothing.
+    """
+    return _alpha_mask(decode(source, f"{name}: image", ImageError), threshold, name)
+
+
+def _own_mask(reference: Reference, image: Decoded, name: str) -> npt.NDArray[np.bool_]:
+    """The mask of a reference, bool [h,w]."""
+    if reference.mask is not None:
+        mask = decode(reference.mask, f"{name}: mask", MaskError)
+        values = _thresholded(mask, reference.mask_threshold)
+        _check_aspect(values.shape, image.image.size, mask.name)
+        _check_orientation(image, mask)
+        return values
+    return _alpha_mask(image, reference.mask_threshold, name)
+
+
+def _alpha_mask(image: Decoded, threshold: int, name: str) -> npt.NDArray[np.bool_]:
+    if not image.has_alpha:
+        raise MaskError(
+            f"{name}: there is no mask, and the image has no alpha channel to stand in for one. Give mask=..., an "
+            "image of the same size that is white where the concept is, or an image with a transparent background."
+        )
+    alpha = image.convert("RGBA").getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        raise MaskError(
+            f"{name}: there is no mask, and the image's alpha channel, which would stand in for one, is opaque "
+            "everywhere. Give mask=..., an image of the same size that is white where the concept is; white everywhere "
+            "if all of the image is meant."
+        )
+    return load_mask(np.asarray(alpha), image_size=None, threshold=threshold, name=f"{name}: alpha channel")
+
+
+def _thresholded(mask: Decoded, threshold: int) -> npt.NDArray[np.bool_]:
     if isinstance(threshold, bool) or not isinstance(threshold, (int, np.integer)) or not 1 <= threshold <= 255:
-        raise OptionError(f"{name}: mask_threshold is {threshold!r}, expected a whole number from 1 to 255.")
-    image = _decode(source, name, MaskError)
-    name = _named(source, name)
-    if _has_alpha(image):
-        rgba = _convert(image, "RGBA", name, MaskError)
-        alpha = rgba.getchannel("A")
-        image = alpha if alpha.getextrema() != (255, 255) else rgba.convert("RGB")
-    values = np.asarray(_convert(image, "L", name, MaskError))
-    mask = values >= threshold
-    if not mask.any():
+        raise OptionError(f"{mask.name}: mask_threshold is {threshold!r}, expected a whole number from 1 to 255.")
+    if mask.has_alpha:
+        rgba = mask.convert("RGBA")
+        alpha = np.asarray(rgba.getchannel("A"))
+        values = alpha if int(alpha.min()) < threshold else np.asarray(rgba.convert("L"))
+    else:
+        values = np.asarray(mask.convert("L"))
+    found = values >= threshold
+    if not found.any():
         highest = int(values.max())
         hint = "Give 0 and 255, or a bool array." if highest == 1 else "Paint it white, or lower mask_threshold."
         raise MaskError(
-            f"{name}: the mask is empty: its highest value is {highest}, and only values from {threshold} up "
+            f"{mask.name}: the mask is empty: its highest value is {highest}, and only values from {threshold} up "
             f"(mask_threshold) count. {hint}"
         )
-    if image_size is not None and image.size != tuple(image_size):
-        _check_aspect(image.size, image_size, name)
-    return np.asarray(mask, dtype=np.bool_)
+    return np.asarray(found, dtype=np.bool_)
 
 
 def image_to_pixels(
@@ -219,117 +242,35 @@ def region_overlay(image: Image.Image, regions: npt.NDArray[np.int64], names: Se
     return _with_legend(Image.fromarray(np.rint(drawn).astype(np.uint8)), names)
 
 
-def _decode(source: ImageSource, name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
-    """An upright, fully decoded image of mode 1, L, LA, P, PA, RGB, RGBA, CMYK, ...; 16-bit greys are cut to 8 bits."""
-    if isinstance(source, np.ndarray):
-        return _from_array(source, name, error)
-    if isinstance(source, Image.Image):
-        name, image = f"{name} ({type(source).__name__})", source
-        _check_pixels(image.size, name, error)
-        return _settle(image, name, error)
-    if not isinstance(source, (str, os.PathLike)):
-        raise error(f"{name}: found {type(source).__name__}, expected a path, a PIL image, or a uint8 array.")
-    path = Path(source)
-    name = _named(path, name)
-    try:
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist or is not a file"
-            raise error(f"{name} {what}; expected an image file. A relative path counts from {os.getcwd()!r}.")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise error(f"{name} is larger than {MAX_FILE_BYTES:,} bytes, which no image is that is read.")
-        with Image.open(path, formats=_known_formats()) as image:
-            _check_pixels(image.size, name, error)
-            return _settle(image, name, error)
-    except (ImageError, MaskError):
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as cause:
-        raise error(f"{name} has more than the {MAX_PIXELS:,} pixels that are read. Scale it down.") from cause
-    except Exception as cause:
-        raise _unreadable(name, cause, error) from cause
-
-
-def _settle(image: Image.Image, name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
-    try:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-    except Exception as cause:  # decoders raise anything on damaged files
-        raise _unreadable(name, cause, error) from cause
-    if upright.mode == "F":
-        raise error(f"{name} holds floating-point values; expected 8 bits a channel. Convert it first.")
-    if upright.mode == "I" or upright.mode.startswith("I;16"):
-        # Of the file's own width: eight bytes a pixel would be gigabytes for the largest that are read.
-        values = np.asarray(upright)
-        _check_greys(int(values.min()), int(values.max()), f"{name} holds whole numbers (mode {upright.mode})", error)
-        return Image.fromarray((values >> 8).astype(np.uint8))
-    return upright
-
-
-def _check_greys(lowest: int, highest: int, found: str, error: type[ImageError] | type[MaskError]) -> None:
-    """Of what is read as 16 bits: one of 0..255 would be all black, and what lies outside would be cut."""
-    if lowest < 0 or highest > 65535 or 0 < highest <= 255:
-        raise error(
-            f"{found} from {lowest} to {highest}, expected values up to 65535, as greys of 16 bits have them. Save it "
-            "with 8 bits a channel, or scale it to 0..65535."
-        )
-
-
-def _convert(image: Image.Image, mode: str, name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
-    try:
-        return image.convert(mode)
-    except Exception as cause:  # Pillow has no way from some of its modes, such as La and LAB
-        raise error(
-            f"{name} is of mode {image.mode}, which cannot be converted ({type(cause).__name__}: {cause}). Save it as "
-            "RGB or RGBA."
-        ) from cause
-
-
-def _named(source: ImageSource, name: str) -> str:
-    return f"{name} {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else name
-
-
-def _from_array(array: npt.NDArray[np.generic], name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
-    found = f"{name}: found an array of {array.dtype} {list(array.shape)}"
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * np.uint8(255)
-    if array.dtype != np.uint8:
-        raise error(f"{found}, expected uint8 with values 0..255. Scale and convert it.")
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
-        raise error(f"{found}, expected [h,w], [h,w,3] or [h,w,4].")
-    _check_pixels((array.shape[1], array.shape[0]), name, error)
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _check_pixels(size: tuple[int, int], name: str, error: type[ImageError] | type[MaskError]) -> None:
-    width, height = size
-    if width < 1 or height < 1:
-        raise error(f"{name} is {width} x {height}; expected at least one pixel.")
-    if width * height > MAX_PIXELS:
-        raise error(f"{name} is {width} x {height}, more than the {MAX_PIXELS:,} pixels that are read. Scale it down.")
-
-
-def _check_aspect(mask_size: tuple[int, int], image_size: tuple[int, int], name: str) -> None:
-    (mask_width, mask_height), (width, height) = mask_size, image_size
+def _check_aspect(mask_shape: tuple[int, ...], image_size: tuple[int, int], name: str) -> None:
+    (mask_height, mask_width), (width, height) = mask_shape, image_size
+    if (mask_width, mask_height) == (width, height):
+        return
     found = f"{name} is {mask_width} x {mask_height}, its image {width} x {height}"
-    ratio = (mask_width * height) / (mask_height * width)
-    if not 1 / 1.01 <= ratio <= 1.01:
+    if not _same_aspect((mask_width, mask_height), image_size):
         raise MaskError(f"{found}: the aspect ratios differ. Give a mask of the image's size.")
-    warnings.warn(f"{found}: the mask is stretched over the image.", MagicFaceWarning, stacklevel=4)
+    warn(f"{found}: the mask is stretched over the image.")
 
 
-def _unreadable(name: str, cause: Exception, error: type[ImageError] | type[MaskError]) -> ImageError | MaskError:
-    reason = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
-    return error(f"{name} cannot be read: it is damaged, cut short, or not a supported image ({reason}).")
+def _check_orientation(image: Decoded, mask: Decoded) -> None:
+    """Who makes a mask of the pixels as a file holds them, and not as they are seen, has another picture under it."""
+    if image.orientation == mask.orientation:
+        return
+    width, height = image.image.size
+    quarter = (image.orientation >= 5) != (mask.orientation >= 5)
+    if quarter and not _same_aspect((width, height), (height, width)):
+        return  # else it would not have fitted
+    turned, other = (image, mask) if mask.orientation == 1 else (mask, image)
+    warn(
+        f"{turned.name} was turned upright, as its EXIF orientation {turned.orientation} says, and {other.name} was "
+        f"{'not' if other.orientation == 1 else 'turned otherwise'}. If they belong together as they are stored, the "
+        "mask lies wrong: save both without an orientation (PIL.ImageOps.exif_transpose turns the pixels)."
+    )
 
 
-def _known_formats() -> list[str]:
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+def _same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Within 1 %."""
+    return 1 / 1.01 <= (one[0] * other[1]) / (one[1] * other[0]) <= 1.01
 
 
 def _sample(array: npt.NDArray[_Scalar], rows: int, cols: int) -> npt.NDArray[_Scalar]:

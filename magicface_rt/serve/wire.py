@@ -27,7 +27,6 @@ from ..errors import (
     ErasedError,
     EraseError,
     ImageError,
-    MaskError,
     OptionError,
     QueueFullError,
     ServiceError,
@@ -35,7 +34,7 @@ from ..errors import (
     UnknownConceptError,
     UnreachableError,
 )
-from ..images import load_image, load_mask
+from ..images import load_alpha_mask, load_image, load_mask
 from ..options import Options
 from ..request import Progress
 from ..strict_json import read_json
@@ -381,14 +380,11 @@ def _image_bytes(reference: Reference, name: str) -> bytes:
 
 def _mask_bytes(reference: Reference, name: str, *, explicit: bool) -> bytes:
     """The mask, thresholded here, as a PNG of 0 and 255. explicit: made of the alpha channel where there is none."""
-    source = reference.mask
-    if source is None and explicit:
-        image = load_image(reference.image, name=f"{name}: image")
-        if image.mode != "RGBA":
-            raise MaskError(f"{name}: there is no mask, and the image has no alpha channel. Give mask=....")
-        source = np.asarray(image.getchannel("A"))
-    assert source is not None
-    mask = load_mask(source, image_size=None, threshold=reference.mask_threshold, name=f"{name}: mask")
+    threshold = reference.mask_threshold
+    if reference.mask is None:
+        mask = load_alpha_mask(reference.image, threshold=threshold, name=name)
+    else:
+        mask = load_mask(reference.mask, image_size=None, threshold=threshold, name=f"{name}: mask")
     return _png(Image.fromarray(mask.astype(np.uint8) * np.uint8(255)))
 
 

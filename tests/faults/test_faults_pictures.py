@@ -15,8 +15,9 @@ from outcomes import inputs, judged, little_memory, loop
 from PIL import Image, PngImagePlugin
 from single_files import BY_NAME, FORMATS, PICTURE_MEMORY, encoded, read_mask, read_picture
 
+from magicface_rt.decoding import MAX_FILE_BYTES, MAX_PIXELS, MAX_SIDE
 from magicface_rt.errors import ImageError, MaskError
-from magicface_rt.images import MAX_FILE_BYTES, MAX_PIXELS, load_image
+from magicface_rt.images import load_image
 from magicface_rt.provenance import read_provenance
 from magicface_rt.serve.uploads import from_base64, open_image
 
@@ -37,7 +38,8 @@ def test_a_cut_picture_is_refused_or_is_the_whole_picture(one: object, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("width", "height"), [(0, 5), (1, 2**31 - 1), (8001, 8000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)]
+    ("width", "height"),
+    [(0, 5), (1, 2**31 - 1), (8001, 8000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)],
 )
 def test_a_picture_of_more_pixels_than_are_read(width: int, height: int, tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
@@ -61,6 +63,16 @@ def test_the_largest_picture_of_sixteen_bits_takes_no_gigabytes(mode: str, tmp_p
         image = load_image(path, name="man: image")
     assert image.size == (8000, 8000)
     assert image.getpixel((4000, 4000)) == (30_000 >> 8,) * 3
+
+
+@pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1)])
+def test_a_picture_that_is_a_line_is_refused_before_it_is_resampled(size: tuple[int, int], tmp_path: Path) -> None:
+    """31 kB held 16,000,000 x 1 pixels, within all other bounds, for which resampling took a gigabyte."""
+    path = tmp_path / "line.png"
+    Image.new("L", size, 255).save(path)
+    for read, error in ((read_picture, ImageError), (read_mask, MaskError)):
+        with little_memory(64 << 20), pytest.raises(error, match=rf"line\.png.*{size[0]} x {size[1]}.*at most 65,535"):
+            read(path)
 
 
 def test_a_file_of_many_pixels_and_few_bytes_is_bounded(tmp_path: Path) -> None:

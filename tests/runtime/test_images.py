@@ -3,7 +3,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFile, PngImagePlugin
 
 from magicface_rt import images
 from magicface_rt.concept import Reference
@@ -187,10 +190,10 @@ def test_whole_numbers_of_sixteen_bits_and_black_ones_are_read(dtype: Any) -> No
 
 
 def test_modes_that_pillow_cannot_convert_are_refused() -> None:
-    with pytest.raises(ImageError, match=r"^image is of mode La, which cannot be converted.*Save it as"):
+    with pytest.raises(ImageError, match=r"^image \(Image\) is of mode La, which cannot be converted.*Save it as"):
         load_image(Image.new("La", (4, 4)), name="image")
     for mode in ("La", "LAB"):
-        with pytest.raises(MaskError, match=f"^mask is of mode {mode}"):
+        with pytest.raises(MaskError, match=rf"^mask \(Image\) is of mode {mode}"):
             load_mask(Image.new(mode, (4, 4)), image_size=None, name="mask")
 
 
@@ -199,6 +202,73 @@ def test_images_are_turned_upright(tmp_path: Path) -> None:
     exif[0x0112] = 6
     photograph(60, 40).save(tmp_path / "image.jpg", exif=exif)
     assert load_image(tmp_path / "image.jpg", name="image").size == (40, 60)
+
+
+@pytest.mark.parametrize(
+    ("of_image", "of_mask", "size", "doubtful"),
+    [
+        (6, 1, (64, 64), True),  # a quarter turn of a square
+        (3, 1, (60, 40), True),  # the sizes fit either way
+        (1, 3, (60, 40), True),
+        (3, 4, (60, 40), True),
+        (6, 1, (40, 60), False),  # the mask is as the image is seen
+        (6, 6, (60, 40), False),  # turned alike
+        (1, 1, (60, 40), False),
+    ],
+)
+@pytest.mark.parametrize("from_file", [True, False])
+def test_an_image_that_is_turned_away_from_its_mask_is_said(
+    of_image: int, of_mask: int, size: tuple[int, int], doubtful: bool, from_file: bool, tmp_path: Path
+) -> None:
+    paths = []
+    for name, orientation in (("image", of_image), ("mask", of_mask)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = (60, 40) if name == "image" and size == (40, 60) else size
+        paths.append(tmp_path / f"{name}.png")
+        Image.new("RGB", stored, "white").save(paths[-1], exif=exif)
+    image, mask = paths if from_file else [Image.open(path) for path in paths]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_reference(Reference(image, mask=mask), name="man")
+    assert [bool(re.search("EXIF orientation .* says.*exif_transpose", str(one.message))) for one in caught] == (
+        [True] if doubtful else []
+    )
+    assert all(one.category is MagicFaceWarning and one.filename == __file__ for one in caught)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_threads_may_share_an_image_that_is_not_read_yet(suffix: str, tmp_path: Path) -> None:
+    """Pillow reads it when its pixels are wanted, from one file."""
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 500, 3), np.uint8)).save(path)
+    expected = load_image(path, name="image").tobytes()
+    for _ in range(5):
+        with Image.open(path) as image, ThreadPoolExecutor(4) as threads:
+            start = threading.Barrier(4)
+
+            def read(image: Image.Image = image, start: threading.Barrier = start) -> bytes:
+                start.wait()
+                return load_image(image, name="image").tobytes()
+
+            assert {one.result() for one in [threads.submit(read) for _ in range(4)]} == {expected}
+
+
+def test_a_cut_image_that_pillow_is_told_to_take_for_whole_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photograph().save(tmp_path / "image.jpg")
+    data = (tmp_path / "image.jpg").read_bytes()
+    (tmp_path / "image.jpg").write_bytes(data[: len(data) // 2])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.warns(MagicFaceWarning, match=r"image\.jpg.*LOAD_TRUNCATED_IMAGES is set.*Set it to False"):
+        load_image(tmp_path / "image.jpg", name="image")
+
+
+def test_sixteen_bits_that_hold_twelve_are_said(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 3952]], np.uint16)).save(tmp_path / "grey.png")
+    with pytest.warns(MagicFaceWarning, match=r"grey\.png.*from 0 to 3952 of 65535.*nearly black.*scale"):
+        load_image(tmp_path / "grey.png", name="image")
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 3), (4, 5, 4)])
@@ -216,12 +286,23 @@ def test_arrays_are_images(shape: tuple[int, ...]) -> None:
         (np.zeros((1, 3, 4, 5), np.uint8), r"\[1, 3, 4, 5\]"),
         (np.zeros((0, 5, 3), np.uint8), "5 x 0"),
         (np.zeros((4,), np.uint8), r"\[4\]"),
+        (np.ones((4, 5, 3), np.bool_), r"bool \[4, 5, 3\], expected bool \[h,w\].*any\(axis=2\)"),
+        (np.ma.masked_equal(np.ones((4, 5), np.uint8), 1), "masked values.*filled"),
     ],
 )
 def test_arrays_that_are_no_images_are_refused(array: Any, named: str) -> None:
     with pytest.raises(ImageError, match=named) as caught:
         load_image(array, name="man, reference 1: image")
     assert str(caught.value).startswith("man, reference 1: image")
+
+
+def test_a_path_of_bytes_is_refused() -> None:
+    class Place:
+        def __fspath__(self) -> bytes:
+            return b"man.jpg"
+
+    with pytest.raises(ImageError, match=r"image: the path is b'man.jpg', expected text.*os\.fsdecode"):
+        load_image(Place(), name="image")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("source", [None, 3, b"man.jpg", ["man.jpg"]])
@@ -328,6 +409,13 @@ def test_a_mask_with_transparency_counts_by_its_alpha_and_an_opaque_one_by_its_l
     assert load_mask(opaque, image_size=None, name="mask").tolist() == [[False, True]]
 
 
+@pytest.mark.parametrize("alpha", [255, 254, 128])
+def test_a_mask_whose_alpha_leaves_nothing_out_counts_by_its_luminance(alpha: int) -> None:
+    """One pixel that is not quite opaque made it all of the image."""
+    painted = np.array([[(0, 0, 0, 255), (255, 255, 255, alpha)]], np.uint8)
+    assert load_mask(painted, image_size=None, name="mask").tolist() == [[False, True]]
+
+
 def test_bool_arrays_and_one_bit_images_are_masks() -> None:
     mask = np.eye(5, dtype=np.bool_)
     np.testing.assert_array_equal(load_mask(mask, image_size=None, threshold=255, name="mask"), mask)
@@ -406,6 +494,19 @@ def test_alpha_stands_in_for_a_mask() -> None:
     loaded = load_reference(Reference(image), name="man")
     np.testing.assert_array_equal(loaded.mask_grid, mask_grid(np.asarray(alpha) >= 128))
     np.testing.assert_array_equal(np.asarray(loaded.image), np.asarray(photograph()))
+
+
+@pytest.mark.parametrize("form", ["RGBA", "LA", "palette"])
+def test_an_alpha_channel_that_is_opaque_everywhere_is_no_mask(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    if form == "palette":
+        image = photograph().quantize(16)
+        image.save(path, transparency=200)  # which no pixel has
+    else:
+        photograph().convert(form).save(path)
+    for source in (path, Image.open(path)):
+        with pytest.raises(MaskError, match=r"man: there is no mask.*opaque everywhere.*Give mask=.*white everywhere"):
+            load_reference(Reference(source), name="man")
 
 
 def test_a_mask_beside_an_alpha_channel_wins() -> None:

@@ -1,0 +1,194 @@
+"""Pixels out of files, PIL images and arrays that come from strangers, within bounds of size, memory and time."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageFile, ImageOps
+
+from .errors import ImageError, MaskError
+
+__all__ = ["MAX_FILE_BYTES", "MAX_PIXELS", "MAX_SIDE", "Decoded", "ImageSource", "MagicFaceWarning", "decode", "warn"]
+
+ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | npt.NDArray[np.bool_]
+_Error = type[ImageError] | type[MaskError]
+
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 65_535  # resampling takes memory for each pixel of a side; longer ones no camera makes, nor JPEG holds
+MAX_FILE_BYTES = 1 << 30  # four bytes a pixel are a quarter of it; some decoders read a file whole
+
+# Formats that Pillow decodes in its own process; EPS, for one, would start Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+
+_DIM = 1 << 14
+"""Greys of 16 bits that stay below hold 12 or 14 bits, most likely."""
+
+_LOADING = threading.Lock()
+"""A PIL image reads its pixels when they are first wanted, and two threads that want them would share one file."""
+
+
+_PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+
+
+class MagicFaceWarning(UserWarning):
+    """Something was done to the input that the caller may not have meant, such as stretching a mask."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """An image as it is seen.
+
+    image        PIL image of mode 1, L, LA, P, PA, RGB, RGBA, CMYK, ...; 16-bit greys are cut to 8 bits
+    orientation  the EXIF orientation by which it was turned upright: 1 where it was not
+    name         what messages call it
+    error        what is raised where it cannot be used
+    """
+
+    image: Image.Image
+    orientation: int
+    name: str
+    error: _Error
+
+    @property
+    def has_alpha(self) -> bool:
+        return self.image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in self.image.info
+
+    def convert(self, mode: str) -> Image.Image:
+        """In another mode. Raises `error` where Pillow has no way, as from La and LAB."""
+        try:
+            return self.image.convert(mode)
+        except Exception as cause:
+            raise self.error(
+                f"{self.name} is of mode {self.image.mode}, which cannot be converted ({type(cause).__name__}: "
+                f"{cause}). Save it as RGB or RGBA."
+            ) from cause
+
+
+def decode(source: ImageSource, name: str, error: _Error) -> Decoded:
+    """Read an image from a path, a PIL image, or a uint8 or bool array [h,w], uint8 [h,w,1], [h,w,3] or [h,w,4].
+
+    Raises `error` for what cannot be read, is damaged or cut short, is empty, or has more than `MAX_PIXELS` pixels or a
+    side of more than `MAX_SIDE`. Warns `MagicFaceWarning` where greys of 16 bits are all but black, and where Pillow
+    was told to take images that are cut short for whole.
+    """
+    if isinstance(source, np.ndarray):
+        return Decoded(_from_array(source, name, error), 1, name, error)
+    if isinstance(source, Image.Image):
+        name = f"{name} ({type(source).__name__})"
+        _check_pixels(source.size, name, error)
+        with _LOADING:
+            return _settled(source, name, error)
+    if not isinstance(source, (str, os.PathLike)):
+        raise error(f"{name}: found {type(source).__name__}, expected a path, a PIL image, or a uint8 array.")
+    if not isinstance(found := os.fspath(source), str):
+        raise error(f"{name}: the path is {found!r}, expected text. Decode it, by os.fsdecode.")
+    return _from_file(Path(found), f"{name} {found!r}", error)
+
+
+def _from_file(path: Path, name: str, error: _Error) -> Decoded:
+    try:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist or is not a file"
+            raise error(f"{name} {what}; expected an image file. A relative path counts from {os.getcwd()!r}.")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise error(f"{name} is larger than {MAX_FILE_BYTES:,} bytes, which no image is that is read.")
+        with Image.open(path, formats=_known_formats()) as image:
+            _check_pixels(image.size, name, error)
+            return _settled(image, name, error)
+    except (ImageError, MaskError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as cause:
+        raise error(f"{name} has more than the {MAX_PIXELS:,} pixels that are read. Scale it down.") from cause
+    except MagicFaceWarning:  # where warnings are errors
+        raise
+    except Exception as cause:
+        raise _unreadable(name, cause, error) from cause
+
+
+def _settled(image: Image.Image, name: str, error: _Error) -> Decoded:
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        warn(
+            f"{name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, by which an image that is cut short is taken for "
+            "whole, grey where it ends. Set it to False."
+        )
+    try:
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        upright = ImageOps.exif_transpose(image)
+    except Exception as cause:  # decoders raise anything on damaged files
+        raise _unreadable(name, cause, error) from cause
+    if upright.mode == "F":
+        raise error(f"{name} holds floating-point values; expected 8 bits a channel. Convert it first.")
+    if upright.mode == "I" or upright.mode.startswith("I;16"):
+        # Of the file's own width: eight bytes a pixel would be gigabytes for the largest that are read.
+        values = np.asarray(upright)
+        _check_greys(int(values.min()), int(values.max()), f"{name} holds whole numbers (mode {upright.mode})", error)
+        upright = Image.fromarray((values >> 8).astype(np.uint8))
+    return Decoded(upright, orientation if orientation in range(2, 9) else 1, name, error)
+
+
+def _check_greys(lowest: int, highest: int, found: str, error: _Error) -> None:
+    """Of what is read as 16 bits: one of 0..255 would be all black, and what lies outside would be cut."""
+    if lowest < 0 or highest > 65535 or 0 < highest <= 255:
+        raise error(
+            f"{found} from {lowest} to {highest}, expected values up to 65535, as greys of 16 bits have them. Save it "
+            "with 8 bits a channel, or scale it to 0..65535."
+        )
+    if 0 < highest < _DIM:
+        warn(
+            f"{found} from {lowest} to {highest} of 65535, and is nearly black. If it holds fewer than 16 bits, scale "
+            "it to 0..65535."
+        )
+
+
+def _from_array(array: npt.NDArray[np.generic], name: str, error: _Error) -> Image.Image:
+    found = f"{name}: found an array of {array.dtype} {list(array.shape)}"
+    if isinstance(array, np.ma.MaskedArray):
+        raise error(f"{found} with masked values, expected an array without. Fill it, by array.filled(0).")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.dtype == np.bool_:
+        if array.ndim != 2:
+            raise error(f"{found}, expected bool [h,w]. Say which pixels are meant, as by array.any(axis=2).")
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.dtype != np.uint8:
+        raise error(f"{found}, expected uint8 with values 0..255. Scale and convert it.")
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise error(f"{found}, expected [h,w], [h,w,3] or [h,w,4].")
+    _check_pixels((array.shape[1], array.shape[0]), name, error)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _check_pixels(size: tuple[int, int], name: str, error: _Error) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise error(f"{name} is {width} x {height}; expected at least one pixel.")
+    if width * height > MAX_PIXELS:
+        raise error(f"{name} is {width} x {height}, more than the {MAX_PIXELS:,} pixels that are read. Scale it down.")
+    if max(size) > MAX_SIDE:
+        raise error(f"{name} is {width} x {height}; expected sides of at most {MAX_SIDE:,} pixels. Scale it down.")
+
+
+def _unreadable(name: str, cause: Exception, error: _Error) -> ImageError | MaskError:
+    reason = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+    return error(f"{name} cannot be read: it is damaged, cut short, or not a supported image ({reason}).")
+
+
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def warn(text: str) -> None:
+    """A `MagicFaceWarning` that points at the line outside of this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, MagicFaceWarning, stacklevel=level)
