@@ -147,7 +147,7 @@ def test_a_results_folder_holds_what_was_asked_for_and_no_photograph(made: Made)
     }  # fmt: skip
     hat, man = run["concepts"]
     assert (run["prompt"], man["word"], hat["word"]) == ("a man with a hat", "man", "hat")
-    assert man["references"][0].keys() == {"kept", "prompt"}  # a hash of what it was made from
+    assert man["references"][0].keys() == {"kept", "prompt", "storage"}  # the first a hash of what it was made from
     assert hat["references"][0]["image"] == str(made.folder / "hat.png")
     assert hat["references"][0]["prompt"] == "a tall hat"
     with np.load(made.out / "regions.npz") as arrays:
