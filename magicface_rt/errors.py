@@ -42,7 +42,7 @@
     │   └── AnswerError                the service answered the client with a problem of another kind
     └── Cancelled                      the progress callback returned False
 
-Each message names the thing, what was found, what was expected, and what to do.
+Each message names the thing and what was found, and says what was expected or what to do, where that can be known.
 """
 
 from __future__ import annotations

@@ -38,16 +38,19 @@ class Package:
         return self.groups <= set(DEVELOPMENT)
 
 
-def packages(groups: Mapping[str, Iterable[str]]) -> dict[str, Package]:
+def packages(
+    groups: Mapping[str, Iterable[str]], described: Mapping[str, Distribution] | None = None
+) -> dict[str, Package]:
     """Every installed package that `groups` need, by name.
 
     Args:
         groups: requirements by group, see `tools.wanted.asked_for`.
+        described: packages that cannot be installed here, by name; see `tools.apart`.
 
     Raises:
         SystemExit: a package is not installed, or its version is not what is required.
     """
-    found: dict[str, Package] = {}
+    known, found = described or {}, dict[str, Package]()
     for group, requirements in groups.items():
         seen: set[tuple[str, str]] = set()
         waiting: list[tuple[str | None, Requirement, str]] = [(None, Requirement(text), "") for text in requirements]
@@ -56,7 +59,8 @@ def packages(groups: Mapping[str, Iterable[str]]) -> dict[str, Package]:
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
                 continue
             name = normal(requirement.name)
-            package = found[name] if name in found else found.setdefault(name, Package(name, _installed(name, group)))
+            package = found.get(name) or Package(name, known.get(name) or _installed(name, group))
+            found[name] = package
             if not requirement.specifier.contains(package.version, prereleases=True):
                 raise SystemExit(
                     f"{name} {package.version} is installed, but {parent or 'pyproject.toml'} needs {requirement}: "

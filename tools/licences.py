@@ -67,6 +67,7 @@ ELSEWHERE = {
     "humanfriendly": "MIT",
     "hypothesis-jsonschema": "MPL-2.0",
     "nvidia-nvtx": "Apache-2.0",
+    "onnxruntime-gpu": "MIT",
     "starlette-testclient": "BSD-3-Clause",
     "tomli": "MIT",
     "triton": "MIT",

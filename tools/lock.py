@@ -1,4 +1,4 @@
-"""`make lock`: write the lock file of one or more Pythons, from what the package index says.
+"""`make lock`: write the lock files of one or more Pythons, from what the package index says.
 
 pip resolves, in an environment that is taken to be empty, what pyproject.toml asks for at the versions of
 constraints.txt, and reports each archive with its SHA-256; nothing is installed. Which index that is, and so which
@@ -14,34 +14,35 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 from tools import lockfile
-from tools.wanted import SOURCES, asked_for
+from tools.wanted import APART, SOURCES, asked_for
 
 _HEADER = """\
 # Python {python}, Linux x86_64, torch {torch}. Made by `make lock` from pyproject.toml and constraints.txt; not to be
 # edited. Installed by `make venv` with --no-deps --require-hashes.
 """
+_HEADER_APART = """\
+# Python {python}, Linux x86_64, the package itself with its extra {extra}. Made by `make lock` from pyproject.toml and
+# constraints.txt; not to be edited. To be installed with --no-deps --require-hashes.
+"""
 
 
-def report(python: str) -> list[dict[str, Any]]:
+def report(python: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
     """pip's report of what it would install into `python`: one dictionary for each package.
 
     Raises:
         SystemExit: pip could not resolve the requirements, or its report is of another version.
     """
-    wanted = [requirement for group in asked_for().values() for requirement in group]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
         options = ["--dry-run", "--ignore-installed", "--report", str(out), "-c", str(lockfile.CONSTRAINTS)]
-        done = subprocess.run(
-            [*pip, *options, *wanted, f"torch=={lockfile.torch_version()}"], cwd=lockfile.ROOT, check=False
-        )
+        done = subprocess.run([*pip, *options, *wanted], cwd=lockfile.ROOT, check=False)
         if done.returncode:
             raise SystemExit(f"pip found no set of packages for {python}; its words are above. No lock was written")
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
@@ -81,23 +82,47 @@ def pin_of(item: Mapping[str, Any]) -> lockfile.Pin:
     return lockfile.Pin(name, item["metadata"]["version"], (sha256_of(download),))
 
 
+def version_of(python: str) -> tuple[int, int]:
+    asked = "import sys; print(*sys.version_info[:2])"
+    major, minor = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
+    return int(major), int(minor)
+
+
 def write_lock(python: str) -> Path:
-    """Resolve for one Python and write its lock file.
+    """Resolve for one Python what `make venv` installs, and write its lock file.
 
     Raises:
         SystemExit: see `report` and `pin_of`.
     """
-    asked = "import sys; print(*sys.version_info[:2])"
-    major, minor = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
-    pins = [pin_of(item) for item in report(python)]
+    wanted = [requirement for group in asked_for().values() for requirement in group]
+    pins = [pin_of(item) for item in report(python, [*wanted, f"torch=={lockfile.torch_version()}"])]
     (torch,) = (pin.version for pin in pins if pin.name == "torch")
-    path = lockfile.path_of((int(major), int(minor)), torch)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(_HEADER.format(python=f"{major}.{minor}", torch=torch) + lockfile.text_of(pins), encoding="utf-8")
-    print(f"{path.relative_to(lockfile.ROOT)}: {len(pins)} packages, torch {torch}")
+    version = version_of(python)
+    header = _HEADER.format(python="{}.{}".format(*version), torch=torch)
+    return _write(lockfile.path_of(version, torch), header, pins)
+
+
+def write_lock_apart(python: str, extra: str) -> Path:
+    """Resolve for one Python the package itself with an extra of `APART`, and write its lock file.
+
+    Raises:
+        SystemExit: see `report` and `pin_of`.
+    """
+    wanted = [requirement for group in asked_for(extra).values() for requirement in group]
+    version = version_of(python)
+    header = _HEADER_APART.format(python="{}.{}".format(*version), extra=extra)
+    return _write(lockfile.path_apart(version, extra), header, [pin_of(item) for item in report(python, wanted)])
+
+
+def _write(path: Path, header: str, pins: Sequence[lockfile.Pin]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(header + lockfile.text_of(pins), encoding="utf-8")
+    print(f"{path.relative_to(lockfile.ROOT)}: {len(pins)} packages")
     return path
 
 
 if __name__ == "__main__":
     for interpreter in sys.argv[1:] or [sys.executable]:
+        for apart in APART:
+            write_lock_apart(interpreter, apart)
         write_lock(interpreter)

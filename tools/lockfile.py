@@ -5,6 +5,7 @@ file stands for one Python, one build of PyTorch, and Linux on x86-64:
 
     requirements/linux-x86_64-py311-cpu.txt    Python 3.11, torch 2.13.0+cpu
     requirements/linux-x86_64-py312.txt        Python 3.12, torch 2.13.0 with CUDA
+    requirements/gpu/linux-x86_64-py312.txt    Python 3.12, the package itself with its extra gpu, and no torch
 
 Only the standard library is needed: this runs in an environment that holds nothing yet.
 """
@@ -49,6 +50,11 @@ def path_of(python: tuple[int, int], torch: str) -> Path:
     """Where the lock of this Python and this version of torch (2.13.0, 2.13.0+cpu) stands, if there is one."""
     build = torch.partition("+")[2]
     return FOLDER / f"linux-x86_64-py{python[0]}{python[1]}{'-' + build if build else ''}.txt"
+
+
+def path_apart(python: tuple[int, int], extra: str) -> Path:
+    """Where the lock of the package itself with an extra stands that cannot be installed beside the others."""
+    return FOLDER / extra / f"linux-x86_64-py{python[0]}{python[1]}.txt"
 
 
 def read(path: Path) -> list[Pin]:

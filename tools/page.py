@@ -52,8 +52,10 @@ _SECOND_LOOK = ("GPL", "MPL", PROPRIETARY)
 _NOT_HERE = """\
 ## Not installed by `make venv`
 
-- `onnxruntime-gpu` (extra `gpu`): MIT, as its package page says. Its wheel overwrites `onnxruntime`.
-- `tensorrt` (extra `tensorrt`): proprietary, NVIDIA's licence agreement; from NVIDIA's own package index.
+- `onnxruntime-gpu` (extra `gpu`): MIT, as its package page says. Its wheel overwrites `onnxruntime`, so it has locks
+  and a bill of materials of its own (`requirements/gpu/`, `dist/magicface_rt-gpu.cdx.json`).
+- `tensorrt` (extra `tensorrt`): proprietary, NVIDIA's licence agreement; from NVIDIA's own package index. Nothing of it
+  is locked ([requirements/README.md](../requirements/README.md)).
 
 ## In locks of other Pythons or builds of PyTorch
 
@@ -88,7 +90,7 @@ def _second_look(found: dict[str, Package]) -> str:
 
 def _others(found: dict[str, Package]) -> str:
     """The packages of all locks that are not installed here, by licence."""
-    locked = {pin.name for path in lockfile.FOLDER.glob("*.txt") for pin in lockfile.read(path)}
+    locked = {pin.name for path in lockfile.FOLDER.rglob("*.txt") for pin in lockfile.read(path)}
     by_licence: dict[str, list[str]] = {}
     for name in sorted(locked - set(found)):
         by_licence.setdefault(elsewhere(name), []).append(f"`{name}`")

@@ -4,6 +4,9 @@ Each package has its version, licence, SHA-256 and what it needs. Its scope is `
 without it, `optional` where an extra brings it, `excluded` where only development needs it; the property
 `magicface_rt:brought-by` names the extras. The same environment and wheel give the same bytes.
 
+An extra that cannot be installed beside the others (`APART` of tools/wanted.py) has a bill of its own, of the package
+with that extra alone, by its lock: `magicface_rt-gpu.cdx.json` beside the other.
+
     python -m tools.sbom dist/magicface_rt-0.1.0-py3-none-any.whl dist/magicface_rt.cdx.json
 """
 
@@ -27,9 +30,10 @@ from packageurl import PackageURL
 from packaging.requirements import Requirement
 
 from tools import lockfile
+from tools.apart import described
 from tools.dependencies import DEVELOPMENT, Package, packages
 from tools.licences import expression_of
-from tools.wanted import asked_for
+from tools.wanted import APART, asked_for
 
 _EPOCH = 1667997441  # when SOURCE_DATE_EPOCH is not set; what scikit-build-core dates the files of the wheel with
 _NAMESPACE = uuid.UUID("6f1f6f3a-3a0e-5d0c-9f57-6a1d2f0d8b11")
@@ -53,20 +57,26 @@ def _component(package: Package, sha256: tuple[str, ...]) -> Component:
     )
 
 
-def _locked() -> dict[tuple[str, str], tuple[str, ...]]:
+def _locked(apart: str | None) -> dict[tuple[str, str], tuple[str, ...]]:
     """SHA-256 by name and version, from the lock of this Python and this build of torch; empty where there is none."""
-    path = lockfile.path_of(sys.version_info[:2], version("torch"))
+    python = sys.version_info[:2]
+    path = lockfile.path_of(python, version("torch")) if apart is None else lockfile.path_apart(python, apart)
     return {(pin.name, pin.version): pin.sha256 for pin in lockfile.read(path)} if path.is_file() else {}
 
 
-def bill(wheel: Path) -> str:
+def bill(wheel: Path, apart: str | None = None) -> str:
     """The bill of materials of `wheel` and everything that it or its development stands on, as JSON.
+
+    Args:
+        wheel: ours, whose name says its version.
+        apart: one of `APART`: of the wheel with that extra alone.
 
     Raises:
         SystemExit: a package is missing or its licence unknown.
     """
-    found = packages(asked_for())
-    locked = _locked()
+    wanted = asked_for(apart)
+    found = packages(wanted, described(apart) if apart is not None else None)
+    locked = _locked(apart)
     name, release = wheel.name.split("-")[:2]
     root = Component(
         type=ComponentType.LIBRARY,
@@ -84,7 +94,7 @@ def bill(wheel: Path) -> str:
     bom.metadata.timestamp = datetime.fromtimestamp(epoch, timezone.utc)
     listing = "\n".join(f"{name}=={package.version}" for name, package in sorted(found.items()))
     bom.serial_number = uuid.uuid5(_NAMESPACE, f"{wheel.name}\n{next(iter(root.hashes)).content}\n{listing}")
-    asked = {name: texts for name, texts in asked_for().items() if name not in DEVELOPMENT}
+    asked = {name: texts for name, texts in wanted.items() if name not in DEVELOPMENT}
     direct = {lockfile.normal(Requirement(text).name) for texts in asked.values() for text in texts}
     bom.register_dependency(root, [components[name] for name in sorted(direct & set(components))])
     for name, package in sorted(found.items()):
@@ -93,9 +103,11 @@ def bill(wheel: Path) -> str:
 
 
 def main(wheel: str, out: str) -> None:
-    text = bill(Path(wheel))
-    Path(out).write_text(text, encoding="utf-8")
-    print(f"{out}: {text.count(chr(34) + 'scope' + chr(34))} packages, {text.count('SHA-256')} hashes")
+    for apart in (None, *APART):
+        text = bill(Path(wheel), apart)
+        path = Path(out if apart is None else out.replace(".cdx.json", f"-{apart}.cdx.json"))
+        path.write_text(text, encoding="utf-8")
+        print(f"{path}: {text.count(chr(34) + 'scope' + chr(34))} packages, {text.count('SHA-256')} hashes")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ from typing import Any
 
 from tools.lockfile import ROOT
 
-# The extras that are installed. Not gpu, whose package overwrites cpu's, nor tensorrt, which is on NVIDIA's own index.
+# The extras that are installed. Not gpu, whose package overwrites cpu's, nor tensorrt, of which the default index has
+# sources only, whose build would run and was not read (requirements/README.md).
 EXTRAS = ("cpu", "export", "tensorrt-rtx", "bench", "serve", "ray", "ui", "dev")
+# The extras that have a lock of their own, with the base, as they cannot be installed beside the others.
+APART = ("gpu",)
 # What comes as sources; everything else must be a wheel, so that nothing foreign runs while it is installed.
 SOURCES = ("tensorrt-rtx", "tensorrt-rtx-cu13")
 # setuptools packs those sources; and pip, so that one version of it does the rest.
@@ -17,8 +20,12 @@ BUILD_TOOLS = ("pip", "setuptools")
 NATIVE_TOOLS = ("cmake", "ninja")
 
 
-def asked_for() -> dict[str, list[str]]:
-    """Requirements by group: "base", each of `EXTRAS`, and "build" for what builds the wheel and installs it."""
+def asked_for(apart: str | None = None) -> dict[str, list[str]]:
+    """Requirements by group: "base", each of `EXTRAS`, and "build" for what builds the wheel and installs it.
+
+    Args:
+        apart: one of `APART`: the base and that extra, and nothing else.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -26,6 +33,8 @@ def asked_for() -> dict[str, list[str]]:
 
     found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = found["project"]["optional-dependencies"]
+    if apart is not None:
+        return {"base": found["project"]["dependencies"], apart: extras[apart]}
     return {
         "base": found["project"]["dependencies"],
         **{name: extras[name] for name in EXTRAS},

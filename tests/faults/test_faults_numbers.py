@@ -99,16 +99,16 @@ class OnHost(Backend):
 class OnDevice(Backend):
     """The bundle's graphs as ONNX Runtime's GPU providers are driven: nobody looks at a step's outputs.
 
-    But for the VAE's decoder, which comes after all that is looked at here.
+    But for the VAE's decoder, which takes long, where nothing is asked of it.
     """
 
     name = "spoiled"
 
-    def __init__(self, spoil: Spoil) -> None:
-        self.spoil = spoil
+    def __init__(self, spoil: Spoil, *, decodes: bool = False) -> None:
+        self.spoil, self.decodes = spoil, decodes
 
     def load(self, bundle: Bundle, graph: str) -> GraphRunner:
-        if graph == "vae_decoder":
+        if graph == "vae_decoder" and not self.decodes:
             return Drawn().load(bundle, graph)
         ort, contract = import_onnxruntime(), bundle.graph(graph)
         options = ort.SessionOptions()
@@ -211,6 +211,21 @@ def test_every_output_at_every_step_where_nobody_looks(
         np.testing.assert_array_equal(latents(session), expected)
     count = len(cases) * (2 if some is None else 1)
     figures.tell("numbers", f"device, {'some' if some else 'every'}: {value}", f"{count} outputs and steps, all named")
+
+
+def test_every_output_before_and_after_the_steps_on_a_device(bundle: Bundle, spoil: Spoil) -> None:
+    """The graphs that have no steps are looked at as they end, also where they run on a device."""
+    cases = [(graph, output, value) for graph, output in outputs(bundle) if graph not in BY_STEP for value in VALUES]
+    assert {graph for graph, _, _ in cases} == bundle.graphs.keys() - set(BY_STEP)
+    with Session(bundle, backend=OnDevice(spoil, decodes=True)) as session:
+        expected = latents(session)
+        for graph, output, value in cases:
+            spoil.of(graph, output, value)
+            refused(lambda: latents(session, steps=1), graph, output, None, count=1)
+            assert spoil.spoiled == 1, "it went on"
+        spoil.armed = False
+        np.testing.assert_array_equal(latents(session), expected)
+    figures.tell("numbers", "device, graphs without steps", f"{len(cases)} outputs and values, all named")
 
 
 def test_what_does_not_come_again_is_refused_all_the_same(bundle: Bundle, spoil: Spoil) -> None:

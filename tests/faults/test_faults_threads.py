@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +101,18 @@ def test_threads_draw_what_a_serial_run_draws(mixed: Mixed, turns: int, form: st
 
 
 def test_threads_that_want_one_reference_prepare_it_once_and_alike(mixed: Mixed) -> None:
+    runs = mixed.backend.runs
+    with Session(mixed.bundle, backend=mixed.backend, keep="64MiB") as session:
+        runs.clear()
+        alone = mixed.ask(session, "two bare", 1)
+        once = runs["reference_kv"]
+        assert once > 0
     with Session(mixed.bundle, backend=mixed.backend, workers=THREADS, keep="64MiB") as session:
+        runs.clear()
         found: list[str] = []
         Crowd(*[lambda: found.append(mixed.ask(session, "two bare", 1))] * THREADS).join()
-        assert len(session._keeper.store.keys) == 2
-    assert len(set(found)) == 1
+        assert runs["reference_kv"] == once
+    assert found == [alone] * THREADS
 
 
 @pytest.mark.parametrize("loads", ["once", pytest.param("again", marks=pytest.mark.slow)])
@@ -274,10 +283,25 @@ def drawn(mixed: Mixed) -> str:
         return threads_processes.draw(session)
 
 
+@pytest.fixture(scope="module")
+def forked(tiny_bundle: Path) -> Callable[[str], dict[str, Any]]:
+    """What a process says of itself and of the one that it forks, by the moment; asked once."""
+    return cache(lambda when: answer(process(when, tiny_bundle)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_another_process_draws_the_same_byte_for_byte(forked: Callable[[str], dict[str, Any]], drawn: str) -> None:
+    """Latents, regions and pictures of one request: in this process, in one that was started, in one that forked."""
+    found = forked("fork")
+    assert [found["before"], found["child"]["said"]["own"], found["after"]] == [drawn] * 3
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("when", ["fork", pytest.param("fork-busy", marks=pytest.mark.slow)])
-def test_a_session_is_refused_in_a_forked_process_and_its_own_goes_on(tiny_bundle: Path, drawn: str, when: str) -> None:
-    found = answer(process(when, tiny_bundle))
+def test_a_session_is_refused_in_a_forked_process_and_its_own_goes_on(
+    forked: Callable[[str], dict[str, Any]], drawn: str, when: str
+) -> None:
+    found = copy.deepcopy(forked(when))
     assert found["before"] == found["after"] == drawn
     assert set(found.get("meanwhile", [drawn])) == {drawn}
     child = found["child"]
@@ -302,8 +326,6 @@ def test_a_process_that_starts_anew_opens_its_own(tiny_bundle: Path, drawn: str)
 
 
 def test_a_session_is_not_copied(mixed: Mixed) -> None:
-    import copy
-
     with Session(mixed.bundle, backend=mixed.backend) as session, pytest.raises(OtherProcessError, match="copied"):
         copy.copy(session)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ HAT = Concept("hat", Reference(picture(2), mask=square(20, 60), prompt="a hat"),
 class Failing(Backend):
     """ONNX Runtime on one thread of the CPU. In a thread that says so, the next step of the U-Net fails.
 
-    A graph is loaded once, whatever Sessions open and close: to load them all takes longer than a request.
+    A graph is loaded once, whatever Sessions open and close: to load them all takes longer than a request. `runs`: how
+    often each ran.
     """
 
     name = "onnxruntime-cpu"
@@ -49,6 +51,8 @@ class Failing(Backend):
     def __init__(self) -> None:
         self.inner = OnnxRuntime("cpu", threads=1)
         self._next = threading.local()
+        self.runs: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._loaded: dict[tuple[str, str], GraphRunner] = {}
 
     def fail_here(self) -> None:
@@ -65,6 +69,8 @@ class Failing(Backend):
         run = runner._run
 
         def failing(*arguments: Any) -> Any:
+            with self._counting:
+                self.runs[graph] += 1
             if graph == "denoise_step" and getattr(self._next, "fails", False):
                 self._next.fails = False
                 raise BackendError("graph denoise_step: the runtime failed")

@@ -153,6 +153,22 @@ def test_the_bill_has_the_locked_hash_of_each_package(bill: dict[str, Any]) -> N
         assert hashes == locked[component["name"]].sha256, component["name"]
 
 
+def test_the_bill_of_an_extra_that_stands_apart_is_that_of_its_lock(wheel: Path) -> None:
+    text = sbom.bill(wheel, "gpu")
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    found = json.loads(text)
+    listed = {one["name"]: one for one in found["components"]}
+    pins = {pin.name: pin for pin in lockfile.read(lockfile.path_apart(sys.version_info[:2], "gpu"))}
+    assert {name: (pin.version, pin.sha256) for name, pin in pins.items()} == {
+        name: (one["version"], tuple(entry["content"] for entry in one["hashes"])) for name, one in listed.items()
+    }
+    assert listed["onnxruntime-gpu"]["licenses"] == [{"expression": "MIT"}]
+    assert (listed["onnxruntime-gpu"]["scope"], listed["numpy"]["scope"]) == ("optional", "required")
+    needs = {entry["ref"]: set(entry.get("dependsOn", ())) for entry in found["dependencies"]}
+    assert {"flatbuffers", "numpy", "packaging", "protobuf"} <= needs["onnxruntime-gpu"]
+    assert "onnxruntime-gpu" in needs["magicface_rt"]
+
+
 def test_the_bill_says_what_needs_what(bill: dict[str, Any]) -> None:
     needs = {entry["ref"]: set(entry.get("dependsOn", ())) for entry in bill["dependencies"]}
     assert {"numpy", "onnxruntime", "rich"} <= needs["magicface_rt"]

@@ -12,13 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from locations import ROOT
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from tools import install, lock, lockfile
-from tools.wanted import EXTRAS, asked_for
+from tools.wanted import APART, EXTRAS, asked_for
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 LOCKS = sorted(lockfile.FOLDER.glob("*.txt"))
 ids = [path.stem for path in LOCKS]
+LOCKS_APART = sorted(path for extra in APART for path in (lockfile.FOLDER / extra).glob("*.txt"))
+ids_apart = [f"{path.parent.name}-{path.stem}" for path in LOCKS_APART]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 
 def python_of(path: Path) -> dict[str, str]:
@@ -67,7 +77,40 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_python_that_is_claimed_has_a_lock() -> None:
-    assert {python_of(path)["python_version"] for path in LOCKS} == {"3.10", "3.11", "3.12", "3.13"}
+    assert sorted({python_of(path)["python_version"] for path in LOCKS}) == PYTHONS
+    for extra in APART:
+        apart = [python_of(path)["python_version"] for path in LOCKS_APART if path.parent.name == extra]
+        assert apart == PYTHONS, extra
+
+
+def test_the_pythons_that_are_claimed_are_those_that_are_accepted() -> None:
+    """By pip, by the classifiers, by make, and in the documents."""
+    about = project()
+    minors = range(int(PYTHONS[0].partition(".")[2]), int(PYTHONS[-1].partition(".")[2]) + 1)
+    assert (
+        [version for version in (f"3.{n}" for n in range(99)) if version in SpecifierSet(about["requires-python"])]
+        == [f"3.{n}" for n in minors]
+        == PYTHONS
+    )
+    python = "Programming Language :: Python :: "
+    assert [c.removeprefix(python) for c in about["classifiers"] if c.startswith(f"{python}3.")] == PYTHONS
+    assert f"not (3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]})" in (ROOT / "Makefile").read_text()
+    for document in ("README.md", "Makefile"):
+        assert f"3.{minors[0]} to 3.{minors[-1]}" in (ROOT / document).read_text(encoding="utf-8"), document
+
+
+def test_every_extra_has_a_lock_or_is_said_to_have_none() -> None:
+    locked = {*EXTRAS, *APART}
+    readme = (lockfile.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert locked <= project()["optional-dependencies"].keys()
+    for extra in project()["optional-dependencies"].keys() - locked:
+        assert f"**The extra `{extra}` has no lock**" in readme, extra
+
+
+def project() -> dict[str, Any]:
+    """The table of pyproject.toml."""
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return found
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=ids)
@@ -78,7 +121,17 @@ def test_a_lock_holds_what_pyproject_asks_for(path: Path) -> None:
             assert requirement.specifier.contains(pins[lockfile.normal(requirement.name)].version), requirement
 
 
-@pytest.mark.parametrize("path", LOCKS, ids=ids)
+@pytest.mark.parametrize("path", LOCKS_APART, ids=ids_apart)
+def test_a_lock_apart_holds_its_extra_and_not_what_it_overwrites(path: Path) -> None:
+    pins = {pin.name: pin for pin in lockfile.read(path)}
+    for lines in asked_for(path.parent.name).values():
+        for requirement in required_of(path, lines):
+            assert requirement.specifier.contains(pins[lockfile.normal(requirement.name)].version), requirement
+    assert "onnxruntime" not in pins
+    assert "torch" not in pins
+
+
+@pytest.mark.parametrize("path", [*LOCKS, *LOCKS_APART], ids=[*ids, *ids_apart])
 def test_a_lock_has_the_versions_of_the_constraints(path: Path) -> None:
     lines = [line for line in lockfile.CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
     constrained = {lockfile.normal(requirement.name): requirement.specifier for requirement in required_of(path, lines)}

@@ -382,6 +382,42 @@ def test_progress_while_preparing_can_cancel_and_what_was_done_stays_valid(bundl
         assert backend.runs["reference_kv"] == 3, "the man is there still, the hat is computed"
 
 
+@pytest.mark.parametrize("ask", ["prepare", "bare", "batch"])
+def test_cancelled_at_any_step_it_stops_there_and_the_next_picture_is_right(
+    bundle: Bundle, backend: Drawn, ask: str
+) -> None:
+    """At each of all the steps that are told, of references and of pictures, in both stages and in every batch."""
+    with Session(bundle, backend=backend) as session:
+        images = bundle.limits.images + 1 if ask == "batch" else 1
+
+        def whole(progress: Any = None) -> Any:
+            if ask == "prepare":
+                return session.prepare(MAN, steps=STEPS, workspace=1, progress=progress)
+            return latents(session, [MAN, HAT], alpha=0.5, images=images, progress=progress)
+
+        told: list[Progress] = []
+        expected = whole(told.append)
+        stages = {"prepare": {"prepare"}, "bare": {"rsa", "rba"}, "batch": {"prepare", "rsa", "rba"}}
+        assert {one.stage for one in told} == stages[ask]
+        assert {one.batch for one in told} == ({0, 1} if ask == "batch" else {0})
+        for count, last in enumerate(told, 1):
+            seen: list[Progress] = []
+
+            def until(progress: Progress, seen: list[Progress] = seen, count: int = count) -> bool:
+                seen.append(progress)
+                return len(seen) < count
+
+            with pytest.raises(Cancelled, match=f"step {last.step} of {STEPS}"):
+                whole(until)
+            assert seen == told[:count], "it went on"
+        again = whole()
+    if ask == "prepare":
+        for name, stored in expected.references[0].tensors.items():
+            np.testing.assert_array_equal(again.references[0].tensors[name].arrays[""], stored.arrays[""])
+    else:
+        np.testing.assert_array_equal(again, expected)
+
+
 def test_the_store_forgets_what_was_used_longest_ago(bundle: Bundle, backend: Drawn) -> None:
     with Session(bundle, backend=backend) as session:
         each = [session.prepare(concept, steps=STEPS).nbytes for concept in (MAN, HAT)]

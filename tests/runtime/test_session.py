@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from magicface_rt import (
     Cancelled,
     Concept,
     ConceptError,
+    InputError,
     MaskError,
     OptionError,
+    Options,
     PromptError,
     Reference,
     Session,
@@ -189,21 +193,45 @@ def test_a_closed_session_says_so(tiny_bundle: Path) -> None:
         session.generate(PROMPT)
 
 
-def test_bad_requests_name_what_is_wrong(session: Session) -> None:
-    (reference,) = MAN.references
-    with pytest.raises(PromptError, match="dog"):
-        session.generate(PROMPT, [Concept("dog", reference)])
-    with pytest.raises(ConceptError, match="both stand on token"):
-        session.generate(PROMPT, [MAN, Concept("man", reference, name="other")])
-    with pytest.raises(ConceptError, match="at most 6"):
-        session.generate("a b c d e f g", [Concept(word, reference) for word in "abcdefg"])
-    with pytest.raises(PromptError, match="zebra"):
-        session.generate("word " * 80 + "zebra")
-    with pytest.raises(MaskError, match="mask"):
-        session.generate(PROMPT, [Concept("man", Reference(picture(1), mask=Image.new("L", (96, 96))))])
-    for bad in ({"steps": 0}, {"alpha": 1.5}, {"guidance": float("nan")}):
-        with pytest.raises(OptionError, match=next(iter(bad))):
-            session.generate(PROMPT, [MAN], **bad)
+REFERENCE = MAN.references[0]
+TOO_MANY = [Concept(word, REFERENCE) for word in "abcdefg"]
+EMPTY = Concept("man", Reference(picture(1), mask=Image.new("L", (96, 96))))
+BAD_OPTIONS: dict[str, Any] = {
+    "negative_prompt": 7,
+    "steps": 0,
+    "guidance": float("nan"),
+    "alpha": 1.5,
+    "ca_scale": 0,
+    "weight_mode": "add",
+    "semantic_guidance": "yes",
+    "seed": -1,
+    "images": 0,
+    "reference_seed": 2**64,
+}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "concepts", "options", "error", "named"),
+    [
+        (PROMPT, [Concept("dog", REFERENCE)], {}, PromptError, "dog"),
+        (PROMPT, [MAN, Concept("man", REFERENCE, name="other")], {}, ConceptError, "both stand on token"),
+        ("a b c d e f g", TOO_MANY, {}, ConceptError, "at most 6"),
+        ("word " * 80 + "zebra", [], {}, PromptError, "zebra"),
+        (PROMPT, [EMPTY], {}, MaskError, "mask"),
+        (PROMPT, [replace(MAN, token_index=90)], {}, ConceptError, "90"),
+        (PROMPT, MAN, {}, ConceptError, "list of concepts"),
+        *[(PROMPT, [MAN], {name: value}, InputError, name) for name, value in BAD_OPTIONS.items()],
+    ],
+)
+def test_bad_requests_name_what_is_wrong(
+    session: Session, prompt: str, concepts: Any, options: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    """And each says what was expected, or what to do."""
+    assert BAD_OPTIONS.keys() == {field.name for field in fields(Options)}
+    with pytest.raises(error, match=named) as caught:
+        session.generate(prompt, concepts, **options)
+    message = str(caught.value)
+    assert re.search(r"\bexpected |\bat most |[.;:] (?:Give|Leave|Paint|Shorten|Use) ", message), message
 
 
 def test_a_mask_of_another_shape_is_refused_and_of_another_size_warned_about(session: Session) -> None:

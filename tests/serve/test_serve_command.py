@@ -18,7 +18,7 @@ import pytest
 from loopback import PROMPT, Oracle, concept, until
 
 from magicface_rt.cli import main
-from magicface_rt.errors import UnreachableError
+from magicface_rt.errors import OptionError, UnreachableError
 from magicface_rt.serve import Client
 
 MAN = concept("man", 1)
@@ -190,6 +190,21 @@ def test_what_cannot_be_served_is_said_before_anything_is_opened(
             said = capsys.readouterr().err
             assert reason in said, said
             assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("verb", ["serve", "ui"])
+def test_whoever_names_no_host_is_reached_from_this_machine_alone(
+    verb: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def listen(host: str, port: int) -> socket.socket:
+        asked.append(host)
+        raise OptionError("that is all")
+
+    monkeypatch.setattr("magicface_rt.serve.server.listen", listen)
+    assert main([verb, str(tiny_bundle)]) == 2
+    assert asked == ["127.0.0.1"]
 
 
 def test_without_the_extra_it_says_what_to_install(tiny_bundle: Path) -> None:
