@@ -86,6 +86,8 @@ def test_a_note_stays_with_the_concept(tmp_path: Path, path: Path) -> None:
     assert (again.note, again.renamed(weight=1.0).note, again.to_dict()["note"]) == (note, note, note)
     assert again.noted(None).note is None
     assert KeptConcept.load(path).note is None
+    for note in ("x", "x" * 2000):
+        assert made().noted(note).note == note
 
 
 def test_what_a_file_says_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
