@@ -108,9 +108,24 @@ def test_a_note_is_a_text_of_bounded_length(note: Any) -> None:
 def test_a_file_is_safetensors(tmp_path: Path, dtype: str, name: str) -> None:
     path = made(dtype).save(tmp_path / "cap.concept")
     with safe_open(path, "np") as opened:
-        assert set(opened.metadata()) == {METADATA, "manifest_sha256"}
+        assert set(opened.metadata()) == {"magicface_rt.kept_concept", "manifest_sha256"}
         piece = opened.get_slice("1.v_ref_13")
         assert (piece.get_shape(), piece.get_dtype()) == ([STEPS, 8, 8], name)
+    assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 64 == 0, "so that tensors lie well in memory"
+
+
+def test_a_header_of_4_mib_is_read_and_a_longer_one_is_not(path: Path) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    for more, refused in ((0, False), (1, True)):
+        blanks = b" " * (4 * 2**20 + more - length)
+        head = (4 * 2**20 + more).to_bytes(8, "little") + data[8 : 8 + length] + blanks
+        path.write_bytes(head + data[8 + length :])
+        if refused:
+            with pytest.raises(KeptConceptError, match="its header would have 4194305 bytes"):
+                KeptConcept.load(path)
+        else:
+            assert KeptConcept.load(path).name == "cap"
 
 
 def test_keys_are_read_from_the_file_when_a_step_needs_them(path: Path) -> None:

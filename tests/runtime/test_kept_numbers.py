@@ -18,7 +18,7 @@ from magicface_rt.backends.host import from_bfloat16, to_bfloat16
 from magicface_rt.backends.lane import Lane
 from magicface_rt.backends.pieces import Piece, lay_on_host
 from magicface_rt.backends.shelf import Shelf
-from magicface_rt.errors import DeviceMemoryError, NonFiniteError
+from magicface_rt.errors import DeviceMemoryError, HostMemoryError, NonFiniteError
 from magicface_rt.images import LoadedReference
 from magicface_rt.kept import KeptReference, MemoryUse, Origin
 from magicface_rt.kept.feed import ComputedKeys, KeyFeed, PlacedKeys, ReferencePass, StoredKeys
@@ -240,6 +240,9 @@ def test_settings_are_read_and_checked() -> None:
         KeepSettings.of(None, "ram", None, "exact", False)
     with pytest.raises(OptionError, match="storage is '4-bit', expected one of exact, 8-bit"):
         KeepSettings.of(None, "auto", None, "4-bit", False)
+    for keep, budget, said in (("much", None, "keep is 'much'"), (None, -1, "budget is -1")):
+        with pytest.raises(OptionError, match=said):
+            KeepSettings.of(keep, "auto", budget, "exact", False)
 
 
 def test_a_keeper_plans_by_its_settings_unless_told_otherwise() -> None:
@@ -261,6 +264,33 @@ def test_a_keeper_counts_on_nine_tenths_of_what_is_free_on_a_device() -> None:
     assert keeper(free=10**9).plan([BARE], steps=10, images=1).on_device
     assert keeper(free=10**9, budget=10**8).plan([BARE], steps=10, images=1).budget == 10**8
     assert keeper().plan([BARE], steps=10, images=1).budget is None
+    mine = keeper(free=10**9)
+    mine.on_device.unused_bytes = lambda wanted: {("a",): 1000, (): 10}[tuple(wanted)]  # type: ignore[method-assign]
+    assert mine.plan([BARE], steps=10, images=1).budget == 9 * 10**8 + 10, "what can be freed is free as well"
+    assert mine.plan([BARE], steps=10, images=1, keys=("a",)).budget == 9 * 10**8 + 1000
+
+
+@pytest.mark.parametrize(("storage", "need"), [("exact", 10 * 512), ("8-bit", 10 * (2 * 8 * 15 + 2 * 24 * 11))])
+def test_keys_have_to_fit_under_a_limit_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, storage: Any, need: int
+) -> None:
+    for left in (None, need, need - 1):
+        monkeypatch.setattr("magicface_rt.kept.keeper.room", lambda left=left: left)
+        if left == need - 1:
+            with pytest.raises(
+                HostMemoryError, match=r"the keys of a reference for 10 steps need 0\.0 MB more on the host"
+            ):
+                keeper().check_room(BARE.tokens, 10, storage)
+        else:
+            keeper().check_room(BARE.tokens, 10, storage)
+
+
+def test_a_keeper_that_is_closed_holds_nothing() -> None:
+    mine, closed = keeper(keep=10**6), list[bool]()
+    mine.store.get_or_make("a", lambda: KeptReference("a", "", "exact", {}, {}))
+    mine.on_device.close = lambda: closed.append(True)  # type: ignore[method-assign]
+    mine.close()
+    assert (mine.store.keys, closed) == ((), [True])
 
 
 def test_a_pass_takes_a_quarter_of_the_budget_and_512_mib_at_most() -> None:
@@ -268,6 +298,12 @@ def test_a_pass_takes_a_quarter_of_the_budget_and_512_mib_at_most() -> None:
     assert keeper(budget=40 * (ROW + 512)).rows(BARE.tokens, 100, {}) == 10
     assert keeper(budget=10**12).rows(BARE.tokens, 10**6, {}) == 512 * KIB * KIB // (ROW + 512)
     assert keeper(budget=1).rows(BARE.tokens, 100, {}, 7 * (ROW + 512)) == 7
+    whole = Tokens({1: 64, 2: 16}, "no", 0)  # 3584 bytes a step
+    mine = keeper(budget=40 * (ROW + 512))
+    assert mine.rows(whole.tokens, 100, {}) == 9
+    for references in ([BARE, whole], [whole, BARE]):
+        planned = mine.plan(references, steps=100, images=1, memory="recompute")
+        assert planned.rows_per_pass == 10, "of the one of which most go through together"
 
 
 @pytest.mark.parametrize(
@@ -295,13 +331,15 @@ def test_a_keeper_says_whether_what_was_to_be_forgotten_is_gone() -> None:
     mine = keeper(keep=10**6)
     for key in ("a", "b"):
         mine.store.get_or_make(key, lambda key=key: KeptReference(key, "", "exact", {}, {}))
-    held = ["b"]
+    held, asked = ["b"], list[Any]()
     mine.on_device.holds = lambda key: key in held  # type: ignore[method-assign]
+    mine.on_device.forget = asked.append  # type: ignore[method-assign,assignment]
     assert mine.forget(["a"])
     assert mine.store.keys == ("b",)
     assert not mine.forget(["a", "b"]), "a request uses it on the device"
     held.clear()
     assert mine.forget(None)
+    assert asked == [["a"], ["a", "b"], None]
     type_of = type(mine.on_device)
     mine.on_device.__class__ = type("Busy", (type_of,), {"nbytes": 5})
     assert not mine.forget(None)

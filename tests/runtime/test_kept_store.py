@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magicface_rt import OptionError
+from magicface_rt.kept import awaited
 from magicface_rt.kept.awaited import Awaited
 from magicface_rt.kept.reference import Exact, KeptReference
 from magicface_rt.kept.store import KeptStore
@@ -144,6 +145,44 @@ def test_an_interrupt_as_it_says_that_it_is_over_leaves_nobody_waiting(monkeypat
     assert found == ["a"]
     store.forget()
     assert not store._making
+
+
+def test_who_waits_is_asked_from_time_to_time_and_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(awaited, "WAIT_SECONDS", 0.001)
+    store, first, go_on, asked = KeptStore(1000), threading.Event(), threading.Event(), list[int]()
+
+    def making() -> KeptReference:
+        first.set()
+        assert go_on.wait(60)
+        return entry("a")
+
+    def waiting() -> None:
+        asked.append(len(asked))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    maker = threading.Thread(target=store.get_or_make, args=("a", making))
+    maker.start()
+    assert first.wait(10)
+    with pytest.raises(KeyboardInterrupt):
+        store.get_or_make("a", lambda: entry("b"), waiting)
+    assert asked == [0, 1, 2]
+    go_on.set()
+    maker.join(10)
+    assert store.keys == ("a",), "who makes it was not disturbed"
+
+
+def test_who_waits_goes_on_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(awaited, "WAIT_SECONDS", 1000)
+    one, waits = Awaited(), threading.Event()
+    waiter = threading.Thread(target=lambda: (waits.set(), one.wait(lambda: None)), daemon=True)
+    waiter.start()
+    assert waits.wait(10)
+    time.sleep(0.05)  # it waits by now; if it does not yet, it sees that it is over
+    one.over = True
+    one.wake()
+    waiter.join(10)
+    assert not waiter.is_alive()
 
 
 @given(count=st.integers(1, 30_000), largest=st.none() | st.integers(1, 30_000))
