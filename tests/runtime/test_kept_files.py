@@ -64,7 +64,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_is_saved_comes_back(tmp_path: Path, dtype: str, storage: str) -> None:
     kept = made(dtype, storage)
-    loaded = KeptConcept.load(kept.save(tmp_path / "deep" / "cap.concept"))
+    loaded = KeptConcept.load(kept.save(tmp_path / "deep" / "er" / "cap.concept"))
     assert loaded.to_dict() == kept.to_dict()
     assert (loaded.origin, loaded.nbytes) == (kept.origin, kept.nbytes)
     for ours, theirs in zip(loaded.references, kept.references, strict=True):
@@ -75,7 +75,7 @@ def test_what_is_saved_comes_back(tmp_path: Path, dtype: str, storage: str) -> N
                 np.testing.assert_array_equal(found, theirs.tensors[name].step(step))
                 np.testing.assert_array_equal(ours.in_memory().tensors[name].step(step), found)
     again = loaded.save(tmp_path / "again.concept")
-    assert again.read_bytes() == (tmp_path / "deep" / "cap.concept").read_bytes()
+    assert again.read_bytes() == (tmp_path / "deep" / "er" / "cap.concept").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["again.concept", "deep"]
 
 
@@ -112,6 +112,13 @@ def test_a_file_is_safetensors(tmp_path: Path, dtype: str, name: str) -> None:
         piece = opened.get_slice("1.v_ref_13")
         assert (piece.get_shape(), piece.get_dtype()) == ([STEPS, 8, 8], name)
     assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 64 == 0, "so that tensors lie well in memory"
+    with safe_open(made(dtype, "8-bit").save(tmp_path / "small.concept"), "np") as opened:
+        kinds = {of: opened.get_slice(f"0.k_ref_10.{of}") for of in ("levels", "scale", "low")}
+        assert {of: (one.get_shape(), one.get_dtype()) for of, one in kinds.items()} == {
+            "levels": ([STEPS, 3, 24], "U8"),
+            "scale": ([STEPS, 24], "F32"),
+            "low": ([STEPS, 24], "F32"),
+        }
 
 
 def test_a_header_of_4_mib_is_read_and_a_longer_one_is_not(path: Path) -> None:
