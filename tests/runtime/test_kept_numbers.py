@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,8 @@ from magicface_rt.backends.pieces import Piece, lay_on_host
 from magicface_rt.backends.shelf import Shelf
 from magicface_rt.errors import DeviceMemoryError, HostMemoryError, NonFiniteError
 from magicface_rt.images import LoadedReference
-from magicface_rt.kept import KeptReference, MemoryUse, Origin
+from magicface_rt.kept import KeptReference, MemoryUse, Origin, awaited
+from magicface_rt.kept.awaited import Awaited
 from magicface_rt.kept.feed import ComputedKeys, KeyFeed, PlacedKeys, ReferencePass, StoredKeys
 from magicface_rt.kept.keeper import Keeper, KeepSettings, checked_storage
 from magicface_rt.kept.memory import (
@@ -96,6 +99,9 @@ def test_bytes_of_a_step_of_all_steps_and_of_a_row() -> None:
     assert stored_bytes(BUNDLE, {1: 7, 2: 3}, 5, "exact") == 5 * 512
     assert stored_bytes(BUNDLE, {1: 7, 2: 3}, 5, "8-bit") == 5 * (2 * 8 * (7 + 8) + 2 * 24 * (3 + 8))
     assert row_bytes(BUNDLE) == ROW
+    wide: Any = SmallBundle()
+    wide.grid = lambda factor: (8 // factor, 16 // factor)
+    assert row_bytes(wide) == 2 * ROW
     assert request_bytes(BUNDLE, 5, 1) == REQUEST
 
 
@@ -152,6 +158,13 @@ def test_what_each_mode_needs_with_a_device() -> None:
         "stream": MemoryUse(kept + 3 * 512 + 2 * slot + REQUEST, 3 * slot + preparing),
         "recompute": MemoryUse(1300 + 2000 + 2 * slot + REQUEST, 3 * slot + beside),
     }
+    whole = Tokens({1: 64, 2: 16}, "no", 0)  # 3584 bytes a step
+    two = plan([BARE, whole, IN_MEMORY], on_device=True).modes["keep"]
+    assert two.device - plan([BARE, IN_MEMORY], on_device=True).modes["keep"].device == (
+        10 * 3584 + 3584 + 896 + 3 * 2 * (3584 - 512)
+    ), "of two that are prepared one after the other the larger counts"
+    ready = plan([IN_MEMORY], on_device=True)
+    assert ready.modes["keep"].host == 1000 + 320 + REQUEST - 8 * (1024 + 4928), "nothing is prepared"
     own = plan([BARE, IN_MEMORY, IN_FILE, HIDDEN, HIDDEN_KEPT], on_device=True, own_keys=True)
     assert own.modes["stream"].device - found.modes["stream"].device == 3 * 3 * slot, "four images have four rows"
 
@@ -214,6 +227,22 @@ def test_auto_takes_the_first_that_fits_to_the_byte(on_device: bool) -> None:
     assert plan([HIDDEN], budget=0, on_device=on_device).budget == 0, "nothing that a budget could hold down"
     with pytest.raises(OptionError, match="memory is 'ram', expected one of auto, keep, stream, recompute"):
         plan([BARE], memory="ram")
+
+
+def test_a_mode_has_to_have_room_on_the_host_as_well() -> None:
+    references = [BARE, IN_MEMORY, IN_FILE]
+    modes = plan(references).modes
+    more = {mode: use.host - IN_MEMORY.nbytes for mode, use in modes.items()}
+    assert more["keep"] > more["stream"] > more["recompute"], "those in memory take no more"
+    for mode, need in more.items():
+        assert plan(references, memory=mode, host_room=need).mode == mode
+        with pytest.raises(HostMemoryError, match=rf"need {need / 1e6:,.1f} MB more on the host \('{mode}'\)"):
+            plan(references, memory=mode, host_room=need - 1)
+    for mode, auto in (("keep", "stream"), ("stream", "stream"), ("recompute", "recompute")):
+        assert plan(references, memory="auto", host_room=more[mode]).mode == auto
+    with pytest.raises(HostMemoryError, match=rf"need {more['recompute'] / 1e6:,.1f} MB more .*'recompute'"):
+        plan(references, memory="auto", host_room=more["recompute"] - 1)
+    assert plan([HIDDEN], host_room=0).mode == "keep", "without references there is nothing to be left out"
 
 
 def test_a_plan_cannot_be_changed() -> None:
@@ -913,6 +942,88 @@ def test_what_failed_to_come_up_is_not_there_and_is_tried_again(device: OneDevic
     assert (device.held.has(kept), device.held.nbytes, device.cuda.allocated()) == (False, 0, 0)
     device.bring(MAN_KEYS)
     assert device.held.has(kept)
+
+
+def test_what_was_enqueued_is_done_before_keys_may_be_freed(device: OneDevice) -> None:
+    done: list[int] = []
+    with device.use(MAN_KEYS):
+        device.cuda.submit(device.lane.stream.handle, lambda: done.append(1))
+    assert done == [1]
+
+
+@pytest.fixture
+def coming(device: OneDevice) -> Iterator[threading.Event]:
+    """Another thread brings the keys of `MAN_KEYS` up, until the event is set."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Exact):
+        def step(self, step: int) -> np.ndarray:
+            begun.set()
+            assert go_on.wait(60)
+            return super().step(step)
+
+    tensors = {name: Slow(stored.arrays[""]) for name, stored in MAN_KEYS.tensors.items()}
+    slow = replace(MAN_KEYS, tensors=tensors).known_as(MAN_KEYS.identity)
+
+    def bring() -> None:
+        lane = Lane(device.lane.device)
+        lane.join()
+        with device.held.use(slow, Shelf(lane), device.bundle, 2):
+            pass
+        lane.leave()
+
+    bringing = threading.Thread(target=bring)
+    bringing.start()
+    assert begun.wait(60)
+    yield go_on
+    go_on.set()
+    bringing.join(60)
+
+
+def test_who_waits_for_keys_of_another_is_asked_and_may_go(
+    device: OneDevice, coming: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(awaited, "WAIT_SECONDS", 0.001)
+    asked: list[int] = []
+
+    def waiting() -> None:
+        asked.append(len(asked))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    used = device.held.use(MAN_KEYS, Shelf(device.lane), device.bundle, 2, waiting)
+    with pytest.raises(KeyboardInterrupt), used:
+        raise AssertionError("it was given")
+    assert asked == [0, 1, 2]
+    assert device.held.has(MAN_KEYS), "it comes all the same"
+
+
+def test_who_waits_for_keys_of_another_goes_on_as_soon_as_they_are_there(
+    device: OneDevice, coming: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait, waits = Awaited.wait, threading.Event()
+
+    def waited(self: Awaited, waiting: Callable[[], object]) -> None:
+        waits.set()
+        wait(self, waiting)
+
+    def use() -> None:
+        lane = Lane(device.lane.device)
+        lane.join()
+        with device.held.use(MAN_KEYS, Shelf(lane), device.bundle, 2) as keys:
+            assert len(keys) == 8
+        lane.leave()
+
+    monkeypatch.setattr(awaited, "WAIT_SECONDS", 1000)
+    monkeypatch.setattr(Awaited, "wait", waited)
+    waiter = threading.Thread(target=use, daemon=True)
+    waiter.start()
+    assert waits.wait(60)
+    time.sleep(0.05)
+    coming.set()
+    waiter.join(20)
+    assert not waiter.is_alive()
+    assert device.cuda.count("cudaMalloc") == 1
 
 
 def test_keys_of_another_size_are_refused_under_the_same_identity(device: OneDevice) -> None:
