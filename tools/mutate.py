@@ -15,6 +15,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -36,16 +37,16 @@ TESTS = {
     "magicface_rt/schedule.py": ["test_schedule.py"],
     "magicface_rt/regions.py": ["test_regions.py", "test_kept_store.py"],
     "magicface_rt/concept.py": ["test_concept.py"],
-    "magicface_rt/kept/awaited.py": ["test_kept_store.py", "test_kept_on_device.py"],
+    "magicface_rt/kept/awaited.py": ["test_kept_store.py", "test_kept_numbers.py"],
     "magicface_rt/kept/concept.py": ["test_kept_numbers.py", "test_kept_files.py"],
-    "magicface_rt/kept/feed.py": ["test_kept_session.py", "test_kept_on_device.py"],
+    "magicface_rt/kept/feed.py": ["test_kept_numbers.py"],
     "magicface_rt/kept/files.py": ["test_kept_files.py"],
     "magicface_rt/kept/keeper.py": ["test_kept_numbers.py"],
     "magicface_rt/kept/memory.py": ["test_kept_numbers.py"],
-    "magicface_rt/kept/on_device.py": ["test_kept_on_device.py"],
+    "magicface_rt/kept/on_device.py": ["test_kept_numbers.py"],
     "magicface_rt/kept/origin.py": ["test_kept_numbers.py"],
     "magicface_rt/kept/preparation.py": ["test_kept_numbers.py"],
-    "magicface_rt/kept/reference.py": ["test_kept_files.py"],
+    "magicface_rt/kept/reference.py": ["test_kept_numbers.py"],
     "magicface_rt/kept/store.py": ["test_kept_store.py", "test_kept_numbers.py"],
 }
 """The tests of a module, the quickest first; in `UNIT`."""
@@ -285,7 +286,7 @@ class Trials:
         hypothesis.settings.load_profile("mutants")
         sys.meta_path.insert(0, _Finder(self.name, self.path, code))
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other packages' plugins take a second to load
-        plain = ["-q", "-x", "-m", "not slow and not full and not gpu", "-p", "no:cacheprovider"]
+        plain = ["-q", "-x", "-m", "not slow and not full and not gpu", "-p", "no:cacheprovider", "--assert=plain"]
         return int(pytest.main([*plain, f"--basetemp={self.folder / 'each'}", *self.tests]))
 
 
@@ -295,6 +296,7 @@ def _load_what_does_not_change() -> None:
             importlib.import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] == "magicface_rt"]:
         del sys.modules[name]
+    gc.freeze()  # or each child would look through all of it, and copy it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

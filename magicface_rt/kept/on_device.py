@@ -136,7 +136,6 @@ class OnDevice:
                     entry = self._present().setdefault(reference.identity, mine)
                     entry.check(sizes)
                     self._entries.move_to_end(reference.identity)
-                    user.entry.users.discard(user)
                     user.entry = entry
                     entry.users.add(user)
                 if entry is mine:

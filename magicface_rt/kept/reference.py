@@ -89,8 +89,8 @@ class EightBit(Stored):
 
     @classmethod
     def empty(cls, steps: int, tokens: int, width: int, dtype: str) -> EightBit:
-        channels = np.zeros((2, steps, width), np.float32)
-        return cls(np.zeros((steps, tokens, width), np.uint8), channels[0], channels[1], dtype)
+        scale, low = np.zeros((2, steps, width), np.float32)
+        return cls(np.zeros((steps, tokens, width), np.uint8), scale, low, dtype)
 
     def put(self, step: int, values: NDArray[Any]) -> None:
         if not len(values):

@@ -64,7 +64,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_is_saved_comes_back(tmp_path: Path, dtype: str, storage: str) -> None:
     kept = made(dtype, storage)
-    loaded = KeptConcept.load(kept.save(tmp_path / "deep" / "cap.concept"))
+    loaded = KeptConcept.load(kept.save(tmp_path / "deep" / "er" / "cap.concept"))
     assert loaded.to_dict() == kept.to_dict()
     assert (loaded.origin, loaded.nbytes) == (kept.origin, kept.nbytes)
     for ours, theirs in zip(loaded.references, kept.references, strict=True):
@@ -75,7 +75,7 @@ def test_what_is_saved_comes_back(tmp_path: Path, dtype: str, storage: str) -> N
                 np.testing.assert_array_equal(found, theirs.tensors[name].step(step))
                 np.testing.assert_array_equal(ours.in_memory().tensors[name].step(step), found)
     again = loaded.save(tmp_path / "again.concept")
-    assert again.read_bytes() == (tmp_path / "deep" / "cap.concept").read_bytes()
+    assert again.read_bytes() == (tmp_path / "deep" / "er" / "cap.concept").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["again.concept", "deep"]
 
 
@@ -86,6 +86,8 @@ def test_a_note_stays_with_the_concept(tmp_path: Path, path: Path) -> None:
     assert (again.note, again.renamed(weight=1.0).note, again.to_dict()["note"]) == (note, note, note)
     assert again.noted(None).note is None
     assert KeptConcept.load(path).note is None
+    for note in ("x", "x" * 2000):
+        assert made().noted(note).note == note
 
 
 def test_what_a_file_says_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,13 +104,49 @@ def test_a_note_is_a_text_of_bounded_length(note: Any) -> None:
         made().noted(note)
 
 
+def test_a_reference_without_tokens_on_a_grid_comes_back(tmp_path: Path) -> None:
+    for storage in ("exact", "8-bit"):
+        kept = made(storage=storage, tokens=(7, 0))
+        loaded = KeptConcept.load(kept.save(tmp_path / f"{storage}.concept"))
+        assert loaded.references[0].tensors["k_ref_10"].step(0).shape == (0, 24)
+        assert loaded.to_dict() == kept.to_dict()
+
+
+def test_a_note_in_bytes_that_are_no_text_comes_back(tmp_path: Path) -> None:
+    """As a command line gives them: lone surrogates, which UTF-8 cannot hold."""
+    kept = made().noted(os.fsdecode(b"agreed \xff"))
+    assert KeptConcept.load(kept.save(tmp_path / "cap.concept")).note == kept.note
+
+
 @pytest.mark.parametrize(("dtype", "name"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
 def test_a_file_is_safetensors(tmp_path: Path, dtype: str, name: str) -> None:
     path = made(dtype).save(tmp_path / "cap.concept")
     with safe_open(path, "np") as opened:
-        assert set(opened.metadata()) == {METADATA, "manifest_sha256"}
+        assert set(opened.metadata()) == {"magicface_rt.kept_concept", "manifest_sha256"}
         piece = opened.get_slice("1.v_ref_13")
         assert (piece.get_shape(), piece.get_dtype()) == ([STEPS, 8, 8], name)
+    assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 64 == 0, "so that tensors lie well in memory"
+    with safe_open(made(dtype, "8-bit").save(tmp_path / "small.concept"), "np") as opened:
+        kinds = {of: opened.get_slice(f"0.k_ref_10.{of}") for of in ("levels", "scale", "low")}
+        assert {of: (one.get_shape(), one.get_dtype()) for of, one in kinds.items()} == {
+            "levels": ([STEPS, 3, 24], "U8"),
+            "scale": ([STEPS, 24], "F32"),
+            "low": ([STEPS, 24], "F32"),
+        }
+
+
+def test_a_header_of_4_mib_is_read_and_a_longer_one_is_not(path: Path) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    for more, refused in ((0, False), (1, True)):
+        blanks = b" " * (4 * 2**20 + more - length)
+        head = (4 * 2**20 + more).to_bytes(8, "little") + data[8 : 8 + length] + blanks
+        path.write_bytes(head + data[8 + length :])
+        if refused:
+            with pytest.raises(KeptConceptError, match="its header would have 4194305 bytes"):
+                KeptConcept.load(path)
+        else:
+            assert KeptConcept.load(path).name == "cap"
 
 
 def test_keys_are_read_from_the_file_when_a_step_needs_them(path: Path) -> None:
@@ -262,6 +300,19 @@ def test_whether_a_file_can_be_written_is_seen_without_leaving_anything(tmp_path
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.concept"]
 
 
+def test_a_folder_that_takes_files_and_lets_none_go_is_no_place_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An append-only folder: what is written there can take no other's place."""
+
+    def stuck(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", stuck)
+    with pytest.raises(OutputError, match=r"cap\.concept' cannot be written: .*ermi"):
+        check_writable(tmp_path / "cap.concept", overwrite=False)
+
+
 def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, path = made(), tmp_path / "cap.concept"
     kept.save(path)
@@ -307,14 +358,38 @@ def changed_origin(data: bytes, **changes: Any) -> bytes:
     return changed_manifest(data, origin={**origin().to_dict(), **changes})
 
 
-def with_a_stowaway(data: bytes) -> bytes:
+def with_a_stowaway(data: bytes, name: str = "more", shape: Any = (4,)) -> bytes:
     """A tensor more, which header and manifest both name."""
     header, body = header_of(data)
     hashes = json.loads(header["__metadata__"][METADATA])["sha256"]
-    header["more"] = {"dtype": "U8", "shape": [4], "data_offsets": [len(body), len(body) + 4]}
+    header[name] = {"dtype": "U8", "shape": shape, "data_offsets": [len(body), len(body) + 4]}
     return changed_manifest(
-        with_header(header, body + b"more"), sha256={**hashes, "more": hashlib.sha256(b"more").hexdigest()}
+        with_header(header, body + b"more"), sha256={**hashes, name: hashlib.sha256(b"more").hexdigest()}
     )
+
+
+def changed_reference(data: bytes, **changes: Any) -> bytes:
+    """The second reference of the manifest."""
+    references = json.loads(header_of(data)[0]["__metadata__"][METADATA])["references"]
+    return changed_manifest(data, references=[references[0], {**references[1], **changes}])
+
+
+def one_hash_that_is_no_text(data: bytes) -> bytes:
+    hashes = json.loads(header_of(data)[0]["__metadata__"][METADATA])["sha256"]
+    return changed_manifest(data, sha256={**hashes, "0.k_ref_10": 5})
+
+
+def with_manifest(text: str) -> bytes:
+    """A file of a manifest alone, with its hash."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return with_header({"__metadata__": {METADATA: text, "manifest_sha256": digest}}, b"")
+
+
+def a_shifted_border(header: dict[str, Any]) -> None:
+    """Four bytes of a tensor are said to be its neighbour's."""
+    first, second = sorted((e for n, e in header.items() if n[0] != "_"), key=lambda entry: entry["data_offsets"])[:2]
+    first["data_offsets"][1] -= 4
+    second["data_offsets"][0] -= 4
 
 
 def changed_header(data: bytes, change: Any) -> bytes:
@@ -326,15 +401,20 @@ def changed_header(data: bytes, change: Any) -> bytes:
 ATTACKS: dict[str, tuple[Any, str]] = {
     "empty": (lambda d: b"", "0 bytes"),
     "cut in the length": (lambda d: d[:5], "5 bytes"),
+    "cut at the end of the length": (lambda d: d[:7], "it has 7 bytes"),
+    "cut at the header": (lambda d: d[:8], r"its header would have \d+ bytes of the file's 8"),
+    "a header over the end": (lambda d: (len(d) - 7).to_bytes(8, "little") + d[8:], "its header would have"),
     "cut in the header": (lambda d: d[:200], "its header would have"),
     "cut in the keys": (lambda d: d[:-10], r"it has \d+ bytes, expected \d+"),
     "longer": (lambda d: d + b"x", r"it has \d+ bytes, expected \d+"),
-    "a huge header": (lambda d: (2**60).to_bytes(8, "little") + d[8:], "its header would have"),
+    "a huge header": (lambda d: (2**60).to_bytes(8, "little") + d[8:], f"its header would have {2**60} bytes"),
     "no JSON": (lambda d: d[:8] + b"[" + d[9:], "no JSON"),
     "a deep header": (lambda d: (100_000).to_bytes(8, "little") + b"[" * 100_000, "no JSON"),
-    "a list": (lambda d: with_header([], b""), "no metadata"),  # type: ignore[arg-type]
+    "a list": (lambda d: with_header([], b""), r"has no metadata\. Copy"),  # type: ignore[arg-type]
     "no kept concept": (lambda d: with_header({"__metadata__": {}}, b""), "holds no kept concept"),
-    "a changed manifest": (lambda d: d.replace(b"red hat", b"bad hat", 1), "manifest was changed"),
+    "a changed manifest": (lambda d: d.replace(b"red hat", b"bad hat", 1), r"its manifest was changed\. Copy"),
+    "half a letter": (lambda d: with_manifest("\ud800"), "its manifest is no JSON"),
+    "a manifest that ends too soon": (lambda d: with_manifest("{"), "its manifest is no JSON"),
     "a changed key": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), r"SHA-256 of 1\.v_ref_13"),
     "another version": (lambda d: changed_manifest(d, format=2), "format version 2, .* reads 1"),
     "a true version": (lambda d: changed_manifest(d, format=True), "format version True, .* reads 1"),
@@ -347,19 +427,33 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "a layer of no width": (lambda d: changed_origin(d, layers=[[10, 2, 0]]), "a width of 0"),
     "a dtype of its own": (lambda d: changed_origin(d, dtype="int4"), "dtype is 'int4'"),
     "a negative seed": (lambda d: changed_origin(d, reference_seed=-1), "reference_seed is -1"),
-    "a hash that is no text": (lambda d: changed_manifest(d, sha256={"0.k_ref_10": 5}), "sha256 is no object of texts"),
+    "a hash that is no text": (
+        lambda d: changed_manifest(d, sha256={"0.k_ref_10": 5}),
+        r"sha256 is no object of texts\)\. Copy",
+    ),
+    "one hash that is no text": (one_hash_that_is_no_text, "sha256 is no object of texts"),
     "an endless weight": (lambda d: changed_manifest(d, weight=float("inf")), "weight"),
     "a weight of many digits": (lambda d: changed_manifest(d, weight=10**400), "expected form"),
     "no name": (lambda d: changed_manifest(d, name=None), "name is None"),
     "a stowaway": (with_a_stowaway, "'more' is none of a kept concept's"),
+    "an image of a shape in words": (lambda d: with_a_stowaway(d, "image_0", ["two", 2, 3]), "shape is 'two'"),
     "endless offsets": (
         lambda d: changed_header(d, lambda h: h["0.k_ref_10"].update(data_offsets=[0, float("inf")])),
         "data_offsets is inf",
     ),
     "no references": (lambda d: changed_manifest(d, references=[]), "no reference"),
     "odd references": (lambda d: changed_manifest(d, references=[{"tokens": {"1": -1, "2": 3}}]), "KeyError|tokens"),
+    "another storage": (lambda d: changed_reference(d, storage="4-bit"), "reference 1 has .*, storage '4-bit'"),
+    "a grid too few": (lambda d: changed_reference(d, tokens={"1": 8}), "reference 1 has tokens an object of 1"),
+    "less than no tokens": (lambda d: changed_reference(d, tokens={"1": 8, "2": -1}), "tokens is -1"),
+    "less than no error": (lambda d: changed_reference(d, error=-1), "error is -1"),
     "an odd weight": (lambda d: changed_manifest(d, weight="heavy"), "weight"),
-    "other tensors": (lambda d: changed_header(d, lambda h: h.pop("0.k_ref_10")), "different tensors"),
+    "other tensors": (lambda d: changed_header(d, lambda h: h.pop("0.k_ref_10")), r"name different tensors\. Copy"),
+    "a shifted border": (lambda d: changed_header(d, a_shifted_border), r"0\.\w_ref_\d+ has \d+ bytes"),
+    "a shape in words": (
+        lambda d: changed_header(d, lambda h: h["0.k_ref_10"].update(shape=["three", 3, 24])),
+        "shape is 'three', expected a whole number",
+    ),
     "a hole": (
         lambda d: changed_header(d, lambda h: h["0.k_ref_10"].update(data_offsets=[4, 100])),
         "lies at bytes 4 to 100, expected from 0",
@@ -380,6 +474,24 @@ def test_a_damaged_file_is_refused_with_the_reason(path: Path, attack: str) -> N
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(MagicFaceError, match=reason):
         KeptConcept.load(path)
+
+
+def test_a_file_that_cannot_be_read_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(np, "memmap", failing)
+    with pytest.raises(KeptConceptError, match=r"cap\.concept' cannot be read: .*Input/output error"):
+        KeptConcept.load(path)
+
+
+def test_keys_that_are_no_numbers_are_found_by_the_full_check(tmp_path: Path) -> None:
+    kept = made()
+    kept.references[1].tensors["v_ref_13"].arrays[""][2, 1, 3] = np.nan
+    path = kept.save(tmp_path / "cap.concept")
+    with pytest.raises(KeptConceptError, match=r"1\.v_ref_13 holds 1 values that are NaN or infinite"):
+        KeptConcept.load(path)
+    assert np.isnan(KeptConcept.load(path, check_hashes=False).references[1].tensors["v_ref_13"].step(2)[1, 3])
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,16 @@ from PIL import Image
 
 from magicface_rt import BudgetError, Concept, ConceptError, KeptConcept, KeptConceptError, OptionError, Reference
 from magicface_rt.backends.checks import Limits
+from magicface_rt.backends.device import Device
+from magicface_rt.backends.host import from_bfloat16, to_bfloat16
+from magicface_rt.backends.lane import Lane
+from magicface_rt.backends.pieces import Piece, lay_on_host
+from magicface_rt.backends.shelf import Shelf
+from magicface_rt.errors import DeviceMemoryError, HostMemoryError, NonFiniteError
 from magicface_rt.images import LoadedReference
-from magicface_rt.kept import KeptReference, MemoryUse, Origin
+from magicface_rt.kept import KeptReference, MemoryUse, Origin, awaited
+from magicface_rt.kept.awaited import Awaited
+from magicface_rt.kept.feed import ComputedKeys, KeyFeed, PlacedKeys, ReferencePass, StoredKeys
 from magicface_rt.kept.keeper import Keeper, KeepSettings, checked_storage
 from magicface_rt.kept.memory import (
     Tokens,
@@ -25,10 +35,14 @@ from magicface_rt.kept.memory import (
     step_bytes,
     stored_bytes,
 )
+from magicface_rt.kept.on_device import OnDevice
+from magicface_rt.kept.origin import content_key, finite_number
 from magicface_rt.kept.preparation import EncodedReference, inside, prepare_reference, token_counts
-from magicface_rt.kept.reference import Exact
+from magicface_rt.kept.reference import EightBit, Exact, empty_tensors, worst_error
 from magicface_rt.kept.store import KeptStore
+from magicface_rt.regions import PADDING
 from magicface_rt.schedule import Schedule, reference_noise
+from tests.runtime.fake_cuda import FakeCuda
 
 LAYERS = ((10, 2, 24), (13, 1, 8))
 STEPS = 5
@@ -85,6 +99,9 @@ def test_bytes_of_a_step_of_all_steps_and_of_a_row() -> None:
     assert stored_bytes(BUNDLE, {1: 7, 2: 3}, 5, "exact") == 5 * 512
     assert stored_bytes(BUNDLE, {1: 7, 2: 3}, 5, "8-bit") == 5 * (2 * 8 * (7 + 8) + 2 * 24 * (3 + 8))
     assert row_bytes(BUNDLE) == ROW
+    wide: Any = SmallBundle()
+    wide.grid = lambda factor: (8 // factor, 16 // factor)
+    assert row_bytes(wide) == 2 * ROW
     assert request_bytes(BUNDLE, 5, 1) == REQUEST
 
 
@@ -141,6 +158,13 @@ def test_what_each_mode_needs_with_a_device() -> None:
         "stream": MemoryUse(kept + 3 * 512 + 2 * slot + REQUEST, 3 * slot + preparing),
         "recompute": MemoryUse(1300 + 2000 + 2 * slot + REQUEST, 3 * slot + beside),
     }
+    whole = Tokens({1: 64, 2: 16}, "no", 0)  # 3584 bytes a step
+    two = plan([BARE, whole, IN_MEMORY], on_device=True).modes["keep"]
+    assert two.device - plan([BARE, IN_MEMORY], on_device=True).modes["keep"].device == (
+        10 * 3584 + 3584 + 896 + 3 * 2 * (3584 - 512)
+    ), "of two that are prepared one after the other the larger counts"
+    ready = plan([IN_MEMORY], on_device=True)
+    assert ready.modes["keep"].host == 1000 + 320 + REQUEST - 8 * (1024 + 4928), "nothing is prepared"
     own = plan([BARE, IN_MEMORY, IN_FILE, HIDDEN, HIDDEN_KEPT], on_device=True, own_keys=True)
     assert own.modes["stream"].device - found.modes["stream"].device == 3 * 3 * slot, "four images have four rows"
 
@@ -205,6 +229,22 @@ def test_auto_takes_the_first_that_fits_to_the_byte(on_device: bool) -> None:
         plan([BARE], memory="ram")
 
 
+def test_a_mode_has_to_have_room_on_the_host_as_well() -> None:
+    references = [BARE, IN_MEMORY, IN_FILE]
+    modes = plan(references).modes
+    more = {mode: use.host - IN_MEMORY.nbytes for mode, use in modes.items()}
+    assert more["keep"] > more["stream"] > more["recompute"], "those in memory take no more"
+    for mode, need in more.items():
+        assert plan(references, memory=mode, host_room=need).mode == mode
+        with pytest.raises(HostMemoryError, match=rf"need {need / 1e6:,.1f} MB more on the host \('{mode}'\)"):
+            plan(references, memory=mode, host_room=need - 1)
+    for mode, auto in (("keep", "stream"), ("stream", "stream"), ("recompute", "recompute")):
+        assert plan(references, memory="auto", host_room=more[mode]).mode == auto
+    with pytest.raises(HostMemoryError, match=rf"need {more['recompute'] / 1e6:,.1f} MB more .*'recompute'"):
+        plan(references, memory="auto", host_room=more["recompute"] - 1)
+    assert plan([HIDDEN], host_room=0).mode == "keep", "without references there is nothing to be left out"
+
+
 def test_a_plan_cannot_be_changed() -> None:
     found = plan([BARE])
     for frozen in (found, found.peak, BARE, KeepSettings()):
@@ -229,6 +269,9 @@ def test_settings_are_read_and_checked() -> None:
         KeepSettings.of(None, "ram", None, "exact", False)
     with pytest.raises(OptionError, match="storage is '4-bit', expected one of exact, 8-bit"):
         KeepSettings.of(None, "auto", None, "4-bit", False)
+    for keep, budget, said in (("much", None, "keep is 'much'"), (None, -1, "budget is -1")):
+        with pytest.raises(OptionError, match=said):
+            KeepSettings.of(keep, "auto", budget, "exact", False)
 
 
 def test_a_keeper_plans_by_its_settings_unless_told_otherwise() -> None:
@@ -250,6 +293,33 @@ def test_a_keeper_counts_on_nine_tenths_of_what_is_free_on_a_device() -> None:
     assert keeper(free=10**9).plan([BARE], steps=10, images=1).on_device
     assert keeper(free=10**9, budget=10**8).plan([BARE], steps=10, images=1).budget == 10**8
     assert keeper().plan([BARE], steps=10, images=1).budget is None
+    mine = keeper(free=10**9)
+    mine.on_device.unused_bytes = lambda wanted: {("a",): 1000, (): 10}[tuple(wanted)]  # type: ignore[method-assign]
+    assert mine.plan([BARE], steps=10, images=1).budget == 9 * 10**8 + 10, "what can be freed is free as well"
+    assert mine.plan([BARE], steps=10, images=1, keys=("a",)).budget == 9 * 10**8 + 1000
+
+
+@pytest.mark.parametrize(("storage", "need"), [("exact", 10 * 512), ("8-bit", 10 * (2 * 8 * 15 + 2 * 24 * 11))])
+def test_keys_have_to_fit_under_a_limit_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, storage: Any, need: int
+) -> None:
+    for left in (None, need, need - 1):
+        monkeypatch.setattr("magicface_rt.kept.keeper.room", lambda left=left: left)
+        if left == need - 1:
+            with pytest.raises(
+                HostMemoryError, match=r"the keys of a reference for 10 steps need 0\.0 MB more on the host"
+            ):
+                keeper().check_room(BARE.tokens, 10, storage)
+        else:
+            keeper().check_room(BARE.tokens, 10, storage)
+
+
+def test_a_keeper_that_is_closed_holds_nothing() -> None:
+    mine, closed = keeper(keep=10**6), list[bool]()
+    mine.store.get_or_make("a", lambda: KeptReference("a", "", "exact", {}, {}))
+    mine.on_device.close = lambda: closed.append(True)  # type: ignore[method-assign]
+    mine.close()
+    assert (mine.store.keys, closed) == ((), [True])
 
 
 def test_a_pass_takes_a_quarter_of_the_budget_and_512_mib_at_most() -> None:
@@ -257,6 +327,12 @@ def test_a_pass_takes_a_quarter_of_the_budget_and_512_mib_at_most() -> None:
     assert keeper(budget=40 * (ROW + 512)).rows(BARE.tokens, 100, {}) == 10
     assert keeper(budget=10**12).rows(BARE.tokens, 10**6, {}) == 512 * KIB * KIB // (ROW + 512)
     assert keeper(budget=1).rows(BARE.tokens, 100, {}, 7 * (ROW + 512)) == 7
+    whole = Tokens({1: 64, 2: 16}, "no", 0)  # 3584 bytes a step
+    mine = keeper(budget=40 * (ROW + 512))
+    assert mine.rows(whole.tokens, 100, {}) == 9
+    for references in ([BARE, whole], [whole, BARE]):
+        planned = mine.plan(references, steps=100, images=1, memory="recompute")
+        assert planned.rows_per_pass == 10, "of the one of which most go through together"
 
 
 @pytest.mark.parametrize(
@@ -284,13 +360,15 @@ def test_a_keeper_says_whether_what_was_to_be_forgotten_is_gone() -> None:
     mine = keeper(keep=10**6)
     for key in ("a", "b"):
         mine.store.get_or_make(key, lambda key=key: KeptReference(key, "", "exact", {}, {}))
-    held = ["b"]
+    held, asked = ["b"], list[Any]()
     mine.on_device.holds = lambda key: key in held  # type: ignore[method-assign]
+    mine.on_device.forget = asked.append  # type: ignore[method-assign,assignment]
     assert mine.forget(["a"])
     assert mine.store.keys == ("b",)
     assert not mine.forget(["a", "b"]), "a request uses it on the device"
     held.clear()
     assert mine.forget(None)
+    assert asked == [["a"], ["a", "b"], None]
     type_of = type(mine.on_device)
     mine.on_device.__class__ = type("Busy", (type_of,), {"nbytes": 5})
     assert not mine.forget(None)
@@ -410,6 +488,641 @@ def test_noise_of_the_callers_own_and_a_mask_that_vanishes_on_a_grid() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("rows", "at", "which"), [(1, 1, "step 2 of 5"), (2, 1, "steps 3 to 4 of 5"), (2, 2, "step 5 of 5")]
+)
+def test_the_steps_whose_keys_are_not_finite_are_named(
+    monkeypatch: pytest.MonkeyPatch, rows: int, at: int, which: str
+) -> None:
+    once = Graph.once
+
+    def spoiled(self: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if len(self.inputs) == at:
+            raise NonFiniteError("graph reference_kv: output k_ref_10")
+        return once(self, inputs)
+
+    monkeypatch.setattr(Graph, "once", spoiled)
+    with pytest.raises(NonFiniteError, match=f"^{which}: graph reference_kv: output k_ref_10"):
+        prepared(corner(33), rows)
+
+
+def test_references_that_were_computed_alike_are_known_as_the_same() -> None:
+    ones = np.ones((1, 4, 8, 8), np.float32)
+    first, again = (prepared(corner(33), 2)[0] for _ in range(2))
+    assert first.identity == again.identity
+    assert prepared(corner(33), 2, noise=lambda step: ones)[0].identity != first.identity
+
+
+# ---------------------------------------------------------------------------------------------------- keys step by step
+
+
+class Held:
+    """As much of a `Binding` as the feed calls: what each input holds now, and from whom."""
+
+    seconds = 0.5
+
+    def __init__(self, largest: Mapping[str, int] | None = None) -> None:
+        self.limit = largest or {}
+        self.inputs: dict[str, Any] = {}
+        self.laid: list[str] = []
+        self.links: list[tuple[str, Any, str]] = []
+        self.runs = self.checks = 0
+
+    def largest(self, symbol: str) -> int | None:
+        return self.limit.get(symbol)
+
+    def set(self, name: str, array: np.ndarray) -> None:
+        self.inputs[name] = array
+
+    def lay(self, name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> None:
+        self.laid.append(name)
+        self.inputs[name] = np.zeros(shape, np.float32)
+        lay_on_host(self.inputs[name], pieces)
+
+    def link(self, name: str, source: Any, output: str) -> None:
+        self.links.append((name, source, output))
+
+    def read(self, name: str) -> np.ndarray:
+        """An output of `reference_kv`: 100 rows that say their place and the timestep."""
+        index = int(name.rpartition("_")[2])
+        width = next(width for i, _, width in LAYERS if i == index)
+        values = np.arange(100.0) / 100 + self.inputs["timestep"][0] + index * 1000
+        return np.repeat(values[:, None], width, axis=1).astype(np.float32)
+
+    def run(self) -> None:
+        self.runs += 1
+
+    def check(self) -> None:
+        self.checks += 1
+
+
+def stored_keys(first: float, tokens: dict[int, int], **given: Any) -> StoredKeys:
+    """Keys that say whose they are, the layer, the step and the token."""
+    tensors = {
+        f"{kind}_ref_{index}": Exact(
+            np.array(
+                [
+                    [[sign * (first + index + step / 10 + token / 100)] * width for token in range(tokens[factor])]
+                    for step in range(2)
+                ],
+                np.float32,
+            ).reshape(2, tokens[factor], width)
+        )
+        for index, factor, width in LAYERS
+        for kind, sign in (("k", 1), ("v", -1))
+    }
+    return StoredKeys(KeptReference(str(first), f"view {first}", "exact", tokens, tensors), **given)
+
+
+def laid(source: StoredKeys, name: str, step: int) -> np.ndarray:
+    return source.kept.tensors[name].step(step)
+
+
+def feed(binding: Held, rows: Sequence[Sequence[PlacedKeys]], **given: Any) -> KeyFeed:
+    return KeyFeed(BUNDLE, binding, rows, **given)  # type: ignore[arg-type]
+
+
+def test_keys_lie_end_to_end_and_say_whose_they_are() -> None:
+    man, hat, off = (
+        stored_keys(first, tokens) for first, tokens in ((100, {1: 3, 2: 2}), (200, {1: 2, 2: 0}), (300, {1: 9, 2: 9}))
+    )
+    binding = Held()
+    both = [PlacedKeys(man, 0, 2.0), PlacedKeys(off, 1, 0.0), PlacedKeys(hat, 2, -1.0)]
+    found = feed(binding, [both, [PlacedKeys(hat, 0, 3.0)]])
+    assert found.rows == 2
+    access = found.access(["rba", "rsa"], ["bias", "scale"])
+    assert {name: array.tolist() for name, array in access.items()} == {
+        "key_group_1": [[1, 1, 1, 3, 3], [1, 1, -1, -1, -1]],
+        "key_bias_1": [[2, 2, 2, -1, -1], [0] * 5],
+        "key_scale_1": [[1] * 5, [3, 3, 0, 0, 0]],
+        "key_group_2": [[1, 1], [-1, -1]],
+        "key_bias_2": [[2, 2], [0, 0]],
+        "key_scale_2": [[1, 1], [0, 0]],
+    }
+    for step in (1, 0):
+        binding.laid.clear()
+        found.start(step)
+        assert binding.laid == ["k_ref_10", "v_ref_10", "k_ref_13", "v_ref_13"]
+        for name in ("k_ref_13", "v_ref_13"):
+            assert binding.inputs[name].shape == (2, 5, 8)
+            np.testing.assert_array_equal(binding.inputs[name][0, :3], laid(man, name, step))
+            np.testing.assert_array_equal(binding.inputs[name][0, 3:], laid(hat, name, step))
+            np.testing.assert_array_equal(binding.inputs[name][1, :2], laid(hat, name, step))
+            assert not binding.inputs[name][1, 2:].any()
+        for name in ("k_ref_10", "v_ref_10"):
+            assert binding.inputs[name].shape == (2, 2, 24)
+            np.testing.assert_array_equal(binding.inputs[name][0], laid(man, name, step))
+            assert not binding.inputs[name][1].any()
+    found.prepare(1)
+    found.check()
+    assert found.seconds == 0, "no pass runs beside it"
+    one_without = feed(Held(), [[PlacedKeys(man, 0, 1.0)], []])
+    for step in range(2):
+        one_without.start(step)
+        np.testing.assert_array_equal(one_without._binding.inputs["k_ref_10"][0], laid(man, "k_ref_10", step))  # type: ignore[attr-defined]
+
+
+def test_keys_are_filled_up_to_a_bucket_that_the_graph_takes() -> None:
+    rows = [[PlacedKeys(stored_keys(100, {1: 17, 2: 3}), 0, 1.0)]]
+    counts = {
+        1: [(False, {}, 17), (True, {}, 32), (True, {"M1": 20}, 20), (True, {"M2": 20}, 32)],
+        2: [(False, {}, 3), (True, {}, 16), (True, {"M1": 20}, 16), (True, {"M2": 5}, 5)],
+    }
+    for factor, cases in counts.items():
+        for padded, largest, count in cases:
+            found = feed(Held(largest), rows, padded=padded)
+            assert found.tokens[0][factor].count == count
+            assert found.access(["rba"], ["bias"])[f"key_group_{factor}"].shape == (1, count)
+
+
+def test_without_keys_one_that_nobody_sees_is_laid_once() -> None:
+    binding = Held()
+    found = feed(binding, [[PlacedKeys(stored_keys(100, {1: 3, 2: 2}), 0, 0.0)]])
+    assert (found.access(["rba"], ["bias"])["key_group_2"] == PADDING).all()
+    for step in range(2):
+        found.start(step)
+    assert binding.laid == ["k_ref_10", "v_ref_10", "k_ref_13", "v_ref_13"]
+    assert binding.inputs["k_ref_10"].shape == (1, 1, 24)
+
+
+def test_keys_in_eight_bits_are_computed_once_for_all_rows() -> None:
+    class Counted(Exact):
+        asked = 0
+
+        def step(self, step: int) -> np.ndarray:
+            Counted.asked += 1
+            return super().step(step)
+
+    man = stored_keys(100, {1: 3, 2: 2})
+    counted = {name: Counted(one.arrays[""]) for name, one in man.kept.tensors.items()}
+    man = StoredKeys(replace(man.kept, tensors=counted))
+    feed(Held(), [[PlacedKeys(man, 0, weight)] for weight in (1.0, 2.0)]).start(0)
+    assert Counted.asked == len(counted)
+
+
+def test_the_first_stored_keys_that_are_not_finite_are_named() -> None:
+    good, bad, other = (stored_keys(first, {1: 3, 2: 2}) for first in (100, 200, 300))
+    bad.kept.tensors["v_ref_13"].arrays[""][1, 2, :5] = np.nan
+    other.kept.tensors["k_ref_10"].arrays[""][1] = np.inf
+    computed = ComputedKeys(0, {1: 1, 2: 1})
+    one = feed(
+        Held(),
+        [
+            [PlacedKeys(good, 0, 1.0), PlacedKeys(computed, 1, 1.0)],
+            [PlacedKeys(bad, 0, 1.0), PlacedKeys(other, 1, 1.0)],
+        ],
+    )
+    assert one.spoiled(0) == ""
+    assert "kept keys v_ref_13 of the reference 'view 200' (200...): 5 of 24 values are NaN" in one.spoiled(1)
+    assert "k_ref_10 of the reference 'view 300' (300...): 48 of 48" in feed(
+        Held(), [[PlacedKeys(other, 0, 1.0)]]
+    ).spoiled(1)
+
+
+def beside(binding: Held, *sides: int, **given: Any) -> tuple[ReferencePass, list[int]]:
+    """The pass of references whose masks are corners, and the steps that it noised."""
+    noised: list[int] = []
+
+    def noise(step: int) -> np.ndarray:
+        noised.append(step)
+        return np.full((len(sides), 4, 8, 8), step, np.float32)
+
+    masks = [corner(side) for side in sides]
+    text = np.ones((len(sides), 77, 16), np.float32)
+    made = ReferencePass(
+        BUNDLE,
+        binding,  # type: ignore[arg-type]
+        masks=masks,
+        text=text,
+        noised=noise,
+        timesteps=(901, 401),
+        **given,
+    )
+    assert binding.inputs["text"] is text
+    return made, noised
+
+
+def test_a_pass_runs_each_step_with_noise_that_was_made_ahead() -> None:
+    binding = Held()
+    computing, noised = beside(binding, 33, 17)
+    assert computing.references == 2
+    assert binding.inputs["kept_1"].tolist() == [0, 1, 2, 8, 9, 10, 16, 17, 18, 64, 65, 72, 73]
+    assert binding.inputs["kept_2"].tolist() == [0, 1, 4, 5, 16]
+    computing.run(0)
+    computing.prepare(1)
+    computing.run(1)
+    computing.run(0)
+    assert noised == [0, 1, 0], "none twice, and none of another step"
+    assert binding.inputs["latents"][0, 0, 0, 0] == 0
+    assert binding.inputs["timestep"].tolist() == [901, 901]
+    assert binding.runs == 3
+    assert [(source.number, source.tokens) for source in computing.sources()] == [(0, {1: 9, 2: 4}), (1, {1: 4, 2: 1})]
+
+
+def test_a_pass_fills_its_tokens_up_to_a_bucket_that_the_graph_takes() -> None:
+    binding = Held({"M1": 14})
+    computing, _ = beside(binding, 33, 17, padded=True)
+    assert binding.inputs["kept_1"].tolist()[12:] == [73, 0]
+    assert len(binding.inputs["kept_2"]) == 16
+    assert computing.sources()[1].tokens == {1: 4, 2: 1}, "padding is nobody's"
+
+
+def test_what_a_pass_puts_out_is_read_in_place_where_it_is_all() -> None:
+    computing, noised = beside(Held(), 33, 17)
+    man, hat = computing.sources()
+    binding = Held()
+    found = feed(binding, [[PlacedKeys(man, 0, 1.0), PlacedKeys(hat, 1, 2.0)]], computing=computing)
+    names = ["k_ref_10", "v_ref_10", "k_ref_13", "v_ref_13"]
+    for step in range(2):
+        found.start(step)
+        assert binding.links == [(name, computing.binding, name) for name in names], "once for all steps"
+    assert not binding.laid
+    found.prepare(0)
+    assert noised == [0, 1, 0]
+    found.check()
+    assert (found.seconds, computing.binding.checks, computing.binding.runs) == (0.5, 1, 2)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("order", ["swapped", "part", "rows", "mixed"])
+def test_what_a_pass_puts_out_is_laid_where_it_is_not_all_or_in_another_order(order: str) -> None:
+    computing, _ = beside(Held(), 33, 17)
+    man, hat = (PlacedKeys(source, number, 1.0) for number, source in enumerate(computing.sources()))
+    keys = stored_keys(100, {1: 3, 2: 2})
+    other = PlacedKeys(keys, 2, 1.0)
+    rows = {"swapped": [[hat, man]], "part": [[hat]], "rows": [[man, hat], [hat]], "mixed": [[man, hat, other]]}[order]
+    binding = Held()
+    found = feed(binding, rows, computing=computing)
+    for step in range(2):
+        found.start(step)
+        assert not binding.links
+        out = computing.binding.read("k_ref_13")
+        of = {id(man): out[:9], id(hat): out[9:13], id(other): laid(keys, "k_ref_13", step)}
+        for row, found_row in zip(rows, binding.inputs["k_ref_13"], strict=True):
+            expected = np.concatenate([of[id(placed)] for placed in row])
+            np.testing.assert_array_equal(found_row[: len(expected)], expected)
+            assert not found_row[len(expected) :].any()
+
+
+class Brought:
+    """As much of a `Shelf` as the feed calls: what it brings stays on the host."""
+
+    def __init__(self) -> None:
+        self.wanted: list[dict[Any, Any]] = []
+        self.uses = 0
+
+    def bring(self, arrays: Mapping[Any, np.ndarray]) -> dict[Any, np.ndarray]:
+        self.wanted.append(dict(arrays))
+        return {key: array + 0.5 for key, array in arrays.items()}
+
+    def used(self) -> None:
+        self.uses += 1
+
+
+def test_keys_that_are_not_on_the_device_are_brought_there_ahead_and_once() -> None:
+    there = stored_keys(300, {1: 1, 2: 1})
+    on_device: Any = {(step, name): laid(there, name, step) + 0.25 for step in range(2) for name in there.kept.tensors}
+    there = StoredKeys(there.kept, on_device)
+    man, hat = stored_keys(100, {1: 3, 2: 2}), stored_keys(200, {1: 2, 2: 0})
+    computing, _ = beside(Held(), 17)
+    computed = computing.sources()[0]
+    placed = {name: PlacedKeys(one, 0, 1.0) for name, one in zip("mhtc", (man, hat, there, computed), strict=True)}
+    shelf: Any = Brought()
+    binding = Held()
+    rows = [[placed[name] for name in row] for row in ("mtc", "hmt")]
+    found = feed(binding, rows, computing=computing, shelf=shelf)
+    names = ["k_ref_10", "v_ref_10", "k_ref_13", "v_ref_13"]
+    wanted = {*((id(man), name) for name in names), *((id(hat), name) for name in names[2:])}
+    for step, ahead in ((0, False), (1, True), (0, False)):
+        if ahead:
+            found.prepare(step)
+        before = len(shelf.wanted)
+        found.start(step)
+        assert len(shelf.wanted) == before + (not ahead), "what was brought ahead is not brought again"
+        assert set(shelf.wanted[-1]) == wanted
+        keys = binding.inputs["k_ref_13"]
+        np.testing.assert_array_equal(keys[0, :3], laid(man, "k_ref_13", step) + 0.5)
+        np.testing.assert_array_equal(keys[0, 3:4], laid(there, "k_ref_13", step) + 0.25)
+        np.testing.assert_array_equal(keys[0, 4:8], computing.binding.read("k_ref_13")[:4])
+        np.testing.assert_array_equal(keys[1, :2], laid(hat, "k_ref_13", step) + 0.5)
+        np.testing.assert_array_equal(keys[1, 2:5], laid(man, "k_ref_13", step) + 0.5)
+    assert shelf.uses == 3
+    assert len(shelf.wanted) == 3
+
+
+def test_where_nothing_has_to_be_brought_the_shelf_rests() -> None:
+    shelf: Any = Brought()
+    feed(Held(), [[]], shelf=shelf).start(0)
+    assert (shelf.wanted, shelf.uses) == ([], 1)
+
+
+# --------------------------------------------------------------------------------------------------------- on a device
+
+
+class OneDevice:
+    """A made-up device, and the references that are brought to it, of two steps."""
+
+    def __init__(self) -> None:
+        self.cuda = FakeCuda()
+        self.lane = Lane(Device(0, cuda=self.cuda))
+        self.lane.join()
+        self.held = OnDevice()
+        self.bundle: Any = SmallBundle()
+        self.bundle.dtype = "float32"
+
+    def use(self, kept: KeptReference) -> Any:
+        return self.held.use(kept, Shelf(self.lane), self.bundle, 2)
+
+    def bring(self, *references: KeptReference) -> None:
+        for kept in references:
+            with self.use(kept):
+                pass
+
+
+@pytest.fixture
+def device() -> Iterator[OneDevice]:
+    made = OneDevice()
+    yield made
+    made.held.close()
+    assert not made.lane.device._reclaims, "what is closed is not asked any more"
+    made.lane.leave()
+    assert not made.cuda.alive()
+
+
+MAN_KEYS, HAT_KEYS, CAT_KEYS = (
+    stored_keys(first, tokens).kept
+    for first, tokens in ((100, {1: 3, 2: 2}), (200, {1: 64, 2: 16}), (300, {1: 5, 2: 0}))
+)
+
+
+def test_keys_of_all_steps_are_on_the_device_while_they_are_used_and_after(device: OneDevice) -> None:
+    for kept, tensors in ((MAN_KEYS, 4), (CAT_KEYS, 2)):
+        for _ in range(2):
+            with device.use(kept) as keys:
+                assert len(keys) == 2 * tensors
+                for (step, name), array in keys.items():
+                    there = device.cuda.view(array.buffer.address + array.offset, array.nbytes)
+                    np.testing.assert_array_equal(there.view(np.float32), kept.tensors[name].step(step).reshape(-1))
+    assert device.cuda.count("cudaMalloc") == 2, "each came up once"
+    assert device.held.nbytes == device.cuda.allocated()
+    assert [device.held.has(kept) for kept in (MAN_KEYS, HAT_KEYS, CAT_KEYS)] == [True, False, True]
+    assert [device.held.holds(kept.key) for kept in (MAN_KEYS, HAT_KEYS, CAT_KEYS)] == [True, False, True]
+
+
+def test_what_is_used_is_not_freed_and_what_is_wanted_counts_as_room(device: OneDevice) -> None:
+    device.bring(MAN_KEYS)
+    small = device.held.nbytes
+    with device.use(HAT_KEYS):
+        large = device.held.nbytes - small
+        assert device.held.unused_bytes([]) == device.held.unused_bytes([MAN_KEYS.key]) == small
+        assert device.held.unused_bytes([HAT_KEYS.key]) == small + large
+        device.held.free_unused()
+        assert device.held.nbytes == device.cuda.allocated() == large
+        device.held.forget([HAT_KEYS.key])
+        device.held.close()
+        assert device.held.nbytes == large
+    device.held.forget([MAN_KEYS.key])
+    assert device.held.holds(HAT_KEYS.key), "it was not meant"
+    device.bring(MAN_KEYS)
+    device.held.forget([HAT_KEYS.key, CAT_KEYS.key])
+    assert (device.held.nbytes, device.cuda.allocated()) == (small, small)
+    device.held.forget()
+    assert (device.held.nbytes, device.cuda.allocated()) == (0, 0)
+
+
+def test_what_was_used_longest_ago_is_freed_first_and_no_more_than_is_needed(device: OneDevice) -> None:
+    device.bring(MAN_KEYS, HAT_KEYS, CAT_KEYS, MAN_KEYS)
+    sizes = {}
+    for kept in (HAT_KEYS, CAT_KEYS, MAN_KEYS):
+        before = device.held.nbytes
+        assert device.held.reclaim(0) == 0
+        sizes[kept.key] = device.held.reclaim(1)
+        assert device.held.nbytes == device.cuda.allocated() == before - sizes[kept.key]
+        assert not device.held.has(kept)
+    device.bring(MAN_KEYS, HAT_KEYS, CAT_KEYS)
+    assert device.held.reclaim(sizes[MAN_KEYS.key]) == sizes[MAN_KEYS.key]
+    assert device.held.has(HAT_KEYS)
+    assert device.held.reclaim(sizes[HAT_KEYS.key] + 1) == sizes[HAT_KEYS.key] + sizes[CAT_KEYS.key]
+
+
+@pytest.mark.parametrize(("beside", "left"), [(2, "mhc"), (1, "hc"), (0, "h")])
+def test_no_more_is_left_beside_what_is_wanted(device: OneDevice, beside: int, left: str) -> None:
+    device.bring(MAN_KEYS, HAT_KEYS, CAT_KEYS)
+    device.held.trim(sum(_on_device(kept) for kept in (MAN_KEYS, CAT_KEYS)[2 - beside :]), (HAT_KEYS.identity,))
+    there = {"m": MAN_KEYS, "h": HAT_KEYS, "c": CAT_KEYS}
+    assert "".join(name for name, kept in there.items() if device.held.has(kept)) == left
+    assert device.held.nbytes == device.cuda.allocated() == sum(_on_device(there[name]) for name in left)
+
+
+def _on_device(kept: KeptReference) -> int:
+    """Bytes there: each tensor of a step begins at a multiple of 256."""
+    return sum(2 * -(-one.step(0).nbytes // 256) * 256 for one in kept.tensors.values())
+
+
+def test_a_device_that_is_short_gets_what_no_request_uses(device: OneDevice) -> None:
+    device.bring(MAN_KEYS)
+    device.cuda.total = device.cuda.allocated() + 100
+    with device.use(MAN_KEYS), pytest.raises(DeviceMemoryError, match=r"a graph needs 0\.\d MB more"):
+        device.lane.device.require(200, "a graph")
+    device.lane.device.require(200, "a graph")
+    assert device.held.nbytes == 0
+
+
+def test_what_failed_to_come_up_is_not_there_and_is_tried_again(device: OneDevice) -> None:
+    class Failing(Exact):
+        def step(self, step: int) -> np.ndarray:
+            assert device.held.has(kept), "it is on its way"
+            assert device.held.nbytes == MAN_KEYS.nbytes
+            raise KeyboardInterrupt
+
+    name = "v_ref_13"
+    kept = replace(MAN_KEYS, tensors={**MAN_KEYS.tensors, name: Failing(MAN_KEYS.tensors[name].arrays[""])})
+    kept = kept.known_as(MAN_KEYS.identity)
+    with pytest.raises(KeyboardInterrupt), device.use(kept):
+        raise AssertionError("it was given")
+    assert (device.held.has(kept), device.held.nbytes, device.cuda.allocated()) == (False, 0, 0)
+    device.bring(MAN_KEYS)
+    assert device.held.has(kept)
+
+
+def test_what_was_enqueued_is_done_before_keys_may_be_freed(device: OneDevice) -> None:
+    done: list[int] = []
+    with device.use(MAN_KEYS):
+        device.cuda.submit(device.lane.stream.handle, lambda: done.append(1))
+    assert done == [1]
+
+
+@pytest.fixture
+def coming(device: OneDevice) -> Iterator[threading.Event]:
+    """Another thread brings the keys of `MAN_KEYS` up, until the event is set."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Exact):
+        def step(self, step: int) -> np.ndarray:
+            begun.set()
+            assert go_on.wait(60)
+            return super().step(step)
+
+    tensors = {name: Slow(stored.arrays[""]) for name, stored in MAN_KEYS.tensors.items()}
+    slow = replace(MAN_KEYS, tensors=tensors).known_as(MAN_KEYS.identity)
+
+    def bring() -> None:
+        lane = Lane(device.lane.device)
+        lane.join()
+        with device.held.use(slow, Shelf(lane), device.bundle, 2):
+            pass
+        lane.leave()
+
+    bringing = threading.Thread(target=bring)
+    bringing.start()
+    assert begun.wait(60)
+    yield go_on
+    go_on.set()
+    bringing.join(60)
+
+
+def test_who_waits_for_keys_of_another_is_asked_and_may_go(
+    device: OneDevice, coming: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(awaited, "WAIT_SECONDS", 0.001)
+    asked: list[int] = []
+
+    def waiting() -> None:
+        asked.append(len(asked))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    used = device.held.use(MAN_KEYS, Shelf(device.lane), device.bundle, 2, waiting)
+    with pytest.raises(KeyboardInterrupt), used:
+        raise AssertionError("it was given")
+    assert asked == [0, 1, 2]
+    assert device.held.has(MAN_KEYS), "it comes all the same"
+
+
+def test_who_waits_for_keys_of_another_goes_on_as_soon_as_they_are_there(
+    device: OneDevice, coming: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait, waits = Awaited.wait, threading.Event()
+
+    def waited(self: Awaited, waiting: Callable[[], object]) -> None:
+        waits.set()
+        wait(self, waiting)
+
+    def use() -> None:
+        lane = Lane(device.lane.device)
+        lane.join()
+        with device.held.use(MAN_KEYS, Shelf(lane), device.bundle, 2) as keys:
+            assert len(keys) == 8
+        lane.leave()
+
+    monkeypatch.setattr(awaited, "WAIT_SECONDS", 1000)
+    monkeypatch.setattr(Awaited, "wait", waited)
+    waiter = threading.Thread(target=use, daemon=True)
+    waiter.start()
+    assert waits.wait(60)
+    time.sleep(0.05)
+    coming.set()
+    waiter.join(20)
+    assert not waiter.is_alive()
+    assert device.cuda.count("cudaMalloc") == 1
+
+
+def test_keys_of_another_size_are_refused_under_the_same_identity(device: OneDevice) -> None:
+    other = replace(HAT_KEYS).known_as(MAN_KEYS.identity)
+    with device.use(MAN_KEYS):
+        wanted = rf"'100' on the device have {MAN_KEYS.nbytes} bytes, and a request wants {HAT_KEYS.nbytes} bytes"
+        with pytest.raises(KeptConceptError, match=wanted), device.use(other):
+            raise AssertionError("it was given")
+    device.held.free_unused()
+    assert device.held.nbytes == 0, "nobody uses it"
+
+
+# -------------------------------------------------------------------------------------------------- how keys are stored
+
+
+def test_eight_bits_go_from_the_lowest_value_of_a_channel_to_its_highest() -> None:
+    values = np.array([[-1, 10, 0], [0.5, 10, 0.8], [4.1, 10, 2]], np.float32)
+    stored = EightBit.empty(2, 3, 3, "float32")
+    with np.errstate(all="raise"):
+        stored.put(1, values)
+    assert stored.levels[1].tolist() == [[0, 0, 0], [75, 0, 102], [255, 0, 255]]
+    np.testing.assert_allclose(stored.extremes(1), values[[0, 2]], atol=1e-6)
+    np.testing.assert_array_equal(stored.step(1)[:, 1], values[:, 1])
+    with pytest.raises(
+        NonFiniteError, match=r"keys from -3e\+38 to 3e\+38 lie too far apart for 8 bits.*storage='exact'"
+    ):
+        stored.put(0, np.array([[3e38, 0], [-3e38, 1]], np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_eight_bits_cost_is_that_of_the_worst_tensor_over_all_its_steps(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    tensors, errors = {}, []
+    for name, spread in (("even", 0.1), ("uneven", 9.0), ("other", 1.0)):
+        tensors[name] = EightBit.empty(3, 40, 6, dtype)
+        exact = (3 + spread * rng.standard_normal((3, 40, 6)) ** 3).astype(np.float32)
+        for step, values in enumerate(exact):
+            given = to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype)
+            exact[step] = from_bfloat16(given) if dtype == "bfloat16" else given
+            tensors[name].put(step, given)
+        levels, scale, low = (tensors[name].arrays[f".{of}"] for of in ("levels", "scale", "low"))
+        errors.append(np.linalg.norm(levels * scale[:, None] + low[:, None] - exact) / np.linalg.norm(exact))
+    assert worst_error({**tensors, "exact": Exact(exact)}) == pytest.approx(max(errors), rel=1e-3)
+    assert worst_error({"exact": Exact(exact)}) == worst_error({"none": EightBit.empty(2, 0, 6, dtype)}) == 0
+
+
+def test_bfloat16_is_kept_as_its_bits_however_it_is_given() -> None:
+    bits = to_bfloat16(np.array([[1.5, -2.25]], np.float32))
+    stored = Exact.empty(2, 1, 2, "bfloat16")
+    stored.put(0, bits)
+    stored.put(1, bits.view(np.float16))  # as ml_dtypes: two bytes of another kind
+    for step in range(2):
+        np.testing.assert_array_equal(stored.step(step), bits)
+
+
+def test_a_reference_is_itself_and_says_nothing_of_its_keys() -> None:
+    one = KeptReference("key", "a man", "exact", {1: 1}, {"k_ref_13": Exact(np.full((1, 1, 8), 0.123, np.float32))})
+    assert (one.error, one.mapped, one.nbytes) == (0.0, False, 32)
+    same = replace(one)
+    assert one != same
+    assert len({one, same, one.identity, same.identity}) == 4, "a changed one may have other keys"
+    assert replace(one.known_as("that")).identity != "that"
+    assert "0.123" not in repr(one)
+    assert "that" not in repr(one)
+    with pytest.raises(FrozenInstanceError):
+        one.key = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("storage", ["exact", "8-bit"])
+def test_what_lies_in_a_file_is_read_once_and_then_its_own(storage: Any) -> None:
+    """What `in_memory` gives outlives the mapping; what is in memory is not copied."""
+    tensors = empty_tensors(Origin.of(BUNDLE, 2, 9), {1: 3, 2: 2}, storage)
+    for stored in tensors.values():
+        for step in range(2):
+            stored.put(step, np.random.default_rng(step).random(stored.step(step).shape).astype(np.float16))
+    mapped = KeptReference("key", "a man", storage, {1: 3, 2: 2}, tensors, 0.25, mapped=True).known_as("that")
+    read = mapped.in_memory()
+    assert (read.key, read.prompt, read.storage, read.tokens) == ("key", "a man", storage, {1: 3, 2: 2})
+    assert (read.error, read.mapped, read.identity, read.nbytes) == (0.25, False, "that", mapped.nbytes)
+    assert read.in_memory() is read
+    for name, stored in tensors.items():
+        expected = stored.step(1).copy()
+        for array in stored.arrays.values():
+            array[:] = 0
+        np.testing.assert_array_equal(read.tensors[name].step(1), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_keys_that_are_no_numbers_are_told_whatever_they_are_held_as(dtype: str) -> None:
+    values = np.full((2, 3), -3.0, np.float32)
+    stored = Exact.empty(2, 2, 3, dtype)
+    for step in range(2):
+        values[1, :2] = [np.nan, np.inf] if step else 0
+        stored.put(step, to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype))
+    kept = KeptReference("k" * 20, "a man", "exact", {1: 2}, {"k_ref_13": stored})
+    assert kept.spoiled(0) == ""
+    assert kept.spoiled(1).startswith(f"kept keys k_ref_13 of the reference 'a man' ({'k' * 16}...): 2 of 6 values are")
+
+
 # ------------------------------------------------------------------------------------------------------- kept concepts
 
 
@@ -517,11 +1230,18 @@ def test_an_origin_that_fits_and_what_it_says() -> None:
         ({"height": 0}, "height is 0, expected a whole number from 1"),
         ({"width": 0}, "width is 0, expected a whole number from 1"),
         ({"reference_seed": 2**64}, "reference_seed is 18446744073709551616, expected a whole number from 0"),
-        ({"layers": [[10, 0, 24]]}, "layers has a factor or a width of 0"),
-        ({"layers": [[13, 1, 8], [13, 2, 24]]}, "layers has an index that is not above the one before it"),
+        ({"layers": [[10, 2, 24], [13, 1]]}, "layers is"),
+        ({"layers": [[10, "2", 24]]}, "layers is '2', expected a whole number from 0"),
+        ({"layers": [[10, 0, 24], [13, 1, 8]]}, "layers has a factor or a width of 0"),
+        ({"layers": [[10, 2, 24], [13, 1, 0]]}, "layers has a factor or a width of 0"),
+        ({"layers": [[10, 2, 24], [13, 1, 8], [13, 2, 24]]}, "layers has an index that is not above the one before it"),
         ({"layers": []}, "layers is"),
         ({"layers": {}}, "layers is"),
-        ({"scheduler": {"x": None}}, "scheduler is"),
+        ({"scheduler": {"x": None, "y": 5}}, "scheduler is"),
+        ({"timesteps": [1, -1]}, "timesteps is -1"),
+        ({"timesteps": []}, "timesteps is empty"),
+        ({"timesteps": {}}, "timesteps is an object of 0, expected a list of whole numbers"),
+        ({"more": 1}, "origin is an object of 10, expected an object with architecture, bundle_hash, "),
         ({"architecture": 5}, "architecture is 5, expected text"),
         ({"dtype": "float64"}, "dtype is 'float64', expected one of float32, float16, bfloat16"),
     ],
@@ -529,6 +1249,12 @@ def test_an_origin_that_fits_and_what_it_says() -> None:
 def test_what_is_no_origin_is_refused_by_its_entry(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Origin.from_dict({**WANTED.to_dict(), **changes})
+
+
+@pytest.mark.parametrize("data", [None, [], "origin", {}])
+def test_what_is_no_object_of_an_origins_entries_is_refused(data: object) -> None:
+    with pytest.raises(ValueError, match=r"origin is .*, expected an object with architecture, bundle_hash, "):
+        Origin.from_dict(data)
 
 
 @pytest.mark.parametrize(
@@ -546,3 +1272,18 @@ def test_what_is_no_origin_is_refused_by_its_entry(changes: dict[str, Any], said
 def test_the_smallest_and_largest_of_an_origin(changes: dict[str, Any]) -> None:
     found = Origin.from_dict({**WANTED.to_dict(), **changes}).to_dict()
     assert {name: found[name] for name in changes} == changes
+
+
+@pytest.mark.parametrize("value", [True, "1", None, -0.5, float("nan"), float("inf"), 10**400])
+def test_an_error_is_a_finite_number(value: object) -> None:
+    with pytest.raises(ValueError, match=r"error is .*, expected a number from 0"):
+        finite_number(value, "error")
+    assert [finite_number(good, "error") for good in (0, 2, 0.5)] == [0.0, 2.0, 0.5]
+
+
+def test_a_content_key_is_the_same_in_every_version() -> None:
+    """People and servers hold on to it: ids of concepts are made of it."""
+    loaded = LoadedReference(Image.new("RGB", (64, 64), (1, 2, 3)), corner(33), "x")
+    assert content_key(WANTED, loaded, "ein M\u00e4dchen", "exact") == (
+        "66cd5892304fb9b66d558b07c4c707a758b204239ff95ea8e650319b8cfcfb6e"
+    )

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magicface_rt import OptionError
+from magicface_rt.kept import awaited
 from magicface_rt.kept.awaited import Awaited
 from magicface_rt.kept.reference import Exact, KeptReference
 from magicface_rt.kept.store import KeptStore
@@ -144,6 +145,77 @@ def test_an_interrupt_as_it_says_that_it_is_over_leaves_nobody_waiting(monkeypat
     assert found == ["a"]
     store.forget()
     assert not store._making
+
+
+def test_who_waits_is_asked_from_time_to_time_and_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(awaited, "WAIT_SECONDS", 0.001)
+    store, first, go_on, asked = KeptStore(1000), threading.Event(), threading.Event(), list[int]()
+
+    def making() -> KeptReference:
+        first.set()
+        assert go_on.wait(60)
+        return entry("a")
+
+    def waiting() -> None:
+        asked.append(len(asked))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    maker = threading.Thread(target=store.get_or_make, args=("a", making))
+    maker.start()
+    assert first.wait(10)
+    with pytest.raises(KeyboardInterrupt):
+        store.get_or_make("a", lambda: entry("b"), waiting)
+    assert asked == [0, 1, 2]
+    go_on.set()
+    maker.join(10)
+    assert store.keys == ("a",), "who makes it was not disturbed"
+
+
+def test_who_waits_goes_on_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, first, waits, go_on, wait = (
+        KeptStore(1000),
+        threading.Event(),
+        threading.Event(),
+        threading.Event(),
+        Awaited.wait,
+    )
+
+    def making() -> KeptReference:
+        first.set()
+        assert go_on.wait(60)
+        return entry("a")
+
+    def waited(self: Awaited, waiting: Callable[[], object]) -> None:
+        waits.set()
+        wait(self, waiting)
+
+    monkeypatch.setattr(awaited, "WAIT_SECONDS", 1000)
+    monkeypatch.setattr(Awaited, "wait", waited)
+    threads = []
+    for make, begun in ((making, first), (lambda: entry("b"), waits)):
+        threads.append(threading.Thread(target=store.get_or_make, args=("a", make), daemon=True))
+        threads[-1].start()
+        assert begun.wait(10)
+    time.sleep(0.05)
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_what_is_forgotten_is_gone_where_an_interrupt_came_as_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Awaited) -> None:
+        raise KeyboardInterrupt
+
+    store = KeptStore(1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(Awaited, "wake", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.get_or_make("a", lambda: entry("a"))
+    store.forget()
+    assert not store._making
+    assert not store.keys
 
 
 @given(count=st.integers(1, 30_000), largest=st.none() | st.integers(1, 30_000))
