@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["read_json"]
 
 
-def read_json(text: str | bytes, *, constants: bool = True) -> Any:
+def read_json(text: str | bytes | bytearray, *, constants: bool = True) -> Any:
     """What the text holds. With `constants` NaN and infinities come as Python's json gives them, for the caller to
     refuse.
 

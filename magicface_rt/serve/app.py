@@ -179,11 +179,13 @@ def _add_concepts(app: FastAPI, service: Service) -> None:
     @app.delete(
         "/v1/concepts/{id}",
         summary="Erase a concept",
-        responses=documented({200: (Erasure, "It is gone: memory, disk and device were looked through.")}, 404, 500),
+        responses=documented(
+            {200: (Erasure, "It is gone: memory, disk and device were looked through.")}, *(404, 429, 500, 503, 504)
+        ),
         response_class=Response,
     )
     async def erase_concept(id: str) -> Response:
-        """Requests that use it are stopped. The answer comes when nothing of it is left."""
+        """Requests that use it are stopped. The answer comes when nothing of it is left, or says where something is."""
         return _json(await asyncio.shield(service.erase(id)))
 
 

@@ -15,9 +15,10 @@ import httpx
 
 from ..concept import Concept
 from ..errors import AnswerError, Cancelled, MagicFaceError, ServiceError, UnknownConceptError, UnreachableError
-from ..request import Progress, ProgressCallback
+from ..request import ProgressCallback
 from ..shown import shown
 from ..strict_json import read_json
+from .answers import ANSWER_BYTES, PACKED, Answer, Body, Lines
 from .wire import UNREADABLE, Events, KeptId, Made, error_of, form_of, made_of, order_of, pause
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ def _options(url: str, token: str | None, timeout: float, given: Mapping[str, An
     headers = httpx.Headers(given.get("headers"))
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
+    headers["Accept-Encoding"] = PACKED
     limits = httpx.Timeout(timeout, connect=10.0)
     # The service sets no cookies. Those of something on the way are not kept: httpx could not even send some of them.
     no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
@@ -48,23 +50,13 @@ _REQUEST_FAILED = (httpx.RequestError, httpx.InvalidURL)
 """What httpx raises. The second is a child of nothing."""
 
 
-def _unanswered(error: httpx.RequestError | httpx.InvalidURL, url: httpx.URL) -> ServiceError:
-    if isinstance(error, httpx.DecodingError):
-        return AnswerError(
-            f"the answer of {url} is not packed as it says ({error}). Look at what is between, such as a proxy.",
-            status=200,
-            kind="no-answer",
-        )
-    return UnreachableError(f"no answer from {url}: {type(error).__name__}: {error}.")
-
-
 @contextlib.contextmanager
 def _reached(url: httpx.URL) -> Iterator[None]:
     """Raises ServiceError where httpx fails."""
     try:
         yield
     except _REQUEST_FAILED as error:
-        raise _unanswered(error, url) from error
+        raise UnreachableError(f"no answer from {url}: {type(error).__name__}: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -96,10 +88,10 @@ def _path_of(id: str) -> str:
     return f"/v1/concepts/{id}"
 
 
-def _failed(answer: httpx.Response) -> ServiceError | None:
-    if answer.is_success:
+def _failed(answer: Answer) -> ServiceError | None:
+    if answer.response.is_success:
         return None
-    return error_of(answer.status_code, answer.content, answer.headers.get("Retry-After"))
+    return error_of(answer.status, answer.content, answer.response.headers.get("Retry-After"))
 
 
 class Client:
@@ -114,7 +106,9 @@ class Client:
     retries  how often a request is sent again, after the seconds of Retry-After where the service is full, or where
              the connection is lost: the same request makes the same picture. Not where an answer takes too long
     timeout  seconds without a byte of an answer; where Retry-After asks for more, the error is raised at once
-    options  of httpx.Client, such as verify=... or trust_env=False
+    answer_bytes  that an answer may have, unpacked. What it holds takes some times that in memory, whoever sends it
+    options  of httpx.Client, such as verify=... or trust_env=False. With follow_redirects=True the answers that lead
+             elsewhere are read by httpx, which has no such limit
 
     Raises, in its methods: a child of `ServiceError`, with `status`, `kind` and `field` of the problem.
     """
@@ -126,10 +120,12 @@ class Client:
         token: str | None = None,
         retries: int = 4,
         timeout: float = READ_SECONDS,
+        answer_bytes: int = ANSWER_BYTES,
         **options: Any,
     ) -> None:
         self._http = httpx.Client(**_options(url, token, timeout, options))
         self._retries = _Retries(retries, timeout)
+        self._answer_bytes = answer_bytes
 
     def __enter__(self) -> Client:
         return self
@@ -180,7 +176,7 @@ class Client:
         """
         texts, files = form_of(concept, steps, reference_seed, storage)
         answer = self._send("PUT", "/v1/concepts", data=texts, files=files)
-        return read(answer, lambda info: KeptId.of(info, answer.status_code == 201).put_as(concept))
+        return read(answer, lambda info: KeptId.of(info, answer.status == 201).put_as(concept))
 
     def concepts(self) -> list[KeptId]:
         """All kept concepts, the oldest first."""
@@ -202,16 +198,17 @@ class Client:
     def ready(self) -> bool:
         """Whether the service is up and warm."""
         try:
-            return self._http.get("/readyz").is_success
+            with self._http.stream("GET", "/readyz") as response:
+                return response.is_success
         except _REQUEST_FAILED:
             return False
 
-    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    def _send(self, method: str, path: str, **arguments: Any) -> Answer:
         for attempt in range(self._retries.most + 1):
             error: ServiceError | None
             try:
-                with _reached(self._http.base_url):
-                    answer = self._http.request(method, path, **arguments)
+                with _reached(self._http.base_url), self._http.stream(method, path, **arguments) as response:
+                    answer = self._read(response)
                 error = _failed(answer)
             except ServiceError as unanswered:
                 error = unanswered
@@ -224,17 +221,24 @@ class Client:
         raise AssertionError("the last attempt ends the loop")
 
     def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
-        events = Events()
-        with _reached(self._http.base_url), self._http.stream("POST", "/v1/images", json=order) as answer:
-            if not answer.is_success:
-                answer.read()
-                raise _failed(answer) or AssertionError
-            for line in answer.iter_lines():
-                with _understood(answer):
-                    step = events.line(line)
-                _tell(progress, step)
-        with _understood(answer):
+        events, lines = Events(), Lines()
+        with _reached(self._http.base_url), self._http.stream("POST", "/v1/images", json=order) as response:
+            if not response.is_success:
+                raise _failed(self._read(response)) or AssertionError
+            body = Body(response, self._answer_bytes)
+            for raw in response.iter_raw():
+                _hear(response, body.unpacked(raw), lines, events, progress)
+            body.end()
+        with _understood(response):
             return events.made()
+
+    def _read(self, response: httpx.Response) -> Answer:
+        body, content = Body(response, self._answer_bytes), bytearray()
+        for raw in response.iter_raw():
+            for piece in body.unpacked(raw):
+                content += piece
+        body.end()
+        return Answer(response, content)
 
 
 class AsyncClient:
@@ -247,10 +251,12 @@ class AsyncClient:
         token: str | None = None,
         retries: int = 4,
         timeout: float = READ_SECONDS,
+        answer_bytes: int = ANSWER_BYTES,
         **options: Any,
     ) -> None:
         self._http = httpx.AsyncClient(**_options(url, token, timeout, options))
         self._retries = _Retries(retries, timeout)
+        self._answer_bytes = answer_bytes
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -292,7 +298,7 @@ class AsyncClient:
         """As `Client.put_concept`."""
         texts, files = await asyncio.to_thread(form_of, concept, steps, reference_seed, storage)
         answer = await self._send("PUT", "/v1/concepts", data=texts, files=files)
-        return read(answer, lambda info: KeptId.of(info, answer.status_code == 201).put_as(concept))
+        return read(answer, lambda info: KeptId.of(info, answer.status == 201).put_as(concept))
 
     async def concepts(self) -> list[KeptId]:
         """All kept concepts, the oldest first."""
@@ -314,16 +320,18 @@ class AsyncClient:
     async def ready(self) -> bool:
         """Whether the service is up and warm."""
         try:
-            return (await self._http.get("/readyz")).is_success
+            async with self._http.stream("GET", "/readyz") as response:
+                return response.is_success
         except _REQUEST_FAILED:
             return False
 
-    async def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    async def _send(self, method: str, path: str, **arguments: Any) -> Answer:
         for attempt in range(self._retries.most + 1):
             error: ServiceError | None
             try:
                 with _reached(self._http.base_url):
-                    answer = await self._http.request(method, path, **arguments)
+                    async with self._http.stream(method, path, **arguments) as response:
+                        answer = await self._read(response)
                 error = _failed(answer)
             except ServiceError as unanswered:
                 error = unanswered
@@ -336,28 +344,47 @@ class AsyncClient:
         raise AssertionError("the last attempt ends the loop")
 
     async def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
-        events = Events()
+        events, lines = Events(), Lines()
         with _reached(self._http.base_url):
-            async with self._http.stream("POST", "/v1/images", json=order) as answer:
-                if not answer.is_success:
-                    await answer.aread()
-                    raise _failed(answer) or AssertionError
-                async for line in answer.aiter_lines():
-                    with _understood(answer):
-                        step = events.line(line)
-                    _tell(progress, step)
-        with _understood(answer):
+            async with self._http.stream("POST", "/v1/images", json=order) as response:
+                if not response.is_success:
+                    raise _failed(await self._read(response)) or AssertionError
+                body = Body(response, self._answer_bytes)
+                async for raw in response.aiter_raw():
+                    _hear(response, body.unpacked(raw), lines, events, progress)
+                body.end()
+        with _understood(response):
             return events.made()
 
+    async def _read(self, response: httpx.Response) -> Answer:
+        body, content = Body(response, self._answer_bytes), bytearray()
+        async for raw in response.aiter_raw():
+            for piece in body.unpacked(raw):
+                content += piece
+        body.end()
+        return Answer(response, content)
 
-def read(answer: httpx.Response, of: Callable[[Any], T]) -> T:
+
+def read(answer: Answer, of: Callable[[Any], T]) -> T:
     """What a success holds.
 
     Raises:
         AnswerError: it is nothing that the service says; something on the way has answered in its place.
     """
-    with _understood(answer):
+    with _understood(answer.response):
         return of(read_json(answer.content))
+
+
+def _hear(
+    response: httpx.Response, pieces: Iterable[bytes], lines: Lines, events: Events, progress: ProgressCallback
+) -> None:
+    """Tell of the steps whose events end in these pieces."""
+    for piece in pieces:
+        for line in lines.of(piece):
+            with _understood(response):
+                step = events.line(line)
+            if step is not None and progress(step) is False:
+                raise Cancelled(f"cancelled by the progress callback after step {step.step} of {step.steps}.")
 
 
 @contextlib.contextmanager
@@ -378,8 +405,3 @@ def _understood(answer: httpx.Response) -> Iterator[None]:
 
 def _listed(content: Mapping[str, Any]) -> list[KeptId]:
     return [KeptId.of(one) for one in content["concepts"]]
-
-
-def _tell(progress: ProgressCallback, step: Progress | None) -> None:
-    if step is not None and progress(step) is False:
-        raise Cancelled(f"cancelled by the progress callback after step {step.step} of {step.steps}.")

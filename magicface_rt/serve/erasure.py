@@ -4,15 +4,50 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from ..errors import DeadlineError, QueueFullError
 from ..kept import KeptConcept
 from ..session import Session
 
-__all__ = ["Trace", "scrub"]
+__all__ = ["STILL_RUNS", "Erasures", "Trace", "not_begun", "scrub"]
+
+STILL_RUNS = "what still ran when the deadline passed"
+"""Where something of an erased concept may be, in words."""
+
+
+class Erasures:
+    """Counts those that are going on. They are apart from the queue, which may be full of what is to be ended."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._count = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """One more, for the block.
+
+        Raises:
+            QueueFullError: as many are going on as may.
+        """
+        if self._count >= self._most:
+            raise QueueFullError(
+                f"{self._count} erasures are waited for, which is the limit. Try again later.", retry_after=1.0
+            )
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+
+
+def not_begun(id: str) -> DeadlineError:
+    """To raise where the deadline passed before anything was erased."""
+    return DeadlineError(f"concept {id}: whoever makes or erases it had not ended by the deadline. Erase it again.")
 
 
 class Trace:

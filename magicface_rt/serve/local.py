@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..errors import (
     Cancelled,
+    DeadlineError,
     DrainingError,
     ErasedError,
     EraseError,
@@ -32,7 +33,7 @@ from ..results import Result
 from ..session import Session
 from .concepts import ConceptStore, StoredConcept, concept_id, without_source
 from .engine import Engine
-from .erasure import Trace, scrub
+from .erasure import STILL_RUNS, Erasures, Trace, not_begun, scrub
 from .job import Done, Job, deadline_passed
 from .orders import check_named, kept_bytes, pixels_of, read_upload, request_of
 from .problems import at
@@ -95,10 +96,14 @@ class LocalService(Service):
         self._decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="magicface-decode")
         # Finished pictures do not wait behind uploads.
         self._encoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="magicface-encode")
+        # On a slow disk nobody who reads waits behind those who write, or erase.
         self._files = ThreadPoolExecutor(2, thread_name_prefix="magicface-files")
+        self._writers = ThreadPoolExecutor(2, thread_name_prefix="magicface-write")
+        self._erasers = ThreadPoolExecutor(2, thread_name_prefix="magicface-erase")
         # Of its own, since it may wait for a whole batch, and whatever shared its threads would wait as well.
         self._alone = ThreadPoolExecutor(1, thread_name_prefix="magicface-alone")
         self._uses: set[_Use] = set()
+        self._erasures = Erasures(self.settings.queue)
         self._making: dict[str, asyncio.Event] = {}
         self._unfinished: dict[str, Trace] = {}
         self._held_pixels = 0
@@ -135,10 +140,8 @@ class LocalService(Service):
             self._looking.cancel()
         with _own_thread("magicface-close") as pool:
             await asyncio.get_running_loop().run_in_executor(pool, self.engine.close)
-        self._alone.shutdown(wait=False, cancel_futures=True)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._encoders.shutdown(wait=False, cancel_futures=True)
-        self._files.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._alone, self._decoders, self._encoders, self._files, self._writers, self._erasers):
+            pool.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
     # --------------------------------------------------------------------------------------------------------- pictures
@@ -150,8 +153,8 @@ class LocalService(Service):
             with self._taken():
                 kept = {id: await self._kept(id, k) for k, id in self._ids(order)}
                 use.check()
-                request, pixels = await self._decoded(
-                    end, request_of, order, kept.__getitem__, self._session, self.settings
+                request, pixels = await self._by(
+                    end, self._decoders, request_of, order, kept.__getitem__, self._session, self.settings
                 )
                 kept.clear()
             request, alone = replace(request, record_regions=order.record_regions), order.alone
@@ -201,7 +204,9 @@ class LocalService(Service):
         with ExitStack() as held:
             place = held.enter_context(ExitStack())  # in the queue, until the Engine has it
             place.enter_context(self._taken())
-            concept, bare, origin = await self._decoded(end, read_upload, upload, self._session, self.settings)
+            concept, bare, origin = await self._by(
+                end, self._decoders, read_upload, upload, self._session, self.settings
+            )
             del upload  # with the files of its images
             held.enter_context(self._holding(pixels_of(concept)))
 
@@ -218,7 +223,7 @@ class LocalService(Service):
                 )
                 return without_source(made, word)
 
-            id = concept_id(await self._decoded(end, keys))
+            id = concept_id(await self._by(end, self._decoders, keys))
             async with self._making_alone(id, end):
                 found = await self._found(id)
                 self._watcher.looked_up(found is not None)
@@ -229,7 +234,7 @@ class LocalService(Service):
                 with self._using([]) as use:
                     done = await self._done(Job(prepare, owner=owner, deadline=end), use, None, place)
                 self._watcher.prepared()
-                putting = asyncio.ensure_future(self._in(self._files, self.store.put, id, done.result))
+                putting = asyncio.ensure_future(self._in(self._writers, self.store.put, id, done.result))
                 return ConceptInfo.of(await _to_its_end(putting)), True
 
     async def concepts(self) -> list[ConceptInfo]:
@@ -239,7 +244,13 @@ class LocalService(Service):
         return ConceptInfo.of(await self._in(self._files, self.store.get, id))
 
     async def erase(self, id: str) -> Erasure:
-        async with self._making_alone(id):
+        end = time.monotonic() + self.settings.deadline
+        async with AsyncExitStack() as held:
+            held.enter_context(self._erasures.one())
+            try:
+                await held.enter_async_context(self._making_alone(id, end))
+            except DeadlineError:
+                raise not_begun(id) from None
             found = await self._found(id)
             trace = self._unfinished.get(id) if found is None else Trace(found.concept)
             del found
@@ -247,16 +258,12 @@ class LocalService(Service):
                 self._unfinished[id] = trace
             files = 0
             try:
-                files = await self._in(self._files, self.store.erase, id)
+                files = await self._in(self._erasers, self.store.erase, id)
             except UnknownConceptError:
                 if trace is None:
                     raise
-            stopped = await self._stop_uses(id)
-            place = await self._in(self._files, self.store.left, id)
-            if place is None and trace is not None:
-                place = await self._scrubbed()
-            if place is None and trace is not None:
-                place = await self._still_in_memory(trace)
+            stopped, place = await self._let_go(id, [] if trace is None else [trace], end)
+            place = await self._in(self._erasers, self.store.left, id) or place
             if place is not None:
                 raise EraseError(f"concept {id}: something of it is left in {place}. Erase it again, or restart.")
             self._unfinished.pop(id, None)
@@ -289,16 +296,16 @@ class LocalService(Service):
         finally:
             self._arriving -= 1
 
-    async def _decoded(self, end: float, call: Callable[..., T], *arguments: Any) -> T:
-        """The result of a call in a thread that decodes. One that has not begun when the deadline passes, or when
-        nobody waits any more, is not made.
+    async def _by(self, end: float, pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
+        """The result of a call in a thread of a pool. One that has not begun when the deadline passes, or when nobody
+        waits any more, is not made.
 
         Raises:
             DeadlineError: it has passed.
         """
-        task = asyncio.ensure_future(self._in(self._decoders, call, *arguments))
+        task = asyncio.ensure_future(self._in(pool, call, *arguments))
         try:
-            await asyncio.wait({task}, timeout=max(0.0, end - time.monotonic()))
+            await asyncio.wait({task}, timeout=_left(end))
             if not task.done():
                 raise deadline_passed()
             return task.result()
@@ -358,20 +365,34 @@ class LocalService(Service):
             except Exception as error:  # such as a folder that cannot be read now; it looks again
                 logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
 
-    async def _scrubbed(self) -> str | None:
-        """Have the Sessions let go of what nobody keeps any more, when what runs has ended. Where something is left."""
-        return await self._in(self._alone, self.engine.exclusive, scrub)
+    async def _scrubbed(self, end: float = math.inf) -> str | None:
+        """Have the Sessions let go of what nobody keeps any more, when what runs has ended. Where something is left.
 
-    async def _stop_uses(self, id: str) -> int:
-        """End every request that uses a concept, and wait until it has. Returns how many there were."""
+        Raises:
+            DeadlineError: `end` came before that.
+        """
+        return await self._by(end, self._alone, self.engine.exclusive, scrub)
+
+    async def _let_go(self, id: str, traces: Sequence[Trace], end: float) -> tuple[int, str | None]:
+        """End every request that uses a concept which nobody finds any more, wait until it has, and have the memory
+        let go of it. How many requests there were, and where something is left, in words.
+        """
         using = [use for use in self._uses if id in use.ids]
         for use in using:
             use.error = ErasedError(f"the concept {id} was erased while this request used it.")
             if use.job is not None:
                 self.engine.cancel(use.job, use.error)
-        for use in using:
-            await use.over.wait()
-        return len(using)
+        place = None
+        try:
+            for use in using:
+                await until(use.over, end)
+            if traces:
+                place = await self._scrubbed(end)
+        except DeadlineError:
+            place = STILL_RUNS
+        for trace in traces:
+            place = place or await self._still_in_memory(trace)
+        return len(using), place
 
     @staticmethod
     async def _still_in_memory(trace: Trace) -> str | None:
@@ -435,11 +456,15 @@ async def until(event: asyncio.Event, end: float) -> None:
     Raises:
         DeadlineError: `end`, of time.monotonic(), came before.
     """
-    left = None if end == math.inf else max(0.0, end - time.monotonic())
     try:
-        await asyncio.wait_for(event.wait(), left)
+        await asyncio.wait_for(event.wait(), _left(end))
     except asyncio.TimeoutError:
         raise deadline_passed() from None
+
+
+def _left(end: float) -> float | None:
+    """Seconds until then; None for ever."""
+    return None if end == math.inf else max(0.0, end - time.monotonic())
 
 
 @contextmanager

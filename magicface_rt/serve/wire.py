@@ -34,7 +34,7 @@ from ..errors import (
     UnknownConceptError,
     UnreachableError,
 )
-from ..images import load_alpha_mask, load_image, load_mask
+from ..images import MAX_PIXELS, load_alpha_mask, load_image, load_mask
 from ..options import Options
 from ..request import Progress
 from ..strict_json import read_json
@@ -43,6 +43,9 @@ __all__ = ["UNREADABLE", "Events", "KeptId", "Made", "error_of", "form_of", "mad
 
 MOST_DETAIL, MOST_WORD = 2000, 100
 """Characters of a problem that an error repeats, whoever sent it."""
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+MAX_PIXELS_TOGETHER = 4 * MAX_PIXELS
+"""Of the pictures of an answer: a service makes four of a request unless told otherwise."""
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
 """What reading an answer raises where it is none of the service's."""
 
@@ -153,13 +156,20 @@ class Made:
         """The pictures, RGB; a PNG's own text is in their `info`.
 
         Raises:
-            AnswerError: what came as one is no PNG, or is damaged.
+            AnswerError: what came as one is no PNG, is damaged, or has more pixels than are read.
         """
         try:
             opened = tuple(Image.open(io.BytesIO(png), formats=["PNG"]) for png in self.pngs)
+            _check_pixels([image.width * image.height for image in opened])
             for image in opened:
                 image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
             raise AnswerError(
                 f"a picture that came is no PNG that can be read ({type(error).__name__}: {error}). Ask for it again; "
                 "if that does not help, look at what is between, such as a proxy.",
@@ -167,6 +177,16 @@ class Made:
                 kind="no-picture",
             ) from error
         return opened
+
+
+def _check_pixels(pixels: Sequence[int]) -> None:
+    """Raises ValueError where a picture has more than are read, or all have more than are held at once."""
+    if max(pixels, default=0) > MAX_PIXELS:
+        raise ValueError(f"it has {max(pixels):,} pixels, more than the {MAX_PIXELS:,} that are read")
+    if sum(pixels) > MAX_PIXELS_TOGETHER:
+        raise ValueError(
+            f"all have {sum(pixels):,} pixels, more than the {MAX_PIXELS_TOGETHER:,} that are read at once"
+        )
 
 
 def _typed(kind: type[T], value: Any) -> T:
@@ -239,7 +259,7 @@ def made_of(content: Mapping[str, Any]) -> Made:
     )
 
 
-def error_of(status: int, body: bytes, retry_after: str | None = None) -> ServiceError:
+def error_of(status: int, body: bytes | bytearray, retry_after: str | None = None) -> ServiceError:
     """The error of an answer that is no success."""
     try:
         found = read_json(body)

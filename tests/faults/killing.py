@@ -12,6 +12,7 @@ READY: a bundle. LIBRARY: what is loaded, `load_LIBRARY` of killing_writers. A r
                       "armed": FILE steps and writes count while that file is there
     fault             null; or [n, code]: step n fails, see `disks.Failing`
     dawdle            seconds that each step takes more
+    permits           null; or a named pipe, of which each step that counts takes a byte, and waits for one
     settled           whether to see that it is on the disk before it gets its name, see `disks.Settling`
     file_limit        null; or bytes that a file may have
 """
@@ -38,8 +39,11 @@ import disks
 import killing_writers
 from forking import ForkingProcess
 
-SECONDS = 120
+SECONDS = 600
 """What one child may take, to end what hangs."""
+
+OUTSIDE = 199
+"""The code of a child to which a signal came before its work."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Forks:
         return self.answer()
 
     def send(self, work: str, arguments: list[Any], below: Path, **more: Any) -> None:
-        """Have it done. `more`: kill, fault, dawdle, settled, file_limit."""
+        """Have it done. `more`: kill, fault, dawdle, permits, settled, file_limit."""
         self._log.unlink(missing_ok=True)
         request = {"work": work, "arguments": arguments, "below": os.fspath(below), "log": os.fspath(self._log), **more}
         self._process.tell(request)
@@ -92,6 +96,11 @@ class Forks:
         """What the child has said so far."""
         text = self._log.read_text(errors="replace") if self._log.exists() else ""
         return text.partition("\n")[2]
+
+    def wait_for_start(self) -> None:
+        """Until the child has its number in the log, after which its work begins."""
+        while not self._log.exists() or not self._log.read_text().endswith("\n"):
+            time.sleep(0.001)
 
     @property
     def pid(self) -> int:
@@ -246,6 +255,7 @@ def _work(request: dict[str, Any], told: int) -> NoReturn:
         nothing = os.open(os.devnull, os.O_RDONLY)
         for at, of in ((0, nothing), (1, log), (2, log)):
             os.dup2(of, at)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         print(os.getpid(), flush=True)
         if request.get("file_limit") is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], resource.RLIM_INFINITY))
@@ -254,6 +264,8 @@ def _work(request: dict[str, Any], told: int) -> NoReturn:
             code = getattr(killing_writers, request["work"])(*request["arguments"])
         if settling is not None:
             settling.check()
+    except KeyboardInterrupt:
+        code = OUTSIDE
     except BaseException:
         traceback.print_exc()
     finally:
@@ -268,6 +280,7 @@ def _acting(request: dict[str, Any], told: int, settling: disks.Settling | None)
     die_at, armed = kill.get("step"), kill.get("armed")
     fault = disks.Failing(*request["fault"]) if request.get("fault") else None
     dawdle = request.get("dawdle") or 0.0
+    permits = os.open(request["permits"], os.O_RDWR) if request.get("permits") else None
     step = 0
 
     def act(operation: str, path: str) -> None:
@@ -281,6 +294,8 @@ def _acting(request: dict[str, Any], told: int, settling: disks.Settling | None)
             settling(operation, path)
         if fault is not None:
             fault(operation, path)
+        if permits is not None and counts:
+            os.read(permits, 1)
         time.sleep(dawdle)
 
     return act

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,51 @@ from magicface_rt.errors import UnreachableError
 
 
 def serve_arguments(bundle: Path, folder: Path) -> list[str]:
-    arguments = ["serve", bundle, "--port", "0", "--concepts", folder, "--threads", "1"]
-    return [*map(os.fspath, arguments), "--backend", "onnxruntime-cpu", "--default-steps", "2"]
+    return ["serve", *bundle_arguments(bundle), "--concepts", os.fspath(folder)]
+
+
+def bundle_arguments(bundle: Path) -> list[str]:
+    """What `serve` and `ui` have."""
+    arguments = [os.fspath(bundle), "--port", "0", "--threads", "1", "--backend", "onnxruntime-cpu"]
+    return [*arguments, "--default-steps", "2"]
+
+
+def wait_for(forks: Forks, text: str) -> None:
+    """Until the child has said it."""
+    end = time.monotonic() + 120
+    while text not in forks.said:
+        assert time.monotonic() < end, forks.said
+        assert not any(line.startswith("error: ") for line in forks.said.splitlines()), forks.said
+        time.sleep(0.01)
+
+
+def client_of(forks: Forks, **options: Any) -> Any:
+    """A client of the server, which listens."""
+    from magicface_rt.serve import Client
+
+    url = forks.said.partition("listening on ")[2].split()[0]
+    return Client(url, **{"retries": 0, "trust_env": False, **options})
 
 
 @contextmanager
-def serving(forks: Forks, bundle: Path, folder: Path, kill: dict[str, Any] | None = None) -> Iterator[Any]:
+def serving(
+    forks: Forks,
+    bundle: Path,
+    folder: Path,
+    kill: dict[str, Any] | None = None,
+    *,
+    work: str = "cli",
+    options: Sequence[str] = (),
+    permits: Path | None = None,
+    **of_client: Any,
+) -> Iterator[Any]:
     """A client of a server on that folder, which is killed in the end if it was not before."""
-    from magicface_rt.serve import Client
-
-    forks.send("cli", [serve_arguments(bundle, folder)], folder, kill=kill)
-    end = time.monotonic() + 120
-    while "ready\n" not in forks.said:
-        assert time.monotonic() < end, forks.said
-        assert "error:" not in forks.said, forks.said
-        time.sleep(0.01)
-    url = forks.said.partition("listening on ")[2].split()[0]
+    forks.send(
+        work, [[*serve_arguments(bundle, folder), *options]], folder, kill=kill, permits=permits and os.fspath(permits)
+    )
     try:
-        with Client(url, retries=0, trust_env=False) as client:
+        wait_for(forks, "ready\n")
+        with client_of(forks, **of_client) as client:
             yield client
     finally:
         forks.end()

@@ -35,6 +35,14 @@ def cli(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def loud_cli(arguments: list[str]) -> int:
+    """A verb, with all that every library has to log."""
+    import logging
+
+    logging.basicConfig(stream=sys.stderr, level=logging.DEBUG, format="%(levelname)s %(name)s: %(message)s")
+    return cli(arguments)
+
+
 def result(out: str, mark: int, overwrite: bool, exchange: bool = True) -> int:
     """A result that says by `mark`, 0 to 255, which it is. `exchange`: whether two folders can change places."""
     with contextlib.ExitStack() as stack:
@@ -182,3 +190,8 @@ def load_build(ready: str) -> None:
 def load_serve(ready: str) -> None:
     load_cli(ready)
     from magicface_rt.serve import server  # noqa: F401
+
+
+def load_ui(ready: str) -> None:
+    load_serve(ready)
+    from magicface_rt.ui import facts, mounting  # noqa: F401

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 from corruptions import as_json, changed_tree, edited, edits
 from hypothesis import strategies as st
 from outcomes import MOST_MESSAGE, inputs, little_memory, loop, no_hang
+from PIL import Image
 from single_files import encoded
 from tallies import TALLY
 
@@ -21,9 +26,13 @@ pytest.importorskip("httpx")
 import httpx
 
 from magicface_rt import Progress
+from magicface_rt.bundle_form import MOST_PIXELS_A_SIDE
 from magicface_rt.errors import AnswerError, MagicFaceError, ServiceError, UnknownConceptError, UnreachableError
-from magicface_rt.serve import Client
-from magicface_rt.serve.wire import KeptId, Made
+from magicface_rt.serve import AsyncClient, Client, ServeSettings
+from magicface_rt.serve.answers import ANSWER_BYTES
+from magicface_rt.serve.app import _answer as as_answer
+from magicface_rt.serve.service import Outcome
+from magicface_rt.serve.wire import KeptId, Made, made_of
 
 ID = "1" * 64
 KEPT = {"id": ID, "word": "man", "steps": 2, "reference_seed": 0, "bytes": 5, "created": "2026-01-01T00:00:00Z"}
@@ -60,6 +69,7 @@ KINDS = {"json": "application/json", "events": "text/event-stream"}
 class Stranger:
     """Answers in place of a service: always the same."""
 
+    answer_bytes: int = ANSWER_BYTES
     client: Client = field(init=False)
     status: int = 200
     body: bytes = b""
@@ -67,11 +77,13 @@ class Stranger:
 
     def __post_init__(self) -> None:
         # retries would only ask for the same again
-        self.client = Client("http://x", retries=0, transport=httpx.MockTransport(self._answer))
+        self.client = Client(
+            "http://x", retries=0, answer_bytes=self.answer_bytes, transport=httpx.MockTransport(self._answer)
+        )
 
     def _answer(self, _: httpx.Request) -> httpx.Response:
         headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in self.headers.items()]
-        return httpx.Response(self.status, headers=headers, content=self.body)
+        return httpx.Response(self.status, headers=headers, stream=httpx.ByteStream(self.body))
 
     def says(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.status, self.body, self.headers = status, body, headers or {}
@@ -270,11 +282,101 @@ def test_a_picture_that_is_none(content: bytes, stranger: Stranger) -> None:
         _ = made.images
 
 
-def test_an_answer_that_is_not_packed_as_it_says(stranger: Stranger) -> None:
-    stranger.says(200, json.dumps(PICTURES).encode(), {"content-encoding": "gzip"})
-    for progress in (None, print):
-        with pytest.raises(AnswerError, match="not packed as it says"):
+@pytest.mark.parametrize("progress", [None, print])
+def test_an_answer_may_be_packed_as_it_was_asked_to(progress: Any, stranger: Stranger) -> None:
+    body = json.dumps(PICTURES).encode() if progress is None else STREAM
+    stranger.says(200, gzip.compress(body), {"content-encoding": "gzip"})
+    assert stranger.client.generate("a man", progress=progress).settings == PICTURES["settings"]
+    spoiled = {"not packed as it says": (body, "gzip"), "end is missing": (gzip.compress(body)[:-9], "gzip")}
+    spoiled |= {"is packed as 'br', expected gzip": (body, "br"), "packed as 'gzip, gzip'": (body, "gzip, gzip")}
+    for said, (sent, packed) in spoiled.items():
+        stranger.says(200, sent, {"content-encoding": packed})
+        with pytest.raises(AnswerError, match=said):
             stranger.client.generate("a man", progress=progress)
+
+
+MIB = 1 << 20
+
+
+def packed(body: bytes, times: int) -> bytes:
+    """Bytes that are unpacked to so many times a body, or more, and have no end."""
+    packing = zlib.compressobj(wbits=31)
+    first, other = (packing.compress(body) + packing.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    return first + other * (times - 1)
+
+
+CALLS: dict[str, tuple[Callable[[Client], Any], int, bytes]] = {
+    "pictures": (lambda client: client.generate("a man"), 200, b" "),
+    "events": (lambda client: client.generate("a man", progress=print), 200, b"event: progress\ndata: "),
+    "concepts": (lambda client: client.concepts(), 200, b'{"concepts": '),
+    "problem": (lambda client: client.concept(ID), 500, b'{"detail": '),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+@pytest.mark.parametrize("filled", ["blanks", "lists"])
+def test_of_an_answer_that_unpacks_to_more_than_it_may_have_the_rest_is_not_read(what: str, filled: str) -> None:
+    """As one text, and as values, each of which takes many times its bytes when it is read."""
+    call, status, begin = CALLS[what]
+    stranger = Stranger(answer_bytes=8 * MIB)
+    bomb = packed(begin + (b" " * MIB if filled == "blanks" else b"[]," * (MIB // 3)), 64)
+    stranger.says(status, bomb, {"content-encoding": "gzip"})
+    most = "8,388,608 bytes, or 699,050 values"
+    with stranger.client, little_memory(32 * MIB), pytest.raises(AnswerError, match=most) as refused:
+        call(stranger.client)
+    assert (refused.value.status, refused.value.kind) == (status, "answer-too-large")
+
+
+def test_what_an_answer_may_have_unless_told_otherwise_bounds_what_it_takes() -> None:
+    bomb = packed(bytes(MIB), 1200)
+    stranger = Stranger()
+    stranger.says(200, bomb, {"content-encoding": "gzip"})
+    with stranger.client, little_memory(ANSWER_BYTES + 64 * MIB), pytest.raises(AnswerError, match="536,870,912 bytes"):
+        stranger.client.concepts()
+
+
+def test_an_asynchronous_client_has_the_same_bounds() -> None:
+    async def ask(progress: Any) -> None:
+        sent = httpx.Response(200, headers={"content-encoding": "gzip"}, stream=httpx.ByteStream(bomb))
+        transport = httpx.MockTransport(lambda _: sent)
+        async with AsyncClient("http://x", retries=0, answer_bytes=MIB, transport=transport) as client:
+            await client.generate("a man", progress=progress)
+
+    bomb = packed(bytes(MIB), 64)
+    for progress in (None, print):
+        with little_memory(32 * MIB), pytest.raises(AnswerError, match="1,048,576 bytes"):
+            asyncio.run(ask(progress))
+
+
+def test_the_largest_answer_of_a_service_is_read() -> None:
+    """Reckoned from a smaller one of the same form: the largest picture is noise, which cannot be packed."""
+    settings, scale = ServeSettings(), 8
+    side, cells = MOST_PIXELS_A_SIDE // scale, MOST_PIXELS_A_SIDE // scale // 16
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(noise, "PNG")
+    maps = np.full((settings.steps, settings.images, cells, cells), 6, np.uint8)
+    pngs = [noise.getvalue()] * settings.images
+    outcome = Outcome(pngs, maps[-1].astype(np.int64), ("man",) * 6, {}, 4, {}, maps)
+    answer = as_answer(outcome)
+    assert len(answer) * scale**2 < ANSWER_BYTES
+    stranger = Stranger(answer_bytes=ANSWER_BYTES // scale**2)
+    stranger.says(200, answer)
+    with stranger.client:
+        made = stranger.client.generate("a man")
+    assert made.pngs == tuple(pngs)
+    np.testing.assert_array_equal(made.regions_per_step, maps)
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "said"), [(8001, 1, "more than the 64,000,000"), (7999, 5, "more than the 256,000,000")]
+)
+def test_a_picture_of_more_pixels_than_are_read(side: int, count: int, said: str) -> None:
+    """Each is some kilobytes of an answer, and would be hundreds of megabytes in memory."""
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "PNG")
+    made = made_of({**PICTURES, "pictures": [base64.b64encode(file.getvalue()).decode()] * count})
+    with little_memory(16 * MIB), pytest.raises(AnswerError, match=said):
+        _ = made.images
 
 
 @pytest.mark.parametrize(
@@ -310,7 +412,7 @@ def test_a_token_goes_with_headers_of_the_callers_own() -> None:
 
     def answers(request: httpx.Request) -> httpx.Response:
         seen.append(request.headers)
-        return httpx.Response(200, json=KEPT)
+        return httpx.Response(200, stream=httpx.ByteStream(json.dumps(KEPT).encode()))
 
     with Client("http://x", token="t" * 20, headers={"X-Mine": "1"}, transport=httpx.MockTransport(answers)) as client:
         client.concept(ID)

@@ -135,13 +135,15 @@ def test_a_server_that_is_killed_while_it_stores_a_concept(
         seconds = time.monotonic() - begun
     draw, tally, armed = random.Random(kills), Tally(), tmp_path / "armed"
     broken_off: int | None = None
-    for turn in range(kills):
-        seed = 2 + turn
+    # Those that come too late do not count, and enough of them must hit the writing.
+    while tally.kills < kills or tally.unfinished < max(1, kills // 8):
+        assert tally.tries < 10 * kills, tally
+        seed = 2 + tally.tries
         kill = [
             {"step": draw.randrange(STEPS), "armed": os.fspath(armed)},
             {"after": "write", "seconds": draw.uniform(0, 0.004), "armed": os.fspath(armed)},
             None,  # at any moment of the request
-        ][turn % 3]
+        ][tally.tries % 3]
         with serving(of_it, tiny_bundle, folder, kill=kill) as client:
             check(client, folder)
             if broken_off is not None:
@@ -166,5 +168,4 @@ def test_a_server_that_is_killed_while_it_stores_a_concept(
             assert put(client, man, broken_off) is not None
         assert leftovers(folder) == []
         check(client, folder)
-    assert tally.kills >= kills // 2, tally
     figures.tell("kills", "PUT /v1/concepts", str(tally))

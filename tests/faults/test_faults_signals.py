@@ -22,9 +22,11 @@ from typing import Any
 import figures
 import numpy as np
 import pytest
+from killing_checks import plan_at
 from memory_hollow import Hollow
 from memory_limits import Scene
 from PIL import Image
+from safetensors import safe_open
 from threads_requests import HAT, MAN, PROMPT, STEPS, Mixed, digest
 from threads_signalled import OUTSIDE, Ended, Forks
 
@@ -58,7 +60,8 @@ def forks(request: pytest.FixtureRequest) -> Iterator[Forks]:
 # ---------------------------------------------------------------------------------------------------- what may be there
 
 
-UNFINISHED = re.compile(r"\.(out|bundle|\w+\.concept)\.[0-9a-f]{32}\.part")
+WRITTEN = ("out", "bundle", r"\w+\.concept", "checkpoint", "portrait", r"sheet\.png", "magicface-demo-bundle")
+UNFINISHED = re.compile(rf"\.({'|'.join(WRITTEN)}|[0-9a-f]{{64}})\.[0-9a-f]{{32}}\.part")
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -99,11 +102,55 @@ def check_export(folder: Path) -> bool:
     return True
 
 
+def check_verify(folder: Path) -> bool:
+    """It writes nothing."""
+    assert not there(folder)
+    return True
+
+
+def check_checkpoint(folder: Path) -> bool:
+    """Weights that are cut off are refused when their file is opened; the index of the model comes last."""
+    assert there(folder) <= {"checkpoint"}
+    place = folder / "checkpoint"
+    if not place.exists():
+        return False
+    assert (place / "model_index.json").exists()
+    for weights in place.rglob("*.safetensors"):
+        with safe_open(weights, "numpy") as opened:
+            assert opened.keys()
+    return True
+
+
+def check_build(folder: Path) -> bool:
+    assert there(folder) <= {"plans"}
+    return (folder / "plans").exists() and plan_at(folder / "plans")
+
+
+def check_demo(folder: Path) -> bool:
+    """Each of the three things that it leaves is whole; says whether all are there."""
+    assert there(folder) <= {"work", "demo-out"}
+    bundle, portrait, sheet = (
+        folder / place for place in ("work/magicface-demo-bundle", "demo-out/portrait", "demo-out/sheet.png")
+    )
+    if bundle.exists():
+        Bundle.open(bundle)
+    if portrait.exists():
+        assert {path.name for path in portrait.iterdir()} >= RESULT
+    if sheet.exists():
+        with Image.open(sheet) as image:
+            image.load()
+    return bundle.exists() and portrait.exists() and sheet.exists()
+
+
 CHECKS: dict[str, Callable[[Path], bool]] = {
     "run": check_run,
     "run, prompt alone": check_run,
     "prepare": check_prepare,
     "export": check_export,
+    "verify": check_verify,
+    "checkpoint": check_checkpoint,
+    "build": check_build,
+    "demo": check_demo,
 }
 
 
@@ -211,6 +258,36 @@ def test_a_signal_at_any_moment(forks: Forks, scene: Scene, verb: str, count: in
 def test_a_signal_before_each_change(forks: Forks, scene: Scene, verb: str, most: int, tmp_path: Path) -> None:
     told = str(at_changes(forks, scene, verb, most, tmp_path))
     figures.tell("signals", f"{verb}, at most {most} changes of files", told)
+
+
+OTHERS = ("verify", "checkpoint", "build", "demo")
+
+
+@pytest.mark.parametrize("forks", ["all"], indirect=True)
+@pytest.mark.parametrize(
+    ("verb", "seconds"), [("verify", 0.8), ("checkpoint", 0.1), ("build", 0.2), ("demo", 2.0)], ids=OTHERS
+)
+def test_a_signal_in_the_middle_of_another_verb(
+    forks: Forks, scene: Scene, verb: str, seconds: float, tmp_path: Path
+) -> None:
+    """Long before it can be done."""
+    if verb == "build":
+        pytest.importorskip("tensorrt_rtx")
+    number, tally = NUMBERS[OTHERS.index(verb) % 2], Tally()
+    tally.check(verb, forks.run(scene.verbs[verb], tmp_path, number, seconds=seconds), number, tmp_path)
+    assert tally.ended["interrupted"] == 1, tally
+    figures.tell("signals", f"{verb}, a moment", str(tally))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forks", ["all"], indirect=True)
+@pytest.mark.parametrize(("verb", "count"), [("verify", 10), ("checkpoint", 20), ("build", 20), ("demo", 6)])
+def test_a_signal_at_any_moment_of_another_verb(
+    forks: Forks, scene: Scene, verb: str, count: int, tmp_path: Path
+) -> None:
+    if verb == "build":
+        pytest.importorskip("tensorrt_rtx")
+    figures.tell("signals", f"{verb}, any moment (slow)", str(at_random(forks, scene, verb, count, tmp_path)))
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Verbs that a signal interrupts, each in a process of its own that is forked from one which has loaded everything.
 
-python threads_signalled.py LIBRARY    cli, or export, which loads PyTorch as well
+python threads_signalled.py LIBRARY    cli; export, which loads PyTorch as well; or all, what any verb needs
 
 For each line of JSON on stdin: {"arguments": [...], "folder": ..., "number": signal or null, "seconds": s or null,
 "event": n or null}. The signal is sent so many seconds after the verb began, or by the child to itself as it is about
@@ -10,6 +10,7 @@ to do its n-th change of a file or folder. Answered is {"code", "seconds", "even
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -28,6 +29,10 @@ LIBRARIES = {
     "cli": ("onnxruntime", "magicface_rt.cli", "magicface_rt.session"),
     "export": ("magicface_rt.cli", "magicface_rt.export.exporter", "magicface_rt.export.checkpoint"),
 }
+LIBRARIES["all"] = (
+    *(*LIBRARIES["cli"], *LIBRARIES["export"], "magicface_rt.export.parity", "magicface_rt.export.random_weights"),
+    *("magicface_rt.engines.builder", *(["tensorrt_rtx"] if importlib.util.find_spec("tensorrt_rtx") else [])),
+)
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.move"}
 OUTSIDE = 199
 """The code of a child in which the signal came when no verb ran any more."""

@@ -123,6 +123,15 @@ class Running:
         finally:
             engine.settings = before
 
+    @contextmanager
+    def hasty(self, seconds: float) -> Iterator[None]:
+        """What begins meanwhile has no longer."""
+        before, self.service.settings = self.service.settings, replace(self.service.settings, deadline=seconds)
+        try:
+            yield
+        finally:
+            self.service.settings = before
+
     def client(self, **options: Any) -> Client:
         return Client(self.url, **{"retries": 0, "timeout": 60.0, "trust_env": False, "verify": False, **options})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import stat
@@ -21,17 +22,19 @@ from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference
 from magicface_rt.errors import (
     DeadlineError,
     ErasedError,
+    EraseError,
     QueueFullError,
     StoreFullError,
     UnknownConceptError,
     UnreachableError,
 )
-from magicface_rt.serve import FolderConcepts, KeptId, Made, MemoryConcepts, ServeSettings
+from magicface_rt.serve import AsyncClient, FolderConcepts, KeptId, Made, MemoryConcepts, ServeSettings
 from magicface_rt.serve.concepts import ConceptStore, StoredConcept, concept_id
 from magicface_rt.serve.erasure import Trace
 
 MAN, HAT = concept("man", 1), concept("hat", 2)
 STEPS = 2
+ID = "0" * 64
 
 
 @pytest.fixture(params=["memory", "folder"])
@@ -270,27 +273,42 @@ def test_a_file_under_the_name_of_another_is_not_served(session: Gated, tmp_path
     assert store.entries() == []
 
 
+class Held(FolderConcepts):
+    """Stores nothing before it may. `putting`: how many want to."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.putting, self.go = 0, threading.Event()
+
+    def put(self, id: str, concept: KeptConcept) -> StoredConcept:
+        self.putting += 1
+        assert self.go.wait(120)
+        return super().put(id, concept)
+
+
+async def give_up(server: Running, store: Held) -> None:
+    """An upload, and its client goes as it is stored."""
+    async with AsyncClient(server.url, retries=0, trust_env=False) as client:
+        putting = asyncio.ensure_future(client.put_concept(MAN))
+        while not store.putting:
+            await asyncio.sleep(0.01)
+        putting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await putting
+
+
+def id_of(session: Gated, one: Concept, steps: int) -> str:
+    return concept_id([reference.key for reference in session.prepare(one, steps=steps).references])
+
+
 def test_an_upload_that_is_given_up_as_it_is_stored_is_stored_before_anyone_else_has_its_turn(
     session: Gated, tmp_path: Path
 ) -> None:
-    class Slow(FolderConcepts):
-        def __init__(self) -> None:
-            super().__init__(tmp_path)
-            self.putting, self.go = threading.Event(), threading.Event()
-
-        def put(self, id: str, concept: KeptConcept) -> StoredConcept:
-            self.putting.set()
-            assert self.go.wait(30)
-            return super().put(id, concept)
-
-    store, settings = Slow(), ServeSettings(default_steps=1)
+    store, settings = Held(tmp_path), ServeSettings(default_steps=1)
     with running(session, store=store, settings=settings) as server, ThreadPoolExecutor(1) as pool:
-        with server.client(timeout=1.0, retries=0) as impatient, pytest.raises(UnreachableError):
-            impatient.put_concept(MAN)
-        assert store.putting.wait(30)
+        asyncio.run(give_up(server, store))
         with server.client() as client:
-            kept = session.prepare(MAN, steps=1)
-            erasing = pool.submit(client.erase, concept_id([one.key for one in kept.references]))
+            erasing = pool.submit(client.erase, id_of(session, MAN, 1))
             time.sleep(0.3)
             assert not erasing.done(), "an erasure has found nothing of what was about to appear"
             store.go.set()
@@ -389,7 +407,7 @@ def test_room_that_was_held_is_given_back_where_nothing_came_of_it(session: Gate
 def test_many_erasures_beside_a_batch_hold_up_nobody_else(session: Gated) -> None:
     """Each waits until the batch has ended, and must not take the threads with which others are read and answered."""
     many = (os.cpu_count() or 1) + 6  # more than asyncio has threads of its own
-    with running(session) as server, server.client() as client:
+    with running(session, settings=ServeSettings(queue=many)) as server, server.client() as client:
         kept = [client.put_concept(concept("man", seed)) for seed in range(many)]
         session.free.clear()
         with ThreadPoolExecutor(many + 1) as pool:
@@ -401,9 +419,60 @@ def test_many_erasures_beside_a_batch_hold_up_nobody_else(session: Gated) -> Non
             with pytest.raises(DeadlineError):
                 client.generate("a man", steps=1, deadline=0.2)
             assert client.bundle()["limits"]["queue"] > 0
+            with pytest.raises(QueueFullError, match="erasures are waited for"):
+                client.erase(ID)
             session.free.set()
             assert all(erasure.result(30)["id"] for erasure in erasures)
             assert len(held.result(30).images) == 1
+
+
+def test_an_erasure_that_waits_for_what_runs_has_a_deadline(session: Gated) -> None:
+    """Then it says what is left, and may be done again."""
+    with running(session) as server, server.client() as client:
+        kept = client.put_concept(MAN, steps=1)
+        session.reset()
+        session.free.clear()
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(client.generate, "a man", steps=1)
+            session.wait_for_step()
+            with server.hasty(0.3), pytest.raises(EraseError, match="left in what still ran when the deadline passed"):
+                client.erase(kept)
+            with pytest.raises(UnknownConceptError):
+                client.concept(kept.id)
+            session.free.set()
+            assert other.result(30).batch == 1
+        assert client.erase(kept)["erased"]
+        with pytest.raises(UnknownConceptError):
+            client.erase(kept)
+        client.generate("a man", steps=1)
+
+
+def test_who_writes_holds_up_nobody_who_reads_draws_or_erases(session: Gated, tmp_path: Path) -> None:
+    """On a disk on which nothing gets written; an erasure of what is being written has its deadline."""
+    store, uploads = Held(tmp_path), [concept("man", seed) for seed in (3, 4, 5)]
+    with (
+        running(session, store=store, settings=ServeSettings(default_steps=1)) as server,
+        server.client(timeout=120.0) as client,
+        ThreadPoolExecutor(len(uploads)) as pool,
+    ):
+        store.go.set()
+        kept, other = client.put_concept(MAN), client.put_concept(HAT)
+        id = id_of(session, uploads[0], 1)
+        store.go.clear()
+        store.putting = 0
+        puts = [pool.submit(client.put_concept, one) for one in uploads]
+        until(lambda: store.putting >= 2, "nothing is stored")
+        until(lambda: not server.service.engine.running, "all are prepared")
+        assert {one.id for one in client.concepts()} == {kept.id, other.id}
+        assert client.concept(kept.id).id == kept.id
+        assert client.generate(PROMPT, [kept], seed=1).batch == 1
+        assert client.erase(other)["erased"]
+        with server.hasty(0.3), pytest.raises(DeadlineError, match="Erase it again"):
+            client.erase(id)
+        assert not any(put.done() for put in puts)
+        store.go.set()
+        assert all(put.result(30).new for put in puts)
+        assert client.erase(id)["erased"]
 
 
 def test_an_upload_that_waits_has_a_place_in_the_queue_and_a_deadline(session: Gated) -> None:

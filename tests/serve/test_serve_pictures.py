@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -307,7 +306,8 @@ def test_a_client_that_would_wait_longer_than_it_may_says_so_at_once(
 
     def full(request: httpx.Request) -> httpx.Response:
         asked.append(request.url.path)
-        return httpx.Response(429, json={"kind": "queue-full", "status": 429}, headers={"Retry-After": "120"})
+        problem = httpx.ByteStream(b'{"kind": "queue-full", "status": 429}')
+        return httpx.Response(429, headers={"Retry-After": "120"}, stream=problem)
 
     slept: list[float] = []
     monkeypatch.setattr("time.sleep", slept.append)
@@ -330,10 +330,10 @@ def test_a_client_that_would_wait_longer_than_it_may_says_so_at_once(
     assert slept == [120, 120]
 
 
-@pytest.mark.parametrize("answer", [{"text": "<html>sign in</html>"}, {"json": {"hello": "you"}}, {"json": [1]}])
-def test_a_success_that_the_service_did_not_send_is_an_error_of_ours(answer: dict[str, Any]) -> None:
+@pytest.mark.parametrize("answer", [b"<html>sign in</html>", b'{"hello": "you"}', b"[1]"])
+def test_a_success_that_the_service_did_not_send_is_an_error_of_ours(answer: bytes) -> None:
     def strange(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, **answer)
+        return httpx.Response(200, stream=httpx.ByteStream(answer))
 
     with Client("http://x", transport=httpx.MockTransport(strange)) as client:
         calls = (

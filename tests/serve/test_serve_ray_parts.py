@@ -6,20 +6,32 @@ import asyncio
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from loopback import Gated, concept
 
 import magicface_rt.errors
-from magicface_rt import MagicFaceError, OptionError
-from magicface_rt.errors import AnswerError, DrainingError, QueueFullError, ServiceError, UnknownConceptError
+from magicface_rt import MagicFaceError, OptionError, Options, Request
+from magicface_rt.errors import (
+    AnswerError,
+    DeadlineError,
+    DrainingError,
+    QueueFullError,
+    ServiceError,
+    UnknownConceptError,
+)
+from magicface_rt.serve import Engine, ServeSettings
 from magicface_rt.serve.concepts import FolderConcepts, concept_id
+from magicface_rt.serve.erasure import STILL_RUNS
+from magicface_rt.serve.job import Job
 from magicface_rt.serve.problems import Problem
 from magicface_rt.serve.ray import roster as roster_module
-from magicface_rt.serve.ray.messages import Part
+from magicface_rt.serve.ray.messages import Part, Verdict
 from magicface_rt.serve.ray.places import Places
 from magicface_rt.serve.ray.plan import RayPlan, parse_replicas, wants_gpu
+from magicface_rt.serve.ray.replica import ReplicaService
 from magicface_rt.serve.ray.roster import Roster
 from magicface_rt.serve.ray.shared import SharedConcepts
 
@@ -235,6 +247,68 @@ def test_two_erasures_of_the_same_are_done_one_after_the_other(members: Members,
         assert sorted(one.result().files for one in both) == [0, 1]
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_an_erasure_waits_no_longer_for_another_of_the_same_than_it_may(members: Members, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        await members.roster.register("one", "1")
+        first = asyncio.ensure_future(members.roster.erase(ID, str(tmp_path), 20))
+        await members.roster.watch("one", (await members.roster.watch("one", 0)).version)
+        assert not (await members.roster.erase(ID, str(tmp_path), 0.2)).begun
+        await members.roster.done("one", ID, Part())
+        assert (await first).begun
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_the_front_has_as_many_erasures_going_on_as_it_may(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from magicface_rt.serve.ray.counting import FrontMetrics
+    from magicface_rt.serve.ray.front import RayService
+
+    async def scenario() -> None:
+        go = asyncio.Event()
+
+        async def erase(*_: object) -> Verdict:
+            await go.wait()
+            return Verdict(files=1, begun=False)
+
+        roster = SimpleNamespace(actor=SimpleNamespace(erase=SimpleNamespace(remote=erase)))
+        settings, store = ServeSettings(queue=2), SharedConcepts(tmp_path)
+        front = RayService(None, roster, settings=settings, workers=1, store=store, metrics=FrontMetrics())
+        waiting = [asyncio.ensure_future(front.erase(ID)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError, match="2 erasures"):
+            await front.erase(ID)
+        go.set()
+        for one in waiting:
+            with pytest.raises(DeadlineError, match="Erase it again"):
+                await one
+        await front.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_waits_no_longer_for_what_runs_than_a_request_may_take(session: Gated, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = SharedConcepts(tmp_path)
+        made = session.prepare(concept("man", 1), steps=1)
+        id = concept_id([made.references[0].key])
+        store.put(id, made)
+        del made
+        service = ReplicaService(Engine([session], ServeSettings(deadline=0.5)), store)
+        await service.start()
+        session.reset()
+        session.free.clear()
+        job = service.engine.submit(Job(Request("a man", options=Options(steps=1))))
+        await asyncio.to_thread(session.wait_for_step)
+        assert await service.erase_here(id) == Part(True, 0, STILL_RUNS)
+        session.free.set()
+        await asyncio.wrap_future(job.future)
+        assert await service.erase_here(id) == Part(True, 0, None)
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_a_file_that_cannot_be_removed_is_said(

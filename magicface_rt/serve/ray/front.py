@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 
 from ...errors import Cancelled, DeadlineError, DrainingError, EraseError, MagicFaceError, SessionClosedError
 from ..concepts import StoredConcept, unknown
+from ..erasure import Erasures, not_begun
 from ..orders import check_named
 from ..problems import refused
 from ..schemas import BundleInfo, ConceptInfo, Erasure, PictureOrder
@@ -114,6 +115,7 @@ class RayService(Service):
         at_once = workers * settings.batch
         self._places = Places(settings.queue, at_once=at_once, ahead=at_once)
         self._calls: set[_Call] = set()
+        self._erasures = Erasures(settings.queue)
         self._view = View(0, True)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -201,13 +203,16 @@ class RayService(Service):
         if not self._store.is_id(id):
             raise unknown(id)
         try:
-            verdict = await self._roster.actor.erase.remote(
-                id, str(self._store.folder), self.settings.deadline + ERASE_SPARE
-            )
+            with self._erasures.one():
+                verdict = await self._roster.actor.erase.remote(
+                    id, str(self._store.folder), self.settings.deadline + ERASE_SPARE
+                )
         except RayError as error:
             logger.error("the roster was lost: %s", type(error).__name__)
             self._roster.lost()
             raise EraseError(f"concept {id}: not every replica could be told. Erase it again.") from error
+        if not verdict.begun:
+            raise not_begun(id)
         left = [f"{part.place} of replica {name}" for name, part in verdict.parts.items() if part.place is not None]
         left += [f"replica {name}, which does not answer" for name in verdict.silent]
         left += [verdict.left] if verdict.left is not None else []

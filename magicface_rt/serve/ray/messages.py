@@ -67,12 +67,14 @@ class Verdict:
     parts   of the replicas that have answered, by their names
     silent  names of replicas that live, or may live, and have not answered in time
     left    where something is in the shared folder, in words; None where nothing is
+    begun   whether another erasure of it was over in time
     """
 
     files: int = 0
     parts: Mapping[str, Part] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     left: str | None = None
+    begun: bool = True
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ import asyncio
 import logging
 import math
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from ...errors import Cancelled, MagicFaceError
+from ...errors import Cancelled, DeadlineError, MagicFaceError
 from ...session import Session
 from ..engine import Engine, Observer
+from ..erasure import STILL_RUNS
 from ..job import Job
 from ..local import LocalService, Watcher, until
 from ..problems import refused
@@ -85,20 +87,19 @@ class ReplicaService(LocalService):
     async def erase_here(self, id: str) -> Part:
         """Stop the requests that use a condemned concept, and let go of it; files are not looked at.
 
-        A preparation of it that is going on here is waited for.
+        A preparation of it that is going on here is waited for, as long as a request may take.
         """
-        async with super()._making_alone(id):
-            self._shared.unmap(id)
-            traces = self._shared.traces(id)
-            stopped = await self._stop_uses(id)
-            place = None
-            if traces:
-                place = await self._scrubbed()
-            for trace in traces:
-                place = place or await self._still_in_memory(trace)
-            if place is None:
-                self._shared.forget(id)
-            return Part(bool(traces), stopped, place)
+        end = time.monotonic() + self.settings.deadline
+        try:
+            async with super()._making_alone(id, end):
+                self._shared.unmap(id)
+                traces = self._shared.traces(id)
+                stopped, place = await self._let_go(id, traces, end)
+                if place is None:
+                    self._shared.forget(id)
+                return Part(bool(traces), stopped, place)
+        except DeadlineError:
+            return Part(True, 0, STILL_RUNS)
 
     @asynccontextmanager
     async def _making_alone(self, id: str, end: float = math.inf) -> AsyncIterator[None]:

@@ -131,11 +131,14 @@ class Roster:
         the concept may have written it meanwhile. A roster that has just been made gives replicas of an earlier one
         the time to register.
         """
+        end = time.monotonic() + seconds
         while id in self._condemned:
-            await self._condemned[id].over.wait()
+            try:
+                await asyncio.wait_for(self._condemned[id].over.wait(), max(0.0, end - time.monotonic()))
+            except asyncio.TimeoutError:
+                return Verdict(begun=False)
         one = self._condemned[id] = _Condemned(set(self._members))
         self._touch()
-        end = time.monotonic() + seconds
         try:
             files, _ = await asyncio.to_thread(_remove, folder, id)
             while (one.waiting or time.monotonic() < self._settled) and time.monotonic() < end:
