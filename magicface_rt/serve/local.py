@@ -133,8 +133,11 @@ class LocalService(Service):
         self._closed = True
         if self._looking is not None:
             self._looking.cancel()
-        with _own_thread("magicface-close") as pool:
-            await asyncio.get_running_loop().run_in_executor(pool, self.engine.close)
+        if self.engine.failure is not None:  # nothing runs to its end, and what failed may be to start a thread
+            self.engine.close()
+        else:
+            with _own_thread("magicface-close") as pool:
+                await asyncio.get_running_loop().run_in_executor(pool, self.engine.close)
         self._alone.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)

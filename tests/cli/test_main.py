@@ -13,6 +13,7 @@ from PIL import Image
 from magicface_rt.cli import main
 from magicface_rt.cli.export import parse_layers
 from magicface_rt.errors import OptionError
+from tests.faults.disks import Layer, Settling
 from tests.locations import CASES
 
 VERBS = ("demo", "checkpoint", "export", "build", "run", "prepare", "plan", "verify", "bench", "inspect", "doctor")
@@ -40,7 +41,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_command_line_imports_no_torch() -> None:
     heavy = ["torch", "diffusers", "transformers", "onnx", "onnxruntime", "magicface_rt.export"]
-    code = f"import sys, magicface_rt.cli; print([name for name in {heavy!r} if name in sys.modules])"
+    code = f"import sys, magicface_rt.cli._verbs; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -100,12 +101,12 @@ def test_what_a_killed_command_left_of_its_json_goes_when_it_is_given_again(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(str(descriptor)), real(descriptor))[1])
-    assert main(["inspect", "nowhere", "--json", str(tmp_path / "report.json")]) == 2
-    assert len(synced) == 2, "the file, and its folder"
+@pytest.mark.skipif(os.name != "posix", reason="paths of descriptors are looked up in /proc")
+def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
+    settling = Settling()
+    with Layer(tmp_path, settling).installed():
+        assert main(["inspect", "nowhere", "--json", str(tmp_path / "report.json")]) == 2
+    settling.check()
 
 
 @pytest.mark.parametrize("verb", ["checkpoint", "export", "verify"])
@@ -118,6 +119,38 @@ def test_a_missing_extra_exits_3(
     monkeypatch.chdir(tmp_path)
     assert main([verb, *arguments[verb]]) == 3
     assert "pip install 'magicface_rt[export]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (MemoryError(), 3, "error: there is too little memory on the host: MemoryError. "),
+        (
+            ImportError("libfew.so: failed to map segment from shared object"),
+            3,
+            "error: there is too little memory on ",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted; nothing half written"),
+    ],
+    ids=["memory", "library", "interrupt"],
+)
+def test_what_ends_the_command_line_before_it_is_read_is_said(
+    raised: BaseException, code: int, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unloadable(argv: object) -> int:
+        raise raised
+
+    monkeypatch.setattr("magicface_rt.cli._verbs.read", unloadable)
+    assert main(["doctor"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(says)
+
+
+def test_what_is_no_shortage_is_not_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "magicface_rt.cli._verbs", None)
+    monkeypatch.delattr(sys.modules["magicface_rt.cli"], "_verbs", raising=False)
+    with pytest.raises(ImportError):
+        main(["doctor"])
 
 
 def test_interrupting_before_a_verb_begins_is_said_as_well(

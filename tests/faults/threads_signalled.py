@@ -25,8 +25,8 @@ from typing import Any, NoReturn
 from forking import ForkingProcess
 
 LIBRARIES = {
-    "cli": ("onnxruntime", "magicface_rt.cli", "magicface_rt.session"),
-    "export": ("magicface_rt.cli", "magicface_rt.export.exporter", "magicface_rt.export.checkpoint"),
+    "cli": ("onnxruntime", "magicface_rt.cli._verbs", "magicface_rt.session"),
+    "export": ("magicface_rt.cli._verbs", "magicface_rt.export.exporter", "magicface_rt.export.checkpoint"),
 }
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.move"}
 OUTSIDE = 199

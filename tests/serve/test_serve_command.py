@@ -192,6 +192,30 @@ def test_what_cannot_be_served_is_said_before_anything_is_opened(
             assert "Traceback" not in said
 
 
+def test_a_service_that_can_start_no_thread_says_so_in_a_line(
+    tiny_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as where a limit of addresses leaves none for its stack: none of the engine's, nor one to close it in."""
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith("magicface-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", 1 << 20)])
+    assert main(["serve", str(tiny_bundle), "--port", "0"]) == 3
+    said = capsys.readouterr().err
+    assert "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith("error: there is too little memory on the host: the warm-up failed: ")
+    assert "ready" not in said.splitlines()
+    assert [record.getMessage() for record in caplog.records] == ["the warm-up failed: can't start new thread"]
+
+
 def test_without_the_extra_it_says_what_to_install(tiny_bundle: Path) -> None:
     code = (
         "import sys\n"
