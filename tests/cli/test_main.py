@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from magicface_rt.cli import main
 from magicface_rt.cli.export import parse_layers
-from magicface_rt.errors import OptionError
+from magicface_rt.errors import OptionError, ParityError
 from tests.faults.disks import Layer, Settling
 from tests.locations import CASES
 
@@ -107,6 +109,37 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
     with Layer(tmp_path, settling).installed():
         assert main(["inspect", "nowhere", "--json", str(tmp_path / "report.json")]) == 2
     settling.check()
+
+
+@pytest.mark.parametrize("verb", ["verify", "verify --case", "export", "bench"])
+def test_a_check_that_failed_exits_1(
+    verb: str, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the check is. The others that check are `engines` (tests/cli/test_engines.py) and `demo`."""
+    output, bench = (importlib.import_module(f"magicface_rt.benchmarks.{name}") for name in ("output", "bench"))
+    exporter, parity = (importlib.import_module(f"magicface_rt.export.{name}") for name in ("exporter", "parity"))
+    other = SimpleNamespace(passed=False, to_json=dict, summary=lambda: ["out differs"])
+
+    def differ(*_: object, **__: object) -> None:
+        raise ParityError("graph vae_decoder: out differs from PyTorch")
+
+    def table(_: object, out: Path, **__: object) -> list[Path]:
+        (out / "bench.md").write_text("wrong")
+        return []
+
+    case = SimpleNamespace(outcomes=[SimpleNamespace(status="ok"), SimpleNamespace(status="wrong picture")])
+    for name in ("verify_bundle", "verify_case"):
+        monkeypatch.setattr(parity, name, lambda *_, **__: parity.Verdict("it", (other,)))
+    monkeypatch.setattr(exporter, "export_bundle", differ)
+    monkeypatch.setattr(bench, "run", lambda *_: SimpleNamespace(cases=[case], to_json=dict))
+    monkeypatch.setattr(output, "write", table)
+    arguments: dict[str, list[object]] = {
+        "verify": ["verify", tiny_bundle, "--checkpoint", tiny_checkpoint],
+        "verify --case": ["verify", "--case", tmp_path],
+        "export": ["export", tiny_checkpoint, "--out", tmp_path / "bundle"],
+        "bench": ["bench", tiny_bundle, "--out", tmp_path / "report", "--contenders", "kept"],
+    }
+    assert main([*map(str, arguments[verb])]) == 1
 
 
 @pytest.mark.parametrize("verb", ["checkpoint", "export", "verify"])
