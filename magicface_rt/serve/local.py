@@ -124,8 +124,7 @@ class LocalService(Service):
 
     async def drain(self, seconds: float) -> int:
         # A thread for each: a second call ends what the first one waits for.
-        with _own_thread("magicface-drain") as pool:
-            return await asyncio.get_running_loop().run_in_executor(pool, self.engine.drain, seconds)
+        return await _in_own_thread("magicface-drain", lambda: self.engine.drain(seconds))
 
     async def close(self) -> None:
         if self._closed:
@@ -133,11 +132,7 @@ class LocalService(Service):
         self._closed = True
         if self._looking is not None:
             self._looking.cancel()
-        if self.engine.failure is not None:  # nothing runs to its end, and what failed may be to start a thread
-            self.engine.close()
-        else:
-            with _own_thread("magicface-close") as pool:
-                await asyncio.get_running_loop().run_in_executor(pool, self.engine.close)
+        await _in_own_thread("magicface-close", self.engine.close)
         self._alone.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)
@@ -452,6 +447,18 @@ def _own_thread(name: str) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=False)
+
+
+async def _in_own_thread(name: str, work: Callable[[], T]) -> T:
+    """What it returns. Where no thread can be started, for want of memory, it is done in this one and all else waits:
+    else a service that is told to end would never.
+    """
+    with _own_thread(name) as pool:
+        try:
+            done = asyncio.get_running_loop().run_in_executor(pool, work)
+        except RuntimeError:
+            return work()
+        return await done
 
 
 async def _to_its_end(task: asyncio.Future[T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -17,9 +18,11 @@ import httpx
 import pytest
 from loopback import PROMPT, Oracle, concept, until
 
+from magicface_rt import Session
 from magicface_rt.cli import main
 from magicface_rt.errors import UnreachableError
-from magicface_rt.serve import Client
+from magicface_rt.serve import Client, LocalService
+from magicface_rt.serve.server import local_service
 
 MAN = concept("man", 1)
 
@@ -214,6 +217,29 @@ def test_a_service_that_can_start_no_thread_says_so_in_a_line(
     assert said.splitlines()[-1].startswith("error: there is too little memory on the host: the warm-up failed: ")
     assert "ready" not in said.splitlines()
     assert [record.getMessage() for record in caplog.records] == ["the warm-up failed: can't start new thread"]
+
+
+def test_a_service_ends_where_no_thread_can_be_started_to_wait_in(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if not thread.name.startswith("magicface-engine"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def ended(service: LocalService) -> int:
+        await service.start()
+        cut_off = await service.drain(60)
+        await service.close()
+        return cut_off
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with Session(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False) as session:
+        service = local_service([session], warm=False)
+        assert asyncio.run(ended(service)) == 0
+        assert not any(thread.is_alive() for thread in service.engine._threads)
 
 
 def test_without_the_extra_it_says_what_to_install(tiny_bundle: Path) -> None:
