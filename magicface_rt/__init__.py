@@ -7,96 +7,29 @@
         result = session.generate("a man in the rain", [man], seed=7)
         result.images[0].save("out.png")
 
-Importing this package loads no torch, diffusers, transformers or onnx.
+Importing this package loads no torch, diffusers, transformers or onnx. What else it needs it loads with the first name
+that is asked for: so the command line can begin, and say so, where there is too little memory for that.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+TYPE_CHECKING = False  # that of typing, which is not loaded for it
+if TYPE_CHECKING:
+    from ._public import *  # noqa: F403
+else:
 
-from .bundle import Bundle
-from .concept import Concept, Reference
-from .errors import (
-    BackendError,
-    BackendMissingError,
-    BudgetError,
-    BuildError,
-    BundleError,
-    Cancelled,
-    CheckpointError,
-    ConceptError,
-    DeviceError,
-    DeviceMemoryError,
-    EngineError,
-    ExportError,
-    GateError,
-    ImageError,
-    InputError,
-    JobError,
-    KeptConceptError,
-    MagicFaceError,
-    MaskError,
-    NonFiniteError,
-    OptionError,
-    OutputError,
-    ParityError,
-    PlanError,
-    PromptError,
-    RecordingError,
-    SessionClosedError,
-    StoreError,
-    TargetError,
-)
-from .kept import KeptConcept, MemoryPlan
-from .options import Options
-from .results import Result, Timings
-from .session import Progress, Request, Session
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
 
-try:
-    __version__ = version("magicface_rt")
-except PackageNotFoundError:  # running from a source tree that was not installed
-    __version__ = "0+unknown"
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+        public = import_module(f"{__name__}._public")
+        if name != "__all__" and name not in public.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals().setdefault(name, getattr(public, name))
 
-__all__ = [
-    "BackendError",
-    "BackendMissingError",
-    "BudgetError",
-    "BuildError",
-    "Bundle",
-    "BundleError",
-    "Cancelled",
-    "CheckpointError",
-    "Concept",
-    "ConceptError",
-    "DeviceError",
-    "DeviceMemoryError",
-    "EngineError",
-    "ExportError",
-    "GateError",
-    "ImageError",
-    "InputError",
-    "JobError",
-    "KeptConcept",
-    "KeptConceptError",
-    "MagicFaceError",
-    "MaskError",
-    "MemoryPlan",
-    "NonFiniteError",
-    "OptionError",
-    "Options",
-    "OutputError",
-    "ParityError",
-    "PlanError",
-    "Progress",
-    "PromptError",
-    "RecordingError",
-    "Reference",
-    "Request",
-    "Result",
-    "Session",
-    "SessionClosedError",
-    "StoreError",
-    "TargetError",
-    "Timings",
-    "__version__",
-]
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -6,15 +6,20 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["cores", "threads_of_each"]
+__all__ = ["cores", "processors", "threads_of_each"]
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Of a container, where Linux has version 2 of control groups: microseconds of processors in so many of the clock."""
 
 
+def processors() -> int:
+    """Those on which this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores(quota: Path = QUOTA) -> int:
     """Those that this process may use, a container's quota counted in whole ones."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = processors()
     try:
         most, period = quota.read_text(encoding="ascii").split()
         return found if most == "max" else max(1, min(found, math.ceil(int(most) / int(period))))

@@ -128,6 +128,7 @@ class OnnxRuntime(Backend):
         self._cache = cache
         self._thread = OneThread(self.name) if self._cuda_graphs else None
         self._plugin_devices: list[Any] = []
+        self._placement_missed = False
         if provider != "cpu":
             _preload_libraries(self._ort)
         available = self._ort.get_available_providers()
@@ -161,7 +162,10 @@ class OnnxRuntime(Backend):
         self._check_provider(f"graph {graph}", session)
         if self.provider == "cpu":
             return _Runner(contract, session)
-        if left := left_to_the_cpu(session):
+        left = left_to_the_cpu(session)
+        if left is None:
+            self._say_that_placement_is_not_known()
+        elif left:
             logger.warning("%s computes a part of graph %s on the CPU, and is slow there: %s", self.name, graph, left)
         where: OrtDevice = ("gpu", self._ordinal, _NVIDIA) if self._plugin_devices else ("cuda", self._ordinal)
         return DeviceRunner(contract, session, self._ort, where, GraphIds(captures), in_turn=self._in_turn)
@@ -196,6 +200,17 @@ class OnnxRuntime(Backend):
             raise BackendError(
                 f"{what}: onnxruntime fell back to {session.get_providers()[0]} instead of {_ALL[self.provider]}; run "
                 "`magicface-rt doctor`."
+            )
+
+    def _say_that_placement_is_not_known(self) -> None:
+        """Once."""
+        if not self._placement_missed:
+            self._placement_missed = True
+            logger.warning(
+                "%s: onnxruntime %s does not say what it leaves to the CPU, so a slow part there goes unnoticed. From "
+                "1.24 on it does: `pip install -U 'onnxruntime-gpu>=1.24'` (which needs Python 3.11).",
+                self.name,
+                self._ort.__version__,
             )
 
     def _open(self, model: str | bytes, cache_name: str | None, profile: dict[str, str]) -> tuple[Any, bool]:

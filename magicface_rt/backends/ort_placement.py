@@ -25,14 +25,14 @@ def record_placement(options: Any) -> None:
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
 
 
-def left_to_the_cpu(session: Any) -> str:
+def left_to_the_cpu(session: Any) -> str | None:
     """The heavy operators that a session computes on the CPU, counted, the commonest first: "2 Conv, 1 MatMul".
 
-    "" where there are none, and where the session does not know: it is of an older onnxruntime, or did not record.
+    "" where there are none; None where the session does not know: it is of an older onnxruntime, or did not record.
     """
     try:
         parts = session.get_provider_graph_assignment_info()
     except Exception:  # that it is not known is no reason to refuse a graph
-        return ""
+        return None
     kinds = Counter(node.op_type for part in parts if part.ep_name == CPU for node in part.get_nodes())
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common() if kind in HEAVY)

@@ -1,114 +1,87 @@
 """The command line, `magicface-rt`: one module for each verb, and nothing here that needs torch.
 
 exit codes: 0 fine, 1 a failed check, 2 bad input, 3 a missing backend or extra, 130 interrupted
+
+This module loads the verbs with the first command line, and until then next to nothing: where there is too little
+memory for what they need, it says so, as it does where there is too little to read the line.
 """
 
 from __future__ import annotations
 
-import io
-import signal
+import os
 import sys
-import threading
 from collections.abc import Sequence
-from typing import Annotated
+from types import ModuleType
 
-import typer
+__all__ = ["main"]
 
-from . import (
-    _command,
-    bench,
-    build,
-    checkpoint,
-    demo,
-    doctor,
-    engines,
-    export,
-    inspect,
-    plan,
-    prepare,
-    run,
-    serve,
-    ui,
-    verify,
-)
+INTERRUPTED = 130
+INTERRUPTED_TEXT = "interrupted; nothing half written"
+"""Said by `main`, as typer ends with the same code, in silence, what is interrupted outside of a verb."""
 
-__all__ = ["app", "main"]
+ADDRESSES = 112 << 20
+"""Bytes of addresses with fewer of which the verbs could not be loaded. numpy's OpenBLAS, where it finds too few, ends
+the process, or has it interrupted."""
 
-app = typer.Typer(
-    name="magicface-rt",
-    help="MagicFace: pictures of several people and things from a prompt and masked reference images, no training.",
-    epilog="Exit codes: 0 fine, 1 a failed check, 2 bad input, 3 a missing backend or extra, 130 interrupted.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # brackets in help and messages are meant as brackets
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+ADDRESSES_OF_A_THREAD = 40 << 20
+"""What it takes for each of its threads but the first: a buffer, and a stack."""
 
+RESERVE = 2 << 20
+"""Bytes of memory that are set aside, so that it can be said that there is too little."""
 
-def _print_version(value: bool) -> None:
-    if value:
-        from magicface_rt import __version__
-
-        typer.echo(f"magicface-rt {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _global_options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-    traceback: Annotated[
-        bool,
-        typer.Option(
-            "--traceback", envvar="MAGICFACE_RT_TRACEBACK", help="Show where an error comes from, and all warnings."
-        ),
-    ] = False,
-) -> None:
-    _command.show_traceback(traceback)
-
-
-for _verb in (
-    demo.demo,
-    checkpoint.checkpoint,
-    export.export,
-    build.build,
-    run.run,
-    prepare.prepare,
-    plan.plan,
-    serve.serve,
-    ui.ui,
-    verify.verify,
-    bench.bench,
-    inspect.inspect,
-    doctor.doctor,
-):
-    app.command()(_verb)
-app.add_typer(engines.app, name="engines")
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """SIGTERM ends a verb as Ctrl-C does, so that nothing half written stays."""
-    raise KeyboardInterrupt
+TOO_LITTLE = "there is too little memory on the host. Allow this process more (ulimit -v, the container's limit)."
+"""Said where there is too little to look at what was said."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (that of the process, unless given) and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text that a terminal can show
+    reserve = b""
     try:
-        code = int(app(arguments, prog_name="magicface-rt", standalone_mode=False) or 0)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _command.INTERRUPTED
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # what typer (or click) raises for a command line it cannot read
+        reserve = bytes(RESERVE)
+        return int(_loaded().read(argv))
+    except KeyboardInterrupt:
+        print(INTERRUPTED_TEXT, file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:  # outside of a verb, which says itself what it met
+        del reserve
+        said = _too_little(error)
+        if not said:
             raise
-        return _command.print_usage_error(error, arguments)
-    if code == _command.INTERRUPTED:
-        print(_command.INTERRUPTED_TEXT, file=sys.stderr)
-    return code
+        print(f"error: {said}", file=sys.stderr)
+        return 3
+
+
+def _loaded() -> ModuleType:
+    """The module that holds all of them.
+
+    Raises:
+        HostMemoryError: a limit of addresses leaves too few for it.
+        whatever too little memory raises elsewhere.
+    """
+    if "numpy" not in sys.modules:
+        from magicface_rt.shortage import check_addresses
+
+        check_addresses(ADDRESSES + (_threads() - 1) * ADDRESSES_OF_A_THREAD, "the command line")
+    from . import _verbs
+
+    return _verbs
+
+
+def _threads() -> int:
+    """Those of OpenBLAS."""
+    from magicface_rt.cores import processors
+
+    asked = (os.environ.get(f"{of}_NUM_THREADS", "") for of in ("OPENBLAS", "GOTO", "OMP"))
+    return min(processors(), next((int(number) for number in asked if number.isdecimal() and int(number)), 1 << 30))
+
+
+def _too_little(error: Exception) -> str:
+    """What to say where too little memory was its cause, else ""."""
+    try:
+        from magicface_rt.shortage import shortage
+        from magicface_rt.shown import one_line
+
+        found = shortage(error)
+        return "" if found is None else one_line(str(found))
+    except Exception:
+        return TOO_LITTLE

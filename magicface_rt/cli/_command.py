@@ -25,9 +25,7 @@ from magicface_rt.results import check_replaceable
 from magicface_rt.shortage import address_hint, check_addresses, shortage
 from magicface_rt.shown import one_line
 
-INTERRUPTED = 130
-INTERRUPTED_TEXT = "interrupted; nothing half written"
-"""Said by `main`, as typer ends with the same code, in silence, what is interrupted outside of a verb."""
+from . import INTERRUPTED, INTERRUPTED_TEXT
 
 RESERVE = 4 << 20
 """Bytes of memory that a verb sets aside, so that it can say that there is too little."""

@@ -9,6 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from magicface_rt import Concept, Result
 from magicface_rt.images import LoadedReference, load_reference
+from magicface_rt.provenance import ProvenancePicture
+
+TILES = "tiles"
+"""In the sheet's provenance, beside that of the picture: what is on it. By it a demo knows its sheet again."""
 
 TILE, GAP, LINE = 256, 12, 22
 _DIMMED = 0.3  # what is left of a reference's contrast where its mask is not
@@ -16,6 +20,7 @@ _DIMMED = 0.3  # what is left of a reference's contrast where its mask is not
 
 def contact_sheet(concepts: Sequence[Concept], plain: Result, made: Result) -> Image.Image:
     """The concepts' first references with what their masks leave out dimmed, and the first pictures of both results.
+    It says how it was made where the picture does.
 
     Raises:
         ImageError, MaskError: a reference cannot be read.
@@ -37,7 +42,10 @@ def contact_sheet(concepts: Sequence[Concept], plain: Result, made: Result) -> I
         left = GAP + column * (TILE + GAP)
         pen.text((left, GAP), label, fill="black", font=font)
         sheet.paste(picture, (left, GAP + LINE))
-    return sheet
+    if not isinstance(made.images[0], ProvenancePicture):
+        return sheet
+    labels = [label for label, _ in tiles]
+    return ProvenancePicture.of(sheet, {**made.images[0].provenance, TILES: labels})
 
 
 def _masked(reference: LoadedReference) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,19 @@ from magicface_rt import (
     BundleError,
     CheckpointError,
     Concept,
+    ImageError,
     JobError,
     OutputError,
     Session,
     unfinished,
 )
+from magicface_rt.bundle import MANIFEST, MAX_MANIFEST_BYTES
+from magicface_rt.plain_file import read_plain
+from magicface_rt.provenance import read_provenance
+from magicface_rt.strict_json import read_json
 
 from ._command import Command, JsonOption, check_output_folder, command, export_module
-from ._demo_sheet import contact_sheet
+from ._demo_sheet import TILES, contact_sheet
 from .run import print_result, progress_bar, request_of
 
 JOB = Path("demo") / "portrait" / "job.json"
@@ -33,9 +39,11 @@ VERIFY_STEPS = 4
 
 def demo(
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where portrait/ and sheet.png go; both are replaced if there.")
+        Path, typer.Option(metavar="DIR", help="Where portrait/ and sheet.png go; an earlier demo's are replaced.")
     ] = Path("demo-out"),
-    work: Annotated[Path, typer.Option(metavar="DIR", help="Where the bundle is kept.")] = Path(".cache/demo"),
+    work: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the bundle is kept; one of another checkpoint is replaced.")
+    ] = Path(".cache/demo"),
     steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps, instead of the job's.")] = None,
     job: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Another job than the repository's demo/portrait/job.json.")
@@ -47,8 +55,9 @@ def demo(
 ) -> None:
     """Run the whole chain: checkpoint, export, pictures, parity with PyTorch. No GPU, no download."""
     with command(json_to) as verb:
-        portrait = out / PORTRAIT
+        portrait, sheet = out / PORTRAIT, out / SHEET
         check_output_folder(portrait, overwrite=True)
+        _check_sheet(sheet)
         request = request_of(job or _find(JOB, JobError, "--job FILE"), None, [], {"steps": steps})
         options, concepts = request.options, [one for one in request.concepts if isinstance(one, Concept)]
         parity = export_module("parity")
@@ -59,10 +68,11 @@ def demo(
             plain = session.generate(request.prompt, options=replace(options, semantic_guidance=False))
             with progress_bar(options) as progress:
                 result = session.generate(request.prompt, concepts, options=options, progress=progress)
-        folder, sheet = result.save(portrait, overwrite=True), out / SHEET
+        folder = result.save(portrait, overwrite=True)
         try:
             with unfinished.part(sheet) as part:
                 contact_sheet(concepts, plain, result).save(part, "PNG")
+                _check_sheet(sheet)
                 unfinished.put(part, sheet)
         except OSError as error:
             raise OutputError(f"file {str(sheet)!r} cannot be written: {unfinished.why(error)}") from error
@@ -109,9 +119,54 @@ def _bundle(verb: Command, checkpoint: Any, folder: Path) -> Bundle:
             return bundle
     except BundleError:
         pass
-    if folder.exists():
-        shutil.rmtree(folder)
+    _remove_earlier(folder)
     exporter = export_module("exporter")
     bundle = exporter.export_bundle(checkpoint, folder, report=verb.note)
     assert isinstance(bundle, Bundle)
     return bundle
+
+
+def _check_sheet(sheet: Path) -> None:
+    """Raise `OutputError` where something is in its place that no demo made."""
+    if not os.path.lexists(sheet):
+        return
+    try:
+        of_a_demo = TILES in (read_provenance(sheet) or {})
+    except ImageError:
+        of_a_demo = False
+    if not of_a_demo:
+        raise OutputError(
+            f"file {str(sheet)!r} is not replaced: it is not marked as the sheet of a demo. Move it away, or give "
+            "another folder (--out)."
+        )
+
+
+def _remove_earlier(folder: Path) -> None:
+    """The bundle of an earlier demo, whole or not.
+
+    Raises:
+        OutputError: there is something else, also beside its files; or it cannot be removed.
+    """
+    if not os.path.lexists(folder):
+        return
+    if why_not := _why_no_bundle(folder):
+        raise OutputError(
+            f"{str(folder)!r} is not replaced by the demo's bundle: {why_not}. Expected an earlier bundle or nothing. "
+            "Move it away, or give another folder (--work)."
+        )
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise OutputError(f"folder {str(folder)!r} cannot be removed: {unfinished.why(error)}") from error
+
+
+def _why_no_bundle(folder: Path) -> str:
+    """What of it is no bundle's, "" where all is that its manifest names."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is a link" if folder.is_symlink() else "it is not a folder"
+    try:
+        named = {MANIFEST, *read_json(read_plain(folder / MANIFEST, MAX_MANIFEST_BYTES))["files"]}
+        foreign = {entry.name for entry in folder.iterdir()} - named
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    return f"it holds {min(foreign)!r}, which its {MANIFEST} does not name" if foreign else ""

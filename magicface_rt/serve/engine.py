@@ -118,9 +118,12 @@ class Engine:
     # ---------------------------------------------------------------------------------------------------- what one does
 
     def start(self) -> None:
-        """Start the threads; each warms up and then takes work."""
-        for thread in self._threads:
-            thread.start()
+        """Start the threads; each warms up and then takes work. Where one cannot start, that is the `failure`."""
+        try:
+            for thread in self._threads:
+                thread.start()
+        except Exception as error:  # such as too little memory for its stack
+            self._fail(error)
 
     def submit(self, job: Job) -> Job:
         """Queue a job and return it.
@@ -190,15 +193,18 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------ the threads
 
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = error
+        logger.error("the warm-up failed: %s", error)
+        self.drain(0)
+
     def _serve(self, session: Session) -> None:
         try:
             if self._warm is not None:
                 self._warm(session)
         except BaseException as error:
-            with self._changed:
-                self._failure = error
-            logger.error("the warm-up failed: %s", error)
-            self.drain(0)
+            self._fail(error)
             return
         with self._changed:
             self._cold -= 1

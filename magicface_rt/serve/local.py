@@ -129,8 +129,7 @@ class LocalService(Service):
 
     async def drain(self, seconds: float) -> int:
         # A thread for each: a second call ends what the first one waits for.
-        with _own_thread("magicface-drain") as pool:
-            return await asyncio.get_running_loop().run_in_executor(pool, self.engine.drain, seconds)
+        return await _in_own_thread("magicface-drain", lambda: self.engine.drain(seconds))
 
     async def close(self) -> None:
         if self._closed:
@@ -138,8 +137,7 @@ class LocalService(Service):
         self._closed = True
         if self._looking is not None:
             self._looking.cancel()
-        with _own_thread("magicface-close") as pool:
-            await asyncio.get_running_loop().run_in_executor(pool, self.engine.close)
+        await _in_own_thread("magicface-close", self.engine.close)
         for pool in (self._alone, self._decoders, self._encoders, self._files, self._writers, self._erasers):
             pool.shutdown(wait=False, cancel_futures=True)
         self.store.close()
@@ -474,6 +472,18 @@ def _own_thread(name: str) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=False)
+
+
+async def _in_own_thread(name: str, work: Callable[[], T]) -> T:
+    """What it returns. Where no thread can be started, for want of memory, it is done in this one and all else waits:
+    else a service that is told to end would never.
+    """
+    with _own_thread(name) as pool:
+        try:
+            done = asyncio.get_running_loop().run_in_executor(pool, work)
+        except RuntimeError:
+            return work()
+        return await done
 
 
 async def _to_its_end(task: asyncio.Future[T]) -> T:

@@ -17,24 +17,7 @@ from magicface_rt import KeptConcept, Options, Progress, Session
 from magicface_rt.cli import main
 from magicface_rt.cli.run import progress_bar
 from magicface_rt.kept.keeper import KeepSettings
-
-
-def write_job(folder: Path, name: str = "job.json", **changes: Any) -> Path:
-    concepts = [{"word": n, "image": f"{n}.png", "prompt": f"a {n}", "weight": 2.5} for n in ("man", "hat")]
-    content = {"prompt": "a man with a hat", "concepts": concepts, "steps": 2, "seed": 3, **changes}
-    path = folder / name
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-    return path
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Path:
-    for name, value in (("man", 90), ("hat", 200)):
-        pixels = np.random.default_rng(value).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        mask = np.zeros((64, 64), np.uint8)
-        mask[16:48, 8:40] = 255
-        Image.fromarray(np.dstack([pixels, mask])).save(tmp_path / f"{name}.png")
-    return write_job(tmp_path)
+from tests.cli.jobs import write_job
 
 
 @pytest.fixture

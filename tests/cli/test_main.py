@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from PIL import Image
 
 from magicface_rt.cli import main
 from magicface_rt.cli.export import parse_layers
-from magicface_rt.errors import OptionError
+from magicface_rt.errors import OptionError, ParityError
+from tests.faults.disks import Layer, Settling
 from tests.locations import CASES
 
 VERBS = ("demo", "checkpoint", "export", "build", "run", "prepare", "plan", "verify", "bench", "inspect", "doctor")
@@ -40,7 +43,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_command_line_imports_no_torch() -> None:
     heavy = ["torch", "diffusers", "transformers", "onnx", "onnxruntime", "magicface_rt.export"]
-    code = f"import sys, magicface_rt.cli; print([name for name in {heavy!r} if name in sys.modules])"
+    code = f"import sys, magicface_rt.cli._verbs; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -100,12 +103,43 @@ def test_what_a_killed_command_left_of_its_json_goes_when_it_is_given_again(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(str(descriptor)), real(descriptor))[1])
-    assert main(["inspect", "nowhere", "--json", str(tmp_path / "report.json")]) == 2
-    assert len(synced) == 2, "the file, and its folder"
+@pytest.mark.skipif(os.name != "posix", reason="paths of descriptors are looked up in /proc")
+def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
+    settling = Settling()
+    with Layer(tmp_path, settling).installed():
+        assert main(["inspect", "nowhere", "--json", str(tmp_path / "report.json")]) == 2
+    settling.check()
+
+
+@pytest.mark.parametrize("verb", ["verify", "verify --case", "export", "bench"])
+def test_a_check_that_failed_exits_1(
+    verb: str, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the check is. The others that check are `engines` (tests/cli/test_engines.py) and `demo`."""
+    output, bench = (importlib.import_module(f"magicface_rt.benchmarks.{name}") for name in ("output", "bench"))
+    exporter, parity = (importlib.import_module(f"magicface_rt.export.{name}") for name in ("exporter", "parity"))
+    other = SimpleNamespace(passed=False, to_json=dict, summary=lambda: ["out differs"])
+
+    def differ(*_: object, **__: object) -> None:
+        raise ParityError("graph vae_decoder: out differs from PyTorch")
+
+    def table(_: object, out: Path, **__: object) -> list[Path]:
+        (out / "bench.md").write_text("wrong")
+        return []
+
+    case = SimpleNamespace(outcomes=[SimpleNamespace(status="ok"), SimpleNamespace(status="wrong picture")])
+    for name in ("verify_bundle", "verify_case"):
+        monkeypatch.setattr(parity, name, lambda *_, **__: parity.Verdict("it", (other,)))
+    monkeypatch.setattr(exporter, "export_bundle", differ)
+    monkeypatch.setattr(bench, "run", lambda *_: SimpleNamespace(cases=[case], to_json=dict))
+    monkeypatch.setattr(output, "write", table)
+    arguments: dict[str, list[object]] = {
+        "verify": ["verify", tiny_bundle, "--checkpoint", tiny_checkpoint],
+        "verify --case": ["verify", "--case", tmp_path],
+        "export": ["export", tiny_checkpoint, "--out", tmp_path / "bundle"],
+        "bench": ["bench", tiny_bundle, "--out", tmp_path / "report", "--contenders", "kept"],
+    }
+    assert main([*map(str, arguments[verb])]) == 1
 
 
 @pytest.mark.parametrize("verb", ["checkpoint", "export", "verify"])
@@ -118,6 +152,38 @@ def test_a_missing_extra_exits_3(
     monkeypatch.chdir(tmp_path)
     assert main([verb, *arguments[verb]]) == 3
     assert "pip install 'magicface_rt[export]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (MemoryError(), 3, "error: there is too little memory on the host: MemoryError. "),
+        (
+            ImportError("libfew.so: failed to map segment from shared object"),
+            3,
+            "error: there is too little memory on ",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted; nothing half written"),
+    ],
+    ids=["memory", "library", "interrupt"],
+)
+def test_what_ends_the_command_line_before_it_is_read_is_said(
+    raised: BaseException, code: int, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unloadable(argv: object) -> int:
+        raise raised
+
+    monkeypatch.setattr("magicface_rt.cli._verbs.read", unloadable)
+    assert main(["doctor"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(says)
+
+
+def test_what_is_no_shortage_is_not_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "magicface_rt.cli._verbs", None)
+    monkeypatch.delattr(sys.modules["magicface_rt.cli"], "_verbs", raising=False)
+    with pytest.raises(ImportError):
+        main(["doctor"])
 
 
 def test_interrupting_before_a_verb_begins_is_said_as_well(

@@ -168,7 +168,8 @@ def _saying(save: Callable[[], object]) -> int:
 def load_cli(_: str) -> None:
     import onnxruntime  # noqa: F401
 
-    from magicface_rt import KeptConcept, Session, cli  # noqa: F401
+    from magicface_rt import KeptConcept, Session  # noqa: F401
+    from magicface_rt.cli import _verbs  # noqa: F401
 
     Image.init()
 

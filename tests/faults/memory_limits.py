@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,39 +95,64 @@ class Scene:
     ) -> Ended:
         """Run a verb in a folder that is made for it. `ends`: else, once it serves, it is told to end."""
         folder.mkdir()
+        command = [sys.executable, "-m", "magicface_rt.cli", *arguments]
+        return limited(command, folder, addresses=addresses, environment=environment, seconds=seconds, ends=ends)
 
-        def limit() -> None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            hard = resource.RLIM_INFINITY if addresses is None else addresses
-            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-        process = subprocess.Popen(
-            [sys.executable, "-m", "magicface_rt.cli", *arguments],
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env={**os.environ, **(environment or {})},
-            preexec_fn=limit,
-        )
-        assert process.stderr is not None
-        over = threading.Event()
+def limited(
+    command: Sequence[str],
+    folder: Path,
+    *,
+    addresses: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    seconds: float = SECONDS,
+    ends: bool = True,
+) -> Ended:
+    """Run a command in a folder. `ends`: else, once it is ready, it is told to end."""
 
-        def end() -> None:
-            over.set()
-            process.kill()
+    def limit() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        hard = resource.RLIM_INFINITY if addresses is None else addresses
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-        watch = threading.Timer(seconds, end)
-        watch.start()
-        said = ""
-        for line in process.stderr:
-            said += line
-            if not ends and line.strip() == "ready":
-                process.send_signal(signal.SIGTERM)
-        code = process.wait()
-        watch.cancel()
-        process.stderr.close()
-        files = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()))
-        return Ended(code, said, files, over.is_set())
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, **(environment or {})},
+        preexec_fn=limit,
+    )
+    assert process.stderr is not None
+    over = threading.Event()
+
+    def end() -> None:
+        over.set()
+        process.kill()
+
+    watch = threading.Timer(seconds, end)
+    watch.start()
+    said = ""
+    for line in process.stderr:
+        said += line
+        if not ends and line.strip() == "ready":
+            process.send_signal(signal.SIGTERM)
+    code = process.wait()
+    watch.cancel()
+    process.stderr.close()
+    files = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()))
+    return Ended(code, said, files, over.is_set())
+
+
+def largest_refused(refused: int, done: int, is_refused: Callable[[int], bool], step: int = 1 << 20) -> int:
+    """Of limits the largest that is refused, to `step` bytes, between one that is and one with which all is done."""
+    while done - refused > step:
+        middle = (refused + done) // 2
+        if is_refused(middle):
+            refused = middle
+        else:
+            done = middle
+    return refused

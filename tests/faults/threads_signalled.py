@@ -26,8 +26,8 @@ from typing import Any, NoReturn
 from forking import ForkingProcess
 
 LIBRARIES = {
-    "cli": ("onnxruntime", "magicface_rt.cli", "magicface_rt.session"),
-    "export": ("magicface_rt.cli", "magicface_rt.export.exporter", "magicface_rt.export.checkpoint"),
+    "cli": ("onnxruntime", "magicface_rt.cli._verbs", "magicface_rt.session"),
+    "export": ("magicface_rt.cli._verbs", "magicface_rt.export.exporter", "magicface_rt.export.checkpoint"),
 }
 LIBRARIES["all"] = (
     *(*LIBRARIES["cli"], *LIBRARIES["export"], "magicface_rt.export.parity", "magicface_rt.export.random_weights"),

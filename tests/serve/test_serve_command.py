@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -17,9 +18,11 @@ import httpx
 import pytest
 from loopback import PROMPT, Oracle, concept, until
 
+from magicface_rt import Session
 from magicface_rt.cli import main
 from magicface_rt.errors import OptionError, UnreachableError
-from magicface_rt.serve import Client
+from magicface_rt.serve import Client, LocalService
+from magicface_rt.serve.server import local_service
 
 MAN = concept("man", 1)
 
@@ -205,6 +208,53 @@ def test_whoever_names_no_host_is_reached_from_this_machine_alone(
     monkeypatch.setattr("magicface_rt.serve.server.listen", listen)
     assert main([verb, str(tiny_bundle)]) == 2
     assert asked == ["127.0.0.1"]
+
+
+def test_a_service_that_can_start_no_thread_says_so_in_a_line(
+    tiny_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as where a limit of addresses leaves none for its stack: none of the engine's, nor one to close it in."""
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith("magicface-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", 1 << 20)])
+    assert main(["serve", str(tiny_bundle), "--port", "0"]) == 3
+    said = capsys.readouterr().err
+    assert "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith("error: there is too little memory on the host: the warm-up failed: ")
+    assert "ready" not in said.splitlines()
+    assert [record.getMessage() for record in caplog.records] == ["the warm-up failed: can't start new thread"]
+
+
+def test_a_service_ends_where_no_thread_can_be_started_to_wait_in(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if not thread.name.startswith("magicface-engine"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def ended(service: LocalService) -> int:
+        await service.start()
+        cut_off = await service.drain(60)
+        await service.close()
+        return cut_off
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with Session(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False) as session:
+        service = local_service([session], warm=False)
+        assert asyncio.run(ended(service)) == 0
+        assert not any(thread.is_alive() for thread in service.engine._threads)
 
 
 def test_without_the_extra_it_says_what_to_install(tiny_bundle: Path) -> None:

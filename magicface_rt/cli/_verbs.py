@@ -1,0 +1,113 @@
+"""All verbs, and the command line that is read."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from . import (
+    INTERRUPTED,
+    INTERRUPTED_TEXT,
+    _command,
+    bench,
+    build,
+    checkpoint,
+    demo,
+    doctor,
+    engines,
+    export,
+    inspect,
+    plan,
+    prepare,
+    run,
+    serve,
+    ui,
+    verify,
+)
+
+__all__ = ["app", "read"]
+
+app = typer.Typer(
+    name="magicface-rt",
+    help="MagicFace: pictures of several people and things from a prompt and masked reference images, no training.",
+    epilog="Exit codes: 0 fine, 1 a failed check, 2 bad input, 3 a missing backend or extra, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # brackets in help and messages are meant as brackets
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from magicface_rt import __version__
+
+        typer.echo(f"magicface-rt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    traceback: Annotated[
+        bool,
+        typer.Option(
+            "--traceback", envvar="MAGICFACE_RT_TRACEBACK", help="Show where an error comes from, and all warnings."
+        ),
+    ] = False,
+) -> None:
+    _command.show_traceback(traceback)
+
+
+for _verb in (
+    demo.demo,
+    checkpoint.checkpoint,
+    export.export,
+    build.build,
+    run.run,
+    prepare.prepare,
+    plan.plan,
+    serve.serve,
+    ui.ui,
+    verify.verify,
+    bench.bench,
+    inspect.inspect,
+    doctor.doctor,
+):
+    app.command()(_verb)
+app.add_typer(engines.app, name="engines")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends a verb as Ctrl-C does, so that nothing half written stays."""
+    raise KeyboardInterrupt
+
+
+def read(argv: Sequence[str] | None) -> int:
+    """As `main`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text that a terminal can show
+    try:
+        code = int(app(arguments, prog_name="magicface-rt", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer (or click) raises for a command line it cannot read
+            raise
+        return _command.print_usage_error(error, arguments)
+    if code == INTERRUPTED:
+        print(INTERRUPTED_TEXT, file=sys.stderr)
+    return code
