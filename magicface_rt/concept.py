@@ -10,6 +10,7 @@ import numpy as np
 
 from .errors import ConceptError, ImageError, OptionError, PromptError
 from .images import ImageSource, Resample
+from .plain_numbers import as_float
 from .shown import shown
 
 __all__ = ["MAX_WEIGHT", "Concept", "NamedConcept", "PlacedConcept", "Reference", "place_concepts"]
@@ -208,7 +209,7 @@ def _checked_weight(word: str, weight: float) -> float:
             f"concept {shown(word)}: weight is {shown(weight)}, expected a finite number from -{MAX_WEIGHT:g} to "
             f"{MAX_WEIGHT:g}. Usual weights are 2 to 4."
         )
-    return float(weight)
+    return as_float(weight)
 
 
 def _checked_token_index(word: str, token_index: int | Sequence[int] | None) -> tuple[int, ...] | None:

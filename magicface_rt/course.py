@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from time import perf_counter
 
 from .errors import Cancelled
-from .request import Progress, ProgressCallback
+from .request import Progress, ProgressCallback, declined
 
 
 class Course:
@@ -26,7 +26,7 @@ class Course:
             SessionClosedError: the Session was closed.
         """
         self.check_open()
-        if self.progress is not None and self.progress(progress) is False:
+        if self.progress is not None and declined(self.progress(progress)):
             what = "step" if progress.stage != "prepare" else "prepared step"
             raise Cancelled(f"cancelled by the progress callback after {what} {progress.step} of {progress.steps}.")
 

@@ -13,7 +13,8 @@
       "mask_threshold": 128, "resample": "lanczos"      for every reference; a concept or a reference may have its own
     }
 
-Paths in a job count from its file. Unknown keys are refused, so that a misspelt one is not silently ignored.
+Paths in a job count from its file, wherever the process is when they are read. Numbers are decimal, also in YAML, whose
+readers do not agree on what 0123 or 1_0 is. Unknown keys are refused, so that a misspelt one is not silently ignored.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .concept import Concept, Reference
 from .errors import InputError, JobError
 from .options import Options
 from .plain_file import read_plain
+from .plain_numbers import is_number, is_whole
 from .shown import shown
 from .strict_json import read_json
 
@@ -76,7 +78,7 @@ _JOB = {
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A request: `session.generate(job.prompt, job.concepts, ...)` with `job.options`."""
+    """A request: `session.generate(job.prompt, job.concepts, ...)` with `job.options`. Paths are absolute."""
 
     prompt: str
     concepts: tuple[Concept, ...]
@@ -93,6 +95,7 @@ def load_job(path: str | os.PathLike[str]) -> Job:
     path = Path(path)
     name = repr(os.fspath(path))
     try:
+        folder = path.absolute().parent
         raw = read_plain(path, MAX_JOB_BYTES)
     except (OSError, ValueError) as error:
         raise JobError(f"job {name} cannot be read: {error}. Is it another file?") from error
@@ -102,9 +105,7 @@ def load_job(path: str | os.PathLike[str]) -> Job:
         raise JobError(f"job {name} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     suffix = path.suffix.lower()
     is_json = suffix == ".json" or (suffix not in (".yaml", ".yml") and text.lstrip().startswith("{"))
-    return _placed(
-        f"job {name}", lambda: parse_job(_read_json(text) if is_json else _read_yaml(text), base=path.parent)
-    )
+    return _placed(f"job {name}", lambda: parse_job(_read_json(text) if is_json else _read_yaml(text), base=folder))
 
 
 def parse_job(data: object, *, base: str | os.PathLike[str] = ".") -> Job:
@@ -157,20 +158,23 @@ def _option_data(text: str) -> dict[str, Any]:
 
 def option_value(key: str, value: str) -> Any:
     if key == "token_index":
-        return [_number(int, key, part) for part in value.replace(",", " ").split()]
+        return [_whole(key, part) for part in value.replace(",", " ").split()]
     if key == "weight":
-        return _number(float, key, value)
+        if not is_number(value):
+            raise JobError(f"{key} is {shown(value)}, expected a number in digits, such as 2.5.")
+        return float(value)
     if key == "mask_threshold":
-        return _number(int, key, value)
+        return _whole(key, value)
     return value
 
 
-def _number(kind: Callable[[str], _T], key: str, text: str) -> _T:
+def _whole(key: str, text: str) -> int:
     try:
-        return kind(text)
-    except ValueError:
-        expected = "a whole number" if kind is int else "a number"
-        raise JobError(f"{key} is {shown(text)}, expected {expected}.") from None
+        if is_whole(text):
+            return int(text)
+    except ValueError:  # Python reads only so many digits
+        pass
+    raise JobError(f"{key} is {shown(text)}, expected a whole number in digits, such as 5.")
 
 
 def split_option(text: str) -> list[tuple[str, str]]:
@@ -244,8 +248,20 @@ def _reference(item: object, where: str, base: Path, reading: Mapping[str, Any],
     settings = {**reading, **{key: reference[key] for key in ("prompt", *_READING) if key in reference}}
     if without_prompts:
         settings["prompt"] = ""
-    mask = None if reference.get("mask") is None else base / reference["mask"]
-    return _placed(where, lambda: Reference(base / reference["image"], mask=mask, **settings))
+
+    def make() -> Reference:
+        mask = None if reference.get("mask") is None else _absolute(base / reference["mask"])
+        return Reference(_absolute(base / reference["image"]), mask=mask, **settings)
+
+    return _placed(where, make)
+
+
+def _absolute(path: Path) -> Path:
+    """What is read later is read where it is now: the process may be in another folder then."""
+    try:
+        return path.absolute()
+    except OSError as error:
+        raise JobError(f"{os.fspath(path)!r} counts from the working folder, and that is gone: {error}.") from error
 
 
 def _checked(data: object, kinds: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -310,7 +326,7 @@ def _read_json(text: str) -> object:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, which can make a small file a huge one, and without doubled keys."""
+    """YAML without aliases, which can make a small file a huge one, without doubled keys, and with decimal numbers."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -318,8 +334,12 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
-        if ":" in node.value:  # to YAML 1.1 that is a number of base 60, and a long one takes minutes
-            raise JobError(f"found {shown(node.value)}, which YAML takes for a number of base 60. Put it in quotes.")
+        """Whether 0123 is 83 or 1:30 is 90 depends on the YAML; and one of base 60 that is long takes minutes."""
+        if not is_number(node.value):
+            raise JobError(
+                f"line {node.start_mark.line + 1}: found {shown(node.value)}, which YAML takes for a number, expected "
+                "one in decimal digits, such as 83 or 7.5. Put it in quotes where it is a text."
+            )
         plain = super().construct_yaml_int if node.tag.endswith(":int") else super().construct_yaml_float
         return plain(node)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .errors import OptionError, PromptError
+from .plain_numbers import as_float
 from .shown import shown
 
 __all__ = ["Options", "WeightMode"]
@@ -114,7 +115,7 @@ class Options:
         if not number or not low <= value <= high or (above and value == low) or not math.isfinite(value):
             start = f"above {low:g}, up to {high:g}" if above else f"from {low:g} to {high:g}"
             raise OptionError(f"{name} is {shown(value)}, expected a finite number {start}.")
-        self._set(name, float(value))
+        self._set(name, as_float(value))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .errors import ConceptError
 from .images import layer_mask
+from .plain_numbers import as_float
 
 Stage = Literal["rsa", "rba", "off"]
 WeightMode = Literal["bias", "scale"]
@@ -139,5 +140,5 @@ def token_arrays(
     return {
         "token_scale": scale,
         "token_group": group,
-        "foreground_only": np.full(images, float(ca_scale < 0.9), np.float32),
+        "foreground_only": np.full(images, float(as_float(ca_scale) < 0.9), np.float32),
     }

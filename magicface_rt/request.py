@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from .bundle import Bundle
 from .concept import Concept, NamedConcept, PlacedConcept, place_concepts
 from .errors import ConceptError, OptionError
@@ -37,17 +39,28 @@ ProgressCallback = Callable[[Progress], object]
 """Called after every step; return False to cancel."""
 
 
+def declined(answer: object) -> bool:
+    """Whether a progress callback has answered False: Python's, or numpy's, which a comparison with an array gives."""
+    return isinstance(answer, (bool, np.bool_)) and not answer
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """One request of a batch: what `Session.generate` takes.
 
+    concepts: any collection; they are taken out of it at once, and stay what they are when it changes.
     record_regions: whether the result holds the regions after every step, `Result.regions_per_step`.
+
+    Raises `ConceptError` for concepts that are none.
     """
 
     prompt: str
     concepts: Sequence[NamedConcept] = ()
     options: Options = field(default_factory=Options)
     record_regions: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "concepts", check_concepts(self.concepts))
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> Che
         InputError: a prompt, concept or setting that cannot be used.
     """
     options = request.options
-    placed = place_concepts(request.prompt, check_concepts(request.concepts), tokenizer, bundle.limits.concepts)
+    placed = place_concepts(request.prompt, request.concepts, tokenizer, bundle.limits.concepts)
     origin = Origin.of(bundle, options.steps, options.reference_seed)
     tokenizer.encode(options.negative_prompt)
     for one in placed:

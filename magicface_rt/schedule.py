@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CheckpointError, OptionError
+from .plain_numbers import as_float
 
 __all__ = ["Schedule", "is_region_step", "reference_noise", "target_noise"]
 
@@ -176,7 +177,7 @@ def is_region_step(step: int, steps: int, alpha: float) -> bool:
     first stage at any alpha, because no regions are known before it.
     """
     # the small term absorbs products such as 0.29 * 100 = 28.999999999999996
-    return step >= 1 and step > math.floor(alpha * steps + 1e-9)
+    return step >= 1 and step > math.floor(as_float(alpha) * steps + 1e-9)
 
 
 def target_noise(seed: int, image_index: int, shape: Sequence[int]) -> Float32Array:

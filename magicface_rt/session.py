@@ -42,6 +42,7 @@ from .request import (
     check_concepts,
     check_number,
     check_request,
+    declined,
 )
 from .results import Result
 from .shortage import told_as_ours
@@ -204,7 +205,7 @@ class Session:
 
         def few(progress: Progress) -> bool:
             nonlocal enough
-            if told is not None and told(progress) is False:
+            if told is not None and declined(told(progress)):
                 return False
             enough = progress.stage != "prepare" and WARM_UP_STEPS <= progress.step < progress.steps
             return not enough

@@ -108,7 +108,18 @@ def _load(text: str) -> GivenKept:
 
 
 def replace_concepts(concepts: Sequence[NamedConcept], kept: Sequence[GivenKept]) -> list[NamedConcept]:
-    """The concepts of a job with the kept ones in the places of those with their name, and the others behind."""
+    """The concepts of a job with the kept ones in the places of those with their name, and the others behind.
+
+    Raises:
+        OptionError: several have the name of a kept one.
+    """
+    names = [concept.name for concept in concepts]
+    for name in (one.name for one in kept):
+        if names.count(name) > 1:
+            raise OptionError(
+                f"--kept is for the concept {name!r}, and {names.count(name)} concepts have that name, "
+                "expected one. Give each of them a name of its own, and the file the name= of the one that it is for."
+            )
     by_name = {given.name: given for given in kept}
     taken: list[NamedConcept] = []
     for concept in concepts:

@@ -60,6 +60,7 @@ class KeptConcept(NamedConcept):
         note: str | None = None,
     ) -> None:
         super().__init__(word, weight, token_index, name)
+        references = tuple(references)
         if note is not None and (not isinstance(note, str) or not 1 <= len(note) <= MAX_NOTE):
             found = f"{len(note)} characters" if isinstance(note, str) else shown(note)
             raise KeptConceptError(
@@ -72,7 +73,7 @@ class KeptConcept(NamedConcept):
                 f"kept concept {word!r} has {len(references)} references, and its source {len(source.references)}; "
                 "expected as many."
             )
-        object.__setattr__(self, "references", tuple(references))
+        object.__setattr__(self, "references", references)
         object.__setattr__(self, "origin", origin)
         object.__setattr__(self, "source", source)
         object.__setattr__(self, "pictures", dict(pictures or {}))

@@ -15,11 +15,11 @@ import httpx
 
 from ..concept import Concept
 from ..errors import AnswerError, Cancelled, MagicFaceError, ServiceError, UnknownConceptError, UnreachableError
-from ..request import ProgressCallback
+from ..request import ProgressCallback, declined
 from ..shown import shown
 from ..strict_json import read_json
 from .answers import ANSWER_BYTES, PACKED, Answer, Body, Lines
-from .wire import UNREADABLE, Events, KeptId, Made, error_of, form_of, made_of, order_of, pause
+from .wire import UNREADABLE, Events, Given, KeptId, Made, error_of, form_of, listed, made_of, order_of, pause
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ __all__ = ["AsyncClient", "Client"]
 READ_SECONDS = 660.0
 """Longer than the service's own limit, so that it is the service that says that a deadline has passed."""
 
-Concepts = Iterable[Concept | KeptId | Mapping[str, Any] | str]
+Concepts = Iterable[Given]
 
 
 def _options(url: str, token: str | None, timeout: float, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class Client:
         Raises:
             Cancelled: `progress` returned False.
         """
-        order = order_of(prompt, concepts, settings)
+        order = order_of(prompt, listed(concepts), settings)
         if progress is None:
             return read(self._send("POST", "/v1/images", json=order), made_of)
         for attempt in range(self._retries.most + 1):
@@ -279,7 +279,7 @@ class AsyncClient:
         **settings: Any,
     ) -> Made:
         """As `Client.generate`."""
-        order = await asyncio.to_thread(order_of, prompt, concepts, settings)
+        order = await asyncio.to_thread(order_of, prompt, listed(concepts), settings)
         if progress is None:
             return read(await self._send("POST", "/v1/images", json=order), made_of)
         for attempt in range(self._retries.most + 1):
@@ -383,7 +383,7 @@ def _hear(
         for line in lines.of(piece):
             with _understood(response):
                 step = events.line(line)
-            if step is not None and progress(step) is False:
+            if step is not None and declined(progress(step)):
                 raise Cancelled(f"cancelled by the progress callback after step {step.step} of {step.steps}.")
 
 

@@ -59,11 +59,12 @@ class Engine:
         warm: Callable[[Session], object] | None = None,
         observer: Observer | None = None,
     ) -> None:
+        sessions = tuple(sessions)
         if not sessions or len({session.bundle.hash for session in sessions}) > 1:
             raise OptionError("an Engine needs one or more Sessions, all of one bundle.")
         if workers < 1:
             raise OptionError(f"workers is {workers}, expected a whole number from 1.")
-        self.sessions = tuple(sessions)
+        self.sessions = sessions
         self.bundle = sessions[0].bundle
         self.settings = settings or ServeSettings()
         self._warm = warm

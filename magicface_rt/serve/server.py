@@ -66,7 +66,7 @@ def serve(
         BackendMissingError: the page needs an extra that is not installed.
         MagicFaceError: the warm-up failed.
     """
-    settings = settings or ServeSettings()
+    sessions, settings = tuple(sessions), settings or ServeSettings()
     mounting = ui_module("mounting") if page else None
     with contextlib.closing(listen(host, port)) as where:
         metrics = Metrics()

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..concept import Concept, Reference
+from ..concept import Concept, NamedConcept, Reference
 from ..errors import (
     AnswerError,
     ConceptError,
@@ -36,10 +36,23 @@ from ..errors import (
 )
 from ..images import MAX_PIXELS, load_alpha_mask, load_image, load_mask
 from ..options import Options
+from ..plain_numbers import as_float
 from ..request import Progress
 from ..strict_json import read_json
 
-__all__ = ["UNREADABLE", "Events", "KeptId", "Made", "error_of", "form_of", "made_of", "order_of", "pause"]
+__all__ = [
+    "UNREADABLE",
+    "Events",
+    "Given",
+    "KeptId",
+    "Made",
+    "error_of",
+    "form_of",
+    "listed",
+    "made_of",
+    "order_of",
+    "pause",
+]
 
 MOST_DETAIL, MOST_WORD = 2000, 100
 """Characters of a problem that an error repeats, whoever sent it."""
@@ -105,7 +118,7 @@ class KeptId:
             "id": self.id,
             "word": word,
             "weight": self.weight if weight is None else weight,
-            "token_index": index if index is None or isinstance(index, int) else list(index),
+            "token_index": index if index is None or isinstance(index, (int, np.integer)) else list(index),
             "name": self.name if name is None else name,
         }
 
@@ -189,6 +202,10 @@ def _check_pixels(pixels: Sequence[int]) -> None:
         )
 
 
+Given = Concept | KeptId | Mapping[str, Any] | str
+"""A concept of a request as the client takes it."""
+
+
 def _typed(kind: type[T], value: Any) -> T:
     """Raises TypeError where it is of another kind."""
     if type(value) is not kind:  # which true, a whole number to Python, is not either
@@ -196,23 +213,33 @@ def _typed(kind: type[T], value: Any) -> T:
     return value
 
 
-def order_of(
-    prompt: str, concepts: Iterable[Concept | KeptId | Mapping[str, Any] | str], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The body of POST /v1/images. What is None is left to the service.
+def listed(concepts: Iterable[Given]) -> tuple[Given, ...]:
+    """The concepts of a request as they are now, whatever becomes of what they were given in.
+
+    Raises:
+        ConceptError: a single concept, or something that holds none.
+    """
+    if isinstance(concepts, (NamedConcept, KeptId, Mapping, str)):
+        raise ConceptError("concepts is one concept, expected a list of concepts: [concept].")
+    if not isinstance(concepts, Iterable):
+        raise ConceptError(f"concepts is a {type(concepts).__name__}, expected a list of concepts.")
+    return tuple(dict(one) if isinstance(one, Mapping) else one for one in concepts)
+
+
+def order_of(prompt: str, concepts: Sequence[Given], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of POST /v1/images. What is None is left to the service; numbers of numpy are sent as what they are.
 
     Raises:
         OptionError: a setting that is not known.
         ConceptError, ImageError, MaskError: a concept that cannot be sent.
     """
-    if isinstance(concepts, (Concept, KeptId, Mapping, str)):
-        raise ConceptError("concepts is one concept, expected a list of concepts: [concept].")
     unknown = sorted(set(settings) - _OPTIONS - _OF_SERVICE)
     if unknown:
         known = ", ".join(sorted(_OPTIONS | _OF_SERVICE))
         raise OptionError(f"setting {unknown[0]!r} is not known. There are {known}.")
     given = {name: value for name, value in settings.items() if value is not None}
-    return {"prompt": prompt, "concepts": [_use(one) for one in concepts], **given, "response": "json"}
+    order = {"prompt": prompt, "concepts": [_use(one) for one in concepts], **given, "response": "json"}
+    return {name: _plain(value) for name, value in order.items()}
 
 
 def form_of(
@@ -351,7 +378,18 @@ class Events:
         return made_of(self.content)
 
 
-def _use(one: Concept | KeptId | Mapping[str, Any] | str) -> dict[str, Any]:
+def _plain(value: Any) -> Any:
+    """The same without numpy's numbers, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.floating):
+        return as_float(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _use(one: Given) -> dict[str, Any]:
     if isinstance(one, str):
         return {"id": one}
     if isinstance(one, KeptId):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import KeptConcept, Options, Progress, Session
+from magicface_rt import Concept, KeptConcept, Options, Progress, Session
 from magicface_rt.cli import main
-from magicface_rt.cli.run import progress_bar
+from magicface_rt.cli.run import progress_bar, request_of
 from magicface_rt.kept.keeper import KeepSettings
 from tests.cli.jobs import write_job
 
@@ -234,6 +234,24 @@ def test_bad_options_say_what_is_wrong(tmp_path: Path, job: Path, capsys: pytest
 def test_one_concept_is_given_once(kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twice = ["--kept", kept / "man.concept", "--kept", f"file={kept / 'hat.concept'},word=man"]
     assert "given twice for the concept 'man'" in refusal(capsys, "plan", "nowhere", *twice)
+
+
+def test_a_file_that_two_concepts_could_give_way_to_is_refused(
+    tiny_bundle: Path, job: Path, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which of two of one name is meant nobody can know, and to replace one of them silently leaves the other bare."""
+    men = [{"word": "man", "token_index": 2, "image": "man.png"}, {"word": "man", "token_index": 5, "image": "hat.png"}]
+    twice = write_job(tmp_path, "twice.json", prompt="a man with a man", concepts=men)
+    for verb in (["run", "nowhere", "--out", tmp_path / "o"], ["plan", "nowhere"]):
+        said = refusal(capsys, *verb, "--job", twice, "--kept", kept / "man.concept")
+        assert "2 concepts have that name" in said
+        assert "Give each of them a name of its own" in said
+    plan = outcome(tmp_path, "plan", tiny_bundle, "--job", twice, "--kept", kept / "hat.concept")
+    assert plan["steps"] == 2, "a file that is for neither of them stands behind"
+    named = [{**men[0], "name": "the other"}, men[1]]
+    twice = write_job(tmp_path, "named.json", prompt="a man with a man", concepts=named)
+    request = request_of(twice, None, [], {}, [str(kept / "man.concept")])
+    assert [type(concept) for concept in request.concepts] == [Concept, KeptConcept]
 
 
 def test_the_bar_counts_the_steps_of_what_is_being_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ import threads_processes
 from memory_slopes import held
 from threads_requests import HAT, MAN, PROMPT, STEPS, Mixed, digest
 
-from magicface_rt import Cancelled, MagicFaceError, Session, SessionClosedError
+from magicface_rt import Cancelled, MagicFaceError, Options, Request, Session, SessionClosedError
 from magicface_rt.backends import OnnxRuntime
 from magicface_rt.errors import OtherProcessError
 
@@ -98,6 +98,50 @@ def test_threads_draw_what_a_serial_run_draws(mixed: Mixed, turns: int, form: st
     assert len({kind for kind, _, _ in found}) > kinds // 2
     told = f"{THREADS} threads x {turns} requests of {kinds} kinds, switch interval 1 us: {len(found)} bit-equal"
     figures.tell("threads", f"one Session ({form})", told)
+
+
+class Seen(list[Any]):
+    """A list that says when it is gone through."""
+
+    def __init__(self, *content: Any) -> None:
+        super().__init__(content)
+        self.taken = threading.Event()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.taken.set()
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("what", ["concepts", "requests"])
+def test_what_was_asked_for_is_drawn_whatever_becomes_of_the_list_meanwhile(mixed: Mixed, what: str) -> None:
+    """One worker, which another request has while the list is emptied."""
+    options = Options(steps=STEPS, seed=1)
+    given = Seen(*([MAN] if what == "concepts" else [Request(PROMPT, [MAN], options)]))
+    begun, go = threading.Event(), threading.Event()
+    found: list[str] = []
+
+    def first() -> None:
+        session.generate(PROMPT, steps=1, progress=lambda _: begun.set() or go.wait(JOIN_SECONDS))
+
+    def second() -> None:
+        if what == "concepts":
+            found.append(digest(session.generate(PROMPT, given, options=options)))
+        else:
+            found.append(digest(*session.generate_batch(given)))
+
+    with Session(mixed.bundle, backend=mixed.backend) as session:
+        expected = digest(session.generate(PROMPT, [MAN], options=options))
+        running = Crowd(first)
+        assert begun.wait(JOIN_SECONDS)
+        waiting = Crowd(second)
+        try:
+            assert given.taken.wait(10), "the list is looked at when the worker is free"
+            given.clear()
+        finally:
+            go.set()
+            running.join()
+            waiting.join()
+    assert found == [expected]
 
 
 def test_threads_that_want_one_reference_prepare_it_once_and_alike(mixed: Mixed) -> None:

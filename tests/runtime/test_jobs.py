@@ -198,6 +198,13 @@ def test_values_out_of_range_keep_their_error_and_get_a_place(data: Any, error: 
         ("job.yaml", "[" * 20_000, "nested too deeply|not YAML"),
         ("job.yaml", "prompt: [", "not YAML"),
         ("job.yaml", "prompt: 2020-99-99", "not YAML"),
+        ("job.yaml", "prompt: a\nseed: 0123\n", r"line 2: found '0123', .* expected one in decimal digits"),
+        ("job.yaml", "prompt: a\nsteps: 1_0\n", "line 2: found '1_0'"),
+        ("job.yaml", "prompt: a\nguidance_scale: 7_5.0\n", "line 2: found '7_5.0'"),
+        ("job.yaml", "prompt: a\nseed: 0x10\n", "line 2: found '0x10'"),
+        ("job.yaml", "prompt: a\nseed: 0b11\n", "line 2: found '0b11'"),
+        ("job.yaml", "prompt: a\nalpha: .inf\n", r"line 2: found '\.inf'"),
+        ("job.yaml", "prompt: 0123\n", "found '0123', .* Put it in quotes where it is a text"),
         ("job.yaml", "{[a]: b}", "not YAML"),
         ("job.yaml", "prompt: !!python/object/apply:os.system [true]", "not YAML"),
         ("job.yaml", "prompt: a\n---\nprompt: b\n", "not YAML"),
@@ -212,6 +219,44 @@ def test_files_that_are_no_jobs_are_refused_by_name(tmp_path: Path, name: str, t
     with pytest.raises(InputError, match=said) as caught:
         load_job(path)
     assert str(caught.value).startswith(f"job '{path}': ")
+
+
+def test_decimal_numbers_of_yaml_are_read_as_they_stand(tmp_path: Path) -> None:
+    text = "prompt: '0123'\nseed: +7\nguidance_scale: 7.\nalpha: .5\nca_scale: 1.0e-1\nnegative_prompt: '1:30'\n"
+    job = load_job(job_file(tmp_path, text, "job.yaml"))
+    assert (job.prompt, job.options.negative_prompt) == ("0123", "1:30")
+    assert (job.options.seed, job.options.guidance, job.options.alpha, job.options.ca_scale) == (7, 7.0, 0.5, 0.1)
+
+
+def test_a_job_is_about_the_files_beside_it_wherever_the_process_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs of one name from several folders, all read before the first image is opened."""
+    jobs, options = [], []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        job_file(tmp_path / name, {"prompt": "a man", "concepts": [MAN]})
+        monkeypatch.chdir(tmp_path / name)
+        jobs += [load_job("job.json"), parse_job({"prompt": "a man", "concepts": [MAN]}), parse_job(JOB, base="in")]
+        options.append(parse_concept_option("word=man,image=man.png"))
+    monkeypatch.chdir(tmp_path)
+    found = [job.concepts[0].references[0] for job in jobs]
+    folders = [tmp_path / name / inner for name in ("first", "second") for inner in ("", "", "in")]
+    assert [one.image for one in found] == [folder / "image/man.jpg" for folder in folders]
+    assert [one.mask for one in found] == [folder / "mask/man.jpg" for folder in folders]
+    assert [one.references[0].image for one in options] == [tmp_path / name / "man.png" for name in ("first", "second")]
+
+
+def test_a_working_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(JobError, match=r"job 'job\.json' cannot be read"):
+        load_job("job.json")
+    with pytest.raises(JobError, match=r"concepts\[0\]: 'image/man\.jpg' counts from the working folder"):
+        parse_job({"prompt": "a", "concepts": [{"word": "man", "image": "image/man.jpg"}]})
+    job = parse_job({"prompt": "a", "concepts": [{"word": "man", "image": "man.jpg"}]}, base=tmp_path)
+    assert job.concepts[0].references[0].image == tmp_path / "man.jpg"
 
 
 def test_alias_bombs_are_refused(tmp_path: Path) -> None:
@@ -304,7 +349,8 @@ def test_the_option_of_the_documentation_is_read() -> None:
     concept = parse_concept_option("word=man,image=man.jpg,mask=man-mask.png,prompt=a man,weight=2.5")
     assert (concept.word, concept.weight, concept.token_index, concept.name) == ("man", 2.5, None, "man")
     (reference,) = concept.references
-    assert (reference.image, reference.mask, reference.prompt) == (Path("man.jpg"), Path("man-mask.png"), "a man")
+    here = Path.cwd()
+    assert (reference.image, reference.mask, reference.prompt) == (here / "man.jpg", here / "man-mask.png", "a man")
 
 
 def test_every_key_of_the_option_is_read() -> None:
@@ -321,8 +367,8 @@ def test_every_key_of_the_option_is_read() -> None:
 def test_every_image_starts_a_reference() -> None:
     concept = parse_concept_option("mask=m.png,word=man,image=a.png,image=b.jpg,mask=b-mask.png,weight=2")
     assert [(r.image, r.mask) for r in concept.references] == [
-        (Path("a.png"), Path("m.png")),
-        (Path("b.jpg"), Path("b-mask.png")),
+        (Path.cwd() / "a.png", Path.cwd() / "m.png"),
+        (Path.cwd() / "b.jpg", Path.cwd() / "b-mask.png"),
     ]
 
 
@@ -366,8 +412,15 @@ def test_any_text_can_be_given_in_quotes(prompt: str) -> None:
         ("word=man,references=a.png", "unknown key 'references'"),
         ("word=man,word=hat,image=a.png", "word stands twice"),
         ("word=man,image=a.png,mask=b,mask=c", "mask stands twice"),
-        ("word=man,image=a.png,weight=heavy", "weight is 'heavy', expected a number"),
-        ("word=man,image=a.png,token_index=two", "token_index is 'two', expected a whole number"),
+        ("word=man,image=a.png,weight=heavy", "weight is 'heavy', expected a number in digits"),
+        ("word=man,image=a.png,weight=nan", "weight is 'nan', expected a number"),
+        ("word=man,image=a.png,weight=infinity", "weight is 'infinity', expected a number"),
+        ("word=man,image=a.png,weight=1_0", "weight is '1_0', expected a number"),
+        ("word=man,image=a.png,weight=٣", "weight is '٣', expected a number"),
+        ("word=man,image=a.png,token_index=two", "token_index is 'two', expected a whole number in digits"),
+        ("word=man,image=a.png,token_index=1_0", "token_index is '1_0', expected a whole number"),
+        ("word=man,image=a.png,token_index=" + "9" * 5000, "token_index is '99.*, expected a whole number"),
+        ("word=man,image=a.png,mask_threshold=１２８", "mask_threshold is '１２８', expected a whole number"),
         ("word=man", "image is missing"),
         ("image=a.png", "word is missing"),
         ('word="man,image=a.png', "closing quote"),
@@ -380,7 +433,7 @@ def test_options_that_are_wrong_are_refused(text: str, said: str) -> None:
     assert str(caught.value).startswith("concept option ")
 
 
-@pytest.mark.parametrize("weight", ["nan", "inf", "1e9"])
+@pytest.mark.parametrize("weight", ["1e999", "1e9"])
 def test_weights_of_an_option_are_checked(weight: str) -> None:
     with pytest.raises(ConceptError, match="weight is"):
         parse_concept_option(f"word=man,image=a.png,weight={weight}")

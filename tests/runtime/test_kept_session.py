@@ -669,6 +669,40 @@ def test_what_is_no_request_or_holds_no_concepts_is_refused(session: Session, ba
     assert not backend.runs
 
 
+def test_what_can_be_gone_through_once_is_taken_out_at_once(session: Session) -> None:
+    kept = session.prepare(MAN, steps=STEPS)
+    again = KeptConcept("man", (one for one in kept.references), kept.origin, weight=2.5, source=MAN)
+    expected = latents(session, [kept, HAT])
+    request = Request(PROMPT, (one for one in (again, HAT)), Options(steps=STEPS, seed=7))
+    for _ in range(2):
+        for result in session.generate_batch(iter([request, request])):
+            np.testing.assert_array_equal(result.latents, expected)
+    np.testing.assert_array_equal(latents(session, iter([again, HAT])), expected)
+    assert session.plan(iter([again, HAT]), STEPS) == session.plan([again, HAT], STEPS)
+    session.warm_up(PROMPT, iter([again, HAT]))
+
+
+def test_a_request_keeps_the_concepts_that_it_was_made_with(session: Session) -> None:
+    expected = latents(session, [MAN, HAT])
+    concepts = [MAN, HAT]
+    request = Request(PROMPT, concepts, Options(steps=STEPS, seed=7))
+    concepts.clear()
+    np.testing.assert_array_equal(session.generate_batch([request])[0].latents, expected)
+
+
+@pytest.mark.parametrize("no", [False, np.False_, np.array([1.0]).max() > 2])
+def test_any_false_of_a_callback_cancels_and_nothing_else(session: Session, no: Any) -> None:
+    for ask in (
+        lambda progress: session.generate(PROMPT, [MAN], steps=STEPS, progress=progress),
+        lambda progress: session.prepare(MAN, steps=STEPS, workspace=1, progress=progress),
+        lambda progress: session.warm_up(PROMPT, [MAN], progress=progress),
+    ):
+        with pytest.raises(Cancelled):
+            ask(lambda _: no)
+        for other in (None, 0, 0.0, "", [], np.int64(0), np.True_, np.array([False, False])):
+            ask(lambda _, other=other: other)  # type: ignore[misc]
+
+
 def test_a_kept_concept_is_refused_where_it_does_not_fit_and_the_session_goes_on(
     session: Session, bundle: Bundle, backend: Drawn
 ) -> None:

@@ -243,6 +243,17 @@ def test_several_sessions_work_at_the_same_time(session: Gated, tiny_bundle: Pat
     assert len(session.calls) == len(other.calls) == 1
 
 
+def test_concepts_and_sessions_may_come_out_of_what_is_gone_through_once(session: Gated, oracle: Oracle) -> None:
+    engine = Engine(one for one in [session])  # type: ignore[arg-type]
+    engine.start()
+    request = Request(PROMPT, iter([MAN]), Options(seed=3, steps=1))  # type: ignore[arg-type]
+    for one in [engine.submit(Job(request)) for _ in range(2)]:
+        assert one.bare == 1
+        (image,) = one.future.result(30).result.images
+        assert png(image) == oracle.pngs([MAN], seed=3, steps=1)[0]
+    assert engine.close()
+
+
 def test_settings_that_cannot_be_used_are_named(session: Gated) -> None:
     for name, value in {"queue": 0, "batch": True, "deadline": 0.0, "batch_wait": -1.0, "drain": float("nan")}.items():
         with pytest.raises(OptionError, match=f"^{name} is "):

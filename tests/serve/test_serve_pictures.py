@@ -19,7 +19,7 @@ from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png
 from PIL import Image
 
 from magicface_rt import Cancelled, Concept, Progress, Reference
-from magicface_rt.errors import AnswerError, QueueFullError
+from magicface_rt.errors import AnswerError, ConceptError, QueueFullError
 from magicface_rt.provenance import read_provenance
 from magicface_rt.serve import AsyncClient, Client, Made, ServeSettings
 from magicface_rt.serve.wire import error_of, pause
@@ -366,6 +366,47 @@ def test_the_asynchronous_client_does_the_same(server: Running, oracle: Oracle) 
     made, streamed = asyncio.run(use())
     assert list(made.pngs) == list(streamed.pngs) == oracle.pngs([MAN], seed=4, steps=2)
     assert [p.step for p in seen] == [1, 2]
+
+
+def test_what_the_client_is_given_is_sent_as_it_was_then(server: Running, oracle: Oracle) -> None:
+    """Out of an iterator; and out of a list that changes while the images are encoded in another thread."""
+    expected = oracle.pngs([MAN, HAT], seed=6, steps=2)
+    with server.client() as client:
+        assert list(client.generate(PROMPT, iter([MAN, HAT]), seed=6, steps=2).pngs) == expected
+        for wrong in (MAN, "0" * 64, {"id": "0" * 64}, 5, None):
+            with pytest.raises(ConceptError, match="expected a list of concepts"):
+                client.generate(PROMPT, wrong)  # type: ignore[arg-type]
+
+    async def use() -> Made:
+        async with AsyncClient(server.url, retries=0, trust_env=False) as client:
+            concepts = [MAN, HAT]
+            asked = asyncio.create_task(client.generate(PROMPT, concepts, seed=6, steps=2))
+            await asyncio.sleep(0)
+            concepts.clear()
+            return await asked
+
+    assert list(asyncio.run(use()).pngs) == expected
+
+
+def test_numbers_and_answers_of_numpy_are_what_they_are_to_a_session(server: Running, oracle: Oracle) -> None:
+    settings: dict[str, Any] = {
+        "steps": np.int64(2),
+        "seed": np.uint64(2**63 + 1),
+        "guidance": np.float32(5.1),
+        "alpha": np.float16(0.3),
+        "semantic_guidance": np.bool_(False),
+    }
+    with server.client() as client:
+        kept = client.put_concept(MAN, steps=settings["steps"])
+        for tokens in (np.int64(2), np.array([2])):
+            use = kept.use(weight=np.float32(2.1), token_index=tokens)  # type: ignore[arg-type]
+            made = client.generate(PROMPT, [use], **settings)
+            again = Concept("man", *MAN.references, weight=2.1, token_index=2)
+            assert list(made.pngs) == oracle.pngs([again], **settings)
+        client.erase(kept)
+        with pytest.raises(Cancelled, match="after step 1 of 2"):
+            client.generate(PROMPT, [MAN], steps=2, progress=lambda p: np.int64(p.step) < 1)
+    assert made.settings["options"]["guidance"] == 5.1
 
 
 def test_metrics_count_what_was_done(server: Running) -> None:
