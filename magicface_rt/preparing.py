@@ -74,7 +74,7 @@ class Preparer:
                 symbols = ["R", *(f"M{factor}" for factor in self.bundle.factors)]
                 largest = {symbol: binding.largest(symbol) for symbol in symbols}
                 with self.course.timed("reference_pass"):
-                    return prepare_reference(
+                    prepared = prepare_reference(
                         self.bundle,
                         binding,
                         EncodedReference(bare.loaded, bare.prompt, latents, text),
@@ -84,6 +84,8 @@ class Preparer:
                         rows=self.keeper.rows(bare.tokens, origin.steps, largest, workspace),
                         report=lambda done: self.course.report(Progress(before + done, total, "prepare", 0, 1)),
                     )
+                self.bundle.check_unwritten()  # or the store would hold what other weights have made
+                return prepared
 
             def waiting(before: int = number * origin.steps) -> None:
                 self.course.report(Progress(before, total, "prepare", 0, 1))

@@ -267,6 +267,55 @@ def test_a_bundle_that_is_replaced_while_a_graph_is_loaded_is_not_drawn_with(tin
         assert "vae_decoder" not in session._runners
 
 
+def write_other_weights(folder: Path) -> None:
+    """In their place, as `cp` and `rsync --inplace` do."""
+    weights = np.fromfile(folder / "weights.bin", np.float32) * np.float32(1.02)
+    with (folder / "weights.bin").open("r+b") as file:
+        weights.tofile(file)
+
+
+def test_a_bundle_that_is_written_to_is_not_drawn_with(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    with Session(folder, backend="onnxruntime-cpu", check_hashes=False, keep="1GiB") as session:
+        session.generate(PROMPT, [MAN], steps=1)
+        write_other_weights(folder)
+        for ask in (lambda: session.generate(PROMPT, [MAN], steps=1), lambda: session.prepare(HAT, steps=1)):
+            with pytest.raises(BundleError, match=r"weights\.bin was written to since the bundle was opened.*Open it"):
+                ask()
+
+
+@pytest.mark.parametrize("ask", ["generate", "prepare"])
+def test_a_bundle_that_is_written_to_during_a_request_is_not_drawn_with(
+    tiny_bundle: Path, tmp_path: Path, ask: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    with Session(folder, backend="onnxruntime-cpu", check_hashes=False, keep="1GiB") as session:
+        session.generate(PROMPT, [MAN], steps=2)
+        held, made = session.kept_bytes, []
+
+        def progress(progress: object) -> None:
+            if not made:
+                write_other_weights(folder)
+            made.append(progress)
+
+        asked = {
+            "generate": lambda: session.generate(PROMPT, [MAN], steps=2, progress=progress),
+            "prepare": lambda: session.prepare(HAT, steps=2, workspace=1, progress=progress),
+        }
+        with pytest.raises(BundleError, match=r"weights\.bin was written to since the bundle was opened"):
+            asked[ask]()
+        assert len(made) == 2, "it is looked for as the request ends"
+        assert session.kept_bytes == held, "what other weights have made is not kept"
+
+
+def test_what_is_loaded_of_a_bundle_goes_on_where_another_takes_its_place(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    with Session(folder, backend="onnxruntime-cpu", check_hashes=False) as session:
+        before = latents(session)
+        with_other_weights(folder)
+        assert np.array_equal(latents(session), before)
+
+
 def test_importing_the_runtime_loads_no_torch() -> None:
     code = (
         "import sys, magicface_rt, magicface_rt.cli\n"
