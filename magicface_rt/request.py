@@ -136,8 +136,11 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> Che
 
 
 def check_concept(concept: NamedConcept, origin: Origin, tokenizer: Tokenizer) -> None:
-    """Raises InputError for a kept concept of another origin, and for a reference prompt that is too long."""
+    """Raises InputError for a kept concept of another origin or of a file that was written to since it was loaded, and
+    for a reference prompt that is too long.
+    """
     if isinstance(concept, KeptConcept):
+        concept.check_unwritten()
         concept.origin.check(origin, concept.name)
         return
     for reference in concept.references:

@@ -241,7 +241,8 @@ class Session:
 
         Raises:
             InputError: a setting, prompt, concept, image or mask that cannot be used; nothing has been computed.
-            KeptConceptError: a kept concept of another bundle, schedule, number of steps or reference_seed.
+            KeptConceptError: a kept concept of another bundle, schedule, number of steps or reference_seed; or its file
+                was written to since it was loaded.
             BudgetError: the references need more memory than the budget allows.
             BundleError: a file of the bundle was written to since it was opened; or one was replaced or removed, and a
                 graph was still to be loaded.

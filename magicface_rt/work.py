@@ -92,6 +92,7 @@ class Work:
                 self.text = text.reshape(len(requests), 2, *text.shape[1:])  # [requests, 2, 77, D]
             references = self._references(loaded, held)
             latents, regions = self._denoise_batches(references)
+        self._check_unwritten()
         results = []
         with self.course.timed("decoding"):
             pictures = [[self._decode(one[None]) for one in found] for found in latents]
@@ -241,6 +242,12 @@ class Work:
         with self.course.timed("text_encoding"):
             prompts = [bare.prompt for bare in references.bare]
             references.text = encode_text(self.place, self.tokenizer, prompts)  # [R, 77, D]
+
+    def _check_unwritten(self) -> None:
+        """What a mapped file held before it was written to is another concept's."""
+        for concept in (c for request in self.requests for c in request.concepts):
+            if isinstance(concept, KeptConcept):
+                concept.check_unwritten()
 
     # -------------------------------------------------------------------------------------------------- the loop
 

@@ -128,6 +128,70 @@ def test_a_loaded_concept_outlives_a_new_file_in_its_place(path: Path) -> None:
     np.testing.assert_array_equal(KeptConcept.load(path).references[0].tensors["k_ref_10"].step(1), before)
 
 
+def write_other_keys(path: Path) -> None:
+    """In the file's place, as `cp` does, and of the same size."""
+    stamp, content = path.stat().st_mtime_ns, bytearray(path.read_bytes())
+    content[-8:] = bytes(8)
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(stamp + 1, stamp + 1))  # a fast machine writes it within one tick of the disk's clock
+
+
+def test_a_loaded_concept_whose_file_was_written_to_is_refused(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = KeptConcept.load(Path(path.name))
+    loaded.check_unwritten()
+    monkeypatch.chdir("/")
+    write_other_keys(path)
+    for of_it in (loaded.check_unwritten, loaded.renamed("hat").check_unwritten, loaded.references[1].check_unwritten):
+        with pytest.raises(KeptConceptError, match=r"'cap\.concept' was written to since it was loaded.*Load it again"):
+            of_it()
+    with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
+        loaded.save(tmp_path / "copy.concept")
+    assert os.listdir(tmp_path) == ["cap.concept"]
+    loaded.references[1].in_memory().check_unwritten()
+
+
+def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, tmp_path: Path) -> None:
+    loaded, sound = KeptConcept.load(path), KeptConcept.check_unwritten
+    calls = []
+
+    def later(concept: KeptConcept) -> None:
+        sound(concept)
+        calls.append(concept)
+        if len(calls) == 1:
+            write_other_keys(path)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(KeptConcept, "check_unwritten", later)
+        with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
+            loaded.save(tmp_path / "copy.concept")
+    assert os.listdir(tmp_path) == ["cap.concept"]
+
+
+def test_what_takes_the_place_of_a_loaded_file_is_no_harm(path: Path) -> None:
+    loaded = KeptConcept.load(path)
+    made().save(path, overwrite=True)
+    loaded.check_unwritten()
+    path.unlink()
+    loaded.check_unwritten()
+    path.parent.rename(path.parent.with_name("aside"))
+    loaded.check_unwritten()
+
+
+@pytest.mark.parametrize("storage", ["exact", "8-bit"])
+def test_keys_cannot_be_changed(tmp_path: Path, storage: str) -> None:
+    kept = made(storage=storage)
+    loaded = KeptConcept.load(kept.save(tmp_path / "cap.concept"))
+    for reference in (*kept.references, *loaded.references, loaded.references[0].in_memory()):
+        for stored in reference.tensors.values():
+            for array in stored.arrays.values():
+                with pytest.raises(ValueError, match="read-only"):
+                    array *= 0
+
+
 @pytest.fixture(params=["link", "rename", "look"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a system can do to put a file only where there is none."""
