@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
@@ -24,11 +25,14 @@ from .workplace import Workplace
 
 @dataclass(frozen=True, eq=False)
 class BareReference:
-    """A reference of a bare concept, read from its files. `tokens`: kept tokens by factor."""
+    """A reference of a bare concept, read from its files. `tokens`: kept tokens by factor; `described`: what run.json
+    says of it, of when it was read.
+    """
 
     loaded: LoadedReference
     prompt: str
     tokens: dict[int, int]
+    described: dict[str, Any]
 
     def key(self, origin: Origin, storage: Storage) -> str:
         """What names its keys in a store."""
@@ -104,7 +108,7 @@ def load_bare(concept: Concept, bundle: Bundle) -> list[BareReference]:
     """
     loaded = [_in_size(one, bundle) for one in load_references(concept, bundle)]
     return [
-        BareReference(one, reference.prompt, token_counts(one, bundle))
+        BareReference(one, reference.prompt, token_counts(one, bundle), reference.describe())
         for one, reference in zip(loaded, concept.references, strict=True)
     ]
 

@@ -112,6 +112,7 @@ class Work:
                     backend=backend,
                     provenance=provenance,
                     regions_per_step=self._regions_per_step(number),
+                    references=[self._described(concept, loaded) for concept in request.concepts],
                 )
             )
         return results
@@ -125,6 +126,12 @@ class Work:
             if isinstance(concept, Concept) and id(concept) not in found:
                 found[id(concept)] = load_bare(concept, self.bundle)
         return found
+
+    def _described(self, concept: NamedConcept, loaded: dict[int, list[BareReference]]) -> list[dict[str, Any]]:
+        """A concept's references as they were when they were read: what they hold may be others' by now."""
+        if isinstance(concept, Concept):
+            return [bare.described for bare in loaded[id(concept)]]
+        return [kept.describe() for kept in concept.references]
 
     def _references(self, loaded: dict[int, list[BareReference]], held: ExitStack) -> _References:
         """Where the keys of every concept come from, after those that are to be prepared were prepared."""

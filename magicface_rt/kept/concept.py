@@ -146,7 +146,7 @@ class KeptConcept(NamedConcept):
         return KeptConcept(**{**fields, **changes})
 
     def save(self, path: str | os.PathLike[str], *, with_image: bool = False, overwrite: bool = False) -> Path:
-        """Write a file, which appears complete or not at all, and return its path.
+        """Write a file, which appears complete or not at all, and return its path; that of a link is where it leads to.
 
         with_image  store the reference images and masks as well; they are not needed for pictures. They are read from
                     the concept's `source` once more

@@ -32,9 +32,9 @@ ALIGNMENT = 64
 _NAMES = {"float32": "F32", "float16": "F16", BFLOAT16: "BF16", "uint8": "U8"}
 
 
-def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool) -> Path:
-    """See `KeptConcept.save`."""
-    target = _free(path, overwrite)
+def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool, follow: bool = True) -> Path:
+    """See `KeptConcept.save`. Without `follow` a link is replaced, and not the file that it leads to."""
+    target = _free(path, overwrite, follow)
     concept.check_unwritten()
     arrays = _arrays(concept)
     if with_image:
@@ -92,9 +92,12 @@ def load(path: Path, *, check_hashes: bool) -> KeptConcept:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _free(path: Path, overwrite: bool) -> Path:
+def _free(path: Path, overwrite: bool, follow: bool = True) -> Path:
     """The absolute path, where a file may be put or replaced."""
-    target = path.absolute()
+    try:
+        target = unfinished.place(path) if follow else path.absolute()
+    except OSError as error:
+        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
     if not os.path.lexists(target):
         return target
     if not target.is_file():

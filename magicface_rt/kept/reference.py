@@ -195,6 +195,10 @@ class KeptReference:
         """Whether the tensors lie in a file and not in memory."""
         return self.file is not None
 
+    def describe(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        return {"kept": self.key, "storage": self.storage, "prompt": self.prompt}
+
     def check_unwritten(self) -> None:
         """See `MappedFile.check_unwritten`; what is in memory always is."""
         if self.file is not None:

@@ -181,6 +181,24 @@ def test_what_takes_the_place_of_a_loaded_file_is_no_harm(path: Path) -> None:
     loaded.check_unwritten()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+def test_a_link_is_followed_as_it_is_where_results_are_saved(path: Path, tmp_path: Path) -> None:
+    link, nowhere, loop = (tmp_path / name for name in ("link.concept", "nowhere.concept", "loop.concept"))
+    link.symlink_to(path.name)
+    with pytest.raises(OutputError, match=r"link\.concept' exists already"):
+        made().save(link)
+    assert made().noted("new").save(link, overwrite=True) == path
+    assert link.is_symlink()
+    assert KeptConcept.load(path).note == "new"
+    nowhere.symlink_to("deep/cap.concept")
+    check_writable(nowhere, overwrite=False)
+    assert made().save(nowhere) == tmp_path / "deep" / "cap.concept"
+    loop.symlink_to(loop.name)
+    for write in (lambda: made().save(loop, overwrite=True), lambda: check_writable(loop, overwrite=True)):
+        with pytest.raises(OutputError, match=r"loop\.concept' cannot be written: .*symbolic links"):
+            write()
+
+
 @pytest.mark.parametrize("storage", ["exact", "8-bit"])
 def test_keys_cannot_be_changed(tmp_path: Path, storage: str) -> None:
     kept = made(storage=storage)

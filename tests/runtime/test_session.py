@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -25,11 +27,14 @@ from magicface_rt import (
     OptionError,
     PromptError,
     Reference,
+    Request,
     Session,
     SessionClosedError,
 )
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
 from magicface_rt.bundle import Bundle
+from magicface_rt.images import MagicFaceWarning
+from magicface_rt.request import check_request
 
 PROMPT = "a man with a hat"
 
@@ -314,6 +319,50 @@ def test_what_is_loaded_of_a_bundle_goes_on_where_another_takes_its_place(tiny_b
         before = latents(session)
         with_other_weights(folder)
         assert np.array_equal(latents(session), before)
+
+
+@pytest.mark.parametrize(
+    ("word", "index", "prompt", "other"),
+    [
+        ("man", 5, PROMPT, "hat"),
+        ("man", (2, 4), "a red hat too", "red too"),
+        ("word " * 90, 2, PROMPT, "man"),
+        ("Man", 2, PROMPT, None),
+        ("hat", (2, 3), "a red hat", None),
+        ("red hat", 3, "a red hat", None),
+    ],
+)
+def test_a_token_index_at_which_the_word_does_not_stand_is_told(
+    session: Session, word: str, index: Any, prompt: str, other: str | None
+) -> None:
+    """It goes with a concept into other prompts."""
+    request = Request(prompt, [Concept(word, *MAN.references, token_index=index, name="him")])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_request(request, session.bundle, session.tokenizer)
+    said = [str(one.message) for one in caught if issubclass(one.category, MagicFaceWarning)]
+    assert len(said) == (other is not None)
+    assert other is None or f"concept 'him': by its token_index it stands on {other!r}" in said[0]
+
+
+@pytest.mark.parametrize("keep", [None, "1GiB"])
+def test_run_json_tells_of_the_pixels_that_were_drawn_from(tiny_bundle: Path, tmp_path: Path, keep: str | None) -> None:
+    """A buffer is used for the next frame meanwhile, and an image is closed."""
+    (reference,) = MAN.references
+    frame, mask = np.array(reference.image), disc((10, 20, 80, 90))
+    drawn = hashlib.sha256(frame.tobytes()).hexdigest()
+
+    def next_frame(_: object) -> None:
+        frame[:] = 0
+
+    with Session(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, keep=keep) as session:
+        concept = Concept("man", Reference(frame, mask=mask, prompt="a man"))
+        result = session.generate(PROMPT, [concept], steps=1, progress=next_frame)
+    mask.close()
+    run = json.loads((result.save(tmp_path / "out") / "run.json").read_text())
+    (said,) = run["concepts"][0]["references"]
+    assert said["image"] == {"shape": [96, 96, 3], "sha256": drawn}
+    assert said["mask"]["shape"] == [96, 96]
 
 
 def test_importing_the_runtime_loads_no_torch() -> None:
