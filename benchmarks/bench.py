@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from random import Random
 from time import perf_counter
 from typing import Any
@@ -62,7 +63,7 @@ def run(
 
     for path, bundle in bundles:
         for case in settings.cases_of(path):
-            if earlier is not None and earlier.has(str(bundle.path), case):
+            if earlier is not None and earlier.has(str(Path(path)), case):
                 continue
             say(f"{bundle.width} x {bundle.height}, {bundle.dtype}: {case}")
             with tempfile.TemporaryDirectory(prefix="magicface-bench-") as folder:
@@ -102,7 +103,7 @@ class _Bench:
     """One case of one bundle."""
 
     def __init__(self, settings: Settings, path: str, bundle: Bundle, case: Case, folder: str, say: Say) -> None:
-        self.settings, self.bundle, self.case, self.say = settings, bundle, case, say
+        self.settings, self.path, self.bundle, self.case, self.say = settings, Path(path), bundle, case, say
         self.workload = Workload.of(bundle, case, settings.seed)
         self._first_request: Entrant | None = None
         self.entrants = [
@@ -134,7 +135,7 @@ class _Bench:
             for entrant in self.entrants:
                 entrant.close()
         return CaseResult(
-            bundle=str(self.bundle.path),
+            bundle=str(self.path),
             height=self.bundle.height,
             width=self.bundle.width,
             dtype=self.bundle.dtype,

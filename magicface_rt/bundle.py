@@ -19,6 +19,7 @@ from .errors import BundleError, CheckpointError
 from .plain_file import read_plain
 from .schedule import Schedule
 from .shown import shown
+from .stamps import Stamp
 from .strict_json import read_json
 
 FORMAT = 1
@@ -35,10 +36,6 @@ MAX_MANIFEST_BYTES = 1 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, CheckpointError)
 """What reading JSON of another form than the expected may raise."""
-
-
-Stamp = tuple[int, int, int]
-"""What tells a file from one that took its place or was written to since: inode, bytes, and when it was written."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,10 @@ class InjectionLayer:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `hash` identifies its content: the SHA-256 of bundle.json, which holds every file's hash."""
+    """An opened bundle. `hash` identifies its content: the SHA-256 of bundle.json, which holds every file's hash.
+
+    `path` is absolute and without links: a working directory that changes, or a link that is switched, leaves it alone.
+    """
 
     path: Path
     hash: str
@@ -152,7 +152,7 @@ class Bundle:
         """
         for name, opened in self.stamps.items():
             try:
-                found = _stamp(os.lstat(self.path / name))
+                found = Stamp.of(os.lstat(os.path.join(self.path, name)))
             except FileNotFoundError as error:
                 raise BundleError(
                     f"bundle {self.path}: {name} was removed since the bundle was opened. Put it back, or copy the "
@@ -162,8 +162,27 @@ class Bundle:
                 raise BundleError(f"bundle {self.path}: {name} cannot be read: {error}.") from error
             if found != opened:
                 raise BundleError(
-                    f"bundle {self.path}: {name} was replaced since the bundle was opened: {_stamp_said(found)}, "
-                    f"expected {_stamp_said(opened)}. Open it again."
+                    f"bundle {self.path}: {name} was replaced since the bundle was opened: {found}, "
+                    f"expected {opened}. Open it again."
+                )
+
+    def check_unwritten(self) -> None:
+        """See that no file was written to in its place: graphs that are loaded compute with what they have mapped.
+
+        A file that was removed, or that another one was renamed over, is no harm to them. Takes microseconds.
+
+        Raises:
+            BundleError: a file was written to since, or cannot be looked at.
+        """
+        for name, opened in self.stamps.items():
+            try:
+                found = opened.rewritten(os.path.join(self.path, name))
+            except OSError as error:
+                raise BundleError(f"bundle {self.path}: {name} cannot be looked at: {error}.") from error
+            if found is not None:
+                raise BundleError(
+                    f"bundle {self.path}: {name} was written to since the bundle was opened: {found}, expected "
+                    f"{opened}. Open it again, and replace a bundle that is in use by renaming only."
                 )
 
     @classmethod
@@ -178,7 +197,7 @@ class Bundle:
         Raises:
             BundleError: no bundle there, another format version, a missing, changed or foreign file.
         """
-        folder = Path(path)
+        folder = _where(path)
         raw = _read_manifest(folder)
         manifest = _parse(folder, raw)
         try:
@@ -195,6 +214,13 @@ class Bundle:
                 progress(name)
             stamps[name] = _check_file(folder, name, entry, check_hashes)
         return replace(bundle, stamps=stamps)
+
+
+def _where(path: str | Path) -> Path:
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"bundle {shown(str(path))}: it cannot be looked for: {error}.") from error
 
 
 def _read_manifest(folder: Path) -> bytes:
@@ -316,7 +342,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: b
         raise BundleError(
             f"bundle {folder}: {name} has {found_there.st_size} bytes, expected {entry['bytes']}. {again}"
         )
-    stamp = _stamp(found_there)  # of before it is read: what changes it meanwhile is noticed later
+    stamp = Stamp.of(found_there)  # of before it is read: what changes it meanwhile is noticed later
     if not check_hash:
         return stamp
     found = sha256(path)
@@ -326,14 +352,6 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: b
             f"expected {str(entry['sha256'])[:16]}.... {again}"
         )
     return stamp
-
-
-def _stamp(found: os.stat_result) -> Stamp:
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _stamp_said(stamp: Stamp) -> str:
-    return "inode {}, {} bytes, written at {} ns".format(*stamp)
 
 
 def sha256(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -53,6 +55,16 @@ class Reference:
         if self.resample not in ("lanczos", "nearest"):
             raise OptionError(f"resample is {shown(self.resample)}, expected 'lanczos' or 'nearest'.")
 
+    def describe(self) -> dict[str, Any]:
+        """What run.json says of it: a path as it was given, of an image in memory its shape and its values' SHA-256."""
+        return {
+            "image": _described(self.image),
+            "mask": None if self.mask is None else _described(self.mask),
+            "prompt": self.prompt,
+            "mask_threshold": int(self.mask_threshold),
+            "resample": self.resample,
+        }
+
 
 @dataclass(frozen=True, eq=False, init=False)
 class NamedConcept:
@@ -76,10 +88,16 @@ class NamedConcept:
             raise ConceptError(
                 f"concept {shown(word)}: name is {shown(name)}, expected text, or nothing to use the word."
             )
+        called = word if name is None else name
+        if "\0" in called:
+            raise ConceptError(
+                f"concept {shown(word)}: name is {shown(called)}, expected text without NUL characters: in "
+                "regions.npz a name may end there. Give another name."
+            )
         object.__setattr__(self, "word", word)
         object.__setattr__(self, "weight", _checked_weight(word, weight))
         object.__setattr__(self, "token_index", _checked_token_index(word, token_index))
-        object.__setattr__(self, "name", word if name is None else name)
+        object.__setattr__(self, "name", called)
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -93,7 +111,8 @@ class Concept(NamedConcept):
     word         word or words of the prompt; the first place where they stand is taken
     references   tuple of `Reference`, at least one
     weight       strength, finite, -100..100; 0 hides the references
-    token_index  token positions in the prompt instead of looking for the word; 0 is the start token, so 1 is the first
+    token_index  token positions in the prompt instead of looking for the word; 0 is the start token, so 1 is the first.
+                 A warning says where others than the word's stand there
     name         what legends and messages call it; the word, unless given
 
     Raises `ConceptError` for a field that cannot be used.
@@ -185,6 +204,13 @@ def _positions(prompt: str, concept: NamedConcept, tokenizer: _Tokenizer, tokens
 
 def _numbered(tokens: tuple[str, ...]) -> str:
     return ", ".join(f"{position} {token!r}" for position, token in list(enumerate(tokens))[1:-1])
+
+
+def _described(source: ImageSource) -> str | dict[str, Any]:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    values = np.ascontiguousarray(np.asarray(source))
+    return {"shape": list(values.shape), "sha256": hashlib.sha256(values.reshape(-1).view(np.uint8).data).hexdigest()}
 
 
 def _checked_references(word: str, references: tuple[Reference, ...]) -> tuple[Reference, ...]:

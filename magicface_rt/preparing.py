@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
@@ -24,11 +25,14 @@ from .workplace import Workplace
 
 @dataclass(frozen=True, eq=False)
 class BareReference:
-    """A reference of a bare concept, read from its files. `tokens`: kept tokens by factor."""
+    """A reference of a bare concept, read from its files. `tokens`: kept tokens by factor; `described`: what run.json
+    says of it, of when it was read.
+    """
 
     loaded: LoadedReference
     prompt: str
     tokens: dict[int, int]
+    described: dict[str, Any]
 
     def key(self, origin: Origin, storage: Storage) -> str:
         """What names its keys in a store."""
@@ -74,7 +78,7 @@ class Preparer:
                 symbols = ["R", *(f"M{factor}" for factor in self.bundle.factors)]
                 largest = {symbol: binding.largest(symbol) for symbol in symbols}
                 with self.course.timed("reference_pass"):
-                    return prepare_reference(
+                    prepared = prepare_reference(
                         self.bundle,
                         binding,
                         EncodedReference(bare.loaded, bare.prompt, latents, text),
@@ -84,6 +88,8 @@ class Preparer:
                         rows=self.keeper.rows(bare.tokens, origin.steps, largest, workspace),
                         report=lambda done: self.course.report(Progress(before + done, total, "prepare", 0, 1)),
                     )
+                self.bundle.check_unwritten()  # or the store would hold what other weights have made
+                return prepared
 
             def waiting(before: int = number * origin.steps) -> None:
                 self.course.report(Progress(before, total, "prepare", 0, 1))
@@ -102,7 +108,7 @@ def load_bare(concept: Concept, bundle: Bundle) -> list[BareReference]:
     """
     loaded = [_in_size(one, bundle) for one in load_references(concept, bundle)]
     return [
-        BareReference(one, reference.prompt, token_counts(one, bundle))
+        BareReference(one, reference.prompt, token_counts(one, bundle), reference.describe())
         for one, reference in zip(loaded, concept.references, strict=True)
     ]
 

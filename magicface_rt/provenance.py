@@ -31,7 +31,9 @@ _XMP_KEY = "XML:com.adobe.xmp"
 
 
 class ProvenancePicture(Image.Image):
-    """A PIL image whose `save` writes its provenance. Copies and edited versions are plain images without it."""
+    """A PIL image whose `save` writes its provenance, also after it was pickled. What its `copy` and other methods
+    return is a plain image without it.
+    """
 
     provenance: dict[str, Any]
 
@@ -39,9 +41,15 @@ class ProvenancePicture(Image.Image):
     def of(cls, image: Image.Image, provenance: Mapping[str, Any]) -> ProvenancePicture:
         """A copy of `image` that carries `provenance`, a mapping that JSON can hold."""
         picture = cls()
-        picture.__setstate__(image.__getstate__())
-        picture.provenance = dict(provenance)
+        picture.__setstate__([*Image.Image.__getstate__(image), dict(provenance)])
         return picture
+
+    def __getstate__(self) -> list[Any]:
+        return [*super().__getstate__(), self.provenance]
+
+    def __setstate__(self, state: list[Any]) -> None:
+        *image, self.provenance = state
+        super().__setstate__(image)
 
     def save(
         self,

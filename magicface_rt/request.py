@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,7 +11,8 @@ import numpy as np
 
 from .bundle import Bundle
 from .concept import Concept, NamedConcept, PlacedConcept, place_concepts
-from .errors import ConceptError, OptionError
+from .errors import ConceptError, OptionError, PromptError
+from .images import MagicFaceWarning
 from .kept import KeptConcept, Origin
 from .options import Options
 from .regions import Stage
@@ -129,6 +131,8 @@ def check_batch(requests: object) -> tuple[Request, ...]:
 def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> CheckedRequest:
     """What would otherwise be refused only after minutes of work.
 
+    Warns `MagicFaceWarning` where other words than a concept's stand at its token_index.
+
     Raises:
         InputError: a prompt, concept or setting that cannot be used.
     """
@@ -138,6 +142,7 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> Che
     tokenizer.encode(options.negative_prompt)
     for one in placed:
         check_concept(one.concept, origin, tokenizer)
+        _warn_of_other_words(request.prompt, one, tokenizer)
         weight = one.concept.weight
         if options.weight_mode == "scale" and abs(weight) > MAX_SCALE_WEIGHT:
             raise ConceptError(
@@ -148,9 +153,33 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> Che
     return CheckedRequest(request.prompt, options, placed, request.record_regions)
 
 
+def _warn_of_other_words(prompt: str, placed: PlacedConcept, tokenizer: Tokenizer) -> None:
+    """A token_index goes with a concept into other prompts. A pronoun or synonym may be meant, so it is no error."""
+    concept = placed.concept
+    if concept.token_index is None:
+        return
+    tokens = [token.casefold() for token in tokenizer.tokens(prompt)]
+    found = [tokens[position] for position in placed.tokens]
+    try:
+        word = [token.casefold() for token in tokenizer.tokens(concept.word)[1:-1]]
+    except PromptError:  # too long for any prompt
+        word = []
+    if not (word and set(word) <= set(found)) and not set(found) <= set(word):
+        warnings.warn(
+            f"concept {concept.name!r}: by its token_index it stands on {' '.join(found)!r}, and its word is "
+            f"{concept.word!r}. If the index is of another prompt, leave it out (of a kept concept, "
+            "`renamed` with the word does); if it is meant, give the word that stands there.",
+            MagicFaceWarning,
+            stacklevel=2,
+        )
+
+
 def check_concept(concept: NamedConcept, origin: Origin, tokenizer: Tokenizer) -> None:
-    """Raises InputError for a kept concept of another origin, and for a reference prompt that is too long."""
+    """Raises InputError for a kept concept of another origin or of a file that was written to since it was loaded, and
+    for a reference prompt that is too long.
+    """
     if isinstance(concept, KeptConcept):
+        concept.check_unwritten()
         concept.origin.check(origin, concept.name)
         return
     for reference in concept.references:

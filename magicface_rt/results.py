@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -21,8 +20,7 @@ from PIL import Image
 from . import unfinished
 from .concept import NamedConcept
 from .errors import OptionError, OutputError
-from .images import ImageSource, region_overlay
-from .kept.reference import KeptReference
+from .images import region_overlay
 from .options import Options
 from .provenance import ProvenancePicture, software
 
@@ -76,6 +74,7 @@ class Result:
     backend        what ran it, such as `onnxruntime-cpu`
     provenance     whether pictures say how they were made
     details        anything else worth writing into run.json; a mapping that JSON can hold
+    references     for each concept what run.json says of its references, of when they were read. None: of now
 
     Raises `OptionError` where the arrays do not fit one another.
     """
@@ -93,6 +92,7 @@ class Result:
     provenance: bool = True
     details: Mapping[str, Any] = field(default_factory=dict)
     regions_per_step: npt.NDArray[np.uint8] | None = None
+    references: Sequence[Sequence[Mapping[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.images)
@@ -111,6 +111,12 @@ class Result:
             raise OptionError(f"regions hold values outside 0..{len(self.concepts)}, the number of concepts.")
         if self.token_indices and len(self.token_indices) != len(self.concepts):
             raise OptionError(f"token_indices has {len(self.token_indices)} entries for {len(self.concepts)} concepts.")
+        described = self.references
+        if described is None:
+            described = [[reference.describe() for reference in concept.references] for concept in self.concepts]
+        if [len(row) for row in described] != [len(concept.references) for concept in self.concepts]:
+            raise OptionError("references does not have as many entries as the concepts have references.")
+        object.__setattr__(self, "references", tuple(tuple(map(dict, row)) for row in described))
         object.__setattr__(self, "concepts", tuple(self.concepts))
         object.__setattr__(self, "token_indices", tuple(tuple(map(int, row)) for row in self.token_indices))
         images = tuple(self.images)
@@ -142,10 +148,9 @@ class Result:
 
         Raises `OutputError` for a folder that exists (without `overwrite`) or cannot be written.
         """
-        target = Path(folder).absolute()
-        if target.is_symlink():
-            target = target.resolve()
+        target = Path(folder)
         try:
+            target = unfinished.place(folder)
             check_replaceable(target, overwrite)
             target.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.part(target, folder=True) as part:
@@ -164,8 +169,8 @@ class Result:
             **self._settings(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "concepts": [
-                {**settings, "references": [_reference_settings(reference) for reference in concept.references]}
-                for settings, concept in zip(self._concept_settings(), self.concepts, strict=True)
+                {**settings, "references": [dict(reference) for reference in references]}
+                for settings, references in zip(self._concept_settings(), self.references or (), strict=True)
             ],
             "timings": self.timings.to_dict(),
             "images": [f"image-{k}.png" for k in range(len(self.images))],
@@ -226,6 +231,11 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
             "(overwrite=True, or --overwrite)."
         )
     _check_own(target, target)
+    if os.path.samefile(target, os.curdir):
+        raise OutputError(
+            f"output folder {str(target)!r} is the working directory, which is not replaced: this process would "
+            "have none then. Choose another folder, or work in another."
+        )
 
 
 def _check_own(folder: Path, target: Path) -> None:
@@ -243,23 +253,3 @@ def _png(image: Image.Image) -> bytes:
     encoded = io.BytesIO()
     image.save(encoded, "PNG")
     return encoded.getvalue()
-
-
-def _reference_settings(reference: Any) -> dict[str, Any]:
-    if isinstance(reference, KeptReference):
-        return {"kept": reference.key, "storage": reference.storage, "prompt": reference.prompt}
-    return {
-        "image": _described(reference.image),
-        "mask": None if reference.mask is None else _described(reference.mask),
-        "prompt": reference.prompt,
-        "mask_threshold": int(reference.mask_threshold),
-        "resample": reference.resample,
-    }
-
-
-def _described(source: ImageSource) -> str | dict[str, Any]:
-    """A path as it was given; for an image in memory its size and the hash of its values."""
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
-    values = np.ascontiguousarray(np.asarray(source))
-    return {"shape": list(values.shape), "sha256": hashlib.sha256(values.tobytes()).hexdigest()}

@@ -242,9 +242,11 @@ class Session:
 
         Raises:
             InputError: a setting, prompt, concept, image or mask that cannot be used; nothing has been computed.
-            KeptConceptError: a kept concept of another bundle, schedule, number of steps or reference_seed.
+            KeptConceptError: a kept concept of another bundle, schedule, number of steps or reference_seed; or its file
+                was written to since it was loaded.
             BudgetError: the references need more memory than the budget allows.
-            BundleError: a file of the bundle was replaced since it was opened, and a graph was still to be loaded.
+            BundleError: a file of the bundle was written to since it was opened; or one was replaced or removed, and a
+                graph was still to be loaded.
             Cancelled: `progress` returned False.
             NonFiniteError: a graph produced NaN or infinity.
             HostMemoryError: there is too little memory on the host.
@@ -448,10 +450,15 @@ class Session:
 
     @contextmanager
     def _place(self) -> Iterator[Workplace]:
-        """A workplace for the block. After a failure of the runtime nothing is left on the device that no one uses."""
+        """A workplace for the block. After a failure of the runtime nothing is left on the device that no one uses.
+
+        Backends may have mapped the bundle's files: what was written to them is computed with.
+        """
         try:
             with self._workplaces.take() as place, told_as_ours():
+                self.bundle.check_unwritten()
                 yield place
+                self.bundle.check_unwritten()
         except BackendError:
             self._keeper.on_device.free_unused()
             raise

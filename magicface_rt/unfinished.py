@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["clear", "exchange", "part", "put", "settle", "why"]
+__all__ = ["clear", "exchange", "part", "place", "put", "settle", "why"]
 
 _NAME = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(part|old)", re.DOTALL)
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
@@ -37,6 +37,21 @@ _CANNOT_RENAME_SO = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 _CANNOT_LINK = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def place(path: str | os.PathLike[str]) -> Path:
+    """The absolute path at which `path` is written; that of a link is where it leads to.
+
+    Raises:
+        OSError: links lead to each other, or there is no working directory any more.
+    """
+    target = Path(path).absolute()
+    if not target.is_symlink():
+        return target
+    end = Path(os.path.realpath(target))
+    if end.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
+    return end
 
 
 @contextlib.contextmanager

@@ -92,6 +92,7 @@ class Work:
                 self.text = text.reshape(len(requests), 2, *text.shape[1:])  # [requests, 2, 77, D]
             references = self._references(loaded, held)
             latents, regions = self._denoise_batches(references)
+        self._check_unwritten()
         results = []
         with self.course.timed("decoding"):
             pictures = [[self._decode(one[None]) for one in found] for found in latents]
@@ -111,6 +112,7 @@ class Work:
                     backend=backend,
                     provenance=provenance,
                     regions_per_step=self._regions_per_step(number),
+                    references=[self._described(concept, loaded) for concept in request.concepts],
                 )
             )
         return results
@@ -124,6 +126,12 @@ class Work:
             if isinstance(concept, Concept) and id(concept) not in found:
                 found[id(concept)] = load_bare(concept, self.bundle)
         return found
+
+    def _described(self, concept: NamedConcept, loaded: dict[int, list[BareReference]]) -> list[dict[str, Any]]:
+        """A concept's references as they were when they were read: what they hold may be others' by now."""
+        if isinstance(concept, Concept):
+            return [bare.described for bare in loaded[id(concept)]]
+        return [kept.describe() for kept in concept.references]
 
     def _references(self, loaded: dict[int, list[BareReference]], held: ExitStack) -> _References:
         """Where the keys of every concept come from, after those that are to be prepared were prepared."""
@@ -241,6 +249,12 @@ class Work:
         with self.course.timed("text_encoding"):
             prompts = [bare.prompt for bare in references.bare]
             references.text = encode_text(self.place, self.tokenizer, prompts)  # [R, 77, D]
+
+    def _check_unwritten(self) -> None:
+        """What a mapped file held before it was written to is another concept's."""
+        for concept in (c for request in self.requests for c in request.concepts):
+            if isinstance(concept, KeptConcept):
+                concept.check_unwritten()
 
     # -------------------------------------------------------------------------------------------------- the loop
 

@@ -168,8 +168,11 @@ def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
     Raises:
         OutputError: it exists (with `overwrite`: and is not an earlier result), or cannot be made.
     """
-    target = folder.absolute()
-    check_replaceable(target.resolve() if target.is_symlink() else target, overwrite)
+    try:
+        target = unfinished.place(folder)
+    except OSError as error:
+        raise OutputError(f"output folder {str(folder)!r} cannot be made: {unfinished.why(error)}") from error
+    check_replaceable(target, overwrite)
     parent = next(place for place in target.parents if os.path.lexists(place))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "may not be written to" if parent.is_dir() else "is not a folder"

@@ -94,6 +94,15 @@ class KeptConcept(NamedConcept):
         """Bytes of its keys, in memory or in its file."""
         return sum(reference.nbytes for reference in self.references)
 
+    def check_unwritten(self) -> None:
+        """See that no file of its keys was written to since it was loaded. Takes microseconds.
+
+        Raises:
+            KeptConceptError: one was, or cannot be looked at.
+        """
+        for file in {reference.file for reference in self.references if reference.file is not None}:
+            file.check_unwritten()
+
     @property
     def error(self) -> float:
         """What 8-bit storage cost: the relative 2-norm of the worst tensor, 0 for exact storage."""
@@ -138,14 +147,15 @@ class KeptConcept(NamedConcept):
         return KeptConcept(**{**fields, **changes})
 
     def save(self, path: str | os.PathLike[str], *, with_image: bool = False, overwrite: bool = False) -> Path:
-        """Write a file, which appears complete or not at all, and return its path.
+        """Write a file, which appears complete or not at all, and return its path; that of a link is where it leads to.
 
         with_image  store the reference images and masks as well; they are not needed for pictures. They are read from
                     the concept's `source` once more
 
         Raises:
             KeptConceptError: `with_image`, and the images are not there: it came from a file without them; or they are
-                not what the keys were made from, because they have changed since.
+                not what the keys were made from, because they have changed since. Or it came from a file that was
+                written to since.
             ImageError, MaskError: `with_image`, and an image or mask can no longer be read.
             OutputError: the file exists (without `overwrite`) or cannot be written.
         """
@@ -160,7 +170,8 @@ class KeptConcept(NamedConcept):
         check_hashes  read the whole file once and compare it with its manifest, about a second per gigabyte. Without,
                       the header, the manifest and the size are checked, and a changed bit in the keys goes unseen.
 
-        Do not change a file in place while it is loaded; `save` puts a new one in its place, which is safe.
+        Do not change a file in place while it is loaded: requests with it are refused then, and one that is cut short
+        ends the process. `save` puts a new one in its place, which is safe.
 
         Raises:
             KeptConceptError: no such file, another format version, damaged, or cut short.

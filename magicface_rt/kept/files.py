@@ -18,10 +18,11 @@ from ..backends.host import BFLOAT16, host_dtype, non_finite
 from ..errors import InputError, KeptConceptError, OutputError
 from ..images import MASK_GRID, load_reference
 from ..shown import shown
+from ..stamps import Stamp
 from ..strict_json import read_json
 from .concept import KeptConcept
 from .origin import Origin, content_key, finite_number, text_entry, whole_numbers
-from .reference import STORAGES, EightBit, Exact, KeptReference, Stored
+from .reference import STORAGES, EightBit, Exact, KeptReference, MappedFile, Stored
 
 FORMAT = 1
 METADATA = "magicface_rt.kept_concept"
@@ -31,9 +32,10 @@ ALIGNMENT = 64
 _NAMES = {"float32": "F32", "float16": "F16", BFLOAT16: "BF16", "uint8": "U8"}
 
 
-def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool) -> Path:
-    """See `KeptConcept.save`."""
-    target = _free(path, overwrite)
+def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool, follow: bool = True) -> Path:
+    """See `KeptConcept.save`. Without `follow` a link is replaced, and not the file that it leads to."""
+    target = _free(path, overwrite, follow)
+    concept.check_unwritten()
     arrays = _arrays(concept)
     if with_image:
         arrays |= {name: (array, "uint8") for name, array in _pictures(concept).items()}
@@ -45,6 +47,7 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool)
                 stream.write(header)
                 for array, _ in arrays.values():
                     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            concept.check_unwritten()
             try:
                 unfinished.put(part, target, overwrite=overwrite)
             except FileExistsError as error:  # it was not there as this began, and whoever put it there keeps it
@@ -73,11 +76,11 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
 
 def load(path: Path, *, check_hashes: bool) -> KeptConcept:
     """See `KeptConcept.load`."""
-    data, header, start = _open(path)
+    file, data, header, start = _open(path)
     manifest = _manifest(path, header)
     views = _views(path, data, header, start, manifest)
     try:
-        concept = _concept(header, manifest, views)
+        concept = _concept(file, header, manifest, views)
     except _MALFORMED as error:
         what = str(error).rstrip(".") if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         _damaged(path, f"its manifest does not have the expected form ({what[:500]})", error)
@@ -89,9 +92,12 @@ def load(path: Path, *, check_hashes: bool) -> KeptConcept:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _free(path: Path, overwrite: bool) -> Path:
+def _free(path: Path, overwrite: bool, follow: bool = True) -> Path:
     """The absolute path, where a file may be put or replaced."""
-    target = path.absolute()
+    try:
+        target = unfinished.place(path) if follow else path.absolute()
+    except OSError as error:
+        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
     if not os.path.lexists(target):
         return target
     if not target.is_file():
@@ -174,15 +180,18 @@ def _damaged(path: Path, what: str, cause: BaseException | None = None) -> NoRet
     ) from cause
 
 
-def _open(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any], int]:
-    """The mapped file, its header, and where the data begin."""
+def _open(path: Path) -> tuple[MappedFile, NDArray[np.uint8], dict[str, Any], int]:
+    """The mapped file, what it holds, its header, and where the data begin."""
     try:
         if not path.is_file():
             raise KeptConceptError(f"kept concept {str(path)!r} does not exist or is not a file.")
-        size = path.stat().st_size
-        if size < 8:
-            _damaged(path, f"it has {size} bytes")
-        data = np.memmap(path, np.uint8, "r")
+        found = os.path.realpath(path)
+        with open(found, "rb") as stream:
+            file = MappedFile(found, Stamp.of(os.fstat(stream.fileno())))
+            size = file.stamp.size
+            if size < 8:
+                _damaged(path, f"it has {size} bytes")
+            data = np.memmap(stream, np.uint8, "r")
     except OSError as error:
         raise KeptConceptError(f"kept concept {str(path)!r} cannot be read: {error}.") from error
     length = int.from_bytes(data[:8].tobytes(), "little")
@@ -194,7 +203,7 @@ def _open(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any], int]:
         _damaged(path, f"its header is no JSON ({error})", error)
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
         _damaged(path, "its header has no metadata")
-    return data, header, 8 + length
+    return file, data, header, 8 + length
 
 
 def _manifest(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,7 +281,7 @@ def _content(reference: KeptReference, position: int, hashes: Mapping[str, str])
 
 
 def _concept(
-    header: Mapping[str, Any], manifest: Mapping[str, Any], views: Mapping[str, NDArray[np.uint8]]
+    file: MappedFile, header: Mapping[str, Any], manifest: Mapping[str, Any], views: Mapping[str, NDArray[np.uint8]]
 ) -> KeptConcept:
     origin = Origin.from_dict(manifest["origin"])
     unread = set(views)
@@ -314,7 +323,7 @@ def _concept(
                 tokens,
                 tensors,
                 finite_number(entry["error"], "error"),
-                mapped=True,
+                file,
             )
         )
     pictures = {}

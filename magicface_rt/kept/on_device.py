@@ -49,7 +49,7 @@ class OnDevice:
         Raises:
             DeviceMemoryError: the device has not enough memory, even without what no request uses.
             DeviceError: a copy failed.
-            KeptConceptError: keys of another size are there under the same identity.
+            KeptConceptError: keys of another size are there under the same identity; or its file was written to.
         """
         user = _User()
         try:
@@ -139,7 +139,13 @@ class OnDevice:
                     user.entry = entry
                     entry.users.add(user)
                 if entry is mine:
-                    mine.buffer, mine.arrays = shelf.keep(sizes, lambda key: reference.tensors[key[1]].step(key[0]))
+                    buffer, arrays = shelf.keep(sizes, lambda key: reference.tensors[key[1]].step(key[0]))
+                    try:
+                        reference.check_unwritten()  # or others of its identity would find another one's keys
+                    except BaseException:
+                        buffer.free()
+                        raise
+                    mine.buffer, mine.arrays = buffer, arrays
                 else:
                     entry.wait(waiting)
             finally:

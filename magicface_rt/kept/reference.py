@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.host import BFLOAT16, from_bfloat16, host_dtype, non_finite, to_bfloat16
-from ..errors import NonFiniteError
+from ..errors import KeptConceptError, NonFiniteError
 from ..shown import shown
+from ..stamps import Stamp
 from .origin import Origin
 
 Storage = Literal["exact", "8-bit"]
@@ -136,15 +138,40 @@ class EightBit(Stored):
         return {".levels": self.levels, ".scale": self.scale, ".low": self.low}
 
 
+@dataclass(frozen=True)
+class MappedFile:
+    """The file that tensors lie in. `path`: absolute and without links; `stamp`: of when it was mapped."""
+
+    path: str
+    stamp: Stamp
+
+    def check_unwritten(self) -> None:
+        """See that it was not written to in its place, where its keys would be others now. Takes microseconds.
+
+        Raises:
+            KeptConceptError: it was, or cannot be looked at.
+        """
+        name = shown(os.path.basename(self.path))
+        try:
+            found = self.stamp.rewritten(self.path)
+        except OSError as error:
+            raise KeptConceptError(f"kept concept {name} cannot be looked at: {error.strerror}.") from error
+        if found is not None:
+            raise KeptConceptError(
+                f"kept concept {name} was written to since it was loaded: {found}, expected {self.stamp}. Load it "
+                "again, and replace a file that is in use by renaming only, as `save` does."
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class KeptReference:
-    """The keys of one reference.
+    """The keys of one reference. Their arrays are read-only: requests and the Session's store share them.
 
     key      names its content, see `content_key`. Of one that came from a file it is what the file says
     tokens   kept tokens by factor; 0 where the mask vanishes on that grid
     tensors  by name, such as "k_ref_10"
     error    what 8 bits cost: relative 2-norm of the worst tensor; 0 where the values are as they were computed
-    mapped   whether the tensors lie in a file and not in memory
+    file     what the tensors lie in, None where they are in memory
     identity    equal only for references that are sure to have the same keys, see `known_as`; not for comparing across
                 processes. `dataclasses.replace` gives the new one an identity of its own
     """
@@ -155,8 +182,27 @@ class KeptReference:
     tokens: Mapping[int, int]
     tensors: Mapping[str, Stored] = field(repr=False)
     error: float = 0.0
-    mapped: bool = False
+    file: MappedFile | None = None
     identity: Hashable = field(init=False, repr=False, default_factory=object)
+
+    def __post_init__(self) -> None:
+        for stored in self.tensors.values():
+            for array in stored.arrays.values():
+                array.setflags(write=False)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the tensors lie in a file and not in memory."""
+        return self.file is not None
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        return {"kept": self.key, "storage": self.storage, "prompt": self.prompt}
+
+    def check_unwritten(self) -> None:
+        """See `MappedFile.check_unwritten`; what is in memory always is."""
+        if self.file is not None:
+            self.file.check_unwritten()
 
     def known_as(self, identity: Hashable) -> KeptReference:
         """Itself, from now on with an identity that tells its content and that no file can claim."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..errors import EraseError, KeptConceptError, OutputError, StoreFullError, UnknownConceptError
 from ..kept import KeptConcept
+from ..kept.files import save
 
 __all__ = ["NO_WORD", "SUFFIX", "ConceptStore", "FolderConcepts", "MemoryConcepts", "StoredConcept", "concept_id"]
 
@@ -258,7 +259,7 @@ class FolderConcepts(_Limited):
         assert path is not None, id
         if not path.exists():
             self._check_room(concept.nbytes)
-        concept.save(path, overwrite=True)
+        save(concept, path, with_image=False, overwrite=True, follow=False)  # nothing is written outside the folder
         stamp = _stamp(path)
         if stamp is None:
             raise unknown(id)  # erased by another process in this moment

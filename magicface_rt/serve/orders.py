@@ -67,7 +67,7 @@ def request_of(
     pixels = 0
     concepts: list[NamedConcept] = []
     for k, use in enumerate(order.concepts):
-        concept, decoded = _concept(use, f"concepts[{k}]", kept, settings)
+        concept, decoded = _concept(use, f"concepts[{k}]", kept, settings, tokenizer.tokens(order.prompt))
         pixels += decoded
         concepts.append(concept)
     options = _options(order, concepts, bundle, settings)
@@ -153,21 +153,21 @@ def kept_bytes(origin: Origin, bare: Sequence[BareReference], storage: Storage) 
 
 
 def _concept(
-    use: ConceptUse, field: str, kept: Callable[[str], KeptConcept], settings: ServeSettings
+    use: ConceptUse, field: str, kept: Callable[[str], KeptConcept], settings: ServeSettings, tokens: Sequence[str]
 ) -> tuple[NamedConcept, int]:
     index: Any = use.token_index
     if use.id is not None:
         with at(f"{field}.id"):
             known = kept(use.id)
-        word = known.word if use.word is None else use.word
+        word, name = known.word if use.word is None else use.word, use.name
         if word == NO_WORD and use.word is None:
             if index is None:
                 raise refused(
                     422, "concept", "the concept was put without a word; say which word it is.", f"{field}.word"
                 )
-            word = use.name or "concept"
+            word, name = _standing_at(index, tokens), name or "concept"
         with at(field, *_OF_A_CONCEPT):
-            return known.renamed(word, weight=use.weight, token_index=index, name=use.name), 0
+            return known.renamed(word, weight=use.weight, token_index=index, name=name), 0
     if use.word is None:
         raise refused(422, "concept", "word is missing; expected a word of the prompt.", f"{field}.word")
     references, pixels = [], 0
@@ -187,6 +187,12 @@ def _concept(
             )
     with at(field, *_OF_A_CONCEPT):
         return Concept(use.word, references=references, weight=use.weight, token_index=index, name=use.name), pixels
+
+
+def _standing_at(index: int | Sequence[int], tokens: Sequence[str]) -> str:
+    """What a concept that has no word stands on, by the tokens of the prompt."""
+    positions = [index] if isinstance(index, int) else index
+    return " ".join(tokens[k] for k in positions if 0 < k < len(tokens) - 1) or "concept"
 
 
 def _options(order: PictureOrder, concepts: Sequence[NamedConcept], bundle: Bundle, settings: ServeSettings) -> Options:

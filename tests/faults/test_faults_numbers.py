@@ -311,6 +311,7 @@ def test_keys_of_a_file_are_blamed_and_not_the_graph(
         expected = latents(session, [kept])
         stored = kept.references[0].tensors["v_ref_13"]
         array = stored.scale if isinstance(stored, EightBit) else stored.arrays[""]
+        array.setflags(write=True)
         array[step].reshape(-1)[-1] = value
         kept.save(path)
         with pytest.raises(KeptConceptError, match=r"0\.v_ref_13 holds \d+ values that are NaN or infinite"):

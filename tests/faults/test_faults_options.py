@@ -21,7 +21,9 @@ from magicface_rt.bundle import Bundle
 from magicface_rt.concept import NamedConcept
 from magicface_rt.errors import KeptConceptError
 from magicface_rt.kept import KeptReference
+from magicface_rt.kept.reference import MappedFile
 from magicface_rt.schedule import Schedule
+from magicface_rt.stamps import Stamp
 from tests.runtime.drawn_backend import Drawn
 from tests.runtime.test_session import disc, picture
 
@@ -364,7 +366,7 @@ OF_KEPT_REFERENCE: Table = {
     "tokens": [Changes(("tokens", "tensors"))],
     "tensors": [Changes(("tokens", "tensors"))],
     "error": [Same(0.5, "it says what was lost")],
-    "mapped": [Same(True, "where the keys are is no matter")],
+    "file": [Same(MappedFile("/nowhere/man.concept", Stamp(1, 2, 3)), "where the keys are is no matter")],
 }
 
 

@@ -93,6 +93,37 @@ def test_a_file_that_changes_after_opening_is_named(
         opened.check_unchanged()
 
 
+@pytest.mark.parametrize("name", ["weights.bin", "denoise_step.onnxruntime.onnx", "tokenizer.json"])
+def test_of_a_bundle_in_use_no_file_is_written_to_and_others_may_take_its_place(bundle: Path, name: str) -> None:
+    opened = Bundle.open(bundle, check_hashes=False)
+    written_to(bundle / name)
+    with pytest.raises(BundleError, match=f"{name} was written to since .*by renaming only"):
+        opened.check_unwritten()
+    replaced(bundle / name)
+    opened.check_unwritten()
+    (bundle / name).unlink()
+    opened.check_unwritten()
+    bundle.rename(bundle.with_name("aside"))
+    opened.check_unwritten()
+
+
+def test_an_opened_bundle_is_found_from_anywhere(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    opened = Bundle.open("bundle", check_hashes=False)
+    monkeypatch.chdir("/")
+    opened.check_unchanged()
+
+
+def test_an_opened_bundle_is_the_one_that_the_link_named(bundle: Path, tmp_path: Path) -> None:
+    other, current = shutil.copytree(bundle, tmp_path / "other"), tmp_path / "current"
+    current.symlink_to(bundle)
+    opened = Bundle.open(current, check_hashes=False)
+    current.unlink()
+    current.symlink_to(other)
+    opened.check_unchanged()
+    assert opened.path == bundle.resolve()
+
+
 def test_links_and_permissions_of_an_opened_bundle_may_change(bundle: Path, tmp_path: Path) -> None:
     opened = Bundle.open(bundle, check_hashes=False)
     os.link(bundle / "weights.bin", tmp_path / "link")

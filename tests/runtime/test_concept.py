@@ -96,6 +96,13 @@ def test_a_name_is_text(name: Any) -> None:
         Concept("man", MAN, name=name)
 
 
+@pytest.mark.parametrize(("word", "name"), [("man", "a\0"), ("man", "a\0b"), ("man\0", None)])
+def test_a_name_is_one_that_regions_can_hold(word: str, name: str | None) -> None:
+    with pytest.raises(ConceptError, match=r"name is '.*\\x00b?', expected text without NUL"):
+        Concept(word, MAN, name=name)
+    assert Concept("man\0", MAN, name="man").name == "man"
+
+
 def test_a_concept_needs_references() -> None:
     with pytest.raises(ConceptError, match="'man' has no reference"):
         Concept("man")

@@ -166,6 +166,88 @@ def test_a_loaded_concept_outlives_a_new_file_in_its_place(path: Path) -> None:
     np.testing.assert_array_equal(KeptConcept.load(path).references[0].tensors["k_ref_10"].step(1), before)
 
 
+def write_other_keys(path: Path) -> None:
+    """In the file's place, as `cp` does, and of the same size."""
+    stamp, content = path.stat().st_mtime_ns, bytearray(path.read_bytes())
+    content[-8:] = bytes(8)
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(stamp + 1, stamp + 1))  # a fast machine writes it within one tick of the disk's clock
+
+
+def test_a_loaded_concept_whose_file_was_written_to_is_refused(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = KeptConcept.load(Path(path.name))
+    loaded.check_unwritten()
+    monkeypatch.chdir("/")
+    write_other_keys(path)
+    for of_it in (loaded.check_unwritten, loaded.renamed("hat").check_unwritten, loaded.references[1].check_unwritten):
+        with pytest.raises(KeptConceptError, match=r"'cap\.concept' was written to since it was loaded.*Load it again"):
+            of_it()
+    with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
+        loaded.save(tmp_path / "copy.concept")
+    assert os.listdir(tmp_path) == ["cap.concept"]
+    loaded.references[1].in_memory().check_unwritten()
+
+
+def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, tmp_path: Path) -> None:
+    loaded, sound = KeptConcept.load(path), KeptConcept.check_unwritten
+    calls = []
+
+    def later(concept: KeptConcept) -> None:
+        sound(concept)
+        calls.append(concept)
+        if len(calls) == 1:
+            write_other_keys(path)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(KeptConcept, "check_unwritten", later)
+        with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
+            loaded.save(tmp_path / "copy.concept")
+    assert os.listdir(tmp_path) == ["cap.concept"]
+
+
+def test_what_takes_the_place_of_a_loaded_file_is_no_harm(path: Path) -> None:
+    loaded = KeptConcept.load(path)
+    made().save(path, overwrite=True)
+    loaded.check_unwritten()
+    path.unlink()
+    loaded.check_unwritten()
+    path.parent.rename(path.parent.with_name("aside"))
+    loaded.check_unwritten()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+def test_a_link_is_followed_as_it_is_where_results_are_saved(path: Path, tmp_path: Path) -> None:
+    link, nowhere, loop = (tmp_path / name for name in ("link.concept", "nowhere.concept", "loop.concept"))
+    link.symlink_to(path.name)
+    with pytest.raises(OutputError, match=r"link\.concept' exists already"):
+        made().save(link)
+    assert made().noted("new").save(link, overwrite=True) == path
+    assert link.is_symlink()
+    assert KeptConcept.load(path).note == "new"
+    nowhere.symlink_to("deep/cap.concept")
+    check_writable(nowhere, overwrite=False)
+    assert made().save(nowhere) == tmp_path / "deep" / "cap.concept"
+    loop.symlink_to(loop.name)
+    for write in (lambda: made().save(loop, overwrite=True), lambda: check_writable(loop, overwrite=True)):
+        with pytest.raises(OutputError, match=r"loop\.concept' cannot be written: .*symbolic links"):
+            write()
+
+
+@pytest.mark.parametrize("storage", ["exact", "8-bit"])
+def test_keys_cannot_be_changed(tmp_path: Path, storage: str) -> None:
+    kept = made(storage=storage)
+    loaded = KeptConcept.load(kept.save(tmp_path / "cap.concept"))
+    for reference in (*kept.references, *loaded.references, loaded.references[0].in_memory()):
+        for stored in reference.tensors.values():
+            for array in stored.arrays.values():
+                with pytest.raises(ValueError, match="read-only"):
+                    array *= 0
+
+
 @pytest.fixture(params=["link", "rename", "look"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a system can do to put a file only where there is none."""

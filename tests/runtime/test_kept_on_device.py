@@ -28,6 +28,7 @@ from tests.runtime.drawn_backend import Drawn
 from tests.runtime.fake_cuda import KERNEL_FAILED, FakeCuda
 from tests.runtime.fake_tensorrt import Recipe
 from tests.runtime.fake_world import FLAVOUR, World
+from tests.runtime.test_kept_files import write_other_keys
 from tests.runtime.test_kept_store import Interrupting, ends
 from tests.runtime.test_session import HAT, MAN, PROMPT, disc, picture
 
@@ -586,6 +587,38 @@ def thread(function: Callable[..., object], *arguments: Any, **options: Any) -> 
     made = threading.Thread(target=function, args=arguments, kwargs=options, daemon=True)
     made.start()
     return made
+
+
+class Writing(Slow):
+    """Its file is written to as it is read."""
+
+    def __init__(self, stored: Stored, file: Path) -> None:
+        super().__init__(stored, None)
+        self.file = file
+
+    def step(self, step: int) -> np.ndarray:
+        if not self.asked.is_set():
+            self.asked.set()
+            write_other_keys(self.file)
+        return self.stored.step(step)
+
+
+def test_a_file_that_is_written_to_as_its_keys_come_up_leaves_none_of_them(
+    world: World, bundle: Bundle, tmp_path: Path
+) -> None:
+    with open_session(world, bundle, memory="keep") as session:
+        man = session.prepare(MAN, steps=STEPS)
+        expected = session.generate(PROMPT, [man], steps=STEPS).latents
+        session.forget()
+        (loaded,) = KeptConcept.load(man.save(tmp_path / "man.concept")).references
+        name = min(loaded.tensors)
+        tensors = {**loaded.tensors, name: Writing(loaded.tensors[name], tmp_path / "man.concept")}
+        (sound,) = man.references
+        written = replace(loaded, tensors=tensors).known_as(sound.identity)
+        with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
+            session.generate(PROMPT, [KeptConcept("man", [written], man.origin)], steps=STEPS)
+        assert not session.device_kept_bytes
+        same(session.generate(PROMPT, [man], steps=STEPS).latents, expected)
 
 
 def test_an_upload_holds_up_nobody_else(world: World, bundle: Bundle) -> None:

@@ -40,6 +40,7 @@ from magicface_rt.errors import BackendError
 from magicface_rt.kept.memory import row_bytes
 from magicface_rt.schedule import Schedule
 from tests.runtime.drawn_backend import Drawn
+from tests.runtime.test_kept_files import write_other_keys
 from tests.runtime.test_session import HAT, MAN, PROMPT, disc, picture
 
 STEPS = 6
@@ -268,6 +269,27 @@ def test_a_file_that_claims_the_key_of_another_reference_is_drawn_with_its_own_k
         for expected, found in (([man, hat], [man, claims]), ([hat, man], [claims, man])):
             drawn = [session.generate(PROMPT, one, steps=STEPS, seed=7).latents for one in (expected, found)]
             np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_file_that_is_written_to_in_its_place_is_not_drawn_with(
+    session: Session, tmp_path: Path, memory: str, when: str
+) -> None:
+    man = session.prepare(MAN, steps=STEPS)
+    expected = latents(session, [man])
+    loaded = KeptConcept.load(man.save(tmp_path / "man.concept"))
+
+    def write(_: object = None) -> None:
+        write_other_keys(tmp_path / "man.concept")
+
+    with Session(session.bundle, backend=Drawn(), memory=memory) as other:
+        same(latents(other, [loaded]), expected)
+        if when == "before":
+            write()
+        with pytest.raises(KeptConceptError, match=r"'man\.concept' was written to since it was loaded.*Load it again"):
+            latents(other, [loaded], progress=None if when == "before" else write)
+        same(latents(other, [man]), expected)
 
 
 def test_a_batch_gives_each_request_what_it_gets_alone(session: Session, backend: Drawn) -> None:

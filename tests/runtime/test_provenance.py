@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,19 @@ def test_an_edited_picture_is_a_plain_image(tmp_path: Path) -> None:
     assert not isinstance(edited, ProvenancePicture)
     edited.save(tmp_path / "out.png")
     assert read_provenance(tmp_path / "out.png") is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_picture_from_another_process_says_how_it_was_made(
+    tmp_path: Path, copied: Callable[[ProvenancePicture], ProvenancePicture]
+) -> None:
+    copied(picture()).save(tmp_path / "out.png")
+    assert read_provenance(tmp_path / "out.png") == SETTINGS
+    again = ProvenancePicture.of(copied(picture()), {"options": {}})
+    again.save(tmp_path / "again.png")
+    assert read_provenance(tmp_path / "again.png") == {"options": {}}
+    with Image.open(tmp_path / "again.png") as image:
+        assert image.getpixel((0, 0)) == (10, 20, 30)
 
 
 def test_settings_that_are_no_json_are_refused() -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +242,58 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+def test_a_link_that_leads_nowhere_is_filled_and_one_that_leads_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dangling").symlink_to("deep/out")
+    assert result().save(tmp_path / "dangling") == tmp_path / "deep" / "out"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OutputError, match=r"loop' cannot be written: .*symbolic links"):
+        result().save(tmp_path / "loop", overwrite=True)
+
+
+def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = result().save(tmp_path / "out")
+    monkeypatch.chdir(folder)
+    for name in (".", folder):
+        with pytest.raises(OutputError, match="is the working directory, which is not replaced"):
+            result().save(name, overwrite=True)
+    assert listing(Path()) == FILES
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a working directory may be removed")
+def test_a_working_directory_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(OutputError, match="'out' cannot be written"):
+        result().save("out")
+    result().save(tmp_path / "out")
+    result().save(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_result_that_came_from_another_process_is_saved_as_it_was(
+    tmp_path: Path, copied: Callable[[Result], Result]
+) -> None:
+    again = copied(result()).save(tmp_path / "again")
+    assert listing(again) == FILES
+    assert json.loads((again / "run.json").read_text())["concepts"] == result().to_dict()["concepts"]
+    (first, second) = (read_provenance(again / name) for name in ("image-1.png", "regions-1.png"))
+    assert first == second == read_provenance(result().save(tmp_path / "out") / "image-1.png")
+    with Image.open(again / "image-1.png") as image:
+        assert image.getpixel((0, 0)) == (1, 0, 0)
+
+
+def test_references_are_described_as_they_were_when_the_result_was_made(tmp_path: Path) -> None:
+    values, image = ARRAY.copy(), Image.fromarray(ARRAY)
+    made = result(concepts=[Concept("man", Reference(values, mask=image)), Concept("hat", Reference("hat.png"))])
+    before = made.to_dict()["concepts"]
+    values[:] = 0
+    image.close()
+    assert made.to_dict()["concepts"] == before
+    assert json.loads((made.save(tmp_path / "out") / "run.json").read_text())["concepts"] == before
+
+
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="cannot be written"):
@@ -270,6 +325,7 @@ def test_tokens_default_to_those_that_were_given() -> None:
         ({"regions": np.full((2, 4, 4), 3, np.int64)}, r"outside 0\.\.2"),
         ({"regions": np.full((2, 4, 4), -1, np.int64)}, r"outside 0\.\.2"),
         ({"token_indices": [(2,)]}, "1 entries for 2 concepts"),
+        ({"references": [[{}]]}, "as many entries"),
     ],
 )
 def test_parts_that_do_not_fit_one_another_are_refused(changes: dict[str, Any], named: str) -> None:

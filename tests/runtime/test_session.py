@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -29,11 +31,14 @@ from magicface_rt import (
     Options,
     PromptError,
     Reference,
+    Request,
     Session,
     SessionClosedError,
 )
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
 from magicface_rt.bundle import Bundle
+from magicface_rt.images import MagicFaceWarning
+from magicface_rt.request import check_request
 
 PROMPT = "a man with a hat"
 
@@ -293,6 +298,99 @@ def test_a_bundle_that_is_replaced_while_a_graph_is_loaded_is_not_drawn_with(tin
         with pytest.raises(BundleError, match="was replaced since the bundle was opened"):
             session.generate(PROMPT, steps=1)
         assert "vae_decoder" not in session._runners
+
+
+def write_other_weights(folder: Path) -> None:
+    """In their place, as `cp` and `rsync --inplace` do."""
+    weights = np.fromfile(folder / "weights.bin", np.float32) * np.float32(1.02)
+    with (folder / "weights.bin").open("r+b") as file:
+        weights.tofile(file)
+
+
+def test_a_bundle_that_is_written_to_is_not_drawn_with(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    with Session(folder, backend="onnxruntime-cpu", check_hashes=False, keep="1GiB") as session:
+        session.generate(PROMPT, [MAN], steps=1)
+        write_other_weights(folder)
+        for ask in (lambda: session.generate(PROMPT, [MAN], steps=1), lambda: session.prepare(HAT, steps=1)):
+            with pytest.raises(BundleError, match=r"weights\.bin was written to since the bundle was opened.*Open it"):
+                ask()
+
+
+@pytest.mark.parametrize("ask", ["generate", "prepare"])
+def test_a_bundle_that_is_written_to_during_a_request_is_not_drawn_with(
+    tiny_bundle: Path, tmp_path: Path, ask: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    with Session(folder, backend="onnxruntime-cpu", check_hashes=False, keep="1GiB") as session:
+        session.generate(PROMPT, [MAN], steps=2)
+        held, made = session.kept_bytes, []
+
+        def progress(progress: object) -> None:
+            if not made:
+                write_other_weights(folder)
+            made.append(progress)
+
+        asked = {
+            "generate": lambda: session.generate(PROMPT, [MAN], steps=2, progress=progress),
+            "prepare": lambda: session.prepare(HAT, steps=2, workspace=1, progress=progress),
+        }
+        with pytest.raises(BundleError, match=r"weights\.bin was written to since the bundle was opened"):
+            asked[ask]()
+        assert len(made) == 2, "it is looked for as the request ends"
+        assert session.kept_bytes == held, "what other weights have made is not kept"
+
+
+def test_what_is_loaded_of_a_bundle_goes_on_where_another_takes_its_place(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    with Session(folder, backend="onnxruntime-cpu", check_hashes=False) as session:
+        before = latents(session)
+        with_other_weights(folder)
+        assert np.array_equal(latents(session), before)
+
+
+@pytest.mark.parametrize(
+    ("word", "index", "prompt", "other"),
+    [
+        ("man", 5, PROMPT, "hat"),
+        ("man", (2, 4), "a red hat too", "red too"),
+        ("word " * 90, 2, PROMPT, "man"),
+        ("Man", 2, PROMPT, None),
+        ("hat", (2, 3), "a red hat", None),
+        ("red hat", 3, "a red hat", None),
+    ],
+)
+def test_a_token_index_at_which_the_word_does_not_stand_is_told(
+    session: Session, word: str, index: Any, prompt: str, other: str | None
+) -> None:
+    """It goes with a concept into other prompts."""
+    request = Request(prompt, [Concept(word, *MAN.references, token_index=index, name="him")])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_request(request, session.bundle, session.tokenizer)
+    said = [str(one.message) for one in caught if issubclass(one.category, MagicFaceWarning)]
+    assert len(said) == (other is not None)
+    assert other is None or f"concept 'him': by its token_index it stands on {other!r}" in said[0]
+
+
+@pytest.mark.parametrize("keep", [None, "1GiB"])
+def test_run_json_tells_of_the_pixels_that_were_drawn_from(tiny_bundle: Path, tmp_path: Path, keep: str | None) -> None:
+    """A buffer is used for the next frame meanwhile, and an image is closed."""
+    (reference,) = MAN.references
+    frame, mask = np.array(reference.image), disc((10, 20, 80, 90))
+    drawn = hashlib.sha256(frame.tobytes()).hexdigest()
+
+    def next_frame(_: object) -> None:
+        frame[:] = 0
+
+    with Session(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, keep=keep) as session:
+        concept = Concept("man", Reference(frame, mask=mask, prompt="a man"))
+        result = session.generate(PROMPT, [concept], steps=1, progress=next_frame)
+    mask.close()
+    run = json.loads((result.save(tmp_path / "out") / "run.json").read_text())
+    (said,) = run["concepts"][0]["references"]
+    assert said["image"] == {"shape": [96, 96, 3], "sha256": drawn}
+    assert said["mask"]["shape"] == [96, 96]
 
 
 def test_importing_the_runtime_loads_no_torch() -> None:

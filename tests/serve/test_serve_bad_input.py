@@ -630,7 +630,10 @@ def test_a_kept_concept_does_not_fit_every_request(http: httpx.Client, server: R
             client.generate(PROMPT, [nameless["id"]])
         assert refused.value.field == "concepts[0].word"
         client.generate(PROMPT, [{"id": nameless["id"], "word": "hat"}])
-        client.generate(PROMPT, [{"id": nameless["id"], "token_index": 2}])
+        made = client.generate(PROMPT, [{"id": nameless["id"], "token_index": 2}])
+        assert [made.settings["concepts"][0][key] for key in ("word", "name")] == ["man", "concept"]
+        with pytest.raises(AnswerError, match="token_index 70 is outside"):
+            client.generate(PROMPT, [{"id": nameless["id"], "token_index": [70]}])
         client.erase(nameless["id"])
 
 

@@ -333,6 +333,18 @@ def test_a_damaged_file_is_named_and_replaced_by_putting_it_again(session: Gated
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_in_the_folder_leads_no_concept_out_of_it(session: Gated, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "kept", tmp_path / "outside"
+    outside.write_text("somebody's")
+    store, kept = FolderConcepts(folder), session.prepare(MAN, steps=STEPS)
+    id = concept_id([one.key for one in kept.references])
+    (folder / f"{id}.concept").symlink_to(outside)
+    store.put(id, kept)
+    assert outside.read_text() == "somebody's"
+    assert not (folder / f"{id}.concept").is_symlink()
+    assert store.get(id).concept.references[0].key == kept.references[0].key
+
+
 def test_no_upload_is_written_and_no_image_is_kept(server: Running, store: ConceptStore) -> None:
     with server.client() as client:
         client.erase(client.put_concept(MAN))  # whatever is loaded late is loaded now
