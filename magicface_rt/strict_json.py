@@ -9,7 +9,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-__all__ = ["read_json"]
+__all__ = ["DoubledKeyError", "read_json"]
+
+
+class DoubledKeyError(ValueError):
+    """A key stands twice in one object of what is JSON otherwise, as far as it was read."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key[:100]!r} stands twice in one object")
+        self.key = key
 
 
 def read_json(text: str | bytes, *, constants: bool = True) -> Any:
@@ -17,8 +25,8 @@ def read_json(text: str | bytes, *, constants: bool = True) -> Any:
     refuse.
 
     Raises:
-        ValueError: it is no JSON, has a key twice in one object, a constant where there may be none, or is nested too
-            deeply to be read.
+        DoubledKeyError: it has a key twice in one object.
+        ValueError: it is no JSON, has a constant where there may be none, or is nested too deeply to be read.
     """
     try:
         return json.loads(text, object_pairs_hook=_distinct, parse_constant=None if constants else _no_constant)
@@ -30,7 +38,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     distinct: dict[str, Any] = {}
     for key, value in pairs:
         if key in distinct:
-            raise ValueError(f"the key {key[:100]!r} stands twice in one object")
+            raise DoubledKeyError(key)
         distinct[key] = value
     return distinct
 

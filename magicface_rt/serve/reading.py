@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 
 from pydantic import ValidationError
@@ -11,7 +10,7 @@ from .multipart import Form
 from .problems import Problem, refused
 from .schemas import FORM_SCHEMA, MOST_TEXT, MOST_WORD, ConceptUse, InlineReference, PictureOrder
 from .service import ConceptUpload, Upload
-from .structure import check_structure
+from .structure import read_body
 
 __all__ = ["FORM_PARTS", "NoOrderError", "read_order", "upload_of", "wants_png"]
 
@@ -95,7 +94,7 @@ def read_order(content_type: str | None, body: bytes) -> PictureOrder:
     """The order in a body. May take as long as there is much of it: run it in a thread.
 
     Raises:
-        AnswerError: 415, another Content-Type; 400, no JSON; 422, more than anything here takes.
+        AnswerError: 415, another Content-Type; 400, no JSON; 422, more than anything here takes, or a key twice.
         NoOrderError: 422, what is not as it should be in it.
     """
     kind = (content_type or "").partition(";")[0].strip().lower()
@@ -103,11 +102,7 @@ def read_order(content_type: str | None, body: bytes) -> PictureOrder:
         raise refused(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
     if not body:
         raise refused(422, "body", "the body: Field required.")
-    check_structure(body)
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        raise refused(400, "json", "the body is not JSON.") from None
+    content = read_body(body)
     del body
     try:
         return PictureOrder.model_validate(content)

@@ -1,10 +1,13 @@
-"""How much there is in a JSON body, seen before it is parsed: parsing holds up every thread of the process."""
+"""JSON bodies of clients: how much there is in one, seen before it is parsed, and what it holds."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from ..strict_json import DoubledKeyError, read_json
 from .problems import refused
 
-__all__ = ["MOST_VALUES", "check_structure"]
+__all__ = ["MOST_VALUES", "read_body"]
 
 MOST_VALUES = 100_000
 """Values in one body, and commas and brackets in its texts. The largest order that a schema allows, with texts in plain
@@ -14,8 +17,23 @@ words, has fewer; parsing so many takes some hundredths of a second.
 _CHUNK = 2**20  # other threads get a turn between
 
 
-def check_structure(body: bytes) -> None:
-    """Raises AnswerError, 422, for a body of more values than anything here takes. Run it in a thread."""
+def read_body(body: bytes) -> Any:
+    """What a body holds. Parsing holds up every thread of the process, so nothing that is too much is parsed. Run it in
+    a thread.
+
+    Raises:
+        AnswerError: 400, no JSON; 422, more values than anything here takes, or a key twice in one object.
+    """
+    _check_structure(body)
+    try:
+        return read_json(body)
+    except DoubledKeyError as error:  # a key may be long, and anything: it is the client's own
+        raise refused(422, "body", f"the key {error.key[:80]!a} stands twice in one object. Leave one out.") from None
+    except ValueError:
+        raise refused(400, "json", "the body is not JSON.") from None
+
+
+def _check_structure(body: bytes) -> None:
     left = MOST_VALUES
     for start in range(0, len(body), _CHUNK):
         chunk = body[start : start + _CHUNK]

@@ -8,7 +8,6 @@ wherever they are said to be, whatever the field is for.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Callable
 from importlib.resources import files
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 from ..errors import Cancelled, ServiceError
 from ..serve.bodies import App, Message, Receive, Scope, Send, header, replayed, send_problem, take_body
 from ..serve.problems import Problem, refused
-from ..serve.structure import check_structure
+from ..serve.structure import read_body
 
 __all__ = ["Door"]
 
@@ -124,13 +123,10 @@ def _check_event(body: bytes) -> None:
     """The page's fields hold texts, numbers, lists of these, or nothing. To Gradio an object may be a file somewhere.
 
     Raises:
-        AnswerError: 400, no JSON; 422, there is an object in a field.
+        AnswerError: 400, no JSON; 422, there is an object in a field, or a key twice: which of two is seen here and
+            which by Gradio need not be the same.
     """
-    check_structure(body)
-    try:
-        event = json.loads(body) if body else None
-    except (ValueError, RecursionError):
-        raise refused(400, "json", "the body is no JSON.") from None
+    event = read_body(body) if body else None
     left = [event.get("data")] if isinstance(event, dict) else []
     while left:
         value = left.pop()

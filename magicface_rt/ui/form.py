@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 
 from ..errors import OptionError
 from ..serve.schemas import PictureOrder
+from ..strict_json import read_json
 from ..tokenizer import Tokenizer
 from .words import chosen, words_of
 
@@ -133,7 +133,7 @@ def photographs(text: str) -> list[Photograph]:
         OptionError: the problem; or something else than the script sends.
     """
     try:
-        content = json.loads(text) if text else []
+        content = read_json(text) if text else []
         if isinstance(content, dict) and isinstance(content.get("problem"), str):
             raise OptionError(content["problem"])
         return [_photograph(one) for one in content]

@@ -261,6 +261,26 @@ def test_what_was_sent_is_not_repeated_in_the_answer(http: httpx.Client) -> None
         assert len(answer.json()["errors"]) >= 1
 
 
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "seed"),
+        (b'{"prompt": "a", "prompt": "a"}', "prompt"),
+        (b'{"prompt": "a", "concepts": [{"id": "x", "weight": 1.0, "weight": 2.0}]}', "weight"),
+        (b'{"prompt": "a", "concepts": [{"references": [{"mask": null, "image": "", "mask": ""}]}]}', "mask"),
+        (b'{"prompt": "a", "s\\u0065ed": 1, "seed": 2}', "seed"),
+        (b'{"prompt": "a", "\\ud800": 1, "\\ud800": 2}', "\\ud800"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(http: httpx.Client, session: Gated, body: bytes, key: str) -> None:
+    """As in a job; one reader takes the first, another the last."""
+    answer = http.post("/v1/images", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["kind"]) == (422, "body"), answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["detail"] == f"the key '{key}' stands twice in one object. Leave one out."
+    assert not session.calls
+
+
 FORM: dict[str, tuple[Any, int, str | None]] = {
     "no image": ([("word", (None, "man"))], 422, "image"),
     "an unknown part": ([("image", ("i", IMAGE)), ("colour", (None, "red"))], 422, "colour"),

@@ -82,7 +82,16 @@ def test_a_field_out_of_range_is_named(session: Held, name: str, value: object) 
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "[1]", "nonsense", '[{"slot": 1}]', '[{"slot": 1, "image": 2, "mask": null, "name": ""}]', "[[]]"]
+    "text",
+    [
+        "{}",
+        "[1]",
+        "nonsense",
+        '[{"slot": 1}]',
+        '[{"slot": 1, "image": 2, "mask": null, "name": ""}]',
+        "[[]]",
+        '[{"slot": 1, "image": "", "image": "eA==", "mask": null, "name": ""}]',
+    ],
 )
 def test_what_the_script_does_not_send_is_refused(text: str) -> None:
     if text == "{}":

@@ -290,7 +290,15 @@ def test_nothing_is_fetched_for_a_field(
 
 
 @pytest.mark.parametrize(
-    ("body", "status"), [(b"{", 400), (b"[" * 50_000, 400), (b"[" + b"1," * 200_000 + b"1]", 422), (b"\xff", 400)]
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b"[" * 50_000, 400),
+        (b"[" + b"1," * 200_000 + b"1]", 422),
+        (b"\xff", 400),
+        (b'{"data": [{"path": "/etc/hostname"}], "fn_index": 0, "data": []}', 422),
+        (b'{"data": [], "session_hash": "a", "session_hash": "b"}', 422),
+    ],
 )
 def test_what_is_no_event_is_refused(server: Served, body: bytes, status: int) -> None:
     with server.http() as http:
