@@ -167,12 +167,15 @@ def test_padding_is_seen_by_nobody() -> None:
         assert (group[0, :3] > 0).all()
 
 
-@pytest.mark.parametrize(("text", "size"), [("4GiB", 2**32), ("500 MB", 5 * 10**8), (7, 7), ("1.5kb", 1500)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GiB", 2**32), ("500 MB", 5 * 10**8), (7, 7), ("1.5kb", 1500), ("9007199254740993", 2**53 + 1)],
+)
 def test_sizes_as_people_write_them(text: int | str, size: int) -> None:
     assert parse_size(text, "keep") == size
 
 
-@pytest.mark.parametrize("text", ["", "4 parsecs", -1, True, None, 1.5, "-1"])
+@pytest.mark.parametrize("text", ["", "4 parsecs", -1, True, None, 1.5, "-1", "1_0GB", "٣GiB", "9" * 400, "9" * 5000])
 def test_other_sizes_are_refused(text: object) -> None:
     with pytest.raises(OptionError, match="keep is"):
         parse_size(text, "keep")  # type: ignore[arg-type]

@@ -405,7 +405,7 @@ def test_what_is_wrong_in_it_is_named(given: dict[str, Any], reason: str) -> Non
 
 def test_numbers_of_replicas_and_what_needs_a_gpu() -> None:
     assert [parse_replicas(text) for text in (2, "2", "1-4")] == [(2, 2), (2, 2), (1, 4)]
-    for text in (True, "-1", "1-", "1 4", None):
+    for text in (True, "-1", "1-", "1 4", None, "٣", "1-" + "9" * 5000):
         with pytest.raises(OptionError):
             parse_replicas(text)
     assert [wants_gpu(name, True) for name in ("auto", "onnxruntime-cpu", "tensorrt")] == [True, False, True]

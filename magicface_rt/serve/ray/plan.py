@@ -13,6 +13,7 @@ from ...cores import threads_of_each
 from ...errors import OptionError
 from ...kept.keeper import KeepSettings
 from ...session import Session
+from ...shown import shown
 from ...sizes import parse_size
 from ..auth import Tokens
 from ..settings import ServeSettings
@@ -30,7 +31,7 @@ MOST_CONCEPTS = "most_concepts"
 
 SIZES = ("body_bytes", "bodies_bytes", "concept_bytes")
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def parse_replicas(given: object) -> tuple[int, int]:
     """
     found = None if isinstance(given, bool) else _RANGE.fullmatch(str(given))
     if found is None:
-        raise OptionError(f"replicas is {given!r}, expected a number, or two for at least and at most: 1-4.")
+        raise OptionError(f"replicas is {shown(given)}, expected a number, or two for at least and at most: 1-4.")
     least = int(found[1])
     return least, int(found[2] or least)
 
