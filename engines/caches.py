@@ -12,20 +12,31 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from magicface_rt import unfinished
+
 RUNTIME = "runtime-cache"
-FOLDERS = (RUNTIME, "timing-caches", "onnxruntime-*")
+OURS = (RUNTIME, "timing-caches")
+FOLDERS = (*OURS, "onnxruntime-*")
 DIGEST_CHARACTERS = 32
 """Of a plan's digest, with which the name of its runtime cache begins."""
 
 
+def clear_unfinished(root: Path) -> None:
+    """Remove what killed processes left; what a live one writes stays."""
+    for name in OURS:
+        if not (root / name).is_symlink():
+            unfinished.clear(root / name, lambda _: True)
+
+
 def cache_files(root: Path) -> list[Path]:
-    """Every file of a cache, least recently written first."""
+    """Every file of a cache that is written, least recently written first."""
     files = [
         path
         for pattern in FOLDERS
         for folder in root.glob(pattern)
         if not folder.is_symlink()
         for path in _below(folder)
+        if not unfinished.is_part(path.name)
     ]
     return sorted(files, key=_written)
 

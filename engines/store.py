@@ -250,6 +250,7 @@ class EngineStore:
 
     def _prune_caches(self, digests: list[str], limit: int | None) -> None:
         with self._writing(self.root):
+            caches.clear_unfinished(self.root)
             for path in caches.orphans(self.root, digests):
                 caches.remove(path)
             files = caches.cache_files(self.root)

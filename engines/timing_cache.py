@@ -6,12 +6,11 @@ wrong with it costs time and nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import uuid
 from pathlib import Path
 from typing import Any
 
+from magicface_rt import unfinished
 from magicface_rt.plain_file import read_plain
 
 from .flavour import Flavour
@@ -46,12 +45,10 @@ def save(root: Path, flavour: Flavour, device: int, cache: Any) -> None:
     if cache is None:
         return
     path = place(root, flavour, device)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        part.write_bytes(memoryview(cache.serialize()))
-        os.replace(part, path)
+        with unfinished.part(path) as part:
+            part.write_bytes(memoryview(cache.serialize()))
+            unfinished.put(part, path)
     except OSError as error:
         LOGGER.warning("timing cache %s cannot be written (%s)", path, error)
-        with contextlib.suppress(OSError):
-            part.unlink()

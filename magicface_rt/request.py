@@ -27,7 +27,8 @@ MAX_SCALE_WEIGHT = 10.0
 class Progress:
     """Where a request stands: `step` of `steps` is done, in batch `batch` of `batches`.
 
-    stage: "rsa" or "rba" for denoising steps; "prepare" while references are prepared, step by step of each.
+    stage: "rsa" or "rba" for denoising steps; "prepare" while references are prepared, step by step of each, and with
+        step 0 from time to time while it waits for other requests.
     """
 
     step: int

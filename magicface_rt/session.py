@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from .errors import (
     OtherProcessError,
     SessionClosedError,
 )
+from .exits import end_at_exit
 from .forks import keep_in_forks
 from .kept import KeptConcept, MemoryPlan, Origin
 from .kept.keeper import Keeper, KeepSettings, checked_storage
@@ -52,6 +54,11 @@ from .work import Work
 from .workplace import Workplace, Workplaces
 
 __all__ = ["Progress", "ProgressCallback", "Request", "Session", "tokenizer_of"]
+
+T = TypeVar("T")
+
+WAIT_SECONDS = 0.2
+"""How often who waits for a worker is asked whether to go on."""
 
 WARM_UP_STEPS = 3
 """A GPU runs the first as it is and captures the others: the latents change between two buffers, with a graph each."""
@@ -149,15 +156,18 @@ class Session:
         padded = self.backend.free_device_memory() is not None if pad_keys is None else pad_keys
         self._keeper = Keeper(self.bundle, self.backend, KeepSettings.of(keep, memory, budget, storage, padded))
         self._process = os.getpid()
-        self._workers = threading.BoundedSemaphore(workers)
-        self._running = 0
+        self._workers = workers
+        self._running: dict[_Running, None] = {}
+        self._over: dict[_Running, None] = {}
+        self._ended = threading.Event()
         self._here = threading.local()
-        self._loading = threading.Lock()
+        self._loading = threading.RLock()  # `close` may come in between, from a signal's handler or a finalizer
+        self._inside = False
         self._runners: dict[str, GraphRunner] = {}
         self._workplaces = Workplaces(self.runner)
-        self._to_forget: list[frozenset[str] | None] = []
         self._closed = False
         keep_in_forks(self)
+        end_at_exit(self)
 
     def __enter__(self) -> Session:
         return self
@@ -166,19 +176,35 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free the graphs. May be called twice, and from any thread.
+        """Free the graphs. May be called twice, from any thread, and from a signal's handler or a finalizer.
 
-        A request that is running ends with `SessionClosedError` at its next step; what it uses is freed when it has.
-        In a process that was forked from the Session's own this frees nothing: it is not that process's to free.
+        A request that is running, or waits for a worker, ends with `SessionClosedError` at its next step or soon; what
+        it uses is freed when it has. In a process that was forked from the Session's own this frees nothing: it is not
+        that process's to free.
         """
         if os.getpid() != self._process:  # the runtime's threads are not there, and a lock may be held for ever
             return
-        with self._loading:
-            self._closed = True
-            self._free_if_idle()
+        self._closed = True
+        self._alone(lambda: None)
+
+    def end_soon(self) -> None:
+        """For `exits`."""
+        self._closed = True
+
+    def ended(self, seconds: float) -> bool:
+        """For `exits`."""
+        if os.getpid() != self._process:
+            return True
+        end = time.monotonic() + seconds
+        while self._running and time.monotonic() < end:
+            time.sleep(0.01)
+        if not self._loading.acquire(timeout=max(0.0, end - time.monotonic())):  # somebody loads a graph, or frees
+            return False
+        self._loading.release()
+        return not self._running
 
     def _free_if_idle(self) -> None:
-        if self._running == 0:
+        if not self._running:
             self._workplaces.close()
             self._keeper.close()
             for runner in self._runners.values():
@@ -220,7 +246,7 @@ class Session:
     def _warm_decoder(self) -> None:
         """Decode a picture's worth of nothing: a request that stopped early has not come so far."""
         latents = np.zeros((1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
-        with self._worker(), self._place() as place:
+        with self._worker(Course(None, self._check_open), 1), self._place() as place:
             place.binding("vae_decoder").once({"latents": latents})
 
     def generate(
@@ -267,10 +293,10 @@ class Session:
             whatever `generate` raises.
         """
         requests = check_batch(requests)
-        with self._worker():
+        course = Course(progress, self._check_open)
+        with self._worker(course, requests[0].options.steps):
             checked = [check_request(request, self.bundle, self.tokenizer) for request in requests]
             with self._place() as place:
-                course = Course(progress, self._check_open)
                 work = Work(self.bundle, self.tokenizer, self._keeper, place, course)
                 return work.run(checked, backend=self.backend.name, provenance=self.provenance)
 
@@ -304,13 +330,13 @@ class Session:
         options = Options(steps=steps, reference_seed=reference_seed)
         form = self._keeper.settings.storage if storage is None else checked_storage(storage)
         room = None if workspace is None else parse_size(workspace, "workspace")
-        with self._worker():
+        course = Course(progress, self._check_open)
+        with self._worker(course, options.steps * len(concept.references)):
             origin = Origin.of(self.bundle, options.steps, options.reference_seed)
             check_concept(concept, origin, self.tokenizer)
             check_number(len(concept.references), self.bundle)
             with self._place() as place:
                 loaded = load_bare(concept, self.bundle)
-                course = Course(progress, self._check_open)
                 preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, course)
                 kept = preparer.prepare(concept, loaded, origin, form, workspace=room)
         return KeptConcept(
@@ -374,7 +400,7 @@ class Session:
               is kept. One that is not there is no error
 
         Returns whether nothing of them is left in this Session. Requests that are running go on with what they have:
-        then it is False, and that goes when none runs any more. Who holds a `KeptConcept` holds its keys, and files
+        then it is False, and that goes when these have ended. Who holds a `KeptConcept` holds its keys, and files
         stay. Memory is freed and not overwritten. A later request with the same images prepares them again.
 
         Raises:
@@ -382,11 +408,14 @@ class Session:
         """
         chosen = None if keys is None else _checked_keys(keys)
         self._check_process()
-        with self._loading:
+
+        def forget() -> bool:
             gone = self._let_go(chosen)
-            if self._running:
-                self._to_forget.append(chosen)
+            for running in self._running:
+                running.note(chosen)
             return gone and not self._running
+
+        return self._alone(forget)
 
     @property
     def kept_bytes(self) -> int:
@@ -410,7 +439,8 @@ class Session:
         for graph in graphs:
             self.bundle.graph(graph)
         self._check_process()
-        with self._loading:
+
+        def unload() -> None:
             if self._running:
                 raise OptionError("graphs cannot be unloaded while a request is running; wait for it to end.")
             for graph in graphs:
@@ -419,6 +449,8 @@ class Session:
                 if runner is not None:
                     runner.close()
 
+        self._alone(unload)
+
     def runner(self, graph: str) -> GraphRunner:
         """A graph of the bundle, loaded on first use.
 
@@ -426,11 +458,14 @@ class Session:
             BundleError: the bundle has no such graph, or a file of it was replaced since it was opened.
         """
         self._check_process()
-        with self._loading:
+
+        def loaded() -> GraphRunner:
             self._check_open()
             if graph not in self._runners:
                 self._runners[graph] = self._load(graph)
             return self._runners[graph]
+
+        return self._alone(loaded)
 
     def _load(self, graph: str) -> GraphRunner:
         """Of the files that were opened and no others: backends find them by their paths."""
@@ -464,31 +499,56 @@ class Session:
             raise
 
     @contextmanager
-    def _worker(self) -> Iterator[None]:
+    def _worker(self, course: Course, steps: int) -> Iterator[None]:
+        """One of the workers for the block. While all are busy the course is told of step 0 of so many."""
         if getattr(self._here, "busy", False):
             raise OptionError("generate was called from within a progress callback of the same Session.")
-        self._check_open()
-        with self._workers:
-            begun = False
-            try:
+        self._check_process()
+        mine = _Running()
+        try:
+            self._here.busy = True
+            while True:
                 with self._loading:
                     self._check_open()
-                    self._running += 1
-                    begun = True  # Ctrl-C cannot come between these two, but right after them
-                self._here.busy = True
-                with told_as_ours():
-                    yield
+                    if len(self._running) < self._workers:
+                        self._running[mine] = None  # nothing is called after the count: Ctrl-C comes with a call
+                        break
+                    self._ended.clear()
+                self._ended.wait(WAIT_SECONDS)
+                course.report(Progress(0, steps, "prepare", 0, 1))
+            with told_as_ours():
+                yield
+        finally:
+            self._here.busy = False
+            if mine in self._running:
+                with self._loading:  # nothing is called before the count: Ctrl-C comes with a call or a loop
+                    self._over[mine] = None
+                    del self._running[mine]
+                    self._ended.set()
+                    self._alone(self._let_go_again)
+
+    def _let_go_again(self) -> None:
+        """Of what was forgotten while those ran that are over."""
+        for over in list(self._over):
+            if over.forgotten_all or over.forgotten:
+                self._let_go(None if over.forgotten_all else frozenset(over.forgotten))
+            del self._over[over]
+
+    def _alone(self, action: Callable[[], T]) -> T:
+        """What an action returns that works on what all requests share.
+
+        `close` may come in the middle of it in the same thread: it is the last to go that frees.
+        """
+        with self._loading:
+            before, self._inside = self._inside, True
+            try:
+                return action()
             finally:
-                self._here.busy = False
-                if begun:
-                    with self._loading:  # nothing is called before the count: Ctrl-C comes with a call or a loop
-                        self._running -= 1
-                        if not self._running:
-                            for keys in self._to_forget:
-                                self._let_go(keys)
-                            self._to_forget.clear()
-                        if self._closed:
-                            self._free_if_idle()
+                try:
+                    if self._closed and not before:
+                        self._free_if_idle()
+                finally:
+                    self._inside = before
 
     def _check_open(self) -> None:
         self._check_process()
@@ -511,6 +571,21 @@ class Session:
         raise OtherProcessError(
             "a Session cannot be copied or sent to another process; send the bundle's path, and open one there."
         )
+
+
+class _Running:
+    """A request that is running, and what was forgotten meanwhile: it may put that back."""
+
+    def __init__(self) -> None:
+        self.forgotten: set[str] = set()
+        self.forgotten_all = False
+
+    def note(self, keys: frozenset[str] | None) -> None:
+        """None: all that is kept."""
+        if keys is None:
+            self.forgotten_all = True
+        else:
+            self.forgotten |= keys
 
 
 def tokenizer_of(bundle: Bundle) -> Tokenizer:

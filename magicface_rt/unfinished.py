@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["clear", "exchange", "part", "place", "put", "settle", "why"]
+__all__ = ["clear", "exchange", "is_part", "part", "place", "put", "settle", "why"]
 
 _NAME = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(part|old)", re.DOTALL)
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
@@ -145,6 +145,11 @@ def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
                     os.close(lock)
                 removed.append(folder / name)
     return removed
+
+
+def is_part(name: str) -> bool:
+    """Whether a name is one that something has while it is not finished."""
+    return _NAME.fullmatch(name) is not None
 
 
 def exchange(one: Path, other: Path) -> bool:

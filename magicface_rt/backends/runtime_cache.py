@@ -6,18 +6,17 @@ the kernels are compiled again, and the file is replaced.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from .. import unfinished
 from ..plain_file import read_plain
 
 FOLDER = "runtime-cache"
@@ -129,16 +128,7 @@ class RuntimeCache:
 
     def _write(self, content: bytes) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{self.path.name}.", dir=self.path.parent
-        )  # readable by its owner only
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(name, self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        with unfinished.part(self.path) as part:
+            part.chmod(0o600)  # readable by its owner only
+            part.write_bytes(content)
+            unfinished.put(part, self.path)

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from ._streams import open_closed_streams
+
 __all__ = ["main"]
 
 INTERRUPTED = 130
@@ -35,6 +37,7 @@ TOO_LITTLE = "there is too little memory on the host. Allow this process more (u
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (that of the process, unless given) and return its exit code."""
+    open_closed_streams()
     reserve = b""
     try:
         reserve = bytes(RESERVE)

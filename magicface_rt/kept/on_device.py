@@ -28,7 +28,8 @@ class OnDevice:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # never held while keys go up, or while anything waits for the device
+        # Never held while keys go up, or while anything waits for the device. A Session may be closed in between.
+        self._lock = threading.RLock()
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._device: Device | None = None
 

@@ -18,7 +18,7 @@ class KeptStore:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a Session may be closed in between, in the same thread
         self._entries: OrderedDict[str, KeptReference] = OrderedDict()
         self._making: dict[str, _Making] = {}
 
@@ -96,7 +96,7 @@ class KeptStore:
                 self._making.pop(key, None)
 
     def _held(self) -> int:
-        return sum(entry.nbytes for entry in self._entries.values())
+        return sum(entry.nbytes for entry in list(self._entries.values()))
 
 
 class _Making(Awaited):

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ..errors import Cancelled, DrainingError, MagicFaceError, OptionError, QueueFullError
+from ..errors import BackendError, Cancelled, DrainingError, MagicFaceError, OptionError, QueueFullError
 from ..request import Progress, Request
 from ..session import Session
+from ..shortage import shortage
 from .fair import FairQueue
 from .job import Job
 from .settings import ServeSettings
@@ -25,12 +26,17 @@ logger = logging.getLogger("magicface_rt.serve")
 
 T = TypeVar("T")
 
+WARMING = "the warm-up failed"
+
 
 class Observer:
-    """What is told about the work as it is done; does nothing. Called in the engine's threads."""
+    """What is told about the work as it is done; does nothing. Called in the engine's threads.
+
+    What it raises is logged, and takes nothing from the jobs.
+    """
 
     def batch(self, jobs: Sequence[Job], seconds: float) -> None:
-        """Jobs that were made together, after they were."""
+        """Jobs that were made together, after they were and before anyone has them."""
 
 
 class Engine:
@@ -109,7 +115,7 @@ class Engine:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the warm-up failed; None where it did not."""
+        """Why no work can be done any more: the warm-up failed, or a thread has ended that should not. Else None."""
         return self._failure
 
     def retry_after(self) -> float:
@@ -124,7 +130,7 @@ class Engine:
             for thread in self._threads:
                 thread.start()
         except Exception as error:  # such as too little memory for its stack
-            self._fail(error)
+            self._fail(WARMING, error)
 
     def submit(self, job: Job) -> Job:
         """Queue a job and return it.
@@ -177,7 +183,7 @@ class Engine:
             self._changed.wait_for(lambda: not self._queue and not self._busy, max(0.0, end - time.monotonic()))
             left = [job for job in (*self._queue, *self._running) if not job.done]
         for job in left:
-            self.cancel(job, DrainingError("the service has ended before this request was done.", retry_after=1.0))
+            self.cancel(job, _cut_off())
         return len(left)
 
     def close(self, seconds: float = 30.0) -> bool:
@@ -194,24 +200,30 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------ the threads
 
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._failure = error
-        logger.error("the warm-up failed: %s", error)
-        self.drain(0)
-
     def _serve(self, session: Session) -> None:
+        doing = WARMING
         try:
             if self._warm is not None:
                 self._warm(session)
+            with self._changed:
+                self._cold -= 1
+                self._changed.notify_all()
+            doing = "a thread that computes has ended"
+            while self._do_next(session):
+                pass
         except BaseException as error:
-            self._fail(error)
-            return
+            self._fail(doing, error)
+
+    def _fail(self, doing: str, error: BaseException) -> None:
+        """No work can be done any more: nobody waits for it in vain."""
+        unexpected = error if not isinstance(error, MagicFaceError) else None
+        logger.error("%s: %s", doing, error, exc_info=unexpected if shortage(error) is None else None)
+        if unexpected is not None:
+            error = BackendError(f"{doing}: {type(unexpected).__name__}: {unexpected}.")
+            error.__cause__ = unexpected
         with self._changed:
-            self._cold -= 1
-            self._changed.notify_all()
-        while self._do_next(session):
-            pass
+            self._failure = error
+        self.drain(0)
 
     def _do_next(self, session: Session) -> bool:
         """Do the next batch; False when all is over. Nothing of it is held when this returns."""
@@ -221,6 +233,10 @@ class Engine:
         start = time.monotonic()
         try:
             self._run(session, batch)
+        except BaseException:
+            for job in batch:
+                job.fail(_cut_off())
+            raise
         finally:
             seconds = time.monotonic() - start
             for job in batch:
@@ -243,7 +259,11 @@ class Engine:
                 assert first is not None
                 self._busy += 1
                 self._running.add(first)
-                return [first, *self._companions(first)]
+                try:
+                    return [first, *self._companions(first)]
+                except BaseException:
+                    self._busy -= 1
+                    raise
 
     def _companions(self, first: Job) -> list[Job]:
         """Waiting requests with the same number of steps, as many as fit, and for so long as the first may wait."""
@@ -297,16 +317,33 @@ class Engine:
         except Cancelled as error:
             for job in jobs:
                 job.fail(error)
-        except Exception as error:
+        except BaseException as error:
             if len(jobs) == 1:
                 if not isinstance(error, MagicFaceError):
                     logger.exception("a job failed")
-                jobs[0].fail(error)
+                jobs[0].fail(error if isinstance(error, Exception) else _ending(error))
                 return
             # One of them is at fault, or what they need together: each gets its own outcome.
             for job in jobs:
                 self._run(session, [job])
         else:
-            self._observer.batch(jobs, time.monotonic() - start)
+            self._observe(jobs, time.monotonic() - start)
             for job, result in zip(jobs, results, strict=True):
                 job.succeed(result, sum(one.images for one in jobs))
+
+    def _observe(self, jobs: Sequence[Job], seconds: float) -> None:
+        try:
+            self._observer.batch(jobs, seconds)
+        except BaseException:
+            logger.exception("the observer failed")
+
+
+def _cut_off() -> DrainingError:
+    return DrainingError("the service has ended before this request was done.", retry_after=1.0)
+
+
+def _ending(error: BaseException) -> MagicFaceError:
+    """For what would end a thread, such as SystemExit: whoever asks for the job's outcome must not end of it."""
+    ours = MagicFaceError(f"the job raised {type(error).__name__}, which ends threads: {error}.")
+    ours.__cause__ = error
+    return ours

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,6 @@ class Job:
         self.enqueued = self.begun = time.monotonic()
         self._work: Request | Task | None = work
         self._progress = progress
-        self._lock = threading.Lock()
         self.steps = work.options.steps if isinstance(work, Request) else 0
         self.images = work.options.images if isinstance(work, Request) else 0
         self.bare = 0
@@ -102,16 +101,14 @@ class Job:
         self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """The outcome is an error."""
-        with self._lock:
-            if not self.future.done():
-                self.future.set_exception(error)
+        """The outcome is an error, unless there is one already."""
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
 
     def succeed(self, result: Result | Any, batch: int) -> None:
-        """The outcome is a result."""
-        with self._lock:
-            if not self.future.done():
-                self.future.set_result(Done(result, self.begun - self.enqueued, batch))
+        """The outcome is a result, unless there is an outcome already."""
+        with suppress(InvalidStateError):
+            self.future.set_result(Done(result, self.begun - self.enqueued, batch))
 
     def forget(self) -> None:
         """Let go of what was to be done: images and keys are in it."""

@@ -122,7 +122,7 @@ class LocalService(Service):
 
     def not_ready(self) -> str | None:
         if self.engine.failure is not None:
-            return "the warm-up failed."
+            return "a thread that computes has ended." if self.engine.warm else "the warm-up failed."
         if self.engine.draining:
             return "the service is ending."
         return None if self.engine.warm else "the service is warming up."

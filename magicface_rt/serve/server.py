@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..concept import Concept, Reference
-from ..errors import BackendError, MagicFaceError, OptionError
+from ..errors import OptionError
 from ..options import Options
 from ..request import Request
 from ..session import Session
@@ -39,6 +39,9 @@ logger = logging.getLogger("magicface_rt.serve")
 
 CLOSE_SECONDS = 10
 """What connections have left, when all requests are done, before they are cut."""
+
+WATCH_SECONDS = 1.0
+"""How often a service that is ready is asked whether it still computes."""
 
 
 def serve(
@@ -64,7 +67,7 @@ def serve(
     Raises:
         OptionError: the port is in use, or the address is none of this machine's.
         BackendMissingError: the page needs an extra that is not installed.
-        MagicFaceError: the warm-up failed.
+        MagicFaceError: the warm-up failed, or a thread that computes has ended.
     """
     sessions, settings = tuple(sessions), settings or ServeSettings()
     mounting = ui_module("mounting") if page else None
@@ -87,9 +90,7 @@ def serve(
         server.run(sockets=[where])
     failure = service.failure()
     if failure is not None:
-        if isinstance(failure, MagicFaceError):
-            raise failure
-        raise BackendError(f"the warm-up failed: {type(failure).__name__}: {failure}.") from failure
+        raise failure
     return server.cut_off
 
 
@@ -214,9 +215,10 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """As a signal does; from any thread."""
+        """As a signal does; from any thread. Nothing where it has ended."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._stop, number)
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                self._loop.call_soon_threadsafe(self._stop, number)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -262,13 +264,15 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def _watch(self) -> None:
-        """Say when the service is warm; end where it cannot be."""
+        """Say when the service is warm; end where it cannot be, or computes no more."""
         while not self.started:
             await asyncio.sleep(0.05)
-        while self._service.not_ready() is not None and self._draining is None:
+        ready = False
+        while self._draining is None:
             if self._service.failure() is not None:
                 self.should_exit = True
                 return
-            await asyncio.sleep(0.05)
-        if self._draining is None:
-            self._told("ready")
+            if not ready and self._service.not_ready() is None:
+                ready = True
+                self._told("ready")
+            await asyncio.sleep(WATCH_SECONDS if ready else 0.05)

@@ -88,7 +88,7 @@ class Service(ABC):
         """Free everything."""
 
     def failure(self) -> BaseException | None:
-        """Why it will never be ready; None where it may be, or is."""
+        """Why it will never be ready, or never again; None where it may be, or is."""
         return None
 
     @abstractmethod

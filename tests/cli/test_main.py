@@ -236,6 +236,44 @@ def test_run_writes_pictures_and_refuses_to_overwrite(
     assert main([*arguments, "--overwrite"]) == 0
 
 
+CLOSED = pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+
+
+def without_streams(closed: str, *command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What a shell starts with streams that it has closed."""
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *command]
+    return subprocess.run(shell, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+@CLOSED
+def test_closed_streams_take_nothing_from_a_verb(closed: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("--prompt", "a man", "--steps", "1", "--out", "out", "--json", "-")
+    done = without_streams(closed, "-m", "magicface_rt.cli", "run", str(tiny_bundle), *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("image-0.png", "regions-0.png", "regions.npz", "run.json")
+    }
+    assert closed != "2>&-" or json.loads(done.stdout)["out"] == str(tmp_path / "out")
+    refused = without_streams(closed, "-m", "magicface_rt.cli", "inspect", "nowhere", folder=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stdout == "", "what is meant for stderr is not on stdout"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+@CLOSED
+def test_what_a_library_writes_to_a_closed_stream_comes_into_no_file(closed: str, tmp_path: Path) -> None:
+    code = (
+        "import os; from magicface_rt.cli import main; main(['doctor'])\n"
+        "with open('file', 'wb') as file:\n"
+        "    for number in (1, 2): os.write(number, b'a message')\n"
+        "assert all(map(os.get_inheritable, (0, 1, 2)))"
+    )
+    done = without_streams(closed, "-c", code, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
+
+
 def test_inspect_says_that_a_bundle_is_intact(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tiny_bundle)]) == 0
     assert "intact" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from store_worker import CONTENT, sample_key, writer
 
+from magicface_rt import unfinished
 from magicface_rt.engines import layout, locking
 from magicface_rt.engines.locking import FileLock
 from magicface_rt.engines.plan_key import PlanKey
@@ -413,6 +414,23 @@ def test_a_runtime_cache_goes_with_its_plan(store: EngineStore) -> None:
     store.prune(0)
     store.prune()
     assert not mine.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs locks")
+@pytest.mark.parametrize("name", ["timing-caches/tensorrt-10.0-9.0.bin", f"runtime-cache/{'0' * 32}-sm89.cache"])
+def test_what_killed_processes_left_of_a_cache_goes_and_what_is_being_written_stays(
+    store: EngineStore, name: str
+) -> None:
+    written = store.root / name
+    left = cache(store, os.fspath(written.with_name(f".{written.name}.{'0' * 32}.part")), 10)
+    other = cache(store, os.fspath(written.with_name(f".other.{'0' * 32}.part")), 10)
+    with unfinished.part(written) as part:
+        assert not left.exists(), "whoever writes the same removes it"
+        part.write_bytes(bytes(1000))
+        assert store.prune(0) == []
+        assert not other.exists()
+        unfinished.put(part, written)
+    assert written.stat().st_size == 1000
 
 
 def test_caches_count_and_go_before_plans(store: EngineStore) -> None:

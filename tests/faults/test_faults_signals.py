@@ -483,9 +483,9 @@ def test_ctrl_c_at_any_call_leaves_the_session_usable(tiny_bundle: Path, most: i
         for at in chosen:
             interrupt = Interrupt(files, at)
             stopped += interrupted(interrupt, draw)
-            assert session._running == 0, interrupt.where
-            assert session._workers._value == 1, interrupt.where
-            assert not session._loading.locked(), interrupt.where
+            assert not session._running, interrupt.where
+            assert not session._inside, interrupt.where
+            assert not session._loading._is_owned(), interrupt.where
             found = draw_in_time(draw, interrupt.where)
             np.testing.assert_array_equal(found, expected, interrupt.where)
     assert stopped >= 0.95 * len(chosen)

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import threads_processes
 from memory_slopes import held
 from threads_requests import HAT, MAN, PROMPT, STEPS, Mixed, digest
 
-from magicface_rt import Cancelled, MagicFaceError, Options, Request, Session, SessionClosedError
+from magicface_rt import Cancelled, MagicFaceError, Options, Progress, Request, Session, SessionClosedError
 from magicface_rt.backends import OnnxRuntime
 from magicface_rt.errors import OtherProcessError
 
@@ -227,8 +228,8 @@ def test_closing_ends_those_that_run_and_those_that_wait(mixed: Mixed) -> None:
     both = threading.Barrier(3)
     first = threading.local()
 
-    def stepped(_: object) -> None:
-        if not getattr(first, "done", False):
+    def stepped(progress: Progress) -> None:
+        if progress.step and not getattr(first, "done", False):
             first.done = True
             both.wait(JOIN_SECONDS)
 
@@ -245,7 +246,7 @@ def test_closing_ends_those_that_run_and_those_that_wait(mixed: Mixed) -> None:
     asking.join()
     assert ended == ["closed"] * 6
     assert not session._runners
-    assert session._running == 0
+    assert not session._running
     session.close()
 
 
@@ -267,6 +268,57 @@ def test_another_thread_cancels(mixed: Mixed) -> None:
         stop.set()
         asking.join()
         assert mixed.ask(session, "bare", 1) == expected
+
+
+def test_who_waits_for_a_worker_can_cancel(mixed: Mixed) -> None:
+    """Also where the one that has it takes for ever."""
+    with Session(mixed.bundle, backend=mixed.backend) as session:
+        asks = {
+            "after prepared step 0 of 7": lambda ask: session.generate(PROMPT, [HAT], steps=7, progress=ask),
+            "after prepared step 0 of 3": lambda ask: session.prepare(MAN, steps=3, progress=ask),
+        }
+        with held_up(session):
+            for said, ask in asks.items():
+                told: list[Progress] = []
+                with pytest.raises(Cancelled, match=said):
+                    ask(lambda progress, told=told: told.append(progress) or len(told) < 3)
+                assert [(one.step, one.stage) for one in told] == [(0, "prepare")] * 3
+        assert not session._running
+        assert mixed.ask(session, "bare", 1) == mixed.ask(session, "bare", 1)
+
+
+def test_closing_ends_who_waits_for_a_worker_before_the_one_that_has_it(mixed: Mixed) -> None:
+    session = Session(mixed.bundle, backend=mixed.backend)
+    with held_up(session):
+        waiting = Crowd(lambda: session.generate(PROMPT, [HAT], steps=1), lambda: session.prepare(MAN, steps=1))
+        session.close()
+        for thread in waiting.threads:
+            thread.join(JOIN_SECONDS)
+            assert not thread.is_alive()
+        with pytest.raises(SessionClosedError):
+            waiting.join()
+
+
+@contextmanager
+def held_up(session: Session) -> Iterator[None]:
+    """Another thread's request has the only worker, and does not go on before the block ends."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        begun.set()
+        assert go_on.wait(JOIN_SECONDS)
+
+    def ask() -> None:
+        with suppress(SessionClosedError):
+            session.generate(PROMPT, [HAT], steps=1, progress=hold)
+
+    asking = Crowd(ask)
+    try:
+        assert begun.wait(JOIN_SECONDS)
+        yield
+    finally:
+        go_on.set()
+        asking.join()
 
 
 def test_a_session_that_nobody_holds_any_more_leaves_nothing(mixed: Mixed) -> None:
@@ -357,6 +409,26 @@ def test_a_session_is_refused_in_a_forked_process_and_its_own_goes_on(
         assert kind == "OtherProcessError", name
         assert "open a Session in each process" in text
     figures.tell("threads", f"forked ({when})", f"{len(child['said'])} calls refused, none hung, the parent bit-equal")
+
+
+@pytest.mark.parametrize(("most", "form"), [(40, "quick"), pytest.param(4000, "slow", marks=pytest.mark.slow)])
+def test_closing_at_any_call_of_the_thread_that_works_hangs_nothing_and_frees_all(
+    tiny_bundle: Path, most: int, form: str
+) -> None:
+    found = answer(process("close", tiny_bundle, most))
+    assert found["left open after"] == []
+    figures.tell("threads", f"closed at any call ({form})", f"{found['closed']} of {found['calls']} calls, none hung")
+
+
+@pytest.mark.parametrize("how", ["signal", "finalizer"])
+def test_closing_while_the_same_thread_loads_a_graph_ends_its_request(tiny_bundle: Path, how: str) -> None:
+    assert answer(process("load", tiny_bundle, how)) == {"said": "SessionClosedError", "left": []}
+
+
+@pytest.mark.parametrize("how", sorted(threads_processes.ENDS))
+def test_a_process_ends_well_while_a_daemon_thread_computes(tiny_bundle: Path, how: str) -> None:
+    """With code 0, and what it has printed is there; else the runtime ends it by SIGABRT."""
+    assert answer(process("end", tiny_bundle, how)) == {"ends": "now"}
 
 
 @pytest.mark.slow

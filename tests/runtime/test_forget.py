@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,33 @@ def test_what_is_being_prepared_is_not_kept_in_the_end(bundle: Bundle, backend: 
         assert keys_of(made[0]) == keys, "whoever asked for it has it"
         assert session._keeper.store.keys == ()
         same(latents(session, made), latents(session, [MAN]))
+
+
+def test_in_a_session_that_is_never_idle_it_goes_with_those_that_ran(bundle: Bundle, backend: Drawn) -> None:
+    """Each of many requests begins before the one before it ends; nothing is noted for longer than that."""
+    with Session(bundle, backend=Drawn()) as other:
+        keys = keys_of(other.prepare(MAN, steps=STEPS))
+    with Session(bundle, backend=backend, keep="1GiB", workers=2) as session, ThreadPoolExecutor(2) as pool:
+
+        def begun(ask: Callable[[Callable[[Progress], object]], object]) -> tuple[Future[object], threading.Event]:
+            stepped, go_on = threading.Event(), threading.Event()
+            asking = pool.submit(ask, lambda _: (stepped.set(), go_on.wait(30)))
+            assert stepped.wait(30)
+            return asking, go_on
+
+        earlier, go_on = begun(lambda step: session.prepare(MAN, steps=STEPS, progress=step))
+        for _ in range(3):
+            assert session.forget(keys) is False
+            later, last = begun(lambda step: session.generate(PROMPT, steps=1, progress=step))
+            go_on.set()
+            earlier.result(30)
+            assert session._keeper.store.keys == (), "what was made meanwhile has gone, though another one runs"
+            assert not session._over
+            earlier, go_on = later, last
+        assert [running.forgotten for running in session._running] == [set()]
+        go_on.set()
+        earlier.result(30)
+        assert session.forget(keys) is True
 
 
 def test_who_holds_a_kept_concept_goes_on_with_it(bundle: Bundle, backend: Drawn) -> None:

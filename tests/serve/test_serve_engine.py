@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback import PROMPT, Gated, Oracle, concept, png
+from loopback import PROMPT, Gated, Oracle, concept, png, running, until
 
 from magicface_rt import Cancelled, MagicFaceError, NonFiniteError, OptionError, Options, Request
 from magicface_rt.errors import DeadlineError, DrainingError, QueueFullError
-from magicface_rt.serve.engine import Engine
+from magicface_rt.serve.engine import Engine, Observer
 from magicface_rt.serve.fair import FairQueue
 from magicface_rt.serve.job import Job
 from magicface_rt.serve.settings import ServeSettings
@@ -155,6 +155,76 @@ def test_an_unexpected_error_ends_its_job_and_not_the_engine(engine: Engine) -> 
     with pytest.raises(ZeroDivisionError):
         engine.submit(Job(fails)).future.result(30)
     assert engine.submit(job(1)).future.result(30).batch == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit(1)], ids=repr)
+def test_an_observer_that_fails_takes_nothing_from_the_jobs(session: Gated, error: BaseException) -> None:
+    class Failing(Observer):
+        def batch(self, *_: object) -> None:
+            raise error
+
+    engine = Engine([session], observer=Failing())
+    engine.start()
+    for seed in (1, 2):
+        assert engine.submit(job(seed)).future.result(30).batch == 1
+    assert engine.failure is None
+    assert engine.close()
+
+
+def test_a_job_that_would_end_its_thread_ends_alone(engine: Engine) -> None:
+    def ends(*_: object) -> None:
+        raise SystemExit(1)
+
+    with pytest.raises(MagicFaceError, match="raised SystemExit"):
+        engine.submit(Job(ends)).future.result(30)
+    assert engine.submit(job(1)).future.result(30).batch == 1
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("place", ["begin", "is_request"])
+def test_where_a_thread_ends_that_should_not_nobody_waits_in_vain(session: Gated, place: str) -> None:
+    """`begin` is called of what runs, `is_request` of what is taken next."""
+
+    def fails(_: object) -> None:
+        raise MemoryError("made to fail")
+
+    spoiled = type("Spoiled", (Job,), {place: property(fails) if place == "is_request" else fails})
+    engine = Engine([session], ServeSettings(queue=8))
+    engine.start()
+    hold(engine, session)
+    jobs = [engine.submit(one) for one in (spoiled(Request(PROMPT, (), Options(steps=1))), job(1))]
+    session.free.set()
+    for one in jobs:
+        with pytest.raises(DrainingError, match="before this request was done"):
+            one.future.result(30)
+    until(lambda: engine.failure is not None, "no failure is told")
+    assert str(engine.failure) == "a thread that computes has ended: MemoryError: made to fail."
+    with pytest.raises(DrainingError):
+        engine.submit(job())
+    assert engine.exclusive(len) == 1, "nothing runs"
+    assert engine.close()
+
+
+def test_a_service_whose_thread_has_ended_ends(session: Gated) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("made to fail")
+
+    with running(session) as server, server.client() as client:
+        assert client.ready()
+        one = job()
+        one.begin = fails  # type: ignore[method-assign]
+        server.service.engine.submit(one)
+        until(lambda: not server.thread.is_alive(), "the server goes on with nobody to compute")
+        assert server.service.not_ready() == "a thread that computes has ended."
+
+
+def test_an_outcome_that_comes_as_its_owner_gives_up_is_none(engine: Engine) -> None:
+    given_up = Job(lambda *_: None)
+    given_up.future.cancel()
+    given_up.future.done = lambda: False  # type: ignore[method-assign] - as it was a moment before
+    engine.submit(given_up)
+    assert engine.submit(job(1)).future.result(30).batch == 1
+    assert given_up.future.cancelled()
 
 
 def test_draining_finishes_what_is_there_and_takes_nothing_new(engine: Engine, session: Gated) -> None:
