@@ -8,7 +8,6 @@ wherever they are said to be, whatever the field is for.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Callable
 from importlib.resources import files
@@ -18,6 +17,7 @@ from ..errors import Cancelled, ServiceError
 from ..serve.bodies import App, Message, Receive, Scope, Send, header, replayed, send_problem, take_body
 from ..serve.problems import Problem, refused
 from ..serve.structure import check_structure
+from ..strict_json import read_json
 
 __all__ = ["Door"]
 
@@ -128,8 +128,8 @@ def _check_event(body: bytes) -> None:
     """
     check_structure(body)
     try:
-        event = json.loads(body) if body else None
-    except (ValueError, RecursionError):
+        event = read_json(body) if body else None
+    except ValueError:
         raise refused(400, "json", "the body is no JSON.") from None
     left = [event.get("data")] if isinstance(event, dict) else []
     while left:
