@@ -10,7 +10,6 @@ they are taken to be as fast as.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from magicface_rt.errors import InputError, MagicFaceError
 
 from .fleet import Assumptions, Capacity, Machines, Shape, bears, capacity, totals
+from .schema import read_report
 
 Json = Mapping[str, Any]
 SHAPE = ["bundle", "size", "dtype", "N", "masks", "images", "steps measured"]
@@ -135,10 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if a.steps < 1 or not 0 <= a.alpha <= 1 or not 0 < a.busy <= 1 or not a.reserve >= 0:
             raise InputError("steps is below 1, alpha not in 0..1, busy not in 0..1, or reserve below 0.")
-        try:
-            report = json.loads(a.report.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"report {a.report} cannot be read: {error}.") from error
+        report = read_report(a.report)
         assumed = Assumptions(a.steps, a.alpha, a.reserve * 1e9, a.busy, a.as_measured)
         fleet = [Machines.parse(part) for part in a.fleet]
         print(text(report, capacity(report, fleet, assumed), fleet, assumed), end="")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import InputError
+from magicface_rt.shown import shown
 
 from .machine import describe
 from .results import FORMAT
-from .schema import problems
+from .schema import problems, read_report
 from .settings import Case, Settings
 
 SAME_MACHINE = ("system", "processor", "cores", "memory_bytes", "gpu", "python", "versions")
@@ -27,13 +27,12 @@ class Earlier:
     """
 
     def __init__(self, file: Path, settings: Settings) -> None:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"report {file}: it cannot be read: {error}. Measure anew without --resume.") from error
+        content = read_report(file)
         wrong = problems(content)
         if wrong:
-            raise InputError(f"report {file}: it is no report of `magicface-rt bench`: {wrong[0]}.")
+            raise InputError(
+                f"report {file}: it is no report of `magicface-rt bench`: {wrong[0]}. Measure anew without --resume."
+            )
         _same(file, "format", content["format"], FORMAT)
         now = describe()
         for name in SAME_MACHINE:
@@ -61,6 +60,6 @@ def _whole(case: Mapping[str, Any]) -> bool:
 def _same(file: Path, name: str, found: Any, expected: Any) -> None:
     if found != expected:
         raise InputError(
-            f"report {file}: {name} is {found!r}, and now {expected!r}: figures of the two cannot stand beside each "
-            "other. Measure anew without --resume, into another folder."
+            f"report {file}: {name} is {shown(found)}, and now {shown(expected)}: figures of the two cannot stand "
+            "beside each other. Measure anew without --resume, into another folder."
         )

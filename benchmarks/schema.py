@@ -13,6 +13,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from magicface_rt.errors import InputError
+from magicface_rt.plain_file import read_plain
+from magicface_rt.shown import shown
+from magicface_rt.strict_json import read_json
+
+MOST_BYTES = 64 << 20
+"""Of a report that is read; one of 25 cases has 1 MB."""
 SCHEMA = Path(__file__).with_name("schema.json")
 SINCE_THE_SECOND = ("baseline_samples", "candidate_samples")
 """Of a ratio, which reports of the first format lack."""
@@ -32,6 +39,16 @@ def load_schema() -> dict[str, Any]:
     found = json.loads(SCHEMA.read_text(encoding="utf-8"))
     assert isinstance(found, dict)
     return found
+
+
+def read_report(file: Path) -> Any:
+    """A report's JSON, whatever is in it. Raises InputError where it cannot be read."""
+    try:
+        return read_json(read_plain(file, MOST_BYTES))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"report {file}: it cannot be read: {error}. Expected what `magicface-rt bench` wrote."
+        ) from error
 
 
 def problems(content: Any, schema: Mapping[str, Any] | None = None) -> list[str]:
@@ -62,14 +79,14 @@ def _check(value: Any, rule: Mapping[str, Any], root: Mapping[str, Any], where: 
     if "type" in rule:
         kinds = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
         if not any(_is(value, kind) for kind in kinds):
-            found.append(f"{where} is {str(value)[:60]!r}, expected {' or '.join(kinds)}")
+            found.append(f"{where} is {shown(value)}, expected {' or '.join(kinds)}")
             return
     if "enum" in rule and value not in rule["enum"]:
-        found.append(f"{where} is {value!r}, expected one of {rule['enum']}")
+        found.append(f"{where} is {shown(value)}, expected one of {rule['enum']}")
     if "const" in rule and value != rule["const"]:
-        found.append(f"{where} is {value!r}, expected {rule['const']!r}")
+        found.append(f"{where} is {shown(value)}, expected {rule['const']!r}")
     if "minimum" in rule and isinstance(value, (int, float)) and not value >= rule["minimum"]:
-        found.append(f"{where} is {value!r}, expected at least {rule['minimum']}")
+        found.append(f"{where} is {shown(value)}, expected at least {rule['minimum']}")
     if isinstance(value, dict):
         known = rule.get("properties", {})
         found.extend(f"{where}.{name} is missing" for name in rule.get("required", ()) if name not in value)
@@ -78,9 +95,9 @@ def _check(value: Any, rule: Mapping[str, Any], root: Mapping[str, Any], where: 
             if name in known:
                 _check(entry, known[name], root, f"{where}.{name}", found)
             elif others is False:
-                found.append(f"{where}.{name} is not known")
+                found.append(f"{where}.{name[:100]} is not known")
             elif isinstance(others, dict):
-                _check(entry, others, root, f"{where}.{name}", found)
+                _check(entry, others, root, f"{where}.{name[:100]}", found)
     if isinstance(value, (list, tuple)) and "items" in rule:
         for i, entry in enumerate(value):
             _check(entry, rule["items"], root, f"{where}[{i}]", found)

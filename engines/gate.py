@@ -206,7 +206,7 @@ def inspect_engine(engine: Any, trt: Any) -> Inspection:
 def _inspected_kernels(text: str) -> tuple[tuple[Kernel, ...], str]:
     try:
         layers = json.loads(text, strict=False)["Layers"]  # metadata holds a control character as separator
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return (), f"the inspector's answer is not the expected JSON ({type(error).__name__}: {error})"
     if not isinstance(layers, list) or not all(isinstance(x, dict) for x in layers):
         return (), "the inspector names layers without details; build with ProfilingVerbosity.DETAILED"

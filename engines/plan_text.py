@@ -27,13 +27,14 @@ MAX_TEXT_BYTES = 256 << 20
 
 _SIGNATURE = re.compile(rb"NLYM.{4}(.{8})header \{\n", re.DOTALL)
 _SIGNATURE_BYTES = 16
-_REGION_START = re.compile(rb"(?m)^\s*region\s*=")
+_REGION_START = re.compile(rb"(?m)^[^\S\n]*region\s*=")
 _REGION = re.compile(
-    rb"(?m)^  region = \{ name=(\S+) size=(\d+) alignment=\d+ instance=\d+ type=(\w+) place=(\w+) ([^}\n]*)\}$"
+    rb"(?m)^  region = \{ name=(\S+) size=(\d{1,19}) alignment=\d+ instance=\d+ type=(\w+) place=(\w+) ([^}\n]*)\}$"
 )
 _REGION_REFERENCE = re.compile(rb' region="([^"\n]+)"')
-_MAIN = re.compile(rb"^main \{\n(.*?)^\}$", re.DOTALL | re.MULTILINE)
-_FUNCTION_START = re.compile(rb"(?m)^\s*function\s*=")
+_MAIN = re.compile(rb"(?m)^main \{\n")
+_MAIN_END = re.compile(rb"(?m)^\}$")
+_FUNCTION_START = re.compile(rb"(?m)^[^\S\n]*function\s*=")
 _STEP = re.compile(rb'(?m)^  (\w+)=\{ name=("[^"\n]*"|\S+) (?:fqn=(\S+) )?([^\n]*)\}$')
 _LAYERS = re.compile(rb' layers="([^"\n]*)"')
 _LAYER_SEPARATOR = "\x1f"
@@ -173,15 +174,17 @@ def _header(text: bytes) -> bytes:
 
 
 def _kernels(text: bytes, program: int) -> tuple[list[Kernel], str]:
-    main = _MAIN.search(text)
-    if main is None:
+    begin = _MAIN.search(text)
+    end = None if begin is None else _MAIN_END.search(text, begin.end())
+    if begin is None or end is None:
         return [], "its text has no main section"
+    main = text[begin.end() : end.start()]
     steps = []
-    for kind, name, fqn, rest in _STEP.findall(main.group(1)):
+    for kind, name, fqn, rest in _STEP.findall(main):
         cited = _LAYERS.search(rest)  # what the compiler added by itself, such as a transposition, cites none
         layers = tuple(filter(None, _decode(cited.group(1)).split(_LAYER_SEPARATOR))) if cited else ()
         steps.append(Kernel(program, _decode(kind), _decode(name).strip('"'), _decode(fqn), layers))
-    lines = len(_FUNCTION_START.findall(main.group(1)))
+    lines = len(_FUNCTION_START.findall(main))
     understood = sum(step.kind == "function" and bool(step.fqn) for step in steps)
     if lines != understood:
         return steps, f"{lines} lines look like compiled functions, {understood} of them were understood"

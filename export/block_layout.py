@@ -11,7 +11,7 @@ from magicface_rt.shown import shown
 
 from .architectures import ARCHITECTURES, DOWN_BLOCKS, UP_BLOCKS
 
-__all__ = ["architecture_name", "check_configs"]
+__all__ = ["architecture_name", "check_configs", "check_unet"]
 
 _WIDTH = 2**16
 # component, key, the most it may be, whether it may be a list of such
@@ -34,6 +34,27 @@ def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse what is not Stable Diffusion 1.5's or 2.1-base's layout, naming what it is."""
     unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
     where = f"checkpoint {path}: "
+    check_unet(where, unet)
+    _check_numbers(where, configs)
+    scaling = vae.get("scaling_factor", 1.0)
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 < scaling < 1e6:
+        raise CheckpointError(f"{where}scaling_factor of vae is {shown(scaling)}; expected a number above 0")
+    if vae.get("_class_name") != "AutoencoderKL" or not 2 <= len(vae.get("block_out_channels", ())) <= 6:
+        raise CheckpointError(
+            f"{where}the VAE is {shown(vae.get('_class_name'))} of {len(vae.get('block_out_channels', ()))} blocks; "
+            "expected AutoencoderKL of 2 to 6 (4 for Stable Diffusion: pixels are 8 times the latents' side)"
+        )
+    if text.get("vocab_size") is None:
+        raise CheckpointError(f"{where}the text encoder's config lacks vocab_size")
+    if text.get("num_hidden_layers") is None or text.get("hidden_size") != unet["cross_attention_dim"]:
+        raise CheckpointError(
+            f"{where}the text encoder's width is {shown(text.get('hidden_size'))}; "
+            f"the U-Net expects {unet['cross_attention_dim']}"
+        )
+
+
+def check_unet(where: str, unet: Mapping[str, Any]) -> None:
+    """Refuse a U-Net of another layout. where: what messages begin with, such as `checkpoint man: `."""
     if unet.get("addition_embed_type") == "text_time":
         raise CheckpointError(f"{where}the U-Net is Stable Diffusion XL's; expected SD1.5's or SD2.1-base's layout")
     channels_in = unet.get("in_channels", 4)
@@ -77,23 +98,19 @@ def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
     for key in ("block_out_channels", "attention_head_dim", "cross_attention_dim", "sample_size"):
         if unet.get(key) is None:
             raise CheckpointError(f"{where}the U-Net's config lacks {key}")
-    _check_numbers(where, configs)
-    if vae.get("_class_name") != "AutoencoderKL" or not 2 <= len(vae.get("block_out_channels", ())) <= 6:
-        raise CheckpointError(
-            f"{where}the VAE is {shown(vae.get('_class_name'))} of {len(vae.get('block_out_channels', ()))} blocks; "
-            "expected AutoencoderKL of 2 to 6 (4 for Stable Diffusion: pixels are 8 times the latents' side)"
-        )
-    if text.get("num_hidden_layers") is None or text.get("hidden_size") != unet["cross_attention_dim"]:
-        raise CheckpointError(
-            f"{where}the text encoder's width is {shown(text.get('hidden_size'))}; "
-            f"the U-Net expects {unet['cross_attention_dim']}"
-        )
+    _check_numbers(where, {"unet": unet})
+    for key in ("block_out_channels", "attention_head_dim", "num_attention_heads"):
+        value = unet.get(key)
+        if isinstance(value, list | tuple) and len(value) != len(DOWN_BLOCKS):
+            raise CheckpointError(
+                f"{where}{key} of the U-Net has {len(value)} numbers; expected {len(DOWN_BLOCKS)}, one for each block"
+            )
 
 
 def _check_numbers(where: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse numbers that are none, or so large that no network would be built of them in an hour."""
     for component, key, most, several in _NUMBERS:
-        value = configs[component].get(key)
+        value = configs.get(component, {}).get(key)
         if value is None:
             continue
         for number in value if several and isinstance(value, list | tuple) and value else [value]:
@@ -103,13 +120,8 @@ def _check_numbers(where: str, configs: Mapping[str, Mapping[str, Any]]) -> None
                     f"{'whole numbers' if several else 'a whole number'} from 1 to {most}"
                 )
     for component in ("unet", "vae"):
-        if not isinstance(configs[component].get("block_out_channels", []), list | tuple):
+        if not isinstance(configs.get(component, {}).get("block_out_channels", []), list | tuple):
             raise CheckpointError(f"{where}block_out_channels of {component} is no list")
-    if configs["text_encoder"].get("vocab_size") is None:
-        raise CheckpointError(f"{where}the text encoder's config lacks vocab_size")
-    scaling = configs["vae"].get("scaling_factor", 1.0)
-    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 < scaling < 1e6:
-        raise CheckpointError(f"{where}scaling_factor of vae is {shown(scaling)}; expected a number above 0")
 
 
 def architecture_name(unet: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ class FolderCheckpoint(Checkpoint):
             for file in files:
                 read_safetensors(file, keys=())
         _ = self.schedule, self.tokenizer_json, self.pad_token_id, self.max_length
+        self._check_tokens()
 
     @property
     def weight_files(self) -> Sequence[Path]:
@@ -105,18 +106,37 @@ class FolderCheckpoint(Checkpoint):
         return END
 
     @cached_property
-    def pad_token_id(self) -> int:
-        folder = self.path / "tokenizer"
+    def _tokenizer(self) -> Tokenizer:
+        text = self.tokenizer_json
         try:
-            number = guarded(lambda: Tokenizer.from_str(self.tokenizer_json).token_to_id(self._pad_token))
-        except CheckpointError:
-            raise
+            return guarded(lambda: Tokenizer.from_str(text))
         except Exception as error:  # the tokenizers wheel raises plain Exception
-            raise CheckpointError(f"tokenizer {folder}: tokenizer.json cannot be read: {str(error)[:500]}") from error
-        if number is None:
             raise CheckpointError(
-                f"tokenizer {folder}: its padding token {self._pad_token[:100]!r} is not in its vocabulary"
+                f"tokenizer {self.path / 'tokenizer'}: tokenizer.json cannot be read: {str(error)[:500]}"
+            ) from error
+
+    def _check_tokens(self) -> None:
+        """Refuse a text encoder that has no place for what a prompt is encoded to."""
+        text = self.configs["text_encoder"]
+        last = max(self._tokenizer.get_vocab().values(), default=0)
+        if last >= text["vocab_size"]:
+            raise CheckpointError(
+                f"checkpoint {self.path}: its tokenizer has a token of number {last}, and vocab_size of text_encoder "
+                f"is {text['vocab_size']}; expected more than {last}"
             )
+        positions = text.get("max_position_embeddings", MAX_LENGTH)
+        if self.max_length > positions:
+            raise CheckpointError(
+                f"checkpoint {self.path}: prompts have {self.max_length} tokens, and max_position_embeddings of "
+                f"text_encoder is {positions}; expected at least {self.max_length}"
+            )
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        number = self._tokenizer.token_to_id(self._pad_token)
+        if number is None:
+            folder, token = self.path / "tokenizer", self._pad_token[:100]
+            raise CheckpointError(f"tokenizer {folder}: its padding token {token!r} is not in its vocabulary")
         return int(number)
 
     @property

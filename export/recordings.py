@@ -6,10 +6,8 @@ lacks something, or does not fit the others is refused with a `RecordingError` t
 
 from __future__ import annotations
 
-import json
 import math
-import zipfile
-import zlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +19,23 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from magicface_rt.errors import CheckpointError, OptionError, RecordingError
+from magicface_rt.plain_file import read_plain
 from magicface_rt.schedule import Schedule
+from magicface_rt.shown import shown
+from magicface_rt.strict_json import read_json
+
+from .block_layout import check_unet
+from .npz import Header, read_npz
 
 Array = npt.NDArray[Any]
 
 TOKENS = 77
 LAYERS = 16
+MOST_PATH = 1024
+MOST_JSON_BYTES = 1 << 22
+MOST_ARRAY_BYTES = 256 << 20
+"""Of inputs.npz or steps.npz, packed or not. Those of 50 steps at 512 px have 16 MB."""
+
 _SCHEDULER = {  # what the schedule of this package does; a case that names another value was made by another sampler
     "type": "DDIM",
     "clip_sample": False,
@@ -140,7 +149,11 @@ class Recording:
     def load(cls, folder: str | Path) -> Recording:
         """Read and check a case folder. Raises `RecordingError`."""
         folder = Path(folder)
-        if not folder.is_dir():
+        try:
+            there = folder.is_dir()
+        except OSError:  # no folder can be called so
+            there = False
+        if not there:
             raise RecordingError(f"recording {folder}: no such folder. Give the folder that holds case.json.")
         case = _Case(_read_json(folder / "case.json"), folder / "case.json")
         count, steps = case.whole("n_refs", least=0), case.whole("steps", least=1)
@@ -173,7 +186,7 @@ class Recording:
         if np.any(recorded["label"] < 0) or np.any(recorded["label"] >= TOKENS):
             raise RecordingError(f"{folder / 'steps.npz'}: label holds values outside 0..{TOKENS - 1}.")
 
-        model = (folder / case.text("model")).resolve()
+        model = _resolved(folder, case)
         _check_model(model, text_width=sizes["D"])
         limits = case.part("tolerance")
         schedule = _schedule(case.part("scheduler"))
@@ -205,8 +218,15 @@ class Recording:
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
-    """A diffusers U-Net folder in float32 on the CPU; safetensors only. Raises `RecordingError`."""
-    _check_model(folder)
+    """A diffusers U-Net folder of Stable Diffusion's layout, in float32 on the CPU; safetensors only.
+
+    Raises `RecordingError`.
+    """
+    config = _check_model(folder)
+    try:
+        check_unet(f"model {folder}: ", config)  # a config of a billion layers would be built for ever
+    except CheckpointError as error:
+        raise RecordingError(str(error)) from error
     try:
         unet = UNet2DConditionModel.from_pretrained(
             str(folder), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
@@ -231,7 +251,7 @@ class _Case:
         return self.values[key]
 
     def refused(self, key: str, found: object, expected: str) -> RecordingError:
-        return RecordingError(f"{self.path}: {self.prefix}{key} is {found!r}, expected {expected}.")
+        return RecordingError(f"{self.path}: {self.prefix}{key} is {shown(found)}, expected {expected}.")
 
     def part(self, key: str) -> _Case:
         if not isinstance(self[key], dict):
@@ -283,7 +303,10 @@ class _Case:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Finite, also where it is a whole number that no float can be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= 2**63
 
 
 def _schedule(config: _Case) -> Schedule:
@@ -298,17 +321,29 @@ def _schedule(config: _Case) -> Schedule:
         raise RecordingError(f"{config.path}: {error}") from error
 
 
-def _check_model(folder: Path, *, text_width: int | None = None) -> None:
-    """That the folder holds a U-Net's config and its weights as safetensors, for prompts of the recorded width."""
+def _resolved(folder: Path, case: _Case) -> Path:
+    """The model's folder, should there be one of that name."""
+    if len(case.text("model")) > MOST_PATH:
+        raise case.refused("model", case["model"], f"a folder's name of at most {MOST_PATH} characters")
+    try:
+        return (folder / case.text("model")).resolve()
+    except (OSError, ValueError) as error:
+        raise case.refused("model", case["model"], f"a folder's name ({error})") from error
+
+
+def _check_model(folder: Path, *, text_width: int | None = None) -> dict[str, Any]:
+    """That the folder holds a U-Net's config and its weights as safetensors, for prompts of the recorded width; gives
+    the config."""
     config = _read_json(folder / "config.json")
     weights = folder / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
         raise RecordingError(f"{weights}: missing. Pickled weights are not read; convert them to safetensors.")
     if text_width is not None and config.get("cross_attention_dim") != text_width:
         raise RecordingError(
-            f"{folder / 'config.json'}: cross_attention_dim is {config.get('cross_attention_dim')!r}, expected "
+            f"{folder / 'config.json'}: cross_attention_dim is {shown(config.get('cross_attention_dim'))}, expected "
             f"{text_width}, the width of the recorded prompts."
         )
+    return config
 
 
 # name: (shape in the letters of this package, kind)
@@ -347,11 +382,9 @@ def _layers(case: _Case) -> tuple[int, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecordingError(f"{path}: missing. A recording is case.json, inputs.npz and steps.npz.") from None
+        value = read_json(read_plain(path, MOST_JSON_BYTES))
     except (OSError, ValueError) as error:
-        raise RecordingError(f"{path}: cannot be read as JSON: {error}") from error
+        raise _unreadable(path, error) from error
     if not isinstance(value, dict):
         raise RecordingError(f"{path}: holds a {type(value).__name__}, expected an object.")
     return value
@@ -359,39 +392,59 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_arrays(path: Path, wanted: Mapping[str, tuple[str, str]], sizes: dict[str, int]) -> dict[str, Array]:
     """The arrays of an .npz, checked against shapes in letters; a letter not in `sizes` is learned at first use."""
-    arrays = {}
+
+    def accept(name: str, header: Header) -> None:
+        _check_header(path, name, header, *wanted[name], sizes)
+
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in wanted if name not in file.files]
-            if missing:
-                raise RecordingError(f"{path}: lacks {', '.join(missing)}.")
-            for name, (shape, kind) in wanted.items():
-                arrays[name] = _checked(file[name], path, name, shape, kind, sizes)
-    except FileNotFoundError:
-        raise RecordingError(f"{path}: missing. A recording is case.json, inputs.npz and steps.npz.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise RecordingError(f"{path}: cannot be read: {error}") from error
-    return arrays
+        arrays = read_npz(path, list(wanted), accept, MOST_ARRAY_BYTES)
+    except LookupError as missing:
+        raise RecordingError(f"{path}: lacks {missing.args[0]}. Record the case again.") from missing
+    except (OSError, ValueError, MemoryError) as error:
+        raise _unreadable(path, error) from error
+    return {name: _checked(array, path, name, wanted[name][1]) for name, array in arrays.items()}
 
 
-def _checked(array: Array, path: Path, name: str, shape: str, kind: str, sizes: dict[str, int]) -> Array:
-    letters = shape.split()
-    if array.ndim != len(letters):
-        raise RecordingError(f"{path}: {name} has shape {list(array.shape)}, expected [{', '.join(letters)}].")
+def _unreadable(path: Path, error: Exception) -> RecordingError:
+    if isinstance(error, ValueError) and not _is_there(path):
+        return RecordingError(f"{path}: missing. A recording is case.json, inputs.npz and steps.npz.")
+    return RecordingError(f"{path}: cannot be read: {error}. Copy the recording again.")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # no file can be called so
+        return False
+
+
+def _check_header(path: Path, name: str, header: Header, letters_of: str, kind: str, sizes: dict[str, int]) -> None:
+    """Before any number is read: how many they are may be anything that somebody wrote."""
+    shape, dtype = header
+    letters = letters_of.split()
+    if len(shape) != len(letters):
+        raise RecordingError(f"{path}: {name} has shape {shown(list(shape))}, expected [{', '.join(letters)}].")
     sizes_here = [int(letter) if letter.isdigit() else sizes.get(letter) for letter in letters]
-    if any(known not in (None, size) for known, size in zip(sizes_here, array.shape, strict=True)):
+    if any(known not in (None, size) for known, size in zip(sizes_here, shape, strict=True)):
         expected = [letter if known is None else known for letter, known in zip(letters, sizes_here, strict=True)]
-        shown = ", ".join(map(str, expected))
-        raise RecordingError(f"{path}: {name} has shape {list(array.shape)}, expected [{shown}] by case.json.")
-    sizes.update({letter: size for letter, size in zip(letters, array.shape, strict=True) if not letter.isdigit()})
+        said = ", ".join(size if isinstance(size, str) else shown(size) for size in expected)
+        raise RecordingError(f"{path}: {name} has shape {list(shape)}, expected [{said}] by case.json.")
+    sizes.update({letter: size for letter, size in zip(letters, shape, strict=True) if not letter.isdigit()})
+    if dtype.kind not in {"float": "f", "int": "iu", "bool": "biu"}[kind]:
+        raise RecordingError(f"{path}: {name} is {dtype}, expected {kind}.")
+
+
+def _checked(array: Array, path: Path, name: str, kind: str) -> Array:
     if kind == "bool":
-        if array.dtype.kind not in "biu" or not np.all((array == 0) | (array == 1)):
+        if not np.all((array == 0) | (array == 1)):
             raise RecordingError(f"{path}: {name} holds other values than 0 and 1.")
         return array.astype(bool)
-    if array.dtype.kind not in {"float": "f", "int": "iu"}[kind]:
-        raise RecordingError(f"{path}: {name} is {array.dtype}, expected {kind}.")
     if kind == "int":
         return array.astype(np.int64)
     if not np.all(np.isfinite(array)):
         raise RecordingError(f"{path}: {name} holds NaN or infinity.")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):
+        found = array.astype(np.float32, copy=False)
+    if not np.all(np.isfinite(found)):
+        raise RecordingError(f"{path}: {name} holds numbers beyond the range of float32.")
+    return found

@@ -1,15 +1,16 @@
-"""A file that somebody named, read whole: only where it is a file, and only where it is no larger than it may be."""
+"""A file that somebody named: only where it is a file, and only where it is no larger than it may be."""
 
 from __future__ import annotations
 
 import os
 import stat
+from typing import BinaryIO
 
-__all__ = ["read_plain"]
+__all__ = ["open_plain", "read_plain"]
 
 
-def read_plain(path: str | os.PathLike[str], most: int) -> bytes:
-    """Its bytes, at most so many. Of a pipe, which would have its reader wait for ever, nothing is read.
+def open_plain(path: str | os.PathLike[str], most: int) -> BinaryIO:
+    """It, opened to be read. Of a pipe, which would have its reader wait for ever, nothing is.
 
     Raises:
         OSError: it cannot be read.
@@ -21,11 +22,20 @@ def read_plain(path: str | os.PathLike[str], most: int) -> bytes:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ValueError("it does not exist or is not a file") from None
     found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(found.st_mode) or found.st_size > most:
         os.close(handle)
-        raise ValueError("it does not exist or is not a file")
-    with os.fdopen(handle, "rb") as stream:
-        content = stream.read(most + 1) if found.st_size <= most else b""
-    if found.st_size > most or len(content) > most:  # it may have grown
+        larger = stat.S_ISREG(found.st_mode)
+        raise ValueError(f"it is larger than {most:,} bytes" if larger else "it does not exist or is not a file")
+    return os.fdopen(handle, "rb")
+
+
+def read_plain(path: str | os.PathLike[str], most: int) -> bytes:
+    """Its bytes, at most so many.
+
+    Raises: as `open_plain`.
+    """
+    with open_plain(path, most) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:  # it has grown
         raise ValueError(f"it is larger than {most:,} bytes")
     return content

@@ -9,7 +9,9 @@ from .errors import OptionError
 from .shown import shown
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([a-zA-Z]*)")
+_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-zA-Z]*)")
+_MOST = 2**63 - 1
+"""Bytes that a machine can count."""
 
 
 def parse_size(size: int | str, option: str) -> int:
@@ -18,9 +20,13 @@ def parse_size(size: int | str, option: str) -> int:
     Raises:
         OptionError: anything else.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    if match is None or match.group(2).lower() not in _UNITS:
+    if isinstance(size, int) and not isinstance(size, bool):
+        found = size
+    elif match is not None and match.group(2).lower() in _UNITS:
+        found = int(Fraction(match.group(1)) * _UNITS[match.group(2).lower()])
+    else:
+        found = -1
+    if not 0 <= found <= _MOST:
         raise OptionError(f"{option} is {shown(size)}, expected a size such as 4GiB, 500MB or a number of bytes.")
-    return int(Fraction(match.group(1)) * _UNITS[match.group(2).lower()])
+    return found

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from magicface_rt import Concept, InputError, KeptConcept, MemoryPlan, OptionError
+from magicface_rt import Concept, ConceptError, InputError, KeptConcept, MemoryPlan, OptionError
 from magicface_rt.concept import NamedConcept
 from magicface_rt.jobs import option_value, split_option
+from magicface_rt.shown import one_line, shown
 
 from ._bundle_view import grid, size
 
@@ -83,7 +84,9 @@ def load_kept(texts: Sequence[str]) -> list[GivenKept]:
     for text in texts:
         given = _load(text)
         if given.name in found:
-            raise OptionError(f"--kept was given twice for the concept {given.name!r}; give one of them another name=.")
+            raise OptionError(
+                f"--kept was given twice for the concept {shown(given.name)}; give one of them another name=."
+            )
         found[given.name] = given
     return list(found.values())
 
@@ -96,14 +99,18 @@ def _load(text: str) -> GivenKept:
     try:
         for key, value in split_option(text):
             if key not in _KEYS or key in settings:
-                raise OptionError(f"{key}={value} is not expected; give file= once, and any of {', '.join(_KEYS[1:])}.")
+                found = one_line(f"{key}={value}"[:200])
+                raise OptionError(f"{found} is not expected; give file= once, and any of {', '.join(_KEYS[1:])}.")
             settings[key] = option_value(key, value)
         if "file" not in settings:
             raise OptionError("file= is missing.")
     except InputError as error:
-        raise OptionError(f"--kept {text!r}: {error}") from error
+        raise OptionError(f"--kept {shown(text)}: {error}") from error
     given = GivenKept(KeptConcept.load(settings.pop("file")), settings)
-    given.alone()  # weight and token_index are refused before anything else is looked at
+    try:
+        given.alone()  # weight and token_index are refused before anything else is looked at
+    except ConceptError as error:
+        raise ConceptError(f"--kept {shown(text)}: {error}") from error
     return given
 
 

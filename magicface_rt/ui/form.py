@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from ..errors import OptionError
 from ..serve.schemas import PictureOrder
+from ..shown import one_line
 from ..strict_json import read_json
 from ..tokenizer import Tokenizer
 from .words import chosen, words_of
@@ -19,6 +20,8 @@ __all__ = ["Form", "FormConcept", "Photograph", "photographs"]
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _FIELD = re.compile(r"concepts\[(\d+)\](?:\.references\[0\])?(?:\.(\w+))?")
+_MOST_PROBLEM = 500
+"""Characters of what the page's script says."""
 _PARTS = {"image": "photograph", "mask": "mask", "prompt": "what the photograph shows", "word": "word"}
 
 
@@ -135,16 +138,20 @@ def photographs(text: str) -> list[Photograph]:
     try:
         content = read_json(text) if text else []
         if isinstance(content, dict) and isinstance(content.get("problem"), str):
-            raise OptionError(content["problem"])
+            raise OptionError(f"the page sent no photographs: {one_line(content['problem'][:_MOST_PROBLEM])}")
         return [_photograph(one) for one in content]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, OptionError):
             raise
-        raise OptionError("the page sent something else than photographs. Load it again.") from error
+        raise OptionError(
+            "the page sent something else than photographs, expected a list of them. Load it again."
+        ) from error
 
 
 def _photograph(one: Mapping[str, Any]) -> Photograph:
     image, mask, name = one["image"], one["mask"], one["name"]
     if not (isinstance(image, str) and isinstance(name, str) and (mask is None or isinstance(mask, str))):
         raise TypeError("image, mask and name are texts")
-    return Photograph(int(one["slot"]), image, mask, name[:100])
+    if type(one["slot"]) is not int:
+        raise TypeError("slot is a whole number")
+    return Photograph(one["slot"], image, mask, name[:100])

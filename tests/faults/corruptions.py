@@ -90,6 +90,11 @@ edits = st.lists(
 """What `edited` does, as hypothesis can make it smaller."""
 
 
+def edits_of(data: bytes) -> st.SearchStrategy[bytes]:
+    """The data after some edits."""
+    return edits.map(lambda changes: edited(data, changes))
+
+
 def edited(data: bytes, changes: list[tuple[str, float, int]]) -> bytes:
     """The data after some edits: (which, where as a part of the whole, a number that says how)."""
     for kind, where, how in changes:
@@ -148,22 +153,22 @@ def inner(tree: Any, at: tuple[Any, ...]) -> Any:
     return tree
 
 
-def changed_tree(data: st.DataObject, tree: Any, where: list[tuple[Any, ...]] | None = None) -> Any:
+def changed_tree(draw: st.DrawFn, tree: Any, where: list[tuple[Any, ...]] | None = None) -> Any:
     """The tree with one or two of its values replaced, taken out or put elsewhere. `where`: places to choose from."""
     tree = copy.deepcopy(tree)
-    for _ in range(data.draw(st.integers(1, 2))):
+    for _ in range(draw(st.integers(1, 2))):
         known = set(places(tree))
         open_places = [place for place in where or sorted(known, key=str) if place in known]
         if not open_places:
             break
-        at = data.draw(st.sampled_from(open_places))
-        holder, what = inner(tree, at), data.draw(st.sampled_from(["set", "set", "set", "remove", "move", "repeat"]))
+        at = draw(st.sampled_from(open_places))
+        holder, what = inner(tree, at), draw(st.sampled_from(["set", "set", "set", "remove", "move", "repeat"]))
         if what == "set":
-            holder[at[-1]] = copy.deepcopy(data.draw(odd_values))  # some are shared between draws
+            holder[at[-1]] = copy.deepcopy(draw(odd_values))  # some are shared between draws
         elif what == "remove":
             del holder[at[-1]]
         elif what == "move":
-            other = data.draw(st.sampled_from(sorted(known, key=str)))
+            other = draw(st.sampled_from(sorted(known, key=str)))
             if other[: len(at)] != at:  # not into itself
                 inner(tree, other)[other[-1]] = copy.deepcopy(holder[at[-1]])
         elif isinstance(holder, list):
@@ -173,12 +178,28 @@ def changed_tree(data: st.DataObject, tree: Any, where: list[tuple[Any, ...]] | 
     return tree
 
 
+@st.composite
+def trees_of(draw: st.DrawFn, tree: Any, where: list[tuple[Any, ...]] | None = None) -> Any:
+    """Trees that `changed_tree` makes of one."""
+    return changed_tree(draw, tree, where)
+
+
+def texts_of(tree: Any, where: list[tuple[Any, ...]] | None = None) -> st.SearchStrategy[bytes]:
+    """JSON of the trees that `changed_tree` makes of one."""
+    return trees_of(tree, where).map(as_bytes)
+
+
 def as_json(tree: Any) -> str:
     """JSON text, in which the marks of `odd_values` became lists of that depth."""
     text = json.dumps(tree)
     for depth, mark in _DEEP.items():
         text = text.replace(json.dumps(mark), "[" * depth + "]" * depth)
     return text
+
+
+def as_bytes(tree: Any) -> bytes:
+    """`as_json`, with surrogates as no UTF-8 has them."""
+    return as_json(tree).encode("utf-8", "surrogatepass")
 
 
 def with_key_twice(text: str, key: str, value: str = "null") -> str:

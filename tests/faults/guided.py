@@ -1,28 +1,31 @@
 """Attacks guided by coverage (atheris, libFuzzer): an input that reaches a new branch of a parser is changed further.
 
-    PYTHONPATH=tests:. python tests/faults/guided.py FORMAT --inputs 10000 --out DIR [--seed 14]
+    PYTHONPATH=tests:. python tests/faults/guided.py TARGET --inputs 10000 --out DIR [--bundle BUNDLE] [--seed 14]
 
-FORMAT: a name of `single_files.FORMATS`. Says what became of the inputs; of one that failed the traceback, and the
-input stays in DIR. Only what is written in Python is instrumented: of Pillow, of safetensors' header and of the
-tokenizers library an input can show that they fail, and not where they branch.
+TARGET: a name of `byte_targets.TARGETS`. Makes so many inputs, no two of them the same, and says what became of them;
+of one that failed the traceback, and the input stays in DIR. Only what is written in Python is instrumented: of Pillow,
+of safetensors' header and of the tokenizers library an input can show that they fail, and not where they branch.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 from pathlib import Path
 from types import FunctionType
 
 import atheris
-import single_files
 import tallies
+from byte_targets import TARGETS
 from corruptions import EXTREMES, ODD_BYTES
-from outcomes import judged
+from outcomes import digest_of
 
-INSTRUMENTED = ("magicface_rt", "yaml", "tomllib", "json")
+INSTRUMENTED = ("magicface_rt", "benchmarks", "yaml", "tomllib", "json")
 LONGEST_WORD = 60
+DRAWN = 20
+"""Times as many may be drawn until enough of them are different."""
 
 
 def instrument() -> None:
@@ -34,31 +37,42 @@ def instrument() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("format", choices=sorted(single_files.BY_NAME))
+    parser.add_argument("target", choices=sorted(TARGETS))
     parser.add_argument("--inputs", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True, help="a folder that is there")
+    parser.add_argument("--bundle", type=Path, default=Path(), help="a small one, of which some targets need parts")
     parser.add_argument("--seed", type=int, default=14)
     given = parser.parse_args()
-    one, out = single_files.BY_NAME[given.format], given.out.absolute()
-    corpus, words, path = out / "corpus", out / "words", out / f"file.{one.suffix}"
+    out = given.out.absolute()
+    corpus, words, place = out / "corpus", out / "words", out / "place"
     corpus.mkdir()
-    (corpus / "sample").write_bytes(one.sample())
+    place.mkdir()
+    target = TARGETS[given.target](place, given.bundle.absolute())
+    (corpus / "sample").write_bytes(target.sample)
     entries = ("".join(f"\\x{byte:02x}" for byte in word[:LONGEST_WORD]) for word in (*ODD_BYTES, *EXTREMES))
     words.write_text("".join(f'"{entry}"\n' for entry in entries))
-    path.write_bytes(one.sample())
-    one.read(path)  # what is imported late is there now
+    target.use(target.sample)  # what is imported late is there now
+    tallies.TALLY.clear()
     instrument()
+    seen: set[bytes] = set()
+    drawn = 0
 
     def attack(data: bytes) -> None:
-        path.write_bytes(data)
-        judged(one.name, lambda: one.read(path), names=path, memory=one.memory)
-        if tallies.TALLY[one.name]["tried"] == given.inputs:  # libFuzzer ends the process, with nothing of ours after
+        nonlocal drawn
+        drawn += 1
+        digest = digest_of(data)
+        if digest not in seen:
+            target.use(data)
+            seen.add(digest)
+        if len(seen) == given.inputs:  # libFuzzer would go on, and end the process with nothing of ours after
+            print(f"{len(seen)} different inputs, of {drawn} that were drawn")
             print("\n".join(tallies.lines()), flush=True)
+            os._exit(0)
 
-    # Time and memory of an input are bounded by `judged`.
-    options = [f"-runs={given.inputs}", f"-seed={given.seed}", f"-dict={words}", f"-artifact_prefix={out}/failed-"]
-    options += ["-timeout=0", "-rss_limit_mb=0", f"-max_len={4 * len(one.sample()) + 256}"]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], attack)
+    # Time and memory of an input are bounded by whoever judges it.
+    options = [f"-runs={DRAWN * given.inputs}", f"-seed={given.seed}", f"-dict={words}"]
+    options += [f"-artifact_prefix={out}/failed-", "-timeout=0", "-rss_limit_mb=0"]
+    atheris.Setup([sys.argv[0], *options, f"-max_len={4 * len(target.sample) + 256}", str(corpus)], attack)
     atheris.Fuzz()
 
 

@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import signal
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+import figures
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -21,7 +25,10 @@ from tallies import TALLY
 from magicface_rt.errors import MagicFaceError
 
 SECONDS = 20
-"""What one input may take. It is only there to end what hangs; nothing else is measured."""
+"""What one input may take of a processor. It is only there to end what hangs; nothing else is measured."""
+
+WAITED_SECONDS = 120
+"""The same where it waits, as for a pipe; on a busy machine what computes takes long as well."""
 
 MEMORY = 512 << 20
 """Bytes of resident memory that one input may take, unless a test says otherwise."""
@@ -37,53 +44,118 @@ T = TypeVar("T")
 
 
 class Hang(BaseException):
-    """An input took longer than `SECONDS`. Not an Exception, so that no reader takes it for damage."""
+    """An input took longer than it may. Not an Exception, so that no reader takes it for damage."""
 
 
-def judged(parser: str, read: Callable[[], T], *, names: str | Path, memory: int = MEMORY) -> T | None:
+def judged(
+    parser: str, read: Callable[[], T], *, names: str | Path, memory: int = MEMORY, message: int = MOST_MESSAGE
+) -> T | None:
     """What `read` returns; None where it refuses the input with an error of ours, which must hold `names`."""
     TALLY[parser]["tried"] += 1
     try:
         with no_hang(), little_memory(memory):
             found = read()
     except MagicFaceError as error:
-        message, name = str(error), os.fspath(names)
+        said, name = str(error), os.fspath(names)
         # Some messages show a path as Python does, which escapes what cannot be printed.
-        assert name in message or repr(name)[1:-1] in message, f"the message does not name {name!r}: {message[:500]}"
-        assert len(message) <= MOST_MESSAGE + 4 * len(name), f"{len(message)} characters: {message[:500]}"
-        assert len(message) > len(name) + 10, f"the message says nothing: {message}"
+        assert name in said or repr(name)[1:-1] in said, f"the message does not name {name!r}: {said[:500]}"
+        assert len(said) <= message + 4 * len(name), f"{len(said)} characters: {said[:500]}"
+        assert says_what_is_wrong(said, name), f"the message says nothing of {name!r}: {said[:500]}"
         TALLY[parser][type(error).__name__] += 1
         return None
     TALLY[parser]["accepted"] += 1
     return found
 
 
+_FAULT = re.compile(
+    r"\b(expected|expects|says|unknown|cannot|not?|none|nothing|lacks|missing|damaged|malformed|changed|refused|failed|"
+    r"found|only|twice|too|larger|more|most|least|has|holds|ends|exceeded|beyond|outside)\b",
+    re.IGNORECASE,
+)
+
+
+def says_what_is_wrong(message: str, name: str) -> bool:
+    """Whether a message says what was found, expected or missed of what it names, and not the name alone."""
+    for shown in (name, repr(name)[1:-1]):
+        message = message.replace(shown, " ") if shown else message
+    words = re.findall(r"[A-Za-z]{2,}", message)
+    return len(set(words)) >= 4 and _FAULT.search(message) is not None
+
+
 def loop(inputs: int, strategy: st.SearchStrategy[T], check: Callable[[T], object]) -> None:
-    """`check` on so many inputs. The seed is fixed, so that a failure comes again; a variable names another."""
+    """`check` on so many inputs, no two of them the same: it is drawn until there are as many.
 
-    @seed(SEED)
-    @settings(max_examples=inputs, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(strategy)
+    What the strategy draws is the input itself, and not what it is made of. The seed is fixed, so that a failure comes
+    again; a variable names another. A strategy that has not so many inputs fails: give it a smaller number.
+    """
+    seen: set[bytes] = set()
+    drawn = turn = 0
+    failed = False
+
     def run(one: T) -> None:
-        check(one)
+        nonlocal drawn, failed
+        drawn += not failed
+        digest = digest_of(one)
+        if not failed and (digest in seen or len(seen) >= inputs):
+            return
+        try:
+            check(one)
+        except BaseException:
+            failed = True  # it is made smaller now, by trying more, some of them again
+            raise
+        seen.add(digest)
 
-    run()
+    while len(seen) < inputs:
+        before, missing = len(seen), inputs - len(seen)
+        of = settings(
+            max_examples=missing if turn == 0 else 2 * missing + 100,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        seed(SEED + turn)(of(given(strategy)(run)))()
+        turn += 1
+        if len(seen) == before:
+            pytest.fail(f"there are {len(seen)} inputs in {drawn} that were drawn, expected {inputs}; ask for fewer")
+    assert len(seen) == inputs
+    DISTINCT[_file()].update(inputs=inputs, drawn=drawn)
+    counted = DISTINCT[_file()]
+    figures.tell("inputs", _file(), f"{counted['inputs']:,} different ones, of {counted['drawn']:,} that were drawn")
+
+
+DISTINCT: dict[str, Counter[str]] = defaultdict(Counter)
+"""By file of tests: the inputs of its loops, which were all different, and how many were drawn for them."""
+
+
+def digest_of(one: object) -> bytes:
+    """The same for the same input, and for no other."""
+    assert not isinstance(one, st.DataObject), "the strategy has to draw the input, or nobody knows which it was"
+    content = one if isinstance(one, bytes) else repr(one).encode("utf-8", "backslashreplace")
+    return hashlib.sha256(content).digest()
+
+
+def _file() -> str:
+    return Path(os.environ.get("PYTEST_CURRENT_TEST", "alone").partition("::")[0]).stem.removeprefix("test_")
 
 
 @contextlib.contextmanager
-def no_hang(seconds: float = SECONDS) -> Iterator[None]:
-    """Ends what takes longer, also where it waits for a pipe."""
+def no_hang(seconds: float = SECONDS, waited: float = WAITED_SECONDS) -> Iterator[None]:
+    """Ends what computes longer, and what waits longer."""
 
-    def ring(_: int, __: FrameType | None) -> None:
-        raise Hang(f"it took more than {seconds:g} s")
+    def ring(number: int, _: FrameType | None) -> None:
+        raise Hang(f"it took more than {f'{waited:g} s' if number == signal.SIGALRM else f'{seconds:g} s to compute'}")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, waited))
+    before = [signal.signal(number, ring) for number, _, _ in timers]
+    for _, timer, most in timers:
+        signal.setitimer(timer, most)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for _, timer, _ in timers:
+            signal.setitimer(timer, 0)
+        for (number, _, _), handler in zip(timers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -92,9 +164,11 @@ def little_memory(most: int = MEMORY) -> Iterator[None]:
     before, earlier = _resident()
     if earlier - before > most // 2:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew; it takes a while, so not every time
-    yield
-    peak = _resident()[1] - before
-    assert peak <= most, f"{peak >> 20} MiB were taken, at most {most >> 20} are expected"
+    try:
+        yield
+    finally:  # a refusal counts like a success: it is bombs that are refused
+        peak = _resident()[1] - before
+        assert peak <= most, f"{peak >> 20} MiB were taken, at most {most >> 20} are expected"
 
 
 def _resident() -> tuple[int, int]:

@@ -51,6 +51,8 @@ class Format:
     sample: Callable[[], bytes]
     read: Callable[[Path], object]
     memory: int = 256 << 20
+    content: Callable[[Any], object] | None = None
+    """Of a format with hashes: what an edit that is accepted has left as it was."""
 
     def __str__(self) -> str:
         return self.name
@@ -77,6 +79,15 @@ def kept_concept(storage: Any = "exact", dtype: str = "float32", references: int
 def _kept_sample(storage: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         return kept_concept(storage).save(Path(folder) / "cap.concept").read_bytes()
+
+
+def numbers_of(kept: KeptConcept) -> dict[str, bytes]:
+    """All keys and values of a concept, as they are computed with."""
+    return {
+        f"{number}.{name}": b"".join(stored.step(step).tobytes() for step in range(kept.steps))
+        for number, reference in enumerate(kept.references)
+        for name, stored in reference.tensors.items()
+    }
 
 
 def _read_kept(path: Path) -> KeptConcept:
@@ -223,8 +234,8 @@ def _read_tokens(path: Path) -> object:
 
 
 FORMATS = [
-    Format("kept concept", "concept", cache(lambda: _kept_sample("exact")), _read_kept),
-    Format("kept concept 8-bit", "concept", cache(lambda: _kept_sample("8-bit")), _read_kept),
+    Format("kept concept", "concept", cache(lambda: _kept_sample("exact")), _read_kept, content=numbers_of),
+    Format("kept concept 8-bit", "concept", cache(lambda: _kept_sample("8-bit")), _read_kept, content=numbers_of),
     Format("job json", "json", lambda: json.dumps(JOB).encode(), load_job),
     Format("job yaml", "yaml", cache(lambda: yaml.safe_dump(JOB).encode()), load_job),
     *_picture_formats(),

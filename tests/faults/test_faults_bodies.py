@@ -6,137 +6,29 @@ then says that it is full. So an input is accepted where the answer is 507, and 
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from corruptions import ODD_BYTES, as_json, changed_tree, edited, edits, png_of, with_key_twice
+from corruptions import ODD_BYTES, edits_of, png_of, texts_of, with_key_twice
 from hypothesis import strategies as st
-from outcomes import inputs, judged, little_memory, loop, no_hang
+from outcomes import inputs, judged, loop
 from PIL import Image
 from single_files import encoded
-from tallies import TALLY
 
 pytest.importorskip("fastapi")
 
+from door import BOUNDARY, END, FINE, FORM, FULL, IMAGE, JSON, MASK, ORDER, SETTINGS, SOUND, Door, answered, part, text
+
 from magicface_rt import Bundle
-from magicface_rt.errors import StoreFullError
 from magicface_rt.serve import ServeSettings
-from magicface_rt.serve.app import build_app
 from magicface_rt.serve.auth import Tokens
 from magicface_rt.serve.bodies import Bodies
 from magicface_rt.serve.gate import LOOPBACK_NAMES
 from magicface_rt.serve.multipart import MOST_HEADER_BYTES, MOST_PARTS, read_form
-from magicface_rt.serve.orders import check_named, read_upload, request_of
 from magicface_rt.serve.reading import FORM_PARTS
-from magicface_rt.serve.service import ConceptUpload, Service
-from magicface_rt.session import tokenizer_of
-
-BOUNDARY = "frontier"
-FORM = f"multipart/form-data; boundary={BOUNDARY}"
-JSON = "application/json"
-SETTINGS = ServeSettings(pixels=10_000, body_bytes=400_000, bodies_bytes=800_000, body_seconds=5)
-IMAGE, MASK = encoded("PNG"), encoded("PNG", Image.new("L", (48, 40), 255))
-FULL = 507
-FINE = {FULL, 400, 404, 406, 408, 413, 415, 422}
-"""What an attacker may be answered; a 500 or a 503 would say that the service is at fault."""
-
-
-class Full(Service):
-    """Reads what it is asked for, and makes nothing."""
-
-    def __init__(self, bundle: Bundle, settings: ServeSettings) -> None:
-        self.session: Any = SimpleNamespace(bundle=bundle, tokenizer=tokenizer_of(bundle))
-        self.settings = settings
-
-    def not_ready(self) -> str | None:
-        return None
-
-    async def bundle(self) -> Any:
-        raise AssertionError("no request of these tests asks for it")
-
-    async def generate(self, order: Any, *, owner: str, listener: Any = None) -> Any:
-        check_named(order)
-
-        def no_concept(id: str) -> Any:
-            raise StoreFullError("it would be read now")
-
-        request_of(order, no_concept, self.session, self.settings)
-        raise StoreFullError("it would be made now")
-
-    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> Any:
-        read_upload(upload, self.session, self.settings)
-        raise StoreFullError("it would be prepared now")
-
-    async def concepts(self) -> Any:
-        raise AssertionError("no request of these tests asks for it")
-
-    async def concept(self, id: str) -> Any:
-        raise AssertionError("no request of these tests asks for it")
-
-    async def erase(self, id: str) -> Any:
-        raise AssertionError("no request of these tests asks for it")
-
-
-class Door:
-    """The application, asked without a network. Pieces: of a body, as they would come."""
-
-    def __init__(self, bundle: Bundle, settings: ServeSettings = SETTINGS, **who: Any) -> None:
-        self.app = build_app(Full(bundle, settings), settings=settings, **who)
-        self.loop = asyncio.new_event_loop()
-
-    def ask(
-        self,
-        method: str,
-        path: str,
-        kind: str,
-        pieces: Sequence[bytes],
-        headers: Sequence[tuple[bytes, bytes]] = (),
-        *,
-        host: bytes | None = b"x",
-    ) -> tuple[int, bytes]:
-        """`kind` and `host`: headers of their own, before the others, where they are not empty."""
-        first = [(b"host", host)] if host else []
-        if kind:
-            first.append((b"content-type", kind.encode("latin-1")))
-        return self.loop.run_until_complete(self._ask(method, path, pieces, [*first, *headers]))
-
-    async def _ask(
-        self, method: str, path: str, pieces: Sequence[bytes], headers: Sequence[tuple[bytes, bytes]]
-    ) -> tuple[int, bytes]:
-        left = list(pieces)
-        answer: list[Any] = []
-
-        async def receive() -> dict[str, Any]:
-            if left:
-                return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
-            await asyncio.sleep(3600)  # a client that waits for its answer
-            raise AssertionError
-
-        async def send(message: Any) -> None:
-            answer.append(message)
-
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": method,
-            "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
-            "root_path": "",
-            "query_string": b"",
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 80),
-            "headers": headers,
-        }
-        await self.app(scope, receive, send)
-        return answer[0]["status"], b"".join(part.get("body", b"") for part in answer[1:])
 
 
 @pytest.fixture(scope="module")
@@ -151,32 +43,7 @@ def door(bundle: Bundle) -> Iterator[Door]:
     opened.loop.close()
 
 
-def answered(
-    parser: str, ask: Callable[[], tuple[int, bytes]], memory: int = 256 << 20, *, fine: Collection[int] = FINE
-) -> int:
-    """The status of an answer that says what is wrong in the form of a problem, and in few words."""
-    TALLY[parser]["tried"] += 1
-    with no_hang(), little_memory(memory):
-        status, body = ask()
-    assert status in fine, (status, body[:500])
-    told = json.loads(body)
-    assert told["status"] == status
-    assert 10 < len(told["detail"]) < 4000
-    assert len(body) < 20_000
-    TALLY[parser]["accepted" if status == FULL else str(status)] += 1
-    return status
-
-
 # -------------------------------------------------------------------------------------------------------------- forms
-
-
-def part(name: str, content: bytes, more: bytes = b"") -> bytes:
-    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n'.encode()
-    return head + more + b"\r\n" + content + b"\r\n"
-
-
-END = f"--{BOUNDARY}--\r\n".encode()
-SOUND = part("image", IMAGE) + part("mask", MASK) + part("prompt", b"a man") + part("steps", b"2") + END
 
 
 def put(door: Door, body: bytes, kind: str = FORM) -> int:
@@ -189,7 +56,7 @@ def test_a_sound_form(door: Door) -> None:
 
 @inputs
 def test_any_edit_of_a_form(inputs: int, door: Door) -> None:
-    loop(inputs, edits, lambda changes: put(door, edited(SOUND, changes)))
+    loop(inputs, edits_of(SOUND), lambda body: put(door, body))
 
 
 @inputs
@@ -204,17 +71,17 @@ def test_any_parts(inputs: int, door: Door) -> None:
         [FORM, FORM, FORM, f"{FORM}; charset=x", "multipart/form-data", "multipart/form-data; boundary="]
     )
 
-    def check(one: tuple[list[tuple[str, bytes, bytes]], str, bytes]) -> None:
-        found, kind, end = one
-        put(door, b"".join(part(*each) for each in found) + end, kind)
-
-    loop(inputs, st.tuples(parts, kinds, st.sampled_from([END, END, b"", END[:-4], END + SOUND])), check)
+    bodies = parts.map(lambda found: b"".join(part(*each) for each in found))
+    ends = st.sampled_from([END, END, b"", END[:-4], END + SOUND])
+    whole = st.tuples(bodies, ends).map(lambda two: two[0] + two[1])
+    loop(inputs, st.tuples(whole, kinds), lambda one: put(door, *one))
 
 
 @inputs
 def test_any_content_type(inputs: int, door: Door) -> None:
     kinds = st.text("multipart/form-data; boundary=\"'frontier*%\\,", max_size=60) | st.text(max_size=20)
-    loop(inputs, kinds, lambda kind: put(door, SOUND, kind.encode("latin-1", "replace").decode("latin-1")))
+    as_sent = kinds.map(lambda kind: kind.encode("latin-1", "replace").decode("latin-1"))
+    loop(inputs, as_sent, lambda kind: put(door, SOUND, kind))
 
 
 LONG_FORMS = {
@@ -248,23 +115,6 @@ def test_the_headers_of_a_part_are_counted_together(door: Door) -> None:
 # ------------------------------------------------------------------------------------------------------------- orders
 
 
-def text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-ORDER: dict[str, Any] = {
-    "prompt": "a man with a hat",
-    "concepts": [
-        {"word": "man", "weight": 2.5, "references": [{"image": text(IMAGE), "mask": text(MASK), "prompt": "a man"}]},
-        {"word": "hat", "token_index": 5, "references": [{"image": text(IMAGE), "mask": text(MASK)}]},
-    ],
-    "seed": 3,
-    "steps": 2,
-    "response": "json",
-    "stream": False,
-}
-
-
 def post(door: Door, body: bytes, *, memory: int = 256 << 20) -> int:
     return answered("order", lambda: door.ask("POST", "/v1/images", JSON, [body]), memory)
 
@@ -275,17 +125,12 @@ def test_a_sound_order(door: Door) -> None:
 
 @inputs
 def test_any_edit_of_an_order(inputs: int, door: Door) -> None:
-    raw = json.dumps(ORDER).encode()
-    loop(inputs, edits, lambda changes: post(door, edited(raw, changes)))
+    loop(inputs, edits_of(json.dumps(ORDER).encode()), lambda body: post(door, body))
 
 
 @inputs
 def test_any_other_value_of_an_order(inputs: int, door: Door) -> None:
-    loop(
-        inputs,
-        st.data(),
-        lambda data: post(door, as_json(changed_tree(data, ORDER)).encode("utf-8", "surrogatepass")),
-    )
+    loop(inputs, texts_of(ORDER), lambda body: post(door, body))
 
 
 @pytest.mark.parametrize(
@@ -377,13 +222,14 @@ def test_any_headers(inputs: int, bundle: Bundle) -> None:
     token = "0123456789abcdef" * 2
     right = {"authorization": f"Bearer {token}", "host": "localhost:8000"}
     doors = {"authorization": Door(bundle, tokens=Tokens([token])), "host": Door(bundle, hosts=LOOPBACK_NAMES)}
-    pairs = st.tuples(st.sampled_from(HEADERS), st.sampled_from(VALUES) | st.text(max_size=10))
+    values = st.sampled_from(VALUES) | st.text(max_size=10)
+    pairs = st.tuples(st.sampled_from(HEADERS), values.map(lambda value: value.encode("latin-1", "replace")))
     bodies = {JSON: json.dumps(ORDER).encode(), FORM: SOUND, "": b"x"}
     asked = st.sampled_from([("POST", "/v1/images"), ("PUT", "/v1/concepts"), ("POST", "/v1/concepts"), ("GET", "/x")])
 
-    def check(one: tuple[str, bool, tuple[str, str], str, list[tuple[str, str]]]) -> None:
+    def check(one: tuple[str, bool, tuple[str, str], str, list[tuple[str, bytes]]]) -> None:
         needed, given, (method, path), kind, headers = one
-        raw = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers if name != needed]
+        raw = [(name.encode(), value) for name, value in headers if name != needed]
         if given:
             raw.append((needed.encode(), right[needed].encode()))
         elif needed == "host":

@@ -5,55 +5,17 @@ The library is a stand-in here: what it is given is what is looked at.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from corruptions import DAMAGES, PLACES, cuts, edited, edits, flips
+from corruptions import DAMAGES, PLACES, cuts, edits_of, flips
 from outcomes import inputs, little_memory, loop, no_hang
-from tallies import TALLY
+from runtime_caches import BLOB, SOUND, given
 
-from magicface_rt.backends.runtime_cache import RuntimeCache
 from magicface_rt.engines import timing_cache
-
-BLOB = random.Random(0).randbytes(1500)
-SOUND = hashlib.sha256(BLOB).digest() + BLOB
-
-
-class Compiled:
-    """The library's runtime cache: holds what it was given."""
-
-    def __init__(self) -> None:
-        self.content = b""
-
-    def deserialize(self, content: bytes) -> bool:
-        self.content = content
-        return True
-
-    def serialize(self) -> bytes:
-        return self.content
-
-
-def given(path: Path) -> bytes:
-    """What the library gets of a file; and what another process then finds there is sound again."""
-    TALLY["runtime cache"]["tried"] += 1
-    with no_hang(), little_memory(256 << 20):
-        cache = RuntimeCache(path, Compiled)
-        loaded = cache.load()
-        found: bytes = cache.cache.content
-        assert loaded == bool(found)
-        if not loaded:
-            cache.cache.content = BLOB
-            if cache.save():
-                again = RuntimeCache(path, Compiled)
-                assert again.load()
-                assert again.cache.content == BLOB
-    TALLY["runtime cache"]["accepted" if loaded else "left out"] += 1
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -87,12 +49,11 @@ def test_a_cache_cut_or_flipped_anywhere(path: Path) -> None:
 
 @inputs
 def test_any_edit(inputs: int, path: Path) -> None:
-    def check(changes: list[tuple[str, float, int]]) -> None:
-        content = edited(SOUND, changes)
+    def check(content: bytes) -> None:
         path.write_bytes(content)
         assert given(path) == (BLOB if content == SOUND else b"")
 
-    loop(inputs, edits, check)
+    loop(inputs, edits_of(SOUND), check)
 
 
 @pytest.mark.parametrize("place", PLACES)

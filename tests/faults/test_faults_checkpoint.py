@@ -9,73 +9,45 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_outline import (
+    INDEX,
+    SHARDS,
+    TEXTS,
+    TINY,
+    UNET,
+    VOCABULARY,
+    opened,
+    outline,
+    outline_in_shards,
+    outline_with_vocabulary,
+)
 from corruptions import (
     DAMAGES,
     NAMES,
     NO_NAMES,
     PLACES,
     as_json,
-    changed_tree,
-    edited,
-    edits,
+    edits_of,
     packed,
     places,
+    texts_of,
+    trees_of,
+    unpacked,
     with_key_twice,
 )
 from hypothesis import strategies as st
 from outcomes import inputs, judged, loop
 from safetensors.torch import load_file, save_file
-from single_files import BY_NAME, small_tokenizer, tiny_layout
+from single_files import BY_NAME, tiny_layout
 
 from magicface_rt.errors import CheckpointError
-from magicface_rt.export.architectures import ARCHITECTURES
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.single_file import SingleFileCheckpoint
-
-TINY = ARCHITECTURES["tiny"]
-EMPTY = packed({})
-UNET = "unet/diffusion_pytorch_model.safetensors"
-TEXTS: dict[str, Any] = {
-    "unet/config.json": TINY.unet,
-    "vae/config.json": TINY.vae,
-    "text_encoder/config.json": TINY.text_encoder,
-    "scheduler/scheduler_config.json": TINY.scheduler,
-    "tokenizer/tokenizer_config.json": {"model_max_length": 77, "pad_token": {"content": "<|endoftext|>"}},
-    "tokenizer/special_tokens_map.json": {"pad_token": "<|endoftext|>"},
-}
-INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
-
-
-def outline(folder: Path) -> Path:
-    """A checkpoint as far as it is looked at before its weights are: it has none."""
-    for name, content in TEXTS.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
-    for name in (UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        (folder / name).write_bytes(EMPTY)
-    (folder / "tokenizer" / "tokenizer.json").write_text(small_tokenizer())
-    return folder
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return outline(tmp_path / "checkpoint")
-
-
-def opened(folder: Path) -> Checkpoint | None:
-    def use() -> Checkpoint:
-        checkpoint = Checkpoint.open(folder)
-        json.dumps(checkpoint.architecture)
-        assert checkpoint.schedule.timesteps(1).shape == (1,)
-        assert checkpoint.text_width > 0
-        assert checkpoint.vae_scaling_factor > 0
-        assert 3 <= checkpoint.max_length <= 77
-        assert checkpoint.pad_token_id >= 0
-        assert len(checkpoint.content_hash()) == 64
-        assert int(checkpoint.configs["text_encoder"]["vocab_size"]) > 0
-        return checkpoint
-
-    return judged("checkpoint folder", use, names=folder)
 
 
 def test_a_sound_outline_opens(folder: Path) -> None:
@@ -84,15 +56,20 @@ def test_a_sound_outline_opens(folder: Path) -> None:
 
 @inputs
 def test_any_other_value(inputs: int, folder: Path) -> None:
-    def check(data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(TEXTS)))
-        sound = json.loads(json.dumps(TEXTS[name]))
-        text = as_json(changed_tree(data, sound))
-        (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
-        opened(folder)
-        (folder / name).write_text(json.dumps(sound))
+    def check(one: tuple[str, bytes]) -> None:
+        name, content = one
+        (folder / name).write_bytes(content)
+        try:
+            opened(folder)
+        finally:
+            (folder / name).write_text(json.dumps(TEXTS[name]))
 
-    loop(inputs, st.data(), check)
+    sound = json.loads(json.dumps(TEXTS))
+    loop(
+        inputs,
+        st.sampled_from(sorted(TEXTS)).flatmap(lambda name: st.tuples(st.just(name), texts_of(sound[name]))),
+        check,
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -148,6 +125,14 @@ SPOILED: dict[str, tuple[str, Any, str]] = {
     "no words": ("text_encoder/config.json", {"vocab_size": None}, "lacks vocab_size"),
     "a scaling factor of text": ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor of vae"),
     "a scaling factor of 0": ("vae/config.json", {"scaling_factor": 0}, "scaling_factor of vae"),
+    "fewer words than tokens": ("text_encoder/config.json", {"vocab_size": 5}, "vocab_size .* is 5; expected"),
+    "fewer places than a prompt has": (
+        "text_encoder/config.json",
+        {"max_position_embeddings": 10},
+        "prompts have 77 tokens, and max_position_embeddings .* is 10",
+    ),
+    "a block less": ("unet/config.json", {"block_out_channels": [16]}, "block_out_channels of the U-Net has 1 numbers"),
+    "heads of two blocks": ("unet/config.json", {"attention_head_dim": [2, 2]}, "attention_head_dim .* has 2 numbers"),
     "a padding token without text": ("tokenizer/special_tokens_map.json", {"pad_token": {"content": 5}}, "pad_token"),
     "a length that is null": ("tokenizer/tokenizer_config.json", {"model_max_length": None}, "model_max_length"),
     "a length that is text": ("tokenizer/tokenizer_config.json", {"model_max_length": "77"}, "model_max_length"),
@@ -228,28 +213,14 @@ def test_a_vocabulary_that_is_none(vocabulary: Any, folder: Path) -> None:
     assert opened(folder) is None
 
 
-SHARDS = {"metadata": {"total_size": 8}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
-VOCABULARY = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "a</w>": 3, "b": 4, "ab": 5, "ab</w>": 6, "b</w>": 7}
-MERGES = "#version: 0.2\na b\na b</w>\n"
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return outline_in_shards(tmp_path / "checkpoint")
 
 
 @pytest.fixture
-def shards(folder: Path) -> Path:
-    """Whose U-Net is in two files, of which an index says what is where."""
-    (folder / UNET).unlink()
-    for name in set(SHARDS["weight_map"].values()):  # type: ignore[attr-defined]
-        (folder / "unet" / name).write_bytes(EMPTY)
-    (folder / INDEX).write_text(json.dumps(SHARDS))
-    return folder
-
-
-@pytest.fixture
-def vocabulary(folder: Path) -> Path:
-    """Whose tokenizer is in the two files of older checkpoints."""
-    (folder / "tokenizer/tokenizer.json").unlink()
-    (folder / "tokenizer/merges.txt").write_text(MERGES)
-    (folder / "tokenizer/vocab.json").write_text(json.dumps(VOCABULARY))
-    return folder
+def vocabulary(tmp_path: Path) -> Path:
+    return outline_with_vocabulary(tmp_path / "checkpoint")
 
 
 def test_a_sound_index_and_a_sound_vocabulary(shards: Path) -> None:
@@ -262,31 +233,24 @@ def test_a_sound_vocabulary(vocabulary: Path) -> None:
 
 @inputs
 def test_any_edit_of_an_index(inputs: int, shards: Path) -> None:
-    def check(one: tuple[bool, list[tuple[str, float, int]], st.DataObject]) -> None:
-        by_bytes, changes, data = one
-        text = json.dumps(SHARDS).encode()
-        other = as_json(changed_tree(data, SHARDS)).encode("utf-8", "surrogatepass")
-        (shards / INDEX).write_bytes(edited(text, changes) if by_bytes else other)
+    def check(content: bytes) -> None:
+        (shards / INDEX).write_bytes(content)
         opened(shards)
 
-    loop(inputs, st.tuples(st.booleans(), edits, st.data()), check)
+    loop(inputs, edits_of(json.dumps(SHARDS).encode()) | texts_of(SHARDS), check)
 
 
 @inputs
 @pytest.mark.parametrize("name", ["merges.txt", "vocab.json"])
 def test_any_edit_of_a_vocabulary(name: str, inputs: int, vocabulary: Path) -> None:
     path = vocabulary / "tokenizer" / name
-    sound = path.read_bytes()
+    contents = edits_of(path.read_bytes())
 
-    def check(one: tuple[bool, list[tuple[str, float, int]], st.DataObject]) -> None:
-        by_bytes, changes, data = one
-        if by_bytes or name == "merges.txt":
-            path.write_bytes(edited(sound, changes))
-        else:
-            path.write_bytes(as_json(changed_tree(data, VOCABULARY)).encode("utf-8", "surrogatepass"))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
         opened(vocabulary)
 
-    loop(inputs, st.tuples(st.booleans(), edits, st.data()), check)
+    loop(inputs, contents if name == "merges.txt" else contents | texts_of(VOCABULARY), check)
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -356,8 +320,10 @@ def test_weights_of_whole_numbers(dtype: Any, whole: Path) -> None:
 def test_a_config_of_which_no_network_can_be_built(component: str, change: dict[str, Any], whole: Path) -> None:
     path = whole / component / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    checkpoint = Checkpoint.open(whole)
-    load = getattr(checkpoint, f"load_{component}")
+
+    def load() -> object:
+        return getattr(Checkpoint.open(whole), f"load_{component}")()
+
     assert judged("checkpoint folder, loaded", load, names=whole) is None
 
 
@@ -407,15 +373,13 @@ def test_a_header_of_safetensors_that_lies(case: str, tmp_path: Path) -> None:
 
 @inputs
 def test_any_other_value_of_a_safetensors_header(inputs: int, tmp_path: Path) -> None:
-    from corruptions import unpacked
-
     header, body = unpacked(tiny_layout())
     path = tmp_path / "weights.safetensors"
     where = [at for at in places(header) if "output_blocks.3." in at[0] or "input_blocks.0." in at[0]]
 
-    def check(data: st.DataObject) -> None:
-        path.write_bytes(packed(as_json(changed_tree(data, header, where)), body))
+    def check(text: str) -> None:
+        path.write_bytes(packed(text, body))
         for name in ("weights", "single-file checkpoint"):
             judged(f"{name}, edited", lambda name=name: BY_NAME[name].read(path), names=path)  # type: ignore[misc]
 
-    loop(inputs, st.data(), check)
+    loop(inputs, trees_of(header, where).map(as_json), check)

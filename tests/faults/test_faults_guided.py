@@ -1,4 +1,4 @@
-"""Attacks guided by coverage on the formats of one file whose parsers are written in Python; see `guided`."""
+"""Attacks guided by coverage on the parsers that are written in Python; see `guided`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import figures
 import pytest
+from byte_targets import TARGETS
 from outcomes import MANY, QUICK, SEED
-from single_files import BY_NAME
 
 pytest.importorskip("torch")
 pytest.importorskip("atheris", reason="there is none for this system or this Python")
@@ -20,13 +20,16 @@ HERE = Path(__file__).parent
 PATHS = os.pathsep.join(str(path) for path in (HERE, HERE.parent, HERE.parents[1]))
 ELSEWHERE = ("picture", "weights")
 """What Pillow and safetensors parse, in which no branch is seen; of one picture our own part is."""
-GUIDED = [name for name in BY_NAME if not name.startswith(ELSEWHERE)] + ["picture png"]
+GUIDED = [name for name in TARGETS if not name.startswith(ELSEWHERE)] + ["picture png"]
 SOON = ("kept concept", "job json", "target")
 """Those that the quick tests try."""
+OF_A_BUNDLE = ("bundle manifest", "order", "form", "authorization")
+"""Those that need parts of one."""
 
 
-def guided(name: str, inputs: int, out: Path) -> subprocess.CompletedProcess[str]:
+def guided(name: str, inputs: int, out: Path, bundle: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(HERE / "guided.py"), name, "--inputs", str(inputs), "--out", str(out)]
+    command += ["--bundle", str(bundle)]
     environment = {**os.environ, "PYTHONPATH": PATHS}
     return subprocess.run(
         [*command, "--seed", str(SEED)], capture_output=True, text=True, env=environment, timeout=3000
@@ -37,15 +40,16 @@ def guided(name: str, inputs: int, out: Path) -> subprocess.CompletedProcess[str
     ("name", "inputs"),
     [(name, QUICK) for name in SOON] + [pytest.param(name, MANY, marks=pytest.mark.slow) for name in GUIDED],
 )
-def test_inputs_that_reach_new_branches(name: str, inputs: int, tmp_path: Path) -> None:
-    done = guided(name, inputs, tmp_path)
+def test_inputs_that_reach_new_branches(name: str, inputs: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    bundle = request.getfixturevalue("tiny_bundle") if name in OF_A_BUNDLE else tmp_path
+    done = guided(name, inputs, tmp_path, bundle)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert f"Done {inputs} runs" in done.stderr
+    assert f"{inputs} different inputs, of " in done.stdout
     seen = [int(found) for found in re.findall(r" cov: (\d+) ", done.stderr)]
-    assert seen[-1] > 20, "nothing is instrumented"
-    (told,) = [line for line in done.stdout.splitlines() if line.startswith(name)]
-    outcome = " ".join(told.removeprefix(name).split())
-    figures.tell("guided", name, f"{outcome}; {seen[0]} branches at first, {seen[-1]} at last")
+    assert seen[-1] > 10, "nothing is instrumented"
+    distinct, _, told = done.stdout.partition(" that were drawn\n")
+    outcome = " ".join(told.splitlines()[0].partition(" " * 4)[2].split())
+    figures.tell("guided", name, f"{distinct}; {outcome}; {seen[0]} branches at first, {seen[-1]} at last")
 
 
 def test_an_input_that_fails_is_shown_and_kept(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corruptions import cuts, png_of
+from corruptions import cuts, edits_of, png_of
 from hypothesis import strategies as st
 from outcomes import inputs, judged, little_memory, loop
 from PIL import Image, PngImagePlugin
@@ -146,20 +146,17 @@ def test_settings_in_a_picture_that_are_none(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
 def test_any_edit_of_an_upload(inputs: int, kind: str) -> None:
     """As a service reads it: of few formats, and within fewer pixels."""
-    from corruptions import edited, edits
 
-    data = BY_NAME[f"picture {kind}"].sample()
-
-    def check(changes: list[tuple[str, float, int]]) -> None:
+    def check(content: bytes) -> None:
         found = judged(
             f"upload {kind}",
-            lambda: open_image(edited(data, changes), pixels=10_000, name="the image", error=ImageError),
+            lambda: open_image(content, pixels=10_000, name="the image", error=ImageError),
             names="the image",
             memory=256 << 20,
         )
         assert found is None or found.width * found.height <= 10_000
 
-    loop(inputs, edits, check)
+    loop(inputs, edits_of(BY_NAME[f"picture {kind}"].sample()), check)
 
 
 @inputs

@@ -5,25 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from corruptions import DAMAGES, NAMES, PLACES, as_json, changed_tree, cuts, edited, edits, flips
-from hypothesis import strategies as st
-from outcomes import inputs, judged, loop
+from corruptions import DAMAGES, NAMES, PLACES, cuts, edits_of, flips, trees_of
+from outcomes import inputs, loop
+from plan_store import PLAN, sample_key, spoiled, used, with_a_plan, writer
 
 from magicface_rt.engines import layout, manifest
-from magicface_rt.engines.plan_key import PlanKey
-from magicface_rt.engines.store import Damaged, EngineStore, Plan
+from magicface_rt.engines.store import EngineStore, Plan
 from magicface_rt.errors import PlanError
-from tests.engines.store_worker import sample_key, writer
-
-PLAN = random.Random(0).randbytes(1024)
-FACTS: dict[str, Any] = {"gate": {"scratch_bytes": 5, "layers": ["a", "b"]}, "seconds": 1.5, "note": "a"}
 
 
 @pytest.fixture
@@ -35,8 +29,7 @@ def store(tmp_path: Path) -> EngineStore:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one plan. It is made once: a build waits for the disk, and there are many tests."""
     root = tmp_path_factory.mktemp("built") / "store"
-    EngineStore(root).build(sample_key(), writer(PLAN, **FACTS))
-    return root
+    return with_a_plan(EngineStore(root)).root
 
 
 @pytest.fixture
@@ -45,27 +38,8 @@ def plan(store: EngineStore, built: Path) -> Plan:
     return store.get(sample_key())
 
 
-def attack(store: EngineStore, key: PlanKey) -> bytes | None:
-    """All that is done with a store that somebody else wrote into; the plan's bytes where it is taken for sound."""
-
-    def use() -> bytes:
-        for entry in store.entries():
-            assert isinstance(entry, Damaged) or isinstance(entry.bytes, int)
-            assert store.size(entry) >= 0
-            assert store.last_used(entry) >= 0
-        for _, differences in store.why(key):
-            assert all(str(difference) for difference in differences)
-        store.verify()
-        store.prune()
-        found = store.get(key)
-        with store.in_use(found):
-            return store.read(found)
-
-    return judged("engine store", use, names=store.root)
-
-
 def test_a_sound_store(store: EngineStore, plan: Plan) -> None:
-    assert attack(store, plan.key) == PLAN
+    assert used(store, plan.key) == PLAN
 
 
 @inputs
@@ -74,12 +48,11 @@ def test_any_edit(inputs: int, name: str, store: EngineStore, plan: Plan) -> Non
     path = plan.folder / name
     good = path.read_bytes()
 
-    def check(changes: list[tuple[str, float, int]]) -> None:
-        content = edited(good, changes)
+    def check(content: bytes) -> None:
         path.write_bytes(content)
-        assert (attack(store, plan.key) == PLAN) == (content == good)
+        assert (used(store, plan.key) == PLAN) == (content == good)
 
-    loop(inputs, edits, check)
+    loop(inputs, edits_of(good), check)
 
 
 @inputs
@@ -88,33 +61,15 @@ def test_any_other_value(inputs: int, store: EngineStore, plan: Plan) -> None:
     content = json.loads((plan.folder / "manifest.json").read_bytes())
     content.pop("checksum")
 
-    def check(data: st.DataObject) -> None:
+    def check(changed: Any) -> None:
         shutil.rmtree(store.root, ignore_errors=True)
-        changed = json.loads(json.dumps(changed_tree(data, content)).replace("\\ud800", "x"))
         spoiled(store, changed)
         for key in (plan.key, sample_key(graph="other")):
-            found = attack(store, key)
+            found = used(store, key)
             assert found in (None, PLAN)
 
-    loop(inputs, st.data(), check)
-
-
-def spoiled(store: EngineStore, content: dict[str, Any]) -> Path:
-    """Put a manifest of that content into a store, with a checksum that is right, where it would be found."""
-    try:
-        text = manifest._text({**content, "checksum": manifest._checksum(content)})
-    except ValueError:  # NaN, which a manifest does not hold
-        text = as_json({**content, "checksum": "0" * 64}).encode()
-    try:
-        key = PlanKey.from_dict(content["key"])
-        folder = layout.place(store.root, key.flavour, key.digest)
-    except Exception:
-        digest = hashlib.sha256(text).hexdigest()
-        folder = layout.place(store.root, "tensorrt-rtx", digest)
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_bytes(text)
-    (folder / "plan").write_bytes(PLAN)
-    return folder
+    trees = trees_of(content).map(lambda tree: json.loads(json.dumps(tree).replace("\\ud800", "x")))
+    loop(inputs, trees, check)
 
 
 @pytest.mark.parametrize("depth", [50, 200, 900])
@@ -132,8 +87,8 @@ def test_a_key_that_is_nested_deeply(depth: int, store: EngineStore, plan: Plan)
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_bytes(text)
     (folder / "plan").write_bytes(PLAN)
-    assert attack(store, sample_key(precision="bf16")) is None
-    assert attack(store, plan.key) == PLAN
+    assert used(store, sample_key(precision="bf16")) is None
+    assert used(store, plan.key) == PLAN
 
 
 @pytest.mark.parametrize(("field", "value"), [("bytes", 1024.0), ("bytes", "1024"), ("bytes", True), ("sha256", 5)])
@@ -152,7 +107,7 @@ def test_a_manifest_whose_size_or_hash_is_of_another_kind(
 @pytest.mark.parametrize("place", PLACES)
 def test_something_else_in_the_place_of_a_file(name: str, place: str, store: EngineStore, plan: Plan) -> None:
     PLACES[place](plan.folder / name)
-    assert attack(store, plan.key) is None
+    assert used(store, plan.key) is None
 
 
 def test_a_plan_for_which_there_is_no_memory(store: EngineStore, plan: Plan) -> None:
@@ -171,7 +126,7 @@ def test_plan_and_manifest_that_changed_places(store: EngineStore, plan: Plan) -
     (plan.folder / "plan").rename(plan.folder / "aside")
     (plan.folder / "manifest.json").rename(plan.folder / "plan")
     (plan.folder / "aside").rename(plan.folder / "manifest.json")
-    assert attack(store, plan.key) is None
+    assert used(store, plan.key) is None
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -179,7 +134,7 @@ def test_plan_and_manifest_that_changed_places(store: EngineStore, plan: Plan) -
 def test_a_damaged_file(name: str, damage: str, store: EngineStore, plan: Plan) -> None:
     path = plan.folder / name
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    assert attack(store, plan.key) is None
+    assert used(store, plan.key) is None
 
 
 @pytest.mark.parametrize("name", ["plan", "manifest.json"])
@@ -188,7 +143,7 @@ def test_a_file_cut_or_flipped_anywhere(name: str, store: EngineStore, plan: Pla
     good = path.read_bytes()
     for content in [*(good[:keep] for keep in cuts(good, most=100)), *flips(good, most=100)]:
         path.write_bytes(content)
-        assert attack(store, plan.key) is None
+        assert used(store, plan.key) is None
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
@@ -198,7 +153,7 @@ def test_a_store_and_strangers_in_it_of_any_name(name: str, tmp_path: Path) -> N
     for above in (store.root, plan.folder.parent.parent, plan.folder.parent, plan.folder):
         (above / name).mkdir()
         (above / f"{name}.part").write_bytes(b"x")
-    assert attack(store, plan.key) == PLAN
+    assert used(store, plan.key) == PLAN
 
 
 def test_a_cache_that_is_nested_deeply(store: EngineStore, plan: Plan) -> None:
@@ -213,7 +168,7 @@ def test_a_cache_that_is_nested_deeply(store: EngineStore, plan: Plan) -> None:
         here = below
     os.close(here)
     try:
-        assert attack(store, plan.key) == PLAN
+        assert used(store, plan.key) == PLAN
     finally:  # Python's own rmtree goes no deeper either
         subprocess.run(["rm", "-rf", top], check=True)
 
