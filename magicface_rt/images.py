@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import colorsys
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .errors import ImageError, MaskError, NonFiniteError, OptionError
+from .warned import warn
 
 if TYPE_CHECKING:
     from .concept import Reference
@@ -29,7 +29,6 @@ __all__ = [
     "MAX_PIXELS",
     "ImageSource",
     "LoadedReference",
-    "MagicFaceWarning",
     "Resample",
     "image_to_pixels",
     "layer_mask",
@@ -55,10 +54,6 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVI
 
 # Okabe and Ito's palette: told apart by readers who do not see all colours.
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
-
-
-class MagicFaceWarning(UserWarning):
-    """Something was done to the input that the caller may not have meant, such as stretching a mask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,7 +310,7 @@ def _check_aspect(mask_size: tuple[int, int], image_size: tuple[int, int], name:
     ratio = (mask_width * height) / (mask_height * width)
     if not 1 / 1.01 <= ratio <= 1.01:
         raise MaskError(f"{found}: the aspect ratios differ. Give a mask of the image's size.")
-    warnings.warn(f"{found}: the mask is stretched over the image.", MagicFaceWarning, stacklevel=4)
+    warn("mask-stretched", f"{found}: the mask is stretched over the image.", stacklevel=4)
 
 
 def _unreadable(name: str, cause: Exception, error: type[ImageError] | type[MaskError]) -> ImageError | MaskError:

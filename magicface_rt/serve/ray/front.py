@@ -19,7 +19,7 @@ from ...errors import Cancelled, DeadlineError, DrainingError, EraseError, Magic
 from ..concepts import StoredConcept, unknown
 from ..orders import check_named
 from ..problems import refused
-from ..schemas import BundleInfo, ConceptInfo, Erasure, PictureOrder
+from ..schemas import BundleInfo, ConceptInfo, ConceptPut, Erasure, PictureOrder
 from ..service import Accepted, ConceptUpload, Listener, Outcome, Service
 from ..settings import ServeSettings
 from .counting import FrontMetrics
@@ -167,8 +167,8 @@ class RayService(Service):
         self._metrics.made(outcome)
         return outcome
 
-    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptInfo, bool]:
-        found: tuple[ConceptInfo, bool] = await self._do(
+    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptPut, bool]:
+        found: tuple[ConceptPut, bool] = await self._do(
             _Call("put_concept", upload, owner, "", None, self.settings.deadline)
         )
         return found
