@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +12,9 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from .errors import ImageError, MaskError
+from .warned import MagicFaceWarning, warn
 
-__all__ = ["MAX_FILE_BYTES", "MAX_PIXELS", "MAX_SIDE", "Decoded", "ImageSource", "MagicFaceWarning", "decode", "warn"]
+__all__ = ["MAX_FILE_BYTES", "MAX_PIXELS", "MAX_SIDE", "Decoded", "ImageSource", "decode"]
 
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | npt.NDArray[np.bool_]
 _Error = type[ImageError] | type[MaskError]
@@ -32,13 +31,6 @@ _DIM = 1 << 14
 
 _LOADING = threading.Lock()
 """A PIL image reads its pixels when they are first wanted, and two threads that want them would share one file."""
-
-
-_PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
-
-
-class MagicFaceWarning(UserWarning):
-    """Something was done to the input that the caller may not have meant, such as stretching a mask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +107,9 @@ def _from_file(path: Path, name: str, error: _Error) -> Decoded:
 def _settled(image: Image.Image, name: str, error: _Error) -> Decoded:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         warn(
+            "images-cut-short",
             f"{name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, by which an image that is cut short is taken for "
-            "whole, grey where it ends. Set it to False."
+            "whole, grey where it ends. Set it to False.",
         )
     try:
         image.load()
@@ -143,8 +136,9 @@ def _check_greys(lowest: int, highest: int, found: str, error: _Error) -> None:
         )
     if 0 < highest < _DIM:
         warn(
+            "nearly-black",
             f"{found} from {lowest} to {highest} of 65535, and is nearly black. If it holds fewer than 16 bits, scale "
-            "it to 0..65535."
+            "it to 0..65535.",
         )
 
 
@@ -184,11 +178,3 @@ def _unreadable(name: str, cause: Exception, error: _Error) -> ImageError | Mask
 def _known_formats() -> list[str]:
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
-
-
-def warn(text: str) -> None:
-    """A `MagicFaceWarning` that points at the line outside of this package that led here."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, MagicFaceWarning, stacklevel=level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,9 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .concept import Concept
 from .errors import MaskError
-from .images import LoadedReference, MagicFaceWarning, layer_mask, load_reference
+from .images import LoadedReference, layer_mask, load_reference
 from .tokenizer import Tokenizer
+from .warned import warn
 from .workplace import Workplace
 
 Float32Array = NDArray[np.float32]
@@ -40,10 +40,9 @@ def _check_mask(loaded: LoadedReference, bundle: Bundle) -> None:
     empty = [grid for grid in grids if not layer_mask(loaded.mask_grid, *grid).any()]
     if empty and len(empty) < len(grids):
         where = " and ".join(f"{rows} x {columns}" for rows, columns in empty)
-        warnings.warn(
+        warn(
+            "mask-vanishes",
             f"{loaded.name}: the mask vanishes on the {where} grid, and the layers there do not see it.",
-            MagicFaceWarning,
-            stacklevel=2,
         )
     if len(empty) == len(grids):
         finest = max(grids)

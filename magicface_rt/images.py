@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from .decoding import MAX_PIXELS, MAX_SIDE, Decoded, ImageSource, MagicFaceWarning, decode, warn
+from .decoding import MAX_PIXELS, MAX_SIDE, Decoded, ImageSource, decode
 from .errors import ImageError, MaskError, NonFiniteError, OptionError
+from .warned import warn
 
 if TYPE_CHECKING:
     from .concept import Reference
@@ -28,7 +29,6 @@ __all__ = [
     "MAX_SIDE",
     "ImageSource",
     "LoadedReference",
-    "MagicFaceWarning",
     "Resample",
     "image_to_pixels",
     "layer_mask",
@@ -249,7 +249,7 @@ def _check_aspect(mask_shape: tuple[int, ...], image_size: tuple[int, int], name
     found = f"{name} is {mask_width} x {mask_height}, its image {width} x {height}"
     if not _same_aspect((mask_width, mask_height), image_size):
         raise MaskError(f"{found}: the aspect ratios differ. Give a mask of the image's size.")
-    warn(f"{found}: the mask is stretched over the image.")
+    warn("mask-stretched", f"{found}: the mask is stretched over the image.")
 
 
 def _check_orientation(image: Decoded, mask: Decoded) -> None:
@@ -262,9 +262,10 @@ def _check_orientation(image: Decoded, mask: Decoded) -> None:
         return  # else it would not have fitted
     turned, other = (image, mask) if mask.orientation == 1 else (mask, image)
     warn(
+        "image-turned",
         f"{turned.name} was turned upright, as its EXIF orientation {turned.orientation} says, and {other.name} was "
         f"{'not' if other.orientation == 1 else 'turned otherwise'}. If they belong together as they are stored, the "
-        "mask lies wrong: save both without an orientation (PIL.ImageOps.exif_transpose turns the pixels)."
+        "mask lies wrong: save both without an orientation (PIL.ImageOps.exif_transpose turns the pixels).",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,12 +11,12 @@ import numpy as np
 from .bundle import Bundle
 from .concept import Concept, NamedConcept, PlacedConcept, place_concepts
 from .errors import ConceptError, OptionError, PromptError
-from .images import MagicFaceWarning
 from .kept import KeptConcept, Origin
 from .options import Options
 from .regions import Stage
 from .shown import shown
 from .tokenizer import Tokenizer
+from .warned import warn
 
 MAX_SCALE_WEIGHT = 10.0
 """Forbidden keys stand 1000 below the others on the logits; a factor of 100 could lift them over that."""
@@ -166,12 +165,11 @@ def _warn_of_other_words(prompt: str, placed: PlacedConcept, tokenizer: Tokenize
     except PromptError:  # too long for any prompt
         word = []
     if not (word and set(word) <= set(found)) and not set(found) <= set(word):
-        warnings.warn(
+        warn(
+            "token-index",
             f"concept {concept.name!r}: by its token_index it stands on {' '.join(found)!r}, and its word is "
             f"{concept.word!r}. If the index is of another prompt, leave it out (of a kept concept, "
             "`renamed` with the word does); if it is meant, give the word that stands there.",
-            MagicFaceWarning,
-            stacklevel=2,
         )
 
 

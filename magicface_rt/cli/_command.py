@@ -20,10 +20,10 @@ from rich.console import Console, RenderableType
 
 from magicface_rt import unfinished
 from magicface_rt.errors import BackendError, BackendMissingError, EngineError, MagicFaceError, OutputError
-from magicface_rt.images import MagicFaceWarning
 from magicface_rt.results import check_replaceable
 from magicface_rt.shortage import address_hint, check_addresses, shortage
 from magicface_rt.shown import one_line
+from magicface_rt.warned import MagicFaceWarning
 
 from . import INTERRUPTED, INTERRUPTED_TEXT
 

@@ -15,10 +15,10 @@ import typer
 
 from magicface_rt import Session
 from magicface_rt.errors import OptionError
-from magicface_rt.images import MagicFaceWarning
 from magicface_rt.serve import module as serving_module
 from magicface_rt.sizes import parse_size
 from magicface_rt.ui import module as ui_module
+from magicface_rt.warned import MagicFaceWarning
 
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._command import Command, JsonOption, command
@@ -159,7 +159,7 @@ def serve(
             budget=budget,
             storage=storage,
         ) as session:
-            # Warnings quote the names that clients give their concepts; nothing of a request is logged.
+            # Answers have them. They quote the names that clients give their concepts, so kinds alone are logged.
             warnings.simplefilter("ignore", MagicFaceWarning)
             logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
             verb.note(f"serving {bundle} on {session.backend.name}")

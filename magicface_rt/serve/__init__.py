@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .server import serve
     from .service import Service
     from .settings import ServeSettings
-    from .wire import KeptId, Made
+    from .wire import KeptId, Made, Warned
 
 __all__ = [
     "AsyncClient",
@@ -41,6 +41,7 @@ __all__ = [
     "MemoryConcepts",
     "ServeSettings",
     "Service",
+    "Warned",
     "build_app",
     "serve",
 ]
@@ -57,6 +58,7 @@ _WHERE = {
     "MemoryConcepts": "concepts",
     "ServeSettings": "settings",
     "Service": "service",
+    "Warned": "wire",
     "build_app": "app",
     "serve": "server",
 }

@@ -33,6 +33,7 @@ from .schemas import (
     BundleInfo,
     ConceptInfo,
     ConceptList,
+    ConceptPut,
     Erasure,
     PictureOrder,
     Pictures,
@@ -46,6 +47,9 @@ __all__ = ["build_app"]
 logger = logging.getLogger("magicface_rt.serve")
 
 T = TypeVar("T")
+
+WARNINGS = "Magicface-Warnings"
+"""The header that has the kinds of warnings where the answer is a picture."""
 
 DESCRIPTION = """\
 Pictures of people and things from a prompt and masked reference images, without training.
@@ -136,7 +140,7 @@ def _add_concepts(app: FastAPI, service: Service) -> None:
         "/v1/concepts",
         summary="Prepare a concept and keep it",
         responses=documented(
-            {200: (ConceptInfo, "It was kept already."), 201: (ConceptInfo, "It is kept now.")},
+            {200: (ConceptPut, "It was kept already."), 201: (ConceptPut, "It is kept now.")},
             *(400, 413, 415, 422, 429, 503, 504, 507),
         ),
         response_class=Response,
@@ -225,6 +229,8 @@ def _add_images(app: FastAPI, service: Service, metrics: Metrics) -> None:
             return Response(await asyncio.to_thread(_answer, outcome), media_type="application/json")
         spent = ", ".join(f"{stage};dur={1000 * outcome.timings[stage]:.1f}" for stage in ("queued", "total"))
         headers = {"Cache-Control": "no-store", "Server-Timing": spent}
+        if outcome.warnings:
+            headers[WARNINGS] = ", ".join(sorted({one.kind for one in outcome.warnings}))
         return Response(outcome.pngs[0], media_type="image/png", headers=headers)
 
 
@@ -360,6 +366,7 @@ def _answer(outcome: Outcome) -> bytes:
         "timings": outcome.timings,
         "batch": outcome.batch,
         "settings": outcome.settings,
+        "warnings": [one.model_dump(mode="json") for one in outcome.warnings],
     }
     if outcome.regions_per_step is not None:
         content["regions_per_step"] = outcome.regions_per_step.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import io
 import logging
 import math
@@ -31,13 +32,15 @@ from ..provenance import software
 from ..request import Progress, ProgressCallback
 from ..results import Result
 from ..session import Session
-from .concepts import ConceptStore, StoredConcept, concept_id, without_source
+from ..shown import shown
+from ..warned import MagicFaceWarning, collected, warn
+from .concepts import NO_WORD, ConceptStore, StoredConcept, concept_id, without_source
 from .engine import Engine
 from .erasure import STILL_RUNS, Erasures, Trace, not_begun, scrub
 from .job import Done, Job, deadline_passed
 from .orders import check_named, kept_bytes, pixels_of, read_upload, request_of
 from .problems import at
-from .schemas import BundleInfo, BundleLimits, ConceptInfo, Erasure, PictureOrder
+from .schemas import BundleInfo, BundleLimits, ConceptInfo, ConceptPut, Erasure, PictureOrder, Warned
 from .service import Accepted, ConceptUpload, Listener, Outcome, Service
 
 __all__ = ["LocalService", "Watcher", "until"]
@@ -147,7 +150,7 @@ class LocalService(Service):
     async def generate(self, order: PictureOrder, *, owner: str, listener: Listener | None = None) -> Outcome:
         end = time.monotonic() + self._seconds(order.deadline)
         check_named(order)
-        with self._using([use.id for use in order.concepts if use.id is not None]) as use:
+        with collected() as warned, self._using([use.id for use in order.concepts if use.id is not None]) as use:
             with self._taken():
                 kept = {id: await self._kept(id, k) for k, id in self._ids(order)}
                 use.check()
@@ -162,7 +165,7 @@ class LocalService(Service):
                 job = Job(request, owner=owner, deadline=end, alone=alone, progress=_relay(listener))
                 del request
                 done = await self._done(job, use, listener)
-            outcome: Outcome = await self._in(self._encoders, _outcome, done)
+            outcome: Outcome = await self._in(self._encoders, _outcome, done, _told(warned))
             del done
             use.check()
         self._watcher.made(outcome)
@@ -193,13 +196,14 @@ class LocalService(Service):
 
     # --------------------------------------------------------------------------------------------------------- concepts
 
-    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptInfo, bool]:
+    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptPut, bool]:
         end = time.monotonic() + self.settings.deadline
         with at("storage"):
             storage = checked_storage(upload.storage)
         word = upload.word
 
         with ExitStack() as held:
+            warned = held.enter_context(collected())
             place = held.enter_context(ExitStack())  # in the queue, until the Engine has it
             place.enter_context(self._taken())
             concept, bare, origin = await self._by(
@@ -226,14 +230,15 @@ class LocalService(Service):
                 found = await self._found(id)
                 self._watcher.looked_up(found is not None)
                 if found is not None:
-                    return ConceptInfo.of(found), False
+                    _warn_of_word(found.concept, word)
+                    return _put(found, warned), False
                 release = await self._in(self._files, self.store.reserve, id, kept_bytes(origin, bare, storage))
                 held.callback(release)
                 with self._using([]) as use:
                     done = await self._done(Job(prepare, owner=owner, deadline=end), use, None, place)
                 self._watcher.prepared()
                 putting = asyncio.ensure_future(self._in(self._writers, self.store.put, id, done.result))
-                return ConceptInfo.of(await _to_its_end(putting)), True
+                return _put(await _to_its_end(putting), warned), True
 
     async def concepts(self) -> list[ConceptInfo]:
         return [ConceptInfo.of(stored) for stored in await self._in(self._files, self.store.entries)]
@@ -445,7 +450,8 @@ class LocalService(Service):
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
         if self._closed:
             raise DrainingError("the service has ended.", retry_after=1.0)
-        return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
+        context = contextvars.copy_context()  # what is warned of there is collected here
+        return await asyncio.get_running_loop().run_in_executor(pool, context.run, call, *arguments)
 
 
 async def until(event: asyncio.Event, end: float) -> None:
@@ -513,7 +519,31 @@ def _relay(listener: Listener | None) -> Callable[[Progress], object] | None:
     return relay
 
 
-def _outcome(done: Done) -> Outcome:
+def _told(warned: Sequence[MagicFaceWarning]) -> list[Warned]:
+    """For the answer. The log has the kinds alone, since the rest quotes the request."""
+    if warned:
+        logger.warning("a request was warned of: %s", ", ".join(sorted({one.kind for one in warned})))
+    return Warned.all_of(warned)
+
+
+def _put(stored: StoredConcept, warned: Sequence[MagicFaceWarning]) -> ConceptPut:
+    return ConceptPut(**ConceptInfo.of(stored).model_dump(), warnings=_told(warned))
+
+
+def _warn_of_word(concept: KeptConcept, word: str | None) -> None:
+    """Where what was kept already has another word than the upload: the first one's stays."""
+    if word in (None, concept.word):
+        return
+    found = "without a word" if concept.word == NO_WORD else f"with the word {shown(concept.word)}"
+    with at("word"):
+        warn(
+            "word-kept",
+            f"it was put {found} before, and that stays; this upload has the word {shown(word)}. Say the word in each "
+            "request that uses it.",
+        )
+
+
+def _outcome(done: Done, warnings: Sequence[Warned]) -> Outcome:
     result: Result = done.result
     pngs = []
     for image in result.images:
@@ -528,4 +558,5 @@ def _outcome(done: Done) -> Outcome:
         batch=done.batch,
         settings=result.to_dict(),
         regions_per_step=result.regions_per_step,
+        warnings=warnings,
     )

@@ -16,6 +16,7 @@ from .schemas import (
     BundleInfo,
     ConceptInfo,
     ConceptList,
+    ConceptPut,
     Erasure,
     PictureOrder,
     Pictures,
@@ -26,7 +27,7 @@ from .schemas import (
 __all__ = ["FORM_BODY", "ORDER_BODY", "describe", "documented"]
 
 _REF = "#/components/schemas/{model}"
-_ANSWERS = (BundleInfo, ConceptInfo, ConceptList, Erasure, Pictures, ProblemBody, Status)
+_ANSWERS = (BundleInfo, ConceptInfo, ConceptPut, ConceptList, Erasure, Pictures, ProblemBody, Status)
 ORDER_BODY = {
     "required": True,
     "content": {"application/json": {"schema": {"$ref": _REF.format(model=PictureOrder.__name__)}}},

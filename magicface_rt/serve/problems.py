@@ -30,6 +30,7 @@ from ..errors import (
     ServiceError,
     SessionClosedError,
 )
+from ..warned import placed
 
 __all__ = ["MEDIA_TYPE", "Problem", "at", "refused", "title"]
 
@@ -134,7 +135,7 @@ class Problem:
 
 @contextmanager
 def at(field: str, *parts: str) -> Iterator[None]:
-    """What the block refuses is the fault of that part of the request, unless the error names a part itself.
+    """What the block refuses, or warns of, is the fault of that part of the request, unless it names a part itself.
 
     parts: of the field; one that the message says something of ("weight is nan") is added to it.
 
@@ -142,7 +143,8 @@ def at(field: str, *parts: str) -> Iterator[None]:
         AnswerError: in place of an InputError, with its status and kind, and the field.
     """
     try:
-        yield
+        with placed(field):
+            yield
     except InputError as error:
         problem = Problem.of(error)
         part = next((part for part in parts if f"{part} is " in str(error)), None)

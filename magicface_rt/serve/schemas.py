@@ -5,10 +5,12 @@ Numbers are taken as they are: no text for a number, no true for 1, no NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..warned import MagicFaceWarning
 from .concepts import NO_WORD, StoredConcept
 
 MOST_TEXT = 2000
@@ -151,6 +153,27 @@ class ConceptInfo(BaseModel):
         )
 
 
+class Warned(BaseModel):
+    """Something that was done and may not have been meant. `field`: the part of the request, null where it is none."""
+
+    kind: str = Field(examples=["mask-stretched"])
+    field: str | None = Field(examples=["mask"])
+    detail: str = Field(
+        examples=["concept 'man': mask is 32 x 32, its image 64 x 64: the mask is stretched over the image."]
+    )
+
+    @classmethod
+    def all_of(cls, warnings: Iterable[MagicFaceWarning]) -> list[Warned]:
+        """Of what was collected."""
+        return [cls(kind=one.kind, field=one.field, detail=str(one)) for one in warnings]
+
+
+class ConceptPut(ConceptInfo):
+    """A kept concept, and what its upload was warned of."""
+
+    warnings: list[Warned]
+
+
 class ConceptList(BaseModel):
     """All kept concepts, the oldest first."""
 
@@ -181,6 +204,7 @@ class Pictures(BaseModel):
     timings: dict[str, Any] = Field(description="Seconds by stage, of the batch that it was made in; and `queued`.")
     batch: int = Field(description="Pictures that were made together.")
     settings: dict[str, Any] = Field(description="What run.json of a saved result holds.")
+    warnings: list[Warned]
 
 
 class BundleLimits(BaseModel):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..request import Progress
-from .schemas import BundleInfo, ConceptInfo, Erasure, PictureOrder
+from .schemas import BundleInfo, ConceptInfo, ConceptPut, Erasure, PictureOrder, Warned
 
 __all__ = ["Accepted", "ConceptUpload", "Listener", "Outcome", "Service", "Upload"]
 
@@ -63,6 +63,7 @@ class Outcome:
     batch    pictures that were made together
     settings what run.json of a saved result holds
     regions_per_step    uint8 [T,B,h/2,w/2], None where the order did not ask for them
+    warnings what was done to the request that may not have been meant
     """
 
     pngs: Sequence[bytes]
@@ -72,6 +73,7 @@ class Outcome:
     batch: int
     settings: dict[str, Any]
     regions_per_step: NDArray[np.uint8] | None = None
+    warnings: Sequence[Warned] = ()
 
 
 class Service(ABC):
@@ -104,7 +106,7 @@ class Service(ABC):
         """Make pictures."""
 
     @abstractmethod
-    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptInfo, bool]:
+    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptPut, bool]:
         """Prepare a concept and keep it; and whether it was not kept already."""
 
     @abstractmethod

@@ -46,6 +46,7 @@ __all__ = [
     "Given",
     "KeptId",
     "Made",
+    "Warned",
     "error_of",
     "form_of",
     "listed",
@@ -81,12 +82,34 @@ _KINDS: dict[str, type[ServiceError]] = {
 
 
 @dataclass(frozen=True)
+class Warned:
+    """What the service did to a request and may not have been meant. `field`: the part of it, None where it is none."""
+
+    kind: str
+    detail: str
+    field: str | None = None
+
+    @classmethod
+    def all_of(cls, content: Mapping[str, Any]) -> tuple[Warned, ...]:
+        """Those of an answer; services of earlier releases say none."""
+        return tuple(
+            cls(
+                _typed(str, one["kind"]),
+                _typed(str, one["detail"]),
+                None if one["field"] is None else _typed(str, one["field"]),
+            )
+            for one in _typed(list, content.get("warnings", []))
+        )
+
+
+@dataclass(frozen=True)
 class KeptId:
     """A concept that a service keeps.
 
     word    what requests use unless they say otherwise; None where it was put without one
     new     whether it was prepared now, and had not been kept already
     info    all that the service says of it
+    warnings    what was done to the upload and may not have been meant; none where it was not just put
     weight, token_index, name   what `use` takes unless it is told otherwise: those of the `Concept` that was put. The
             service does not keep them, so they are the usual ones where its list or an id was asked for
     """
@@ -101,6 +124,7 @@ class KeptId:
     weight: float = 3.0
     token_index: tuple[int, ...] | None = None
     name: str | None = None
+    warnings: tuple[Warned, ...] = field(default=(), compare=False)
 
     def use(
         self,
@@ -141,6 +165,7 @@ class KeptId:
             _typed(int, info["bytes"]),
             new,
             info,
+            warnings=Warned.all_of(info),
         )
 
 
@@ -154,6 +179,7 @@ class Made:
     batch     pictures that were made together
     settings  what run.json of a saved result holds
     regions_per_step    uint8 [T,B,h/2,w/2] after every step; None where `record_regions` was not asked for
+    warnings  what was done to the request and may not have been meant
     """
 
     pngs: tuple[bytes, ...] = field(repr=False)
@@ -163,6 +189,7 @@ class Made:
     batch: int
     settings: Mapping[str, Any] = field(repr=False)
     regions_per_step: NDArray[np.uint8] | None = field(default=None, repr=False)
+    warnings: tuple[Warned, ...] = ()
 
     @cached_property
     def images(self) -> tuple[Image.Image, ...]:
@@ -283,6 +310,7 @@ def made_of(content: Mapping[str, Any]) -> Made:
         batch=_typed(int, content["batch"]),
         settings=_typed(dict, content["settings"]),
         regions_per_step=None if steps is None else np.array(steps, np.uint8),
+        warnings=Warned.all_of(content),
     )
 
 

@@ -21,7 +21,6 @@ from magicface_rt import images
 from magicface_rt.concept import Reference
 from magicface_rt.errors import ImageError, MaskError, NonFiniteError, OptionError
 from magicface_rt.images import (
-    MagicFaceWarning,
     image_to_pixels,
     layer_mask,
     load_image,
@@ -31,6 +30,7 @@ from magicface_rt.images import (
     pixels_to_images,
     region_overlay,
 )
+from magicface_rt.warned import MagicFaceWarning, collected, placed, warn
 from tests.locations import DATA, GOLDENS
 
 IMAGES = DATA / "unit" / "images"
@@ -526,6 +526,32 @@ def test_a_mask_that_misses_the_grid_is_refused() -> None:
     mask[1, 1] = True
     with pytest.raises(MaskError, match=r"man: the mask has 1 of 1000000 pixels set.*128 x 128"):
         load_reference(Reference(Image.new("RGB", (1000, 1000)), mask=mask), name="man")
+
+
+def test_warnings_are_told_to_whoever_collects_them_in_that_thread_alone() -> None:
+    def other() -> None:
+        with pytest.warns(MagicFaceWarning, match="elsewhere"):
+            warn("kind", "elsewhere")
+
+    with warnings.catch_warnings(), collected() as found:
+        warnings.simplefilter("error")
+        warn("one", "said twice")
+        with placed("mask"), placed(""):
+            warn("one", "said twice")
+            warn("two", "of a part")
+    with collected() as none, ThreadPoolExecutor(1) as pool:
+        pool.submit(other).result(30)
+    assert [(one.kind, str(one), one.field) for one in found] == [
+        ("one", "said twice", None),
+        ("two", "of a part", "mask"),
+    ]
+    assert none == []
+
+
+def test_every_warning_of_this_package_can_be_collected() -> None:
+    package = Path(images.__file__).parent
+    others = [path for path in package.rglob("*.py") if "warnings.warn(" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in others] == ["warned.py"]
 
 
 def test_the_warning_points_at_the_callers_line() -> None:

@@ -11,7 +11,7 @@ from loopback import Gated, Running, concept, running
 
 from magicface_rt.serve import ServeSettings
 from magicface_rt.serve.auth import Tokens
-from magicface_rt.serve.schemas import ConceptInfo, PictureOrder, Pictures, ProblemBody
+from magicface_rt.serve.schemas import ConceptInfo, ConceptPut, PictureOrder, Pictures, ProblemBody
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,8 @@ def test_every_reference_and_every_path_is_there(document: dict[str, Any]) -> No
 def test_answers_are_of_the_form_that_is_documented(server: Running) -> None:
     with server.client() as client, httpx.Client(base_url=server.url, trust_env=False, verify=False) as http:
         kept = client.put_concept(concept("man", 1))
-        assert set(kept.info) == set(ConceptInfo.model_fields)
+        assert set(kept.info) == set(ConceptPut.model_fields)
+        assert set(client.concept(kept.id).info) == set(ConceptInfo.model_fields)
         made = http.post("/v1/images", json={"prompt": "a man", "concepts": [{"id": kept.id}]})
         Pictures.model_validate(made.json())
         ProblemBody.model_validate(http.post("/v1/images", json={"prompt": 3}).json())

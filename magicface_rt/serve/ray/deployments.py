@@ -17,9 +17,9 @@ from ray.exceptions import ActorDiedError, RayError
 
 from ...bundle import Bundle
 from ...errors import BackendError, MagicFaceError
-from ...images import MagicFaceWarning
 from ...session import Session, tokenizer_of
 from ...ui import module as ui_module
+from ...warned import MagicFaceWarning
 from ..app import build_app
 from ..auth import Tokens
 from ..engine import Engine
@@ -142,7 +142,7 @@ class Pictures:
     """A replica: one Session, its engine, and its map of the shared folder."""
 
     async def __init__(self, plan: RayPlan) -> None:  # type: ignore[misc]  # Ray awaits it
-        # Warnings quote the names that clients give their concepts; nothing of a request is logged.
+        # Answers have them. They quote the names that clients give their concepts, so kinds alone are logged.
         warnings.simplefilter("ignore", MagicFaceWarning)
         context = serve.get_replica_context()
         self._plan = plan

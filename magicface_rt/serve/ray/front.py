@@ -20,7 +20,7 @@ from ..concepts import StoredConcept, unknown
 from ..erasure import Erasures, not_begun
 from ..orders import check_named
 from ..problems import refused
-from ..schemas import BundleInfo, ConceptInfo, Erasure, PictureOrder
+from ..schemas import BundleInfo, ConceptInfo, ConceptPut, Erasure, PictureOrder
 from ..service import Accepted, ConceptUpload, Listener, Outcome, Service
 from ..settings import ServeSettings
 from .counting import FrontMetrics
@@ -169,8 +169,8 @@ class RayService(Service):
         self._metrics.made(outcome)
         return outcome
 
-    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptInfo, bool]:
-        found: tuple[ConceptInfo, bool] = await self._do(
+    async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptPut, bool]:
+        found: tuple[ConceptPut, bool] = await self._do(
             _Call("put_concept", upload, owner, "", None, self.settings.deadline)
         )
         return found

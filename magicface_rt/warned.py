@@ -1,0 +1,65 @@
+"""What was done to an input and may not have been meant: told by Python's warnings, or to whoever collects it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+__all__ = ["MagicFaceWarning", "collected", "placed", "warn"]
+
+_PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+
+
+class MagicFaceWarning(UserWarning):
+    """Something was done to the input that the caller may not have meant, such as stretching a mask.
+
+    kind   names what it was, such as `mask-stretched`
+    field  the part of a service's request that it was done to, such as `mask`; None elsewhere
+    """
+
+    def __init__(self, message: str, kind: str = "input") -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.field: str | None = None
+
+
+_collecting: ContextVar[list[MagicFaceWarning] | None] = ContextVar("magicface_rt_warnings", default=None)
+
+
+def warn(kind: str, message: str) -> None:
+    """Warn of the line outside of this package that led here, or tell whoever collects it."""
+    warning, collecting = MagicFaceWarning(message, kind), _collecting.get()
+    if collecting is None:
+        frame, level = sys._getframe(1), 2
+        while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
+            frame, level = frame.f_back, level + 1
+        warnings.warn(warning, stacklevel=level)
+    elif all((one.kind, str(one)) != (kind, message) for one in collecting):
+        collecting.append(warning)
+
+
+@contextmanager
+def collected() -> Iterator[list[MagicFaceWarning]]:
+    """What is warned of in the block, in this thread or task and those that have its context; each once."""
+    found: list[MagicFaceWarning] = []
+    before = _collecting.set(found)
+    try:
+        yield found
+    finally:
+        _collecting.reset(before)
+
+
+@contextmanager
+def placed(field: str) -> Iterator[None]:
+    """What is collected in the block is of that part of a request, unless it names one itself."""
+    found = _collecting.get()
+    before = len(found or ())
+    try:
+        yield
+    finally:
+        for warning in (found or [])[before:]:
+            warning.field = warning.field or field or None
