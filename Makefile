@@ -40,16 +40,16 @@ wheel: venv  ## the wheel, the same bytes every time: dist/*.whl
 demo: venv  ## the whole chain on the miniature that is shipped: export, pictures, sheet, parity
 	$(VENV)/bin/magicface-rt demo
 
-# A file's tests share what they made, and the order is that of tests/conftest.py.
-BESIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# A file's tests share what they made.
+BESIDE := -n $(JOBS) --dist loadfile
 
 test: lint types  ## lint, types and the quick tests
 	$(VENV)/bin/python -m pytest -q $(BESIDE) -m "not slow and not full and not gpu"
 
-# The full-size network alone: two at once would not fit into 24 GB. It is tested though another test has failed.
+# The slow files first, as tests/conftest.py has them. The full-size network alone: two at once would not fit into 24 GB.
 test-all: lint types  ## all tests that need no GPU: every recording, the full-size network, the slow properties
 	@failed=0; set -x; \
-	$(VENV)/bin/python -m pytest -q $(BESIDE) -m "not gpu and not full" || failed=1; \
+	$(VENV)/bin/python -m pytest -q $(BESIDE) --no-loadscope-reorder -m "not gpu and not full" || failed=1; \
 	$(VENV)/bin/python -m pytest -q -m "full and not gpu" || failed=1; \
 	exit $$failed
 

@@ -70,12 +70,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, or at the end one process would wait for another."""
-    lengths: dict[Path, int] = {}
-    for item in items:
-        length = 2 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("ray") else 0
-        lengths[item.path] = max(lengths.get(item.path, 0), length)
-    items.sort(key=lambda item: -lengths[item.path])
+    """The files with slow tests come first, or at the end one process would wait for another."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def _counted() -> dict[str, Any]:
