@@ -125,7 +125,7 @@ class FolderCheckpoint(Checkpoint):
                 f"is {text['vocab_size']}; expected more than {last}"
             )
         positions = text.get("max_position_embeddings", MAX_LENGTH)
-        if self.max_length > positions:
+        if positions is None or self.max_length > positions:
             raise CheckpointError(
                 f"checkpoint {self.path}: prompts have {self.max_length} tokens, and max_position_embeddings of "
                 f"text_encoder is {positions}; expected at least {self.max_length}"

@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from .errors import CheckpointError, OptionError
 from .plain_numbers import as_float
+from .shown import shown
 
 __all__ = ["Schedule", "is_region_step", "reference_noise", "target_noise"]
 
@@ -86,7 +87,7 @@ class Schedule:
         prediction = config.get("prediction_type", "epsilon")
         if prediction != "epsilon":
             raise CheckpointError(
-                f"scheduler config: prediction_type is {prediction!r}, expected 'epsilon'. "
+                f"scheduler config: prediction_type is {shown(prediction)}, expected 'epsilon'. "
                 "MagicFace is defined for noise prediction; use a checkpoint such as Stable Diffusion 1.5 or 2.1-base."
             )
         if config.get("trained_betas") is not None:
@@ -228,4 +229,4 @@ def _is_int(value: object) -> bool:
 
 
 def _refused(key: str, found: object, expected: str) -> CheckpointError:
-    return CheckpointError(f"scheduler config: {key} is {found!r}, expected {expected}.")
+    return CheckpointError(f"scheduler config: {key} is {shown(found)}, expected {expected}.")

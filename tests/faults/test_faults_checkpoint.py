@@ -131,6 +131,11 @@ SPOILED: dict[str, tuple[str, Any, str]] = {
         {"max_position_embeddings": 10},
         "prompts have 77 tokens, and max_position_embeddings .* is 10",
     ),
+    "places that are null": (
+        "text_encoder/config.json",
+        {"max_position_embeddings": None},
+        "max_position_embeddings .* is None; expected at least 77",
+    ),
     "a block less": ("unet/config.json", {"block_out_channels": [16]}, "block_out_channels of the U-Net has 1 numbers"),
     "heads of two blocks": ("unet/config.json", {"attention_head_dim": [2, 2]}, "attention_head_dim .* has 2 numbers"),
     "a padding token without text": ("tokenizer/special_tokens_map.json", {"pad_token": {"content": 5}}, "pad_token"),

@@ -118,6 +118,13 @@ def test_a_number_that_is_none(value: str, folder: Path) -> None:
     assert loaded(folder) is None
 
 
+@pytest.mark.parametrize("key", ["beta_schedule", "num_train_timesteps", "beta_end"])
+def test_a_long_value_of_the_schedule_is_not_repeated(key: str, folder: Path) -> None:
+    case = {**CASE, "scheduler": {**CASE["scheduler"], key: "x" * 5000}}
+    (folder / "case.json").write_text(json.dumps(case))
+    assert loaded(folder) is None
+
+
 def header(descr: str, shape: str, order: str = "False") -> bytes:
     text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
     text += b" " * (-(len(text) + 11) % 64) + b"\n"
