@@ -569,7 +569,9 @@ def test_a_file_that_cannot_be_read_is_told(path: Path, monkeypatch: pytest.Monk
 
 def test_keys_that_are_no_numbers_are_found_by_the_full_check(tmp_path: Path) -> None:
     kept = made()
-    kept.references[1].tensors["v_ref_13"].arrays[""][2, 1, 3] = np.nan
+    array = kept.references[1].tensors["v_ref_13"].arrays[""]
+    array.setflags(write=True)
+    array[2, 1, 3] = np.nan
     path = kept.save(tmp_path / "cap.concept")
     with pytest.raises(KeptConceptError, match=r"1\.v_ref_13 holds 1 values that are NaN or infinite"):
         KeptConcept.load(path)

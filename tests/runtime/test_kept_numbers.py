@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,10 +40,11 @@ from magicface_rt.kept.memory import (
 from magicface_rt.kept.on_device import OnDevice
 from magicface_rt.kept.origin import content_key, finite_number
 from magicface_rt.kept.preparation import EncodedReference, inside, prepare_reference, token_counts
-from magicface_rt.kept.reference import EightBit, Exact, empty_tensors, worst_error
+from magicface_rt.kept.reference import EightBit, Exact, MappedFile, empty_tensors, worst_error
 from magicface_rt.kept.store import KeptStore
 from magicface_rt.regions import PADDING
 from magicface_rt.schedule import Schedule, reference_noise
+from magicface_rt.stamps import Stamp
 from tests.runtime.fake_cuda import FakeCuda
 
 LAYERS = ((10, 2, 24), (13, 1, 8))
@@ -662,8 +665,10 @@ def test_keys_in_eight_bits_are_computed_once_for_all_rows() -> None:
 
 def test_the_first_stored_keys_that_are_not_finite_are_named() -> None:
     good, bad, other = (stored_keys(first, {1: 3, 2: 2}) for first in (100, 200, 300))
-    bad.kept.tensors["v_ref_13"].arrays[""][1, 2, :5] = np.nan
-    other.kept.tensors["k_ref_10"].arrays[""][1] = np.inf
+    for one, name, place, value in ((bad, "v_ref_13", (1, 2, slice(5)), np.nan), (other, "k_ref_10", 1, np.inf)):
+        array = one.kept.tensors[name].arrays[""]
+        array.setflags(write=True)
+        array[place] = value
     computed = ComputedKeys(0, {1: 1, 2: 1})
     one = feed(
         Held(),
@@ -1093,13 +1098,15 @@ def test_a_reference_is_itself_and_says_nothing_of_its_keys() -> None:
 
 
 @pytest.mark.parametrize("storage", ["exact", "8-bit"])
-def test_what_lies_in_a_file_is_read_once_and_then_its_own(storage: Any) -> None:
+def test_what_lies_in_a_file_is_read_once_and_then_its_own(storage: Any, tmp_path: Path) -> None:
     """What `in_memory` gives outlives the mapping; what is in memory is not copied."""
     tensors = empty_tensors(Origin.of(BUNDLE, 2, 9), {1: 3, 2: 2}, storage)
     for stored in tensors.values():
         for step in range(2):
             stored.put(step, np.random.default_rng(step).random(stored.step(step).shape).astype(np.float16))
-    mapped = KeptReference("key", "a man", storage, {1: 3, 2: 2}, tensors, 0.25, mapped=True).known_as("that")
+    (path := tmp_path / "man.concept").touch()
+    file = MappedFile(os.fspath(path), Stamp.of(path.stat()))
+    mapped = KeptReference("key", "a man", storage, {1: 3, 2: 2}, tensors, 0.25, file=file).known_as("that")
     read = mapped.in_memory()
     assert (read.key, read.prompt, read.storage, read.tokens) == ("key", "a man", storage, {1: 3, 2: 2})
     assert (read.error, read.mapped, read.identity, read.nbytes) == (0.25, False, "that", mapped.nbytes)
@@ -1107,6 +1114,7 @@ def test_what_lies_in_a_file_is_read_once_and_then_its_own(storage: Any) -> None
     for name, stored in tensors.items():
         expected = stored.step(1).copy()
         for array in stored.arrays.values():
+            array.setflags(write=True)
             array[:] = 0
         np.testing.assert_array_equal(read.tensors[name].step(1), expected)
 
