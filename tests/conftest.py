@@ -17,6 +17,8 @@ import pytest
 import tallies
 from filelock import FileLock
 
+import magicface_rt.cli._verbs  # noqa: F401 - else a verb that is loaded while a test has something replaced keeps it
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -193,7 +193,9 @@ def test_prepare_sees_first_whether_it_can_write(job: Path, tmp_path: Path, caps
     ]
     for reason, of, out, more in cases:
         assert reason in refusal(capsys, "prepare", "nowhere", "--job", of, "--out", out, *more)
-    assert "bundle nowhere" in refusal(capsys, "prepare", "nowhere", "--job", job, "--out", tmp_path / "a" / "b")
+    assert f"bundle {Path('nowhere').resolve()}: no such" in refusal(
+        capsys, "prepare", "nowhere", "--job", job, "--out", tmp_path / "a" / "b"
+    )
     assert sorted(os.listdir(tmp_path)) == before
     assert os.listdir(tmp_path / "full") == ["man.concept"]
 
