@@ -35,7 +35,7 @@ def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
     unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
     where = f"checkpoint {path}: "
     check_unet(where, unet)
-    _check_numbers(where, configs)
+    _check_numbers(where, {"vae": vae, "text_encoder": text})
     scaling = vae.get("scaling_factor", 1.0)
     if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 < scaling < 1e6:
         raise CheckpointError(f"{where}scaling_factor of vae is {shown(scaling)}; expected a number above 0")

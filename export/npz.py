@@ -37,7 +37,8 @@ _HEADER = re.compile(
 )
 _BLOCK = 1 << 20
 _UNREADABLE = (EOFError, LookupError, NotImplementedError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
-"""What zipfile raises of what is none, besides OSError and ValueError."""
+"""What zipfile raises of what it cannot read, besides OSError and ValueError: NotImplementedError of a version or a
+compression that it does not know, RuntimeError of what is encrypted."""
 
 
 def read_npz(
@@ -45,7 +46,8 @@ def read_npz(
 ) -> dict[str, Array]:
     """The arrays of these names.
 
-    accept  called with each one's shape and dtype before its numbers are read; raises what it likes to refuse it
+    accept  called with each one's shape and dtype before its numbers are read; raises ValueError or an error of this
+            package to refuse it
     most    bytes that the file may have, and that its arrays may take together
 
     Raises:

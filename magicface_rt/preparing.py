@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
@@ -25,14 +24,11 @@ from .workplace import Workplace
 
 @dataclass(frozen=True, eq=False)
 class BareReference:
-    """A reference of a bare concept, read from its files. `tokens`: kept tokens by factor; `described`: what run.json
-    says of it, of when it was read.
-    """
+    """A reference of a bare concept, read from its files. `tokens`: kept tokens by factor."""
 
     loaded: LoadedReference
     prompt: str
     tokens: dict[int, int]
-    described: dict[str, Any]
 
     def key(self, origin: Origin, storage: Storage) -> str:
         """What names its keys in a store."""
@@ -108,7 +104,7 @@ def load_bare(concept: Concept, bundle: Bundle) -> list[BareReference]:
     """
     loaded = [_in_size(one, bundle) for one in load_references(concept, bundle)]
     return [
-        BareReference(one, reference.prompt, token_counts(one, bundle), reference.describe())
+        BareReference(one, reference.prompt, token_counts(one, bundle))
         for one, reference in zip(loaded, concept.references, strict=True)
     ]
 

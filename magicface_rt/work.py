@@ -86,6 +86,7 @@ class Work:
         with ExitStack() as held:
             with self.course.timed("loading"):
                 loaded = self._load()
+                described = self._described()
             with self.course.timed("text_encoding"):
                 prompts = [text for r in requests for text in (r.options.negative_prompt, r.prompt)]
                 text = encode_text(self.place, self.tokenizer, prompts)
@@ -112,7 +113,7 @@ class Work:
                     backend=backend,
                     provenance=provenance,
                     regions_per_step=self._regions_per_step(number),
-                    references=[self._described(concept, loaded) for concept in request.concepts],
+                    references=[described[id(concept)] for concept in request.concepts],
                 )
             )
         return results
@@ -127,11 +128,12 @@ class Work:
                 found[id(concept)] = load_bare(concept, self.bundle)
         return found
 
-    def _described(self, concept: NamedConcept, loaded: dict[int, list[BareReference]]) -> list[dict[str, Any]]:
-        """A concept's references as they were when they were read: what they hold may be others' by now."""
-        if isinstance(concept, Concept):
-            return [bare.described for bare in loaded[id(concept)]]
-        return [kept.describe() for kept in concept.references]
+    def _described(self) -> dict[int, list[dict[str, Any]]]:
+        """What run.json says of every concept's references, by the concept's id: now, as they were read. When the
+        pictures are made, an array or image that was given may hold others.
+        """
+        concepts = {id(concept): concept for request in self.requests for concept in request.concepts}
+        return {key: [one.describe() for one in concept.references] for key, concept in concepts.items()}
 
     def _references(self, loaded: dict[int, list[BareReference]], held: ExitStack) -> _References:
         """Where the keys of every concept come from, after those that are to be prepared were prepared."""

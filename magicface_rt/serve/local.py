@@ -471,25 +471,18 @@ def _left(end: float) -> float | None:
     return None if end == math.inf else max(0.0, end - time.monotonic())
 
 
-@contextmanager
-def _own_thread(name: str) -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False)
-
-
 async def _in_own_thread(name: str, work: Callable[[], T]) -> T:
     """What it returns. Where no thread can be started, for want of memory, it is done in this one and all else waits:
     else a service that is told to end would never.
     """
-    with _own_thread(name) as pool:
-        try:
-            done = asyncio.get_running_loop().run_in_executor(pool, work)
-        except RuntimeError:
-            return work()
-        return await done
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    try:
+        done = asyncio.get_running_loop().run_in_executor(pool, work)
+    except RuntimeError:
+        return work()
+    finally:
+        pool.shutdown(wait=False)
+    return await done
 
 
 async def _to_its_end(task: asyncio.Future[T]) -> T:

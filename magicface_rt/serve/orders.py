@@ -66,8 +66,9 @@ def request_of(
         check_number(sum(len(use.references or ()) for use in order.concepts), bundle)
     pixels = 0
     concepts: list[NamedConcept] = []
+    tokens = tokenizer.tokens(order.prompt)
     for k, use in enumerate(order.concepts):
-        concept, decoded = _concept(use, f"concepts[{k}]", kept, settings, tokenizer.tokens(order.prompt))
+        concept, decoded = _concept(use, f"concepts[{k}]", kept, settings, tokens)
         pixels += decoded
         concepts.append(concept)
     options = _options(order, concepts, bundle, settings)

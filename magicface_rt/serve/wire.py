@@ -203,13 +203,7 @@ class Made:
             _check_pixels([image.width * image.height for image in opened])
             for image in opened:
                 image.load()
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
+        except (OSError, ValueError, SyntaxError, *_BOMBS) as error:
             raise AnswerError(
                 f"a picture that came is no PNG that can be read ({type(error).__name__}: {error}). Ask for it again; "
                 "if that does not help, look at what is between, such as a proxy.",

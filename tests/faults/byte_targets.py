@@ -47,6 +47,16 @@ def _target(name: str) -> Callable[[Make], Make]:
     return add
 
 
+def _written(path: Path, then: Callable[[], object]) -> Callable[[bytes], object]:
+    """Puts the bytes into a file and reads what that is a part of."""
+
+    def use(content: bytes) -> object:
+        path.write_bytes(content)
+        return then()
+
+    return use
+
+
 def _of_json(tree: Any, use: Callable[[bytes], object]) -> Target:
     return Target(json.dumps(tree).encode(), use, tree)
 
@@ -166,11 +176,7 @@ def _of_checkpoint(name: str, folder: Path, _: Path) -> Target:
 
     checkpoint = outline(folder / "checkpoint")
 
-    def use(content: bytes) -> object:
-        (checkpoint / name).write_bytes(content)
-        return opened(checkpoint)
-
-    return _of_json(TEXTS[name], use)
+    return _of_json(TEXTS[name], _written(checkpoint / name, lambda: opened(checkpoint)))
 
 
 for _component in ("unet", "vae", "text_encoder"):
@@ -185,11 +191,7 @@ def _shard_index(folder: Path, _: Path) -> Target:
 
     checkpoint = outline_in_shards(folder / "checkpoint")
 
-    def use(content: bytes) -> object:
-        (checkpoint / INDEX).write_bytes(content)
-        return opened(checkpoint)
-
-    return _of_json(SHARDS, use)
+    return _of_json(SHARDS, _written(checkpoint / INDEX, lambda: opened(checkpoint)))
 
 
 def _of_vocabulary(name: str, folder: Path, _: Path) -> Target:
@@ -198,10 +200,7 @@ def _of_vocabulary(name: str, folder: Path, _: Path) -> Target:
     checkpoint = outline_with_vocabulary(folder / "checkpoint")
     path = checkpoint / "tokenizer" / name
 
-    def use(content: bytes) -> object:
-        path.write_bytes(content)
-        return opened(checkpoint)
-
+    use = _written(path, lambda: opened(checkpoint))
     return Target(path.read_bytes(), use, VOCABULARY if name == "vocab.json" else None)
 
 
@@ -217,11 +216,7 @@ def _recording(folder: Path, _: Path) -> Target:
 
     case = recording(folder / "case")
 
-    def use(content: bytes) -> object:
-        (case / "case.json").write_bytes(content)
-        return loaded(case)
-
-    return _of_json(CASE, use)
+    return _of_json(CASE, _written(case / "case.json", lambda: loaded(case)))
 
 
 @_target("recording's archive")

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from threads_requests import HAT, MAN
 
@@ -83,20 +84,10 @@ class Scene:
             self.verbs["export"] = ["export", str(checkpoint), "--out", "bundle"]
             self.verbs["verify"] = ["verify", self.bundle, "--checkpoint", str(checkpoint), "--steps", "2"]
 
-    def run(
-        self,
-        arguments: Sequence[str],
-        folder: Path,
-        *,
-        addresses: int | None = None,
-        environment: Mapping[str, str] | None = None,
-        seconds: float = SECONDS,
-        ends: bool = True,
-    ) -> Ended:
-        """Run a verb in a folder that is made for it. `ends`: else, once it serves, it is told to end."""
+    def run(self, arguments: Sequence[str], folder: Path, **limits: Any) -> Ended:
+        """Run a verb in a folder that is made for it. `limits`: those of `limited`."""
         folder.mkdir()
-        command = [sys.executable, "-m", "magicface_rt.cli", *arguments]
-        return limited(command, folder, addresses=addresses, environment=environment, seconds=seconds, ends=ends)
+        return limited([sys.executable, "-m", "magicface_rt.cli", *arguments], folder, **limits)
 
 
 def limited(

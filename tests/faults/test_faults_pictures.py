@@ -67,7 +67,7 @@ def test_the_largest_picture_of_sixteen_bits_takes_no_gigabytes(mode: str, tmp_p
 
 @pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1)])
 def test_a_picture_that_is_a_line_is_refused_before_it_is_resampled(size: tuple[int, int], tmp_path: Path) -> None:
-    """31 kB held 16,000,000 x 1 pixels, within all other bounds, for which resampling took a gigabyte."""
+    """Resampling takes memory for each pixel of a side, of which some kilobytes may hold millions."""
     path = tmp_path / "line.png"
     Image.new("L", size, 255).save(path)
     for read, error in ((read_picture, ImageError), (read_mask, MaskError)):
