@@ -257,6 +257,30 @@ def test_rays_processes_find_a_token_of_their_own_and_none_of_the_services(monke
     assert os.environ["RAY_AUTH_TOKEN"] == "mine"
 
 
+@pytest.mark.ray
+def test_a_process_starts_one_ray_after_another(tmp_path: Path) -> None:
+    """Each has a token of its own, where Ray would keep the first one. The process's own Ray starts afterwards, too."""
+    code = (
+        "import ray\n"
+        "from magicface_rt.serve.ray import RayPlan\n"
+        "from magicface_rt.serve.ray.cluster import started\n"
+        "for _ in range(2):\n"
+        "    with started(RayPlan('bundle', 'concepts', replicas=(1, 1)), told=print):\n"
+        "        print('answered', ray.get(ray.remote(lambda: 3).remote()))\n"
+        "ray.init(address='local', num_cpus=1, include_dashboard=False)\n"
+        "print('answered', ray.get(ray.remote(lambda: 4).remote()))\n"
+        "ray.shutdown()\n"
+    )
+    names = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    environment = {name: value for name, value in os.environ.items() if name not in names} | {"HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=600
+    )
+    said = [line for line in done.stdout.splitlines() if line.startswith("answered")]
+    assert said == ["answered 3", "answered 3", "answered 4"], done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 class Failing:
     """A service on Ray of which everything that it is asked for fails so."""
 

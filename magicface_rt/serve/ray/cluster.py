@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -129,6 +130,12 @@ def started(plan: RayPlan, *, told: Callable[[str], object] = logger.info) -> It
         DeviceError: there are fewer GPUs than replicas.
     """
     plan = replace(plan, tokens=Tokens.read(plan.token_file) if plan.tokens is None else plan.tokens)
+    ray: Any = sys.modules.get("ray")  # imported not before its environment is there
+    if ray is not None and ray.is_initialized():
+        raise OptionError(
+            "this process is connected to a Ray already, and the service starts one of its own. Serve in another "
+            "process, or deploy on that Ray: ray.serve.run(magicface_rt.serve.ray.application({...}))."
+        )
     with _environment():
         yield from _started(plan, told)
 
@@ -141,22 +148,19 @@ def _environment() -> Iterator[None]:
         os.environ.setdefault(name, value)
     _set_token()
     os.environ.pop(TOKENS_VARIABLE, None)
+    _read_token_anew()
     try:
         yield
     finally:
-        for name in {"RAY_AUTH_TOKEN", TOKENS_VARIABLE}:
+        for name in {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", TOKENS_VARIABLE}:
             os.environ.pop(name, None)
             if name in before:
                 os.environ[name] = before[name]
+        _read_token_anew()
 
 
 def _started(plan: RayPlan, told: Callable[[str], object]) -> Iterator[RayPlan]:
-    ray: Any = importlib.import_module("ray")  # not before its environment is there
-    if ray.is_initialized():
-        raise OptionError(
-            "this process is connected to a Ray already, and the service starts one of its own. Serve in another "
-            "process, or deploy on that Ray: ray.serve.run(magicface_rt.serve.ray.application({...}))."
-        )
+    ray: Any = importlib.import_module("ray")
     folder = tempfile.mkdtemp(prefix="magicface-ray-", dir="/tmp")  # sockets are in it, whose paths must be short
     processors = max(os.cpu_count() or 1, round(plan.range[1] * plan.cpus + 0.5))
     try:
@@ -221,6 +225,18 @@ def _set_token() -> None:
     wanted = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
     if wanted and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _read_token_anew() -> None:
+    """Let Ray forget the token that it has read: it keeps the first one for as long as the process lives, and what this
+    process starts next has another.
+
+    That needs a part of Ray that Ray does not document. A Ray without it starts once in a process, as ever.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        part: Any = importlib.import_module("ray._raylet")
+        part.Config.initialize("")  # whether a token is asked for; first, as a thread of Ray's may read one at once
+        part.AuthenticationTokenLoader.instance().reset_cache()
 
 
 class Running:
