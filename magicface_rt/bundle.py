@@ -174,16 +174,27 @@ class Bundle:
         Raises:
             BundleError: a file was written to since, or cannot be looked at.
         """
+        said = self.written_to()
+        if said is not None:
+            raise BundleError(said)
+
+    def written_to(self) -> str | None:
+        """What `check_unwritten` says of the first file that was written to; None where none was.
+
+        Raises:
+            BundleError: a file cannot be looked at, for now.
+        """
         for name, opened in self.stamps.items():
             try:
                 found = opened.rewritten(os.path.join(self.path, name))
             except OSError as error:
                 raise BundleError(f"bundle {self.path}: {name} cannot be looked at: {error}.") from error
             if found is not None:
-                raise BundleError(
+                return (
                     f"bundle {self.path}: {name} was written to since the bundle was opened: {found}, expected "
                     f"{opened}. Open it again, and replace a bundle that is in use by renaming only."
                 )
+        return None
 
     @classmethod
     def open(

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..errors import (
+    BundleError,
     Cancelled,
     DeadlineError,
     DrainingError,
@@ -113,6 +114,7 @@ class LocalService(Service):
         self._arriving = 0
         self._closed = False
         self._looking: asyncio.Task[None] | None = None
+        self._spoilt: BundleError | None = None
 
     # ------------------------------------------------------------------------------------------------ beginning, ending
 
@@ -121,9 +123,11 @@ class LocalService(Service):
         self._looking = asyncio.ensure_future(self._look())
 
     def failure(self) -> BaseException | None:
-        return self.engine.failure
+        return self.engine.failure or self._spoilt
 
     def not_ready(self) -> str | None:
+        if self._spoilt is not None:
+            return "a file of its bundle was written to."
         if self.engine.failure is not None:
             return "a thread that computes has ended." if self.engine.warm else "the warm-up failed."
         if self.engine.draining:
@@ -358,7 +362,9 @@ class LocalService(Service):
             use.job = None
 
     async def _look(self) -> None:
-        """Let go of what other processes erase, though nobody asks for it here any more."""
+        """Notice what happens to files though nobody asks for them: concepts that other processes erase are let go of,
+        and a bundle that was written to, with which no request can be done any more, is a failure.
+        """
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
@@ -367,6 +373,12 @@ class LocalService(Service):
                     await self._scrubbed()
             except Exception as error:  # such as a folder that cannot be read now; it looks again
                 logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
+            try:
+                said = await self._in(self._files, self._session.bundle.written_to)
+                if said is not None:
+                    self._spoilt = BundleError(said)
+            except MagicFaceError as error:  # likewise
+                logger.warning("%s", error)
 
     async def _scrubbed(self, end: float = math.inf) -> str | None:
         """Have the Sessions let go of what nobody keeps any more, when what runs has ended. Where something is left.

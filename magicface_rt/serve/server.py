@@ -67,6 +67,7 @@ def serve(
     Raises:
         OptionError: the port is in use, or the address is none of this machine's.
         BackendMissingError: the page needs an extra that is not installed.
+        BundleError: a file of the bundle was written to, so no request can be done any more.
         MagicFaceError: the warm-up failed, or a thread that computes has ended.
     """
     sessions, settings = tuple(sessions), settings or ServeSettings()

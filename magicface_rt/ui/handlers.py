@@ -114,7 +114,7 @@ class Handlers:
             outcome = run.outcome
             files = form.files()
             yield {
-                status: saying.note(f"Done in {outcome.timings['total']:.1f} seconds."),
+                status: saying.done(outcome),
                 self.views.result: result_html(outcome, order),
                 self.views.timings: timings_html(outcome),
                 self.views.python: python_call(order, files, self.facts),

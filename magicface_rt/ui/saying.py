@@ -6,19 +6,33 @@ from html import escape
 
 from ..request import Progress
 from ..serve.problems import Problem
+from ..serve.service import Outcome
 from .form import Form
 
-__all__ = ["cancelled", "note", "progressing", "refused", "started", "waiting"]
+__all__ = ["cancelled", "done", "note", "progressing", "refused", "started", "waiting"]
 
 STAGES = {
     "rsa": "first stage (RSA): every place may look at every photograph",
     "rba": "second stage (RBA): every place looks at its own concept only",
 }
 
+MEANT = {"mask-stretched"}
+"""Kinds of warnings that say nothing here: the page paints masks smaller than a large photograph."""
+
 
 def note(text: str) -> str:
     """A line that a screen reader reads out when it comes."""
     return f'<div class="mf-status"><p role="status">{escape(text)}</p></div>'
+
+
+def done(outcome: Outcome) -> str:
+    """It was made; and what was done to the photographs and masks that may not have been meant."""
+    told = "".join(f"<li>{escape(one.detail)}</li>" for one in outcome.warnings if one.kind not in MEANT)
+    text = f"Done in {outcome.timings['total']:.1f} seconds."
+    if not told:
+        return note(text)
+    text += " Something was done that may not have been meant:"
+    return f'<div class="mf-status"><div role="status"><p>{escape(text)}</p><ul>{told}</ul></div></div>'
 
 
 def waiting(before: int) -> str:

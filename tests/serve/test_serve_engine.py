@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ import pytest
 from loopback import PROMPT, Gated, Oracle, concept, png, running, until
 
 from magicface_rt import Cancelled, MagicFaceError, NonFiniteError, OptionError, Options, Request
-from magicface_rt.errors import DeadlineError, DrainingError, QueueFullError
+from magicface_rt.errors import BundleError, DeadlineError, DrainingError, QueueFullError
 from magicface_rt.serve.engine import Engine, Observer
 from magicface_rt.serve.fair import FairQueue
 from magicface_rt.serve.job import Job
 from magicface_rt.serve.settings import ServeSettings
+from magicface_rt.stamps import Stamp
 
 MAN = concept("man", 1)
 
@@ -216,6 +218,33 @@ def test_a_service_whose_thread_has_ended_ends(session: Gated) -> None:
         server.service.engine.submit(one)
         until(lambda: not server.thread.is_alive(), "the server goes on with nobody to compute")
         assert server.service.not_ready() == "a thread that computes has ended."
+
+
+def test_a_service_whose_bundle_was_written_to_ends(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request can be done with it any more, so whoever watches over the service shall start it anew."""
+    monkeypatch.setattr("magicface_rt.serve.local.LOOK_SECONDS", 0.1)
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    with (
+        Gated(folder, backend="onnxruntime-cpu", check_hashes=False, threads=1) as session,
+        running(session) as server,
+        server.client() as client,
+    ):
+        client.generate(PROMPT, steps=1)
+        looks: list[bool] = []
+        real = Stamp.rewritten
+        seen = lambda stamp, path: looks.append(True) or real(stamp, path)  # noqa: E731
+        monkeypatch.setattr(Stamp, "rewritten", seen)
+        until(lambda: len(looks) > 3 * len(session.bundle.stamps), "nobody looks")
+        assert client.ready()
+        with (folder / "weights.bin").open("r+b") as file:
+            file.write(b"\1" * 64)
+        until(lambda: not server.thread.is_alive(), "the server goes on with nothing to draw with")
+        assert server.service.not_ready() == "a file of its bundle was written to."
+        failure = server.service.failure()
+        assert isinstance(failure, BundleError)
+        assert "weights.bin was written to since the bundle was opened" in str(failure)
 
 
 def test_an_outcome_that_comes_as_its_owner_gives_up_is_none(engine: Engine) -> None:

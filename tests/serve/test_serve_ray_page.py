@@ -22,7 +22,7 @@ from raylike import TOKEN, OnRay, on_ray, stored_bytes
 
 from magicface_rt import Concept, Reference
 from magicface_rt.serve import ServeSettings
-from tests.ui.paging import Tab, bridged, disc, photograph, png
+from tests.ui.paging import Tab, bridged, disc, dot, photograph, png
 
 pytestmark = pytest.mark.ray
 
@@ -107,6 +107,17 @@ def test_what_a_replica_refuses_stands_on_the_page(http: httpx.Client) -> None:
     status, *_ = Tab(http).generate(BRIDGED, **{**FIELDS, WORD: ["man", "cat"]})
     assert 'role="alert"' in status
     assert "Concept 2, word:" in status
+
+
+def test_what_a_replica_warns_of_stands_on_the_page_and_in_the_answer(service: OnRay, http: httpx.Client) -> None:
+    status, *_ = Tab(http).generate(bridged((1, png(photograph(1)), png(dot()))), **{**FIELDS, WORD: "man"})
+    assert "Done in" in status
+    assert "the mask vanishes on the" in status
+    with service.client() as client:
+        made = client.generate(PROMPT, [Concept("man", Reference(photograph(1), mask=disc((48, 48))))], steps=1)
+        assert [one.kind for one in made.warnings] == ["mask-stretched"]
+        kept = client.put_concept(Concept("man", Reference(photograph(1), mask=disc((48, 48)))))
+        assert [one.kind for one in kept.warnings] == ["mask-stretched"]
 
 
 def test_cancel_stops_the_replica_at_its_next_step(service: OnRay, http: httpx.Client) -> None:

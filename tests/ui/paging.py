@@ -59,6 +59,13 @@ def disc(size: tuple[int, int] = (96, 96)) -> Image.Image:
     return mask
 
 
+def dot(size: tuple[int, int] = (96, 96)) -> Image.Image:
+    """A mask of one place of the finest grid, which the coarser ones do not sample."""
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle((3, 3, 5, 5), fill=255)
+    return mask
+
+
 def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, format="PNG")

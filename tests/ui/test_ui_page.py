@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from gradio import processing_utils
-from paging import Held, Served, Tab, bomb, bridged, disc, photograph, png, served, until
+from paging import Held, Served, Tab, bomb, bridged, disc, dot, photograph, png, served, until
 from PIL import Image
 from writes import Writes
 
@@ -70,6 +70,17 @@ def test_the_picture_is_the_sessions_and_every_step_has_its_regions(tab: Tab, se
     assert shown["stages"] == ["RSA", "RSA", "RBA", "RBA"]
     assert shown["names"] == ["man", "hat"]
     assert "U-Net over the picture" in timings
+
+
+def test_what_was_done_and_may_not_have_been_meant_stands_beside_the_picture(tab: Tab) -> None:
+    status, *_ = generated(tab, bridged((1, MAN, png(dot()))))
+    assert "Done in" in status
+    assert "may not have been meant" in status
+    assert "the mask vanishes on the" in status
+    for mask in (MASK, png(disc((48, 48)))):  # of a large photograph the page sends a smaller mask
+        status, *_ = generated(tab, bridged((1, MAN, mask)))
+        assert "Done in" in status
+        assert "meant" not in status
 
 
 def test_every_field_counts_and_belongs_to_the_concept_in_whose_block_it_stands(tab: Tab, session: Held) -> None:
