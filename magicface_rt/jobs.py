@@ -232,7 +232,10 @@ def _concept(
     if "references" in concept:
         doubled = [key for key in ("image", "mask", "prompt") if key in concept]
         if doubled:
-            raise JobError(f"{prefix}{doubled[0]} stands beside references. Put it into one of the references.")
+            raise JobError(
+                f"{prefix}{doubled[0]} stands beside references, expected only one of both. Put it into one of the "
+                "references."
+            )
         items = [(f"{prefix}references[{k}]", item) for k, item in enumerate(concept["references"])]
     else:
         items = [(where, {key: concept[key] for key in ("image", "mask", "prompt") if key in concept})]
