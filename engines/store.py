@@ -196,7 +196,13 @@ class EngineStore:
                 if os.path.lexists(folder):
                     os.rename(folder, layout.new_part(folder))  # damaged
                 os.rename(part, folder)
-                manifest.sync(folder.parent)
+                try:
+                    manifest.sync(folder.parent)
+                except OSError:
+                    # Whoever is told that it failed must not find it there.
+                    with contextlib.suppress(OSError):
+                        os.rename(folder, part)
+                    raise
         finally:
             layout.remove_parts(folder)
         layout.mark_used(folder)
