@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import stat
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..bundle import CUDA_RUNTIME, Bundle, GraphContract
 from ..errors import BackendError, BackendMissingError, TargetError
+from ..shortage import check_addresses
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
 from .device import Device
@@ -52,6 +54,9 @@ _CUDA_PRECISION = {
     "enable_skip_layer_norm_strict_mode": "1",  # its sums in float32 for float16 tensors as well
 }
 
+ORT_ADDRESSES = 96 << 20
+"""What it takes to load the library; with less the system's loader may end the process."""
+
 logger = logging.getLogger("magicface_rt.onnxruntime")
 
 
@@ -60,10 +65,13 @@ def import_onnxruntime() -> Any:
 
     Raises:
         BackendMissingError: neither wheel is installed; the message names both.
+        HostMemoryError: a limit of addresses leaves too few for it.
     """
     # Official builds report to their maker, and leave an identifier in the temporary folder. The variable is read when
     # the library starts, and later there is no way to have none of it.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    if "onnxruntime" not in sys.modules:
+        check_addresses(ORT_ADDRESSES, "ONNX Runtime")
     try:
         module = importlib.import_module("onnxruntime")
         _ = module.InferenceSession

@@ -13,9 +13,13 @@ from magicface_rt.backends.device import Device, import_cuda
 from magicface_rt.backends.onnxruntime import import_onnxruntime
 from magicface_rt.backends.probe import no_plan_for
 from magicface_rt.errors import BackendMissingError, DeviceError
+from magicface_rt.shortage import check_addresses
 
 from ._bundle_view import grid
 from ._command import JsonOption, command
+
+DOCTOR_ADDRESSES = 192 << 20
+"""Bytes of addresses with fewer of which the system's loader may end the process, as it finds none for a library."""
 
 PACKAGES = (
     "numpy",
@@ -49,6 +53,7 @@ class Finding:
 def doctor(json_to: JsonOption = None) -> None:
     """Say for each backend whether it works here, and how to make it work. Exit code 3 where none does."""
     with command(json_to) as verb:
+        check_addresses(DOCTOR_ADDRESSES, "the doctor, who loads every library that there is,")
         backends = [_backend(name) for name in CONCRETE]
         others = [_builds_plans(), _export_extra()]
         gpu = _gpu()

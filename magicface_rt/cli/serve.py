@@ -16,6 +16,7 @@ import typer
 from magicface_rt import Session
 from magicface_rt.errors import OptionError
 from magicface_rt.serve import module as serving_module
+from magicface_rt.shortage import check_addresses
 from magicface_rt.sizes import parse_size
 from magicface_rt.ui import module as ui_module
 from magicface_rt.warned import MagicFaceWarning
@@ -36,6 +37,10 @@ from ._serve_options import (
     ServingThreadsOption,
     TokensOption,
 )
+
+SERVE_ADDRESSES = 640 << 20
+"""Bytes of addresses with fewer of which the smallest bundle could not be served by as many threads as there are. The
+runtime, where a thread of its own finds too few, ends the process."""
 
 
 def serve(
@@ -92,6 +97,7 @@ def serve(
     SIGTERM or Ctrl-C ends it when the requests that are being done have their answers.
     """
     with command(json_to) as verb:
+        check_addresses(SERVE_ADDRESSES, "the service")
         serving = serving_module("server")
         on_ray = _on_ray(engine, replicas=replicas, device=device)
         if on_ray:

@@ -72,7 +72,7 @@ class Scene:
             "engines prune": ["engines", "prune", *store, "--limit", "1GiB"],
             "build": ["build", self.bundle, "--store", "plans", "--graph", "text_encoder", *portable],
             "bench": [
-                *("bench", self.bundle, "--out", "report", "--concepts", "1", "--contenders", "plain,kept"),
+                *("bench", self.bundle, "--out", "report", "--concepts", "1", "--contenders", "bare,kept"),
                 *("--steps", "2", "--rounds", "1", "--requests", "1", "--parity-steps", "2"),
             ],
             "serve": ["serve", self.bundle, "--port", "0"],
