@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -17,6 +19,8 @@ from time import perf_counter
 from typing import Any
 
 from magicface_rt import Bundle
+from magicface_rt.errors import BackendError
+from magicface_rt.shortage import address_hint
 
 from .contender import Task
 from .counting import rows_of_theory
@@ -77,12 +81,23 @@ def _peaks(settings: Settings, dtypes: set[str]) -> dict[str, Any]:
     """The processor's limits, and the GPU's in the precisions that it is used in; None where they cannot be measured.
 
     In a process of its own, so that no memory of the measuring stays.
+
+    Raises:
+        BackendError: that process was ended.
     """
     wanted = ["cpu"]
     if settings.torch_device != "cpu" or any(not backend.endswith("cpu") for backend in settings.backends):
         wanted += [f"cuda {dtype}" for dtype in sorted(dtypes)]
-    with _numpy_limited_to(settings.threads), multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = {name: pool.apply(peaks_of, (name, settings.threads)) for name in wanted}
+    spawn = multiprocessing.get_context("spawn")
+    # Not multiprocessing's own pool: where its process is ended, it waits for ever.
+    with _numpy_limited_to(settings.threads), ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        try:
+            found = {name: pool.submit(peaks_of, name, settings.threads).result() for name in wanted}
+        except BrokenProcessPool as error:
+            raise BackendError(
+                "the process that measures the machine's peaks was ended; was there not enough memory? "
+                f"{address_hint()}".strip()
+            ) from error
     return {name: None if peak is None else asdict(peak) for name, peak in found.items() if peak or name == "cpu"}
 
 

@@ -35,7 +35,7 @@ from benchmarks.workload import PROMPT, Workload, mask_of_share, sizes_of
 from magicface_rt import Bundle, Session
 from magicface_rt.backends import Binding
 from magicface_rt.cli import main
-from magicface_rt.errors import InputError, OptionError
+from magicface_rt.errors import BackendError, InputError, OptionError
 from tests.locations import ROOT
 
 OURS = "onnxruntime-cpu"
@@ -415,6 +415,16 @@ def test_the_table_says_how_busy_the_machine_was(
     content["machine"].update(quiet=quiet, load_average=[1.81, 1.0, 1.0])
     content["cases"][0]["foreign_load"] = share
     assert says in table.markdown(content)
+
+
+def ended(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_of_the_peaks_that_is_ended_is_an_error_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "peaks_of", ended)
+    with pytest.raises(BackendError, match="measures the machine's peaks was ended; was there not enough memory"):
+        bench._peaks(Settings(bundles=("b",), kinds=("bare",), threads=1), set())
 
 
 def test_peaks_are_measured_with_the_threads_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
