@@ -259,7 +259,7 @@ def _parse(folder: Path, raw: bytes) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if type(found) is int and found > FORMAT:
         raise BundleError(
-            f"bundle {folder}: format version {shown(found)}, and this release reads up to {FORMAT}. "
+            f"bundle {folder}: format version {shown(found)}, expected at most {FORMAT}, which this release reads. "
             "Upgrade magicface_rt, or export the bundle again with this release."
         )
     if type(found) is not int or found != FORMAT:

@@ -7,6 +7,7 @@ manifest or the tokenizer.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -123,14 +124,15 @@ def _plan_manifest(folder: Path, _: Path) -> Target:
 
 @_target("runtime cache")
 def _runtime_cache(folder: Path, _: Path) -> Target:
-    from runtime_caches import BLOB, SOUND, given
+    from runtime_caches import SOUND, given
 
     path = folder / "plan.cache"
 
     def use(content: bytes) -> object:
         path.write_bytes(content)
         found = given(path)
-        assert found == (BLOB if content == SOUND else b"")
+        digest, blob = content[:32], content[32:]  # guided, it finds the right digest of another content
+        assert found == (blob if hashlib.sha256(blob).digest() == digest else b"")
         return found
 
     return Target(SOUND, use)
