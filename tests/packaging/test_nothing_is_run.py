@@ -54,6 +54,7 @@ IMPORTED_BY_NAME = {
     ("magicface_rt/cli/doctor.py", "module"),  # of a table there
     ("magicface_rt/serve/__init__.py", "f'.{name}'"),  # of a table there
     ("magicface_rt/serve/ray/cluster.py", "'ray'"),
+    ("magicface_rt/serve/ray/cluster.py", "'ray._raylet'"),
     ("magicface_rt/ui/__init__.py", "f'.{name}'"),  # of a table there
     ("engines/flavour.py", "name.replace('-', '_')"),  # of FLAVOURS
 }
