@@ -53,7 +53,7 @@ class Finding:
 def doctor(json_to: JsonOption = None) -> None:
     """Say for each backend whether it works here, and how to make it work. Exit code 3 where none does."""
     with command(json_to) as verb:
-        check_addresses(DOCTOR_ADDRESSES, "the doctor, who loads every library that there is,")
+        check_addresses(DOCTOR_ADDRESSES, "doctor, which loads every library that there is,")
         backends = [_backend(name) for name in CONCRETE]
         others = [_builds_plans(), _export_extra()]
         gpu = _gpu()

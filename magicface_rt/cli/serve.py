@@ -39,8 +39,8 @@ from ._serve_options import (
 )
 
 SERVE_ADDRESSES = 640 << 20
-"""Bytes of addresses with fewer of which the smallest bundle could not be served by as many threads as there are. The
-runtime, where a thread of its own finds too few, ends the process."""
+"""Bytes of addresses with fewer of which even the smallest bundle was not always served: the runtime, where a thread of
+its own finds too few, ends the process."""
 
 
 def serve(

@@ -25,10 +25,13 @@ from PIL import Image
 from threads_requests import HAT, MAN, PROMPT
 
 from magicface_rt import Concept, KeptConcept, MemoryPlan, Options, Reference, Request, Session
+from magicface_rt.backends.onnxruntime import ORT_ADDRESSES, import_onnxruntime
 from magicface_rt.bundle import Bundle
 from magicface_rt.cli import main
 from magicface_rt.cli._command import TORCH_ADDRESSES, export_module
 from magicface_rt.cli.build import BUILD_ADDRESSES
+from magicface_rt.cli.doctor import DOCTOR_ADDRESSES
+from magicface_rt.cli.serve import SERVE_ADDRESSES
 from magicface_rt.encoding import load_references
 from magicface_rt.errors import BackendError, BuildError, DeviceMemoryError, HostMemoryError, InputError, PromptError
 from magicface_rt.kept.memory import request_bytes
@@ -169,11 +172,7 @@ def test_too_few_addresses_are_said_by_every_verb(
 ) -> None:
     """All over the range, and then where it ends: the verb itself was short of memory, and not the command line."""
     limits, steps = Limits(scene, verb, tmp_path), (4, 24, 48, 96, 160, 256, 320, 384, 416, 448, 512, 640, 1024, 1536)
-    ways: dict[int, bool] = {}
-    for more in steps:
-        ways[least + more * MIB] = limits.refused(least + more * MIB)
-        if len(ways) > 2 and not any(list(ways.values())[-3:]):
-            break  # three times enough in turn: more is enough as well, and takes the time of the whole verb
+    ways = {least + more * MIB: limits.refused(least + more * MIB) for more in steps}
     most = max((size for size, refused in ways.items() if refused), default=unread)
     enough = [size for size in ways if size > most]
     if enough:
@@ -457,6 +456,42 @@ def test_a_plan_is_not_begun_with_too_few_addresses(
     left += 1
     assert main(build) == BackendError.exit_code
     assert begun == ["tensorrt-rtx"]
+
+
+@pytest.mark.parametrize(
+    ("command", "needs", "least"),
+    [
+        (["doctor"], "doctor, which loads every library that there is, needs 201 MB", DOCTOR_ADDRESSES),
+        (["serve", "nowhere"], "the service needs 671 MB", SERVE_ADDRESSES),
+        (["ui", "nowhere"], "the service needs 671 MB", SERVE_ADDRESSES),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_that_the_runtime_would_end_is_not_begun_with_too_few_addresses(
+    command: list[str],
+    needs: str,
+    least: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left = least - 1
+    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", left)])
+    assert main(command) == 3
+    assert f"{needs} of addresses. By its limit" in capsys.readouterr().err
+    left += 1
+    main(command)
+    assert "of addresses. By its limit" not in capsys.readouterr().err
+
+
+def test_onnxruntime_is_not_loaded_with_too_few_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is loaded nothing more is needed for that."""
+    left = ORT_ADDRESSES - 1
+    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", left)])
+    import_onnxruntime()
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    with pytest.raises(HostMemoryError, match=r"ONNX Runtime needs 101 MB of addresses\. By its limit"):
+        import_onnxruntime()
+    assert "onnxruntime" not in sys.modules
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -234,7 +234,11 @@ def test_a_service_whose_bundle_was_written_to_ends(
         client.generate(PROMPT, steps=1)
         looks: list[bool] = []
         real = Stamp.rewritten
-        seen = lambda stamp, path: looks.append(True) or real(stamp, path)  # noqa: E731
+
+        def seen(stamp: Stamp, path: str) -> Stamp | None:
+            looks.append(True)
+            return real(stamp, path)
+
         monkeypatch.setattr(Stamp, "rewritten", seen)
         until(lambda: len(looks) > 3 * len(session.bundle.stamps), "nobody looks")
         assert client.ready()
