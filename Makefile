@@ -41,16 +41,18 @@ demo: venv  ## the whole chain on the miniature that is shipped: export, picture
 	$(VENV)/bin/magicface-rt demo
 
 # A file's tests share what they made.
-BESIDE := -n $(JOBS) --dist loadfile
+BESIDE  := -n $(JOBS) --dist loadfile
+RESUMED := $(if $(RESUME),--resume)
 
 test: lint types  ## lint, types and the quick tests
 	$(VENV)/bin/python -m pytest -q $(BESIDE) -m "not slow and not full and not gpu"
 
+# Hours on two cores. RESUME=1 leaves out what passed before at this very commit: tests/record.py.
 # The slow files first, as tests/conftest.py has them. The full-size network alone: two at once would not fit into 24 GB.
 test-all: lint types  ## all tests that need no GPU: every recording, the full-size network, the slow properties
 	@failed=0; set -x; \
-	$(VENV)/bin/python -m pytest -q $(BESIDE) --no-loadscope-reorder -m "not gpu and not full" || failed=1; \
-	$(VENV)/bin/python -m pytest -q -m "full and not gpu" || failed=1; \
+	$(VENV)/bin/python -m pytest -q $(RESUMED) $(BESIDE) --no-loadscope-reorder -m "not gpu and not full" || failed=1; \
+	$(VENV)/bin/python -m pytest -q $(RESUMED) -m "full and not gpu" || failed=1; \
 	exit $$failed
 
 lint: venv  ## ruff: rules and format

@@ -51,6 +51,18 @@ def test_all_tests_are_run_and_any_that_fails_is_told(environment: Path, fails: 
     assert (done.returncode == 0) is passes
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_all_tests_go_on_where_they_were_ended_if_asked(environment: Path, resume: bool) -> None:
+    subprocess.run(
+        ["make", "-C", str(ROOT), f"VENV={environment}", "test-all", *["RESUME=1"] * resume],
+        env={**os.environ, "FAILS": "nothing that is asked", "MAKEFLAGS": ""},
+        check=True,
+        capture_output=True,
+    )
+    asked = [line for line in (environment / "bin" / "said").read_text().splitlines() if line.startswith("python")]
+    assert ["--resume" in line for line in asked] == [resume, resume]
+
+
 def test_nothing_is_tested_where_lint_fails(environment: Path) -> None:
     done = subprocess.run(
         ["make", "-C", str(ROOT), f"VENV={environment}", "test-all"],
