@@ -40,18 +40,18 @@ wheel: venv  ## the wheel, the same bytes every time: dist/*.whl
 demo: venv  ## the whole chain on the miniature that is shipped: export, pictures, sheet, parity
 	$(VENV)/bin/magicface-rt demo
 
-# A file's tests share what they made.
-BESIDE  := -n $(JOBS) --dist loadfile
+# A file's tests share what they made. The files that take long come first, as tests/conftest.py has them.
+BESIDE  := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 RESUMED := $(if $(RESUME),--resume)
 
 test: lint types  ## lint, types and the quick tests
 	$(VENV)/bin/python -m pytest -q $(BESIDE) -m "not slow and not full and not gpu"
 
 # Hours on two cores. RESUME=1 leaves out what passed before at this very commit: tests/record.py.
-# The slow files first, as tests/conftest.py has them. The full-size network alone: two at once would not fit into 24 GB.
+# The full-size network alone: two at once would not fit into 24 GB.
 test-all: lint types  ## all tests that need no GPU: every recording, the full-size network, the slow properties
 	@failed=0; set -x; \
-	$(VENV)/bin/python -m pytest -q $(RESUMED) $(BESIDE) --no-loadscope-reorder -m "not gpu and not full" || failed=1; \
+	$(VENV)/bin/python -m pytest -q $(RESUMED) $(BESIDE) -m "not gpu and not full" || failed=1; \
 	$(VENV)/bin/python -m pytest -q $(RESUMED) -m "full and not gpu" || failed=1; \
 	exit $$failed
 

@@ -51,6 +51,6 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files with slow tests come first, or at the end one process would wait for another."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """The files that take long come first, or at the end one process would wait for another."""
+    slow, ray = ({item.path for item in items if item.get_closest_marker(name)} for name in ("slow", "ray"))
+    items.sort(key=lambda item: (item.path not in slow, item.path not in ray))
