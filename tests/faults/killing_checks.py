@@ -16,22 +16,34 @@ from magicface_rt.bundle import Bundle
 from magicface_rt.provenance import read_provenance
 
 RESULT = ["image-0.png", "regions-0.png", "regions.npz", "run.json"]
+SAID = ("software", "bundle_hash", "backend", "prompt", "options")
+"""What a result's run.json and each of its pictures say alike."""
+
+
+def whole_result(path: Path) -> dict[str, Any]:
+    """What run.json says of a result of one picture whose files are all whole, and of the same request."""
+    assert sorted(os.listdir(path)) == RESULT
+    run: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    for name in ("image-0.png", "regions-0.png"):
+        provenance = read_provenance(path / name)  # reads all of it
+        assert provenance is not None
+        assert {key: provenance[key] for key in SAID} == {key: run[key] for key in SAID}, name
+    with Image.open(path / "image-0.png") as image:
+        assert list(image.size) == run["size"]
+    with np.load(path / "regions.npz") as arrays:
+        assert len(arrays["regions"]) == len(run["images"]) == 1
+        assert len(arrays["concept_names"]) == len(run["concepts"])
+    return run
 
 
 def result_at(path: Path) -> int | None:
     """The mark of the result that stands there; None where none does."""
     if not os.path.lexists(path):
         return None
-    assert sorted(os.listdir(path)) == RESULT
-    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    mark = int(run["prompt"].removeprefix("a man, "))
+    mark = int(whole_result(path)["prompt"].removeprefix("a man, "))
     expected = made_result(mark)
     with Image.open(path / "image-0.png") as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(expected.images[0]))
-    for name in ("image-0.png", "regions-0.png"):
-        provenance = read_provenance(path / name)  # reads all of it
-        assert provenance is not None
-        assert provenance["prompt"] == run["prompt"]
     with np.load(path / "regions.npz") as arrays:
         np.testing.assert_array_equal(arrays["regions"], expected.regions)
     return mark

@@ -37,6 +37,7 @@ from magicface_rt.errors import BackendError, BuildError, DeviceMemoryError, Hos
 from magicface_rt.kept.memory import request_bytes
 from magicface_rt.preparing import load_bare
 from magicface_rt.shortage import _group_limits, shortage, told_as_ours
+from tests.runtime.drawn_backend import Drawn
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory as Linux tells it")
 
@@ -246,17 +247,18 @@ class Short:
 def test_a_session_that_ran_out_of_memory_goes_on(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """numpy finds no memory at one of many places of a request; each time it is said, and the next picture is right."""
     tried = 0
-    with Session(bundle, backend=Hollow(), keep="8MiB") as session:
+    with Session(bundle, backend=Drawn(), keep="8MiB") as session:
 
-        def ask(short: Short, fails: int = -1) -> np.ndarray:
+        def ask(short: Short, fails: int = -1, **options: Any) -> np.ndarray:
             session.forget()
             short.calls, short.fails = 0, fails
             with monkeypatch.context() as patch:
                 patch.setattr(np, short.name, short)
-                return session.generate(PROMPT, [MAN, HAT], steps=3, seed=1).latents
+                return session.generate(PROMPT, [MAN, HAT], **{"steps": 3, "seed": 1, **options}).latents
 
         for name in ("zeros", "concatenate", "full", "repeat"):
             short = Short(name)
+            assert not np.array_equal(ask(short), ask(short, reference_seed=1)), "keys do not show in the latents"
             expected = ask(short)
             for fails in range(0, short.calls, max(1, short.calls // 10)):
                 with pytest.raises(HostMemoryError, match="Unable to allocate"):
