@@ -91,6 +91,14 @@ def test_an_error_is_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(report.read_text())["error"]["kind"] == "UsageError"
 
 
+def test_a_report_replaces_the_file_that_is_named(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text("of yesterday, and longer than what comes now" * 100)
+    assert main(["inspect", str(tmp_path / "none"), "--json", str(report)]) == 2
+    assert json.loads(report.read_text())["error"]["kind"] == "BundleError"
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills itself by a signal")
 def test_what_a_killed_command_left_of_its_json_goes_when_it_is_given_again(tmp_path: Path) -> None:
     killed = "import os; os.replace = lambda *_: os.kill(os.getpid(), 9)\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -342,6 +343,28 @@ def test_other_files_are_refused(tmp_path: Path, name: str, message: str) -> Non
     (tmp_path / name).write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError, match=message):
         Checkpoint.open(tmp_path / name)
+
+
+class Runs:
+    """Pickled, it makes a file when it is read."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.ran,)
+
+
+@pytest.mark.parametrize("place", ["a file", "a folder"])
+def test_a_pickle_that_is_named_safetensors_is_refused_and_not_run(folder: Path, tmp_path: Path, place: str) -> None:
+    path, ran = (tmp_path / "model.safetensors" if place == "a file" else folder / UNET), tmp_path / "ran"
+    content = pickle.dumps({"conv_in.weight": Runs(ran)})
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"safetensors"):
+        Checkpoint.open(path if place == "a file" else folder).load_unet()
+    assert not ran.exists()
+    pickle.loads(content)
+    assert ran.exists(), "it is no pickle that runs"
 
 
 def test_nothing_there_is_refused(tmp_path: Path) -> None:

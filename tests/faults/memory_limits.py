@@ -21,11 +21,11 @@ SECONDS = 300
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended. `files`: what it left, relative to its folder. `hung`: it had to be killed."""
+    """How a process ended. `left`: files and folders, relative to its own folder. `hung`: it had to be killed."""
 
     code: int
     said: str
-    files: tuple[str, ...]
+    left: tuple[str, ...]
     hung: bool = False
 
     @property
@@ -99,7 +99,9 @@ def limited(
     seconds: float = SECONDS,
     ends: bool = True,
 ) -> Ended:
-    """Run a command in a folder. `ends`: else, once it is ready, it is told to end."""
+    """Run a command in a folder, which has its temporary files too. `ends`: else it is told to end once it is ready."""
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
 
     def limit() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -114,7 +116,7 @@ def limited(
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, "TMPDIR": str(temporary), **(environment or {})},
         preexec_fn=limit,
     )
     assert process.stderr is not None
@@ -134,8 +136,8 @@ def limited(
     code = process.wait()
     watch.cancel()
     process.stderr.close()
-    files = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()))
-    return Ended(code, said, files, over.is_set())
+    left = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path != temporary))
+    return Ended(code, said, left, over.is_set())
 
 
 def largest_refused(refused: int, done: int, is_refused: Callable[[int], bool], step: int = 1 << 20) -> int:

@@ -84,7 +84,7 @@ ODD_HEADERS += ["Wed, 21 Oct 9999 07:28:00 +9999999999999", "text/event-stream; 
 
 
 @inputs
-def test_any_headers(inputs: int, stranger: Stranger) -> None:
+def test_any_headers_of_an_answer(inputs: int, stranger: Stranger) -> None:
     names = ["content-type", "content-encoding", "retry-after", "content-length", "location", "set-cookie", "x" * 3000]
     headers = st.dictionaries(st.sampled_from(names), st.sampled_from(ODD_HEADERS) | st.text(max_size=12), max_size=4)
     statuses = st.sampled_from([100, 200, 201, 204, 206, 301, 307, 400, 401, 404, 418, 429, 500, 503, 599])
@@ -253,7 +253,7 @@ def test_the_largest_answer_of_a_service_is_read() -> None:
 @pytest.mark.parametrize(
     ("side", "count", "said"), [(8001, 1, "more than the 64,000,000"), (7999, 5, "more than the 256,000,000")]
 )
-def test_a_picture_of_more_pixels_than_are_read(side: int, count: int, said: str) -> None:
+def test_a_picture_of_an_answer_of_more_pixels_than_are_read(side: int, count: int, said: str) -> None:
     """Each is some kilobytes of an answer, and would be hundreds of megabytes in memory."""
     file = io.BytesIO()
     Image.new("1", (side, side)).save(file, "PNG")

@@ -126,7 +126,7 @@ def test_a_manifest_with_a_value_that_no_exporter_writes(case: str, shared: Path
 
 
 @pytest.mark.parametrize("key", ["format", "height", "files", "sha256", "tokenizer", WEIGHTS])
-def test_a_key_that_stands_twice(key: str, shared: Path, manifest: Any) -> None:
+def test_a_key_of_a_manifest_that_stands_twice(key: str, shared: Path, manifest: Any) -> None:
     (shared / MANIFEST).write_text(with_key_twice(json.dumps(manifest), key))
     with pytest.raises(BundleError, match=f"'{key}' stands twice"):
         Bundle.open(shared, check_hashes=False)

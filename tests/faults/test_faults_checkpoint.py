@@ -163,7 +163,7 @@ def test_a_length_without_limit_is_that_of_the_text_encoder(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("key", ["in_channels", "sample_size"])
-def test_a_key_that_stands_twice(key: str, folder: Path) -> None:
+def test_a_key_of_a_config_that_stands_twice(key: str, folder: Path) -> None:
     (folder / "unet/config.json").write_text(with_key_twice(json.dumps(TINY.unet), key, "9"))
     with pytest.raises(CheckpointError, match=f"'{key}' stands twice"):
         Checkpoint.open(folder)

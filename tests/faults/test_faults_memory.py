@@ -83,10 +83,10 @@ def check_refusal(verb: str, addresses: int, ended: Ended, folder: Path) -> str:
     assert ended.code in (2, 3), where
     assert "memory" in ended.last or "addresses" in ended.last, where
     assert any(line.startswith("error: ") for line in ended.said.splitlines()), where
-    done = [file for file in ended.files if verb == "prepare" and file.endswith(".concept")]
-    assert [file for file in ended.files if file not in done] == [], f"{where}: left {ended.files}"
-    for file in done:  # of two concepts the first, which was done before there was too little
-        KeptConcept.load(folder / file)
+    done = [path for path in ended.left if verb == "prepare" and path.endswith(".concept")]
+    assert set(ended.left) == {*done, *(["kept"] if done else ())}, f"{where}: left {ended.left}"
+    for path in done:  # of two concepts the first, which was done before there was too little
+        KeptConcept.load(folder / path)
     return "refused"
 
 

@@ -106,7 +106,7 @@ def test_a_name_that_no_folder_can_have(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["steps", "beta_start", "eps_u"])
-def test_a_key_that_stands_twice(key: str, folder: Path) -> None:
+def test_a_key_of_a_recording_that_stands_twice(key: str, folder: Path) -> None:
     (folder / "case.json").write_text(with_key_twice(json.dumps(CASE), key))
     with pytest.raises(RecordingError, match=f"'{key}' stands twice"):
         Recording.load(folder)

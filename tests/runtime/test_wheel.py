@@ -13,6 +13,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import figures
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +122,7 @@ def test_a_users_program_is_checked_against_the_types_in_the_wheel(wheel: Path, 
 def test_the_wheel_generates_without_torch(version: str, wheel: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     found = interpreter(version)
     if found is None:
+        figures.tell("wheel", f"Python {version}", "not run: there is none on this machine")
         pytest.skip(f"there is no Python {version} on this machine: the wheel was not run on it")
     subprocess.run([found, "-m", "venv", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
@@ -138,3 +140,4 @@ def test_the_wheel_generates_without_torch(version: str, wheel: Path, tiny_bundl
     assert done.stdout.strip() == f"(256, 256) ({major}, {minor})"
     assert (tmp_path / "out" / "image-0.png").is_file()
     assert subprocess.run([python, "-m", "magicface_rt.cli", "doctor"], cwd=tmp_path, check=False).returncode == 0
+    figures.tell("wheel", f"Python {version}", "installed, drew a picture, and its doctor was fine")

@@ -272,7 +272,7 @@ def test_what_was_sent_is_not_repeated_in_the_answer(http: httpx.Client) -> None
         (b'{"prompt": "a", "\\ud800": 1, "\\ud800": 2}', "\\ud800"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused(http: httpx.Client, session: Gated, body: bytes, key: str) -> None:
+def test_a_key_of_a_body_that_stands_twice(http: httpx.Client, session: Gated, body: bytes, key: str) -> None:
     """As in a job; one reader takes the first, another the last."""
     answer = http.post("/v1/images", content=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["kind"]) == (422, "body"), answer.text
