@@ -34,7 +34,9 @@ class Before:
     tally: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add(self, file: Path) -> None:
-        """Adds a run's record, where it is of this commit. Its last line may have been cut off."""
+        """Adds a run's record, where it is of this commit. Its last line may have been cut off. What a test that failed
+        had tried counts, and counts again when it is run again.
+        """
         tried: dict[tuple[int, str], dict[str, int]] = {}
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
             try:
@@ -56,6 +58,7 @@ class Before:
 
 
 _before = Before()
+_left_out = 0
 _put_down: dict[str, Any] = {"figures": {}, "tally": {}}
 _fell = pytest.StashKey[bool]()
 
@@ -108,7 +111,9 @@ def pytest_configure_node(node: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    global _left_out
     if left_out := [item for item in items if item.nodeid in _before.passed]:
+        _left_out = len(left_out)
         items[:] = [item for item in items if item.nodeid not in _before.passed]
         config.hook.pytest_deselected(items=left_out)
 
@@ -148,14 +153,16 @@ def _write(line: dict[str, Any]) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: all goes to the one that reports
-        session.config.workeroutput.update(_counted())
-    elif exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and _before.passed:
+        session.config.workeroutput.update(_counted(), left_out=_left_out)
+    elif exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and _left_out:
         session.exitstatus = pytest.ExitCode.OK  # all had passed
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
+    global _left_out
     output = getattr(node, "workeroutput", {})
+    _left_out = max(_left_out, output.get("left_out", 0))
     for subject, told in output.get("figures", {}).items():
         figures.FIGURES.setdefault(subject, {}).update(told)
     tallies.add(output.get("tally", {}))
