@@ -16,8 +16,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..bundle import CUDA_RUNTIME, Bundle, GraphContract
+from ..cores import cores
 from ..errors import BackendError, BackendMissingError, TargetError
-from ..shortage import check_addresses
+from ..shortage import check_addresses, share_heap, stack_bytes
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
 from .device import Device
@@ -57,6 +58,9 @@ _CUDA_PRECISION = {
 ORT_ADDRESSES = 96 << 20
 """What it takes to load the library; with less the system's loader may end the process."""
 
+THREADS_ADDRESSES = 16 << 20
+"""What is left beside the stacks of a graph's threads as they start: without it they may end the process."""
+
 logger = logging.getLogger("magicface_rt.onnxruntime")
 
 
@@ -72,6 +76,7 @@ def import_onnxruntime() -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if "onnxruntime" not in sys.modules:
         check_addresses(ORT_ADDRESSES, "ONNX Runtime")
+        share_heap()
     try:
         module = importlib.import_module("onnxruntime")
         _ = module.InferenceSession
@@ -160,6 +165,8 @@ class OnnxRuntime(Backend):
                 f"bundle {bundle.path} is in bf16, which {self.name} does not serve: numpy and ONNX Runtime's CPU "
                 "provider have no such type. Export it in fp32 (CPU) or fp16."
             )
+        threads = self._threads or cores()
+        check_addresses(THREADS_ADDRESSES + (threads - 1) * stack_bytes(), f"a graph that runs on {threads} threads")
         path = bundle.path / self._file(contract)
         subject = f"graph {graph} of bundle {bundle.path}: {self.name} refused {path.name} ({bundle.dtype})"
         profile = self._profile(bundle, contract)

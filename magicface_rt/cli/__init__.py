@@ -62,8 +62,9 @@ def _loaded() -> ModuleType:
         whatever too little memory raises elsewhere.
     """
     if "numpy" not in sys.modules:
-        from magicface_rt.shortage import check_addresses
+        from magicface_rt.shortage import check_addresses, share_heap
 
+        share_heap()
         check_addresses(ADDRESSES + (_threads() - 1) * ADDRESSES_OF_A_THREAD, "the command line")
     from . import _verbs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
 import tracemalloc
@@ -18,6 +19,7 @@ import figures
 import memory_soak
 import numpy as np
 import pytest
+from killing import unlimited
 from memory_hollow import Hollow
 from memory_limits import Ended, Scene, largest_refused, limited
 from memory_slopes import Slope, slope_of
@@ -25,7 +27,7 @@ from PIL import Image
 from threads_requests import HAT, MAN, PROMPT
 
 from magicface_rt import Concept, KeptConcept, MemoryPlan, Options, Reference, Request, Session
-from magicface_rt.backends.onnxruntime import ORT_ADDRESSES, import_onnxruntime
+from magicface_rt.backends.onnxruntime import ORT_ADDRESSES, THREADS_ADDRESSES, OnnxRuntime, import_onnxruntime
 from magicface_rt.bundle import Bundle
 from magicface_rt.cli import main
 from magicface_rt.cli._command import TORCH_ADDRESSES, export_module
@@ -36,7 +38,7 @@ from magicface_rt.encoding import load_references
 from magicface_rt.errors import BackendError, BuildError, DeviceMemoryError, HostMemoryError, InputError, PromptError
 from magicface_rt.kept.memory import request_bytes
 from magicface_rt.preparing import load_bare
-from magicface_rt.shortage import _group_limits, shortage, told_as_ours
+from magicface_rt.shortage import _group_limits, shortage, stack_bytes, told_as_ours
 from tests.runtime.drawn_backend import Drawn
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory as Linux tells it")
@@ -487,6 +489,7 @@ def test_a_command_that_the_runtime_would_end_is_not_begun_with_too_few_addresse
 
 def test_onnxruntime_is_not_loaded_with_too_few_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it is loaded nothing more is needed for that."""
+    import_onnxruntime()
     left = ORT_ADDRESSES - 1
     monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", left)])
     import_onnxruntime()
@@ -494,6 +497,52 @@ def test_onnxruntime_is_not_loaded_with_too_few_addresses(monkeypatch: pytest.Mo
     with pytest.raises(HostMemoryError, match=r"ONNX Runtime needs 101 MB of addresses\. By its limit"):
         import_onnxruntime()
     assert "onnxruntime" not in sys.modules
+
+
+def test_a_graph_is_not_loaded_with_too_few_addresses_for_its_threads(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, left = OnnxRuntime("cpu", threads=3), THREADS_ADDRESSES + 2 * stack_bytes() - 1
+    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", left)])
+    with pytest.raises(
+        HostMemoryError, match=r"a graph that runs on 3 threads needs 34 MB of addresses\. By its limit"
+    ):
+        backend.load(bundle, "text_encoder")
+    left += 1
+    backend.load(bundle, "text_encoder")
+
+
+ALLOCATING = """
+import resource, threading
+from magicface_rt.shortage import share_heap
+
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30 if {limited} else hard, hard))
+share_heap()
+pages = lambda: int(open("/proc/self/statm").read().split()[0])
+before, there, over = pages(), threading.Barrier(5), threading.Event()
+
+def work():
+    held = [bytearray(5000) for _ in range(100)]
+    there.wait()
+    over.wait()
+
+threading.stack_size(1 << 20)
+for _ in range(4):
+    threading.Thread(target=work).start()
+there.wait()
+print((pages() - before) * resource.getpagesize())
+over.set()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc reserves addresses for each thread")
+def test_under_a_limit_of_addresses_threads_share_one_heap() -> None:
+    taken = [
+        int(subprocess.check_output([sys.executable, "-c", ALLOCATING.format(limited=limited)]))
+        for limited in (True, False)
+    ]
+    assert taken[0] < 16 * MIB < 4 * 64 * MIB < taken[1]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -536,6 +585,7 @@ def test_a_photograph_is_held_in_the_bundles_size(bundle: Bundle, resample: Any)
 def soak(what: str, bundle: Path, folder: Path, turns: int) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, memory_soak.__file__, what, str(bundle), str(folder), str(turns)],
+        preexec_fn=unlimited,  # with a limit of addresses its threads would share one heap, and usually they do not
         capture_output=True,
         text=True,
         env={**os.environ, **ENVIRONMENT},
