@@ -34,7 +34,7 @@ from .options import Options
 from .plain_file import read_plain
 from .plain_numbers import is_number, is_whole
 from .shown import shown
-from .strict_json import read_json
+from .strict_json import DoubledKeyError, read_json
 
 __all__ = ["MAX_JOB_BYTES", "Job", "load_job", "parse_concept_option", "parse_job"]
 
@@ -321,9 +321,15 @@ def _named(value: object) -> str:
     return kinds.get(type(value)) or shown(value)
 
 
+def _doubled(key: str) -> JobError:
+    return JobError(f"key {shown(key)} stands twice in one object. Leave one out.")
+
+
 def _read_json(text: str) -> object:
     try:
         return read_json(text, constants=False)
+    except DoubledKeyError as error:
+        raise _doubled(error.key) from error
     except ValueError as error:
         raise JobError(f"it is not JSON: {error}.") from error
 
@@ -350,7 +356,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key in seen:
-                raise JobError(f"key {shown(key)} stands twice in one object. Leave one out.")
+                raise _doubled(key)
             seen.add(key)
         return super().construct_mapping(node, deep)
 

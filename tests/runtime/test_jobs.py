@@ -186,10 +186,14 @@ def test_values_out_of_range_keep_their_error_and_get_a_place(data: Any, error: 
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("job.json", '{"prompt": "a", "prompt": "b"}', "key 'prompt' stands twice"),
-        ("job.json", '{"prompt": "a", "concepts": [{"word": "a", "word": "b"}]}', "key 'word' stands twice"),
-        ("job.yaml", "prompt: a\nprompt: b\n", "key 'prompt' stands twice"),
-        ("job.yaml", "prompt: a\nconcepts: [{word: a, word: b}]\n", "key 'word' stands twice"),
+        ("job.json", '{"prompt": "a", "prompt": "b"}', "key 'prompt' stands twice .*Leave one out"),
+        (
+            "job.json",
+            '{"prompt": "a", "concepts": [{"word": "a", "word": "b"}]}',
+            "key 'word' stands twice .*Leave one out",
+        ),
+        ("job.yaml", "prompt: a\nprompt: b\n", "key 'prompt' stands twice .*Leave one out"),
+        ("job.yaml", "prompt: a\nconcepts: [{word: a, word: b}]\n", "key 'word' stands twice .*Leave one out"),
         ("job.json", '{"prompt": "a", "alpha": NaN}', "NaN"),
         ("job.json", '{"prompt": "a", "alpha": 1e999}', "alpha is inf"),
         ("job.json", '{"prompt": "a", "seed": ' + "9" * 5000 + "}", "seed|not JSON"),
