@@ -95,7 +95,10 @@ __all__ = [
 class MagicFaceError(Exception):
     """Base class of the family.
 
-    `exit_code` is what the command line returns for it: 1 a failed check, 2 bad input, 3 a missing backend.
+    `exit_code` is what the command line returns for it: 1 what was checked or computed is wrong (a check, an export or
+    build that failed, numbers that are not finite); 2 what was given cannot be used, a place that cannot be written to
+    included; 3 it cannot be computed here (no runtime or extra, a device or runtime that fails, too little memory); 130
+    it was interrupted. What is not of this family and was not foreseen has 1 as well.
     """
 
     exit_code = 2

@@ -1,6 +1,7 @@
 """The command line, `magicface-rt`: one module for each verb, and nothing here that needs torch.
 
-exit codes: 0 fine, 1 a failed check, 2 bad input, 3 a missing backend or extra, 130 interrupted
+exit codes: 0 fine, 1 a check or a result is wrong, 2 what was given cannot be used, 3 it cannot be computed here,
+130 interrupted; see `MagicFaceError`
 
 This module loads the verbs with the first command line, and until then next to nothing: where there is too little
 memory for what they need, it says so, as it does where there is too little to read the line.

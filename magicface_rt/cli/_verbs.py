@@ -36,7 +36,8 @@ __all__ = ["app", "read"]
 app = typer.Typer(
     name="magicface-rt",
     help="MagicFace: pictures of several people and things from a prompt and masked reference images, no training.",
-    epilog="Exit codes: 0 fine, 1 a failed check, 2 bad input, 3 a missing backend or extra, 130 interrupted.",
+    epilog="Exit codes: 0 fine, 1 a check or a result is wrong, 2 what was given cannot be used, or a place cannot be "
+    "written to, 3 it cannot be computed here (no runtime or extra, too little memory), 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # brackets in help and messages are meant as brackets

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from magicface_rt import errors
 from magicface_rt.cli import main
 from magicface_rt.cli.export import parse_layers
-from magicface_rt.errors import OptionError, ParityError
+from magicface_rt.errors import NonFiniteError, OptionError, ParityError
 from tests.faults.disks import Layer, Settling
 from tests.locations import CASES
 
@@ -148,6 +149,38 @@ def test_a_check_that_failed_exits_1(
         "bench": ["bench", tiny_bundle, "--out", tmp_path / "report", "--contenders", "kept"],
     }
     assert main([*map(str, arguments[verb])]) == 1
+
+
+def test_numbers_that_are_not_finite_exit_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def drawn(*_: object, **__: object) -> None:
+        raise NonFiniteError("graph denoise_step: 1 of 1 values of latents_out are NaN or infinite.")
+
+    monkeypatch.setattr("magicface_rt.cli.run.Session", drawn)
+    assert main(["run", "b", "--prompt", "a man", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("error: graph denoise_step")
+
+
+def test_what_nobody_foresaw_exits_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("magicface_rt.cli.run.Session", failing)
+    assert main(["run", "b", "--prompt", "a man", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("error: unexpected ZeroDivisionError: division by zero. Run `magicface")
+
+
+WRONG = {"BuildError", "ExportError", "GateError", "NonFiniteError", "ParityError"}
+NOT_HERE = {"BackendError", "BackendMissingError", "DeviceError", "DeviceMemoryError", "HostMemoryError"}
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_kind_of_error_has_its_exit_code(name: str) -> None:
+    others = 130 if name == "Cancelled" else 2
+    assert getattr(errors, name).exit_code == (1 if name in WRONG else 3 if name in NOT_HERE else others)
 
 
 @pytest.mark.parametrize("verb", ["checkpoint", "export", "verify"])
