@@ -21,7 +21,9 @@ SECONDS = 300
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended. `left`: files and folders, relative to its own folder. `hung`: it had to be killed."""
+    """How a process ended. `left`: files, and folders for temporary ones, relative to its own folder. `hung`: it had to
+    be killed.
+    """
 
     code: int
     said: str
@@ -136,7 +138,8 @@ def limited(
     code = process.wait()
     watch.cancel()
     process.stderr.close()
-    left = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path != temporary))
+    found = [path for path in folder.rglob("*") if not path.is_dir() or temporary in path.parents]
+    left = tuple(sorted(str(path.relative_to(folder)) for path in found))
     return Ended(code, said, left, over.is_set())
 
 
