@@ -1,4 +1,4 @@
-"""A process of its own that asks and asks, and tells what it held: started by test_faults_memory.
+"""A process of its own that asks and asks, and tells what it held: started by test_faults_slopes.
 
 python memory_soak.py requests BUNDLE FOLDER TURNS    mixed requests on one Session; some fail, some are cancelled
 python memory_soak.py cycles BUNDLE FOLDER TURNS      a Session opened, asked once, closed or let go of
