@@ -52,8 +52,14 @@ class Layer:
         changed: dict[str, Callable[..., Any]] = {
             name: self._acting(operation, getattr(os, name))
             for operation, name in (
-                *(("unlink", "unlink"), ("unlink", "remove"), ("rmdir", "rmdir"), ("mkdir", "mkdir")),
-                *(("fsync", "fsync"), ("rename", "rename"), ("rename", "replace"), ("rename", "link")),
+                ("unlink", "unlink"),
+                ("unlink", "remove"),
+                ("rmdir", "rmdir"),
+                ("mkdir", "mkdir"),
+                ("fsync", "fsync"),
+                ("rename", "rename"),
+                ("rename", "replace"),
+                ("rename", "link"),
             )
         }
         opened = self._opening(io.open)

@@ -322,7 +322,16 @@ def test_the_layer_sees_every_kind_of_step(tmp_path: Path) -> None:
         (tmp_path / "outside").write_text("x")
         assert (below / "e").read_bytes() == b"12"
     assert seen == [
-        *(("open", "a"), ("write", "a"), ("rename", "a"), ("open", "c"), ("mkdir", "d"), ("fsync", "d")),
-        *(("rmdir", "d"), ("unlink", "b"), ("open", "e"), ("write", "e"), ("write", "e")),
+        ("open", "a"),
+        ("write", "a"),
+        ("rename", "a"),
+        ("open", "c"),
+        ("mkdir", "d"),
+        ("fsync", "d"),
+        ("rmdir", "d"),
+        ("unlink", "b"),
+        ("open", "e"),
+        ("write", "e"),
+        ("write", "e"),
     ]
     assert real == (open, os.open, os.replace, os.unlink)

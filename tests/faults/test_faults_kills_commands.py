@@ -70,7 +70,8 @@ def kill_while_it_writes(process: subprocess.Popen[str], below: Path, seconds: f
 @pytest.mark.parametrize(
     ("verb", "kills", "seconds"),
     [
-        *(("prepare", 1, 0.0), ("build", 1, 0.5)),
+        ("prepare", 1, 0.0),
+        ("build", 1, 0.5),
         pytest.param("prepare", 20, 0.01, marks=pytest.mark.slow),
         pytest.param("build", 20, 1.5, marks=pytest.mark.slow),
         pytest.param("export", 6, 50.0, marks=pytest.mark.slow),
