@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from corruptions import packed
+from corruptions import packed, unpacked
 from PIL import Image
 from target_files import OWN
 
@@ -53,6 +53,12 @@ class Format:
     memory: int = 256 << 20
     content: Callable[[Any], object] | None = None
     """Of a format with hashes: what an edit that is accepted has left as it was."""
+    whole: Callable[[bytes], bool] = lambda content: True
+    """Of a format with lengths: whether there are as many bytes as they say. An edit that is accepted is whole."""
+    spare: int | None = 0
+    """Bytes at the end without which the file is read as well; None for a text, of which a part may be sound too."""
+    harmless: frozenset[str] = frozenset()
+    """Of the DAMAGES those that are accepted. Every other one is refused."""
 
     def __str__(self) -> str:
         return self.name
@@ -182,10 +188,30 @@ def _read_checkpoint(path: Path) -> object:
     return checkpoint
 
 
+def as_long_as_it_says(content: bytes) -> bool:
+    """Whether the tensors of a safetensors file end where the file does."""
+    header, body = unpacked(content)
+    return len(body) == max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+
+
 def _read_weights(path: Path) -> object:
     from magicface_rt.export.checkpoint import read_safetensors
 
     return read_safetensors(path)
+
+
+_BYTES_AFTER = frozenset({"one byte more", "a megabyte more"})
+"""A picture ends where its format says so, and nobody reads on."""
+_MORE = _BYTES_AFTER | {"twice"}
+_END_OF = {"png": 20, "gif": 2, "tga": 20}
+"""What comes after the pixels: of a PNG checksums and the mark of its end, of a GIF the mark, of a TGA a note."""
+
+
+def _picture(name: str, suffix: str, sample: Callable[[], bytes], read: Callable[[Path], object]) -> Format:
+    """Changed bytes of a picture are other pixels, except in a PNG, whose checksums cover them."""
+    spare = _END_OF.get(suffix, 0)
+    harmless = (_BYTES_AFTER if suffix == "jp2" else _MORE) | ({"all but one byte"} if spare else set())
+    return Format(name, suffix, sample, read, PICTURE_MEMORY, spare=spare, harmless=harmless)
 
 
 _PICTURES = {
@@ -207,12 +233,13 @@ PICTURE_MEMORY = 2 << 30
 def _picture_formats() -> list[Format]:
     Image.init()
     return [
-        Format(f"picture {suffix}", suffix, partial(encoded, kind, **options), read_picture, PICTURE_MEMORY)
+        _picture(f"picture {suffix}", suffix, partial(encoded, kind, **options), read_picture)
         for suffix, (kind, options) in _PICTURES.items()
         if kind in Image.SAVE
     ]
 
 
+BYTE_ORDER_MARK = "a byte order mark in front"
 TOKENS = f"# who may\n{'a1' * 16}\n\n{'b2' * 16}\n"
 
 
@@ -234,29 +261,61 @@ def _read_tokens(path: Path) -> object:
 
 
 FORMATS = [
-    Format("kept concept", "concept", cache(lambda: _kept_sample("exact")), _read_kept, content=numbers_of),
-    Format("kept concept 8-bit", "concept", cache(lambda: _kept_sample("8-bit")), _read_kept, content=numbers_of),
-    Format("job json", "json", lambda: json.dumps(JOB).encode(), load_job),
-    Format("job yaml", "yaml", cache(lambda: yaml.safe_dump(JOB).encode()), load_job),
-    *_picture_formats(),
     Format(
-        "mask",
-        "png",
-        cache(lambda: encoded("PNG", Image.new("LA", (48, 40), (255, 255)))),
-        read_mask,
-        PICTURE_MEMORY,
+        "kept concept",
+        "concept",
+        cache(lambda: _kept_sample("exact")),
+        _read_kept,
+        content=numbers_of,
+        whole=as_long_as_it_says,
     ),
     Format(
+        "kept concept 8-bit",
+        "concept",
+        cache(lambda: _kept_sample("8-bit")),
+        _read_kept,
+        content=numbers_of,
+        whole=as_long_as_it_says,
+    ),
+    # Text that somebody wrote has no checksum: another number or letter in it is what they meant.
+    Format("job json", "json", lambda: json.dumps(JOB).encode(), load_job, harmless=frozenset({BYTE_ORDER_MARK})),
+    Format(
+        "job yaml",
+        "yaml",
+        cache(lambda: yaml.safe_dump(JOB).encode()),
+        load_job,
+        spare=None,
+        harmless=frozenset({BYTE_ORDER_MARK, "all but one byte"}),
+    ),
+    *_picture_formats(),
+    _picture("mask", "png", cache(lambda: encoded("PNG", Image.new("LA", (48, 40), (255, 255)))), read_mask),
+    _picture(
         "provenance",
         "png",
         cache(lambda: encoded("PNG", pnginfo=png_info({"prompt": "a man", "seed": 3}))),
         read_provenance,
-        PICTURE_MEMORY,
     ),
-    Format("target", "toml", lambda: OWN.encode(), _read_target),
-    Format("tokens", "txt", lambda: TOKENS.encode(), _read_tokens),
+    # It begins and ends with an empty line.
+    Format(
+        "target",
+        "toml",
+        lambda: OWN.encode(),
+        _read_target,
+        spare=None,
+        harmless=frozenset({"all but one byte", "without its first byte"}),
+    ),
+    # A token that was cut is another one, as long as it has 16 characters, and one that stands twice is one.
+    Format(
+        "tokens",
+        "txt",
+        lambda: TOKENS.encode(),
+        _read_tokens,
+        spare=None,
+        harmless=frozenset({"half", "all but one byte", "twice"}),
+    ),
     Format("tokenizer", "json", lambda: small_tokenizer().encode(), _read_tokenizer),
-    Format("single-file checkpoint", "safetensors", tiny_layout, _read_checkpoint),
-    Format("weights", "safetensors", tiny_layout, _read_weights),
+    # Checkpoints have no checksums: a weight with a changed byte is another weight.
+    Format("single-file checkpoint", "safetensors", tiny_layout, _read_checkpoint, whole=as_long_as_it_says),
+    Format("weights", "safetensors", tiny_layout, _read_weights, whole=as_long_as_it_says),
 ]
 BY_NAME = {one.name: one for one in FORMATS}
