@@ -89,7 +89,8 @@ class FolderCheckpoint(Checkpoint):
             return guarded(lambda: build_tokenizer_json(vocabulary, merges, pad_token=self._pad_token))
         except Exception as error:  # the tokenizers wheel raises plain Exception
             raise CheckpointError(
-                f"tokenizer {folder}: vocab.json and merges.txt do not fit together: {str(error)[:500]}"
+                f"tokenizer {folder}: vocab.json and merges.txt do not fit together: "
+                f"{type(error).__name__}: {str(error)[:500]}"
             ) from error
 
     @cached_property
@@ -186,9 +187,11 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
         try:
             there = (folder / name).is_file()
         except OSError as error:  # no file can be called so
-            raise CheckpointError(f"checkpoint index {index}: shard {name[:100]!r}: {error.strerror}") from error
+            raise CheckpointError(
+                f"checkpoint index {index}: shard {name[:100]!r} cannot be read: {error.strerror}"
+            ) from error
         if not there:
             raise CheckpointError(f"checkpoint index {index}: shard {name[:100]} is missing")
     if not names:
-        raise CheckpointError(f"checkpoint index {index}: it names no shards")
+        raise CheckpointError(f"checkpoint index {index}: it names no shards; expected a weight_map")
     return tuple(folder / name for name in names)

@@ -118,7 +118,7 @@ def _as_value_error() -> Iterator[None]:
     try:
         yield
     except _UNREADABLE as error:
-        raise ValueError(f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise ValueError(f"{type(error).__name__}: {str(error)[:200] or 'an array ends too soon'}") from error
 
 
 def _header(name: str, member: IO[bytes], nbytes: int) -> tuple[tuple[int, ...], np.dtype[Any], str]:

@@ -339,7 +339,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise JobError("it has a YAML alias (*name); write the value out.")
+            raise JobError("found a YAML alias (*name), expected the value itself. Write it out.")
         return super().compose_node(parent, index)
 
     def construct_number(self, node: yaml.ScalarNode) -> float:

@@ -224,8 +224,8 @@ def _manifest(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
         _damaged(path, "its manifest does not have the expected form (sha256 is no object of texts)")
     if type(manifest.get("format")) is not int or manifest["format"] != FORMAT:
         raise KeptConceptError(
-            f"kept concept {str(path)!r} has format version {shown(manifest.get('format'))}, and this version of "
-            f"magicface_rt reads {FORMAT}. Prepare the concept again."
+            f"kept concept {str(path)!r} has format version {shown(manifest.get('format'))}, expected {FORMAT}, "
+            "which this version of magicface_rt reads. Prepare the concept again."
         )
     return dict(manifest)
 

@@ -106,7 +106,7 @@ class _Reader:
     def _begin(self) -> None:
         self._name, self._header_bytes, self._data = "", 0, bytearray()
         if len(self.parts) >= MOST_PARTS:
-            raise refused(422, "form", f"there are more than {MOST_PARTS} parts.")
+            raise refused(422, "form", f"the multipart body has more than {MOST_PARTS} parts.")
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._count(end - start)
@@ -124,7 +124,9 @@ class _Reader:
 
     def _headers_finished(self) -> None:
         if not self._name:
-            raise refused(400, "form", "a part of the multipart body has no name in its Content-Disposition.")
+            raise refused(
+                400, "form", "a part of the multipart body has no name; expected one in its Content-Disposition."
+            )
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         self._data += data[start:end]
@@ -138,4 +140,6 @@ class _Reader:
     def _count(self, more: int) -> None:
         self._header_bytes += more
         if self._header_bytes > MOST_HEADER_BYTES:
-            raise refused(400, "form", f"the headers of a part have more than {MOST_HEADER_BYTES} bytes.")
+            raise refused(
+                400, "form", f"a part of the multipart body has headers of more than {MOST_HEADER_BYTES} bytes."
+            )

@@ -101,7 +101,7 @@ def read_order(content_type: str | None, body: bytes) -> PictureOrder:
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise refused(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
     if not body:
-        raise refused(422, "body", "the body: Field required.")
+        raise refused(422, "body", "the body is empty; expected a JSON object.")
     content = read_body(body)
     del body
     try:
@@ -113,9 +113,13 @@ def read_order(content_type: str | None, body: bytes) -> PictureOrder:
 def _problem(error: ValidationError) -> Problem:
     """The values that were found are not repeated: they may be photographs."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[:_MOST_ERRORS]
-    errors = tuple((_field(one["loc"], one["type"]), str(one["msg"])) for one in found)
+    errors = tuple((_field(one["loc"], one["type"]), _said(one["type"], str(one["msg"]))) for one in found)
     field, detail = errors[0]
     return Problem(422, "body", f"{field or 'the body'}: {detail}.", field or None, errors=errors)
+
+
+def _said(kind: str, message: str) -> str:
+    return "it is missing; a value is expected" if kind == "missing" else message
 
 
 def _field(loc: Iterable[int | str], kind: str) -> str:

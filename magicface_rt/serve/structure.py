@@ -30,7 +30,7 @@ def read_body(body: bytes) -> Any:
     except DoubledKeyError as error:  # a key may be long, and anything: it is the client's own
         raise refused(422, "body", f"the key {error.key[:80]!a} stands twice in one object. Leave one out.") from None
     except ValueError:
-        raise refused(400, "json", "the body is not JSON.") from None
+        raise refused(400, "json", "the body is not JSON; expected a JSON object.") from None
 
 
 def _check_structure(body: bytes) -> None:

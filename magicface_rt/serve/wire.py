@@ -318,7 +318,10 @@ def error_of(status: int, body: bytes | bytearray, retry_after: str | None = Non
     problem = {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
     kind, field = problem.get("kind", "no-problem-details")[:MOST_WORD], problem.get("field", "")[:MOST_WORD]
     where = f"{field}: " if field else ""
-    detail = f"{where}{problem.get('detail') or f'the service answered {status}'}"[:MOST_DETAIL]
+    said = problem.get("detail", "").strip() or (
+        f"the service answered {status}, and nothing of what is wrong. Look at what is between, such as a proxy."
+    )
+    detail = f"{where}{said}"[:MOST_DETAIL]
     seconds = None if retry_after is None else _seconds(retry_after)
     if kind in _KINDS and _KINDS[kind].status == status:
         return _KINDS[kind](detail, field=field or None, retry_after=seconds)
@@ -396,7 +399,9 @@ class Events:
             UnreachableError: the events ended before they came.
         """
         if self.content is None:
-            raise UnreachableError("the connection ended before the pictures came.")
+            raise UnreachableError(
+                "the connection ended before the pictures came; expected an event `pictures` at its end."
+            )
         return made_of(self.content)
 
 

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from outcomes import judged
+from shares import Share
 
 from magicface_rt import Bundle
 from magicface_rt.bundle import MANIFEST
 from magicface_rt.kept import Origin
 from magicface_rt.session import tokenizer_of
+
+TOKENIZERS = Share(10, subject="bundles", what="tokenizers were read")
+"""Reading one takes a while."""
 
 
 def outline(bundle: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -37,13 +41,8 @@ def opened(folder: Path, *, check_hashes: bool = False) -> Bundle | None:
         assert set(bundle.limits.kept_tokens) == set(bundle.factors)
         Origin.of(bundle, 1, 0).to_dict()
         assert all(isinstance(size, (int, str)) for g in bundle.graphs.values() for t in g.inputs for size in t.shape)
-        if "text_encoder" in bundle.graphs and bundle.tokenizer and tokenizers_left:
-            tokenizers_left.pop()
+        if "text_encoder" in bundle.graphs and bundle.tokenizer and TOKENIZERS.takes((folder / MANIFEST).read_bytes()):
             tokenizer_of(bundle)
         return bundle
 
     return judged("bundle", use, names=folder)
-
-
-tokenizers_left = [None] * 100
-"""Reading the tokenizer takes a while, so not every bundle's is read."""

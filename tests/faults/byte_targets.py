@@ -144,7 +144,7 @@ def _plan_text(_: Path, __: Path) -> Target:
     from tests.engines.test_plan_text import TEXT, plan
 
     def use(content: bytes) -> object:
-        found = judged("plan text", lambda: read_plan(content), names="")
+        found = judged("plan text", lambda: read_plan(content), names=None)
         assert found is not None
         assert found.understood or len(found.problem) > 10
         assert found.scratch_bytes >= 0
@@ -161,7 +161,7 @@ def _inspector(_: Path, __: Path) -> Target:
 
     def use(content: bytes) -> object:
         text = content.decode("utf-8", "replace")
-        found = judged("inspector", lambda: _inspected_kernels(text), names="")
+        found = judged("inspector", lambda: _inspected_kernels(text), names=None)
         assert found is not None
         kernels, problem = found
         assert problem or any(kernel.layers for kernel in kernels)
@@ -332,7 +332,7 @@ def _event(_: Path, __: Path) -> Target:
             _check_event(content)
             return json.loads(content) if content else None
 
-        found = judged("page's event", check, names="")
+        found = judged("page's event", check, names=("the body", "a field", "the key"))
         data = found.get("data") if isinstance(found, dict) else None
         assert not isinstance(data, dict)
         assert not isinstance(data, list) or not any(isinstance(one, dict) for one in data)
@@ -345,14 +345,14 @@ def _event(_: Path, __: Path) -> Target:
 
 
 def _of_answer(what: str, _: Path, __: Path) -> Target:
-    from stranger import KINDS, WHAT, Stranger, asked
+    from stranger import KINDS, WHAT, Stranger
 
     call, status, body, kind = WHAT[what]
     stranger = Stranger()
 
     def use(content: bytes) -> object:
         stranger.says(status, content, {"content-type": KINDS[kind]})
-        return asked(f"answer: {what}", lambda: call(stranger.client))
+        return stranger.asked(f"answer: {what}", call)
 
     return Target(body, use)
 
@@ -407,7 +407,9 @@ def _kept_option(folder: Path, _: Path) -> Target:
     def use(content: bytes) -> object:
         text = os.fsdecode(content)
         most = MOST_MESSAGE + 16 * len(text)  # a file's name stands in a message as it is, and in that of the system
-        return judged("kept option", lambda: _kept(text), names="kept", memory=LITTLE, message=most)
+        return judged(
+            "kept option", lambda: _kept(text), names=("--kept ", "kept concept "), memory=LITTLE, message=most
+        )
 
     return Target(f"file={path},word=person,weight=2,token_index=3,name=x".encode(), use)
 

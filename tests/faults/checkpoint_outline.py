@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 from corruptions import packed
 from outcomes import judged
+from shares import Share
 from single_files import small_tokenizer
 
 from magicface_rt.errors import CheckpointError, OptionError
@@ -64,8 +65,8 @@ def outline_with_vocabulary(folder: Path) -> Path:
     return folder
 
 
-builds_left = [None] * 10
-"""Building networks takes a while, so not every checkpoint's are built."""
+NETWORKS = Share(20, subject="checkpoints", what="networks were built")
+"""Building them takes a while."""
 
 
 def is_sound(checkpoint: Checkpoint) -> bool:
@@ -86,8 +87,7 @@ def is_sound(checkpoint: Checkpoint) -> bool:
             assert (np.diff(timesteps) < 0).all()
             assert 0 <= timesteps.min() <= timesteps.max() < schedule.num_train_timesteps
     assert ((schedule.alphas_cumprod >= 0) & (schedule.alphas_cumprod < 1)).all()
-    if builds_left:
-        builds_left.pop()
+    if NETWORKS.takes((checkpoint.configs, checkpoint.tokenizer_json)):
         for load in (checkpoint.load_unet, checkpoint.load_vae, checkpoint.load_text_encoder):
             with contextlib.suppress(CheckpointError):  # of weights there are none
                 load()

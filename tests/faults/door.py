@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from messages import says_what_is_wrong
 from outcomes import little_memory, no_hang
 from PIL import Image
 from single_files import encoded
@@ -150,17 +151,36 @@ ORDER: dict[str, Any] = {
 }
 
 
+NAMED = {
+    "json": ("the body",),
+    "body": ("the body", "the key "),
+    "form": ("the multipart body",),
+    "body-too-large": ("the body",),
+    "body-timeout": ("the body",),
+    "no-such-path": ("at '/",),
+    "method-not-allowed": ("at '/",),
+}
+"""By kind of problem what it names where it is about no field of the request."""
+
+
 def answered(
     parser: str, ask: Callable[[], tuple[int, bytes]], memory: int = 256 << 20, *, fine: Collection[int] = FINE
 ) -> int:
-    """The status of an answer that says what is wrong in the form of a problem, and in few words."""
+    """The status of an answer that says in the form of a problem which field or what else is wrong, and in few words
+    how.
+    """
     TALLY[parser]["tried"] += 1
     with no_hang(), little_memory(memory):
         status, body = ask()
     assert status in fine, (status, body[:500])
     told = json.loads(body)
     assert told["status"] == status
-    assert 10 < len(told["detail"]) < 4000
+    assert len(told["detail"]) < 4000
     assert len(body) < 20_000
+    if status != FULL:  # where it was accepted, what stands behind has the word
+        assert says_what_is_wrong(told["detail"]), told
+        for one in told.get("errors", ()):
+            assert says_what_is_wrong(f"{one['field']}: {one['detail']}"), told
+        assert told.get("field") or any(name in told["detail"] for name in NAMED.get(told["kind"], ())), told
     TALLY[parser]["accepted" if status == FULL else str(status)] += 1
     return status

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from messages import says_what_is_wrong
 from outcomes import MOST_MESSAGE, little_memory, no_hang
 from single_files import encoded
 from tallies import TALLY
@@ -49,6 +51,7 @@ def sse(*events: tuple[str, Any]) -> bytes:
 
 STREAM = sse(("accepted", {"waiting": 0}), ("progress", STEP), ("pictures", PICTURES))
 FAILED = sse(("progress", STEP), ("problem", PROBLEM))
+ANSWERERS = ("http://x", "the service", "the connection", "a picture that came")
 KINDS = {"json": "application/json", "events": "text/event-stream"}
 
 
@@ -75,21 +78,42 @@ class Stranger:
     def says(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.status, self.body, self.headers = status, body, headers or {}
 
-
-def asked(parser: str, call: Callable[[], Any]) -> Any:
-    """What the client gives; None where it raises an error of ours."""
-    TALLY[parser]["tried"] += 1
-    try:
-        with no_hang(), little_memory(256 << 20):
-            found = call()
-    except MagicFaceError as error:
-        message = str(error)
-        TALLY[parser][type(error).__name__] += 1
-    else:
+    def asked(self, parser: str, call: Callable[[Client], Any]) -> Any:
+        """What the client gives; None where it raises an error of ours, which must name what answered and say what is
+        wrong with that, or tell what the answer says of a problem.
+        """
+        TALLY[parser]["tried"] += 1
+        try:
+            with no_hang(), little_memory(256 << 20):
+                found = call(self.client)
+        except MagicFaceError as error:
+            TALLY[parser][type(error).__name__] += 1
+            said = str(error)
+            assert len(said) <= MOST_MESSAGE, said[:500]
+            told = isinstance(error, ServiceError) and said.removeprefix(f"{error.field}: ").strip()
+            if not told or not any(detail.strip().startswith(told) for detail in self._details()):
+                assert any(name in said for name in ANSWERERS), said[:500]
+                assert says_what_is_wrong(said), said[:500]
+            return None
         TALLY[parser]["accepted"] += 1
         return found
-    assert 0 < len(message) <= MOST_MESSAGE, message[:500]
-    return None
+
+    def _details(self) -> Iterator[str]:
+        """What the answer says of a problem, as JSON or as an event, where it says anything."""
+        texts, data = list[bytes](), list[bytes]()
+        for line in self.body.split(b"\n"):
+            line = line.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                data.append(line[5:])
+            elif not line:
+                texts.append(b"\n".join(data))
+                data.clear()
+        # A body is read as JSON, in UTF-16 or with surrogates too, and an event as text.
+        for text in (self.body, *(text.decode("utf-8", "replace") for text in texts)):
+            with contextlib.suppress(ValueError, RecursionError):
+                found = json.loads(text)
+                if isinstance(found, dict) and isinstance(found.get("detail"), str):
+                    yield found["detail"]
 
 
 def pictures(client: Client) -> Any:

@@ -22,7 +22,7 @@ from single_files import encoded
 pytest.importorskip("httpx")
 
 import httpx
-from stranger import ID, KEPT, KINDS, PICTURES, PROBLEM, STREAM, WHAT, Stranger, asked, pictures, streamed
+from stranger import ID, KEPT, KINDS, PICTURES, PROBLEM, STREAM, WHAT, Stranger, pictures, streamed
 
 from magicface_rt.bundle_form import MOST_PIXELS_A_SIDE
 from magicface_rt.errors import AnswerError, ServiceError, UnknownConceptError, UnreachableError
@@ -47,7 +47,7 @@ each = pytest.mark.parametrize("what", WHAT)
 def test_a_sound_answer(what: str, stranger: Stranger) -> None:
     call, status, body, kind = WHAT[what]
     stranger.says(status, body, {"content-type": KINDS[kind]})
-    found = asked(f"answer: {what}", lambda: call(stranger.client))
+    found = stranger.asked(f"answer: {what}", call)
     assert (found is None) == (what in ("problem", "events, failed"))
 
 
@@ -58,7 +58,7 @@ def test_any_edit(what: str, inputs: int, stranger: Stranger) -> None:
 
     def check(answer: bytes) -> None:
         stranger.says(status, answer, {"content-type": KINDS[kind]})
-        asked(f"answer: {what}", lambda: call(stranger.client))
+        stranger.asked(f"answer: {what}", call)
 
     loop(inputs, edits_of(body), check)
 
@@ -74,13 +74,28 @@ def test_any_other_value(what: str, inputs: int, stranger: Stranger) -> None:
 
     def check(answer: bytes) -> None:
         stranger.says(status, answer, {"content-type": KINDS[kind]})
-        asked(f"answer: {what}", lambda: call(stranger.client))
+        stranger.asked(f"answer: {what}", call)
 
     loop(inputs, texts, check)
 
 
-ODD_HEADERS = ["", "0", "-1", "1e999", "nan", "x" * 5000, "gzip", "br", "utf-16", "\xff", "9" * 400, "bytes */*"]
-ODD_HEADERS += ["Wed, 21 Oct 9999 07:28:00 +9999999999999", "text/event-stream; charset=no-such", "deflate, gzip"]
+ODD_HEADERS = [
+    "",
+    "0",
+    "-1",
+    "1e999",
+    "nan",
+    "x" * 5000,
+    "gzip",
+    "br",
+    "utf-16",
+    "\xff",
+    "9" * 400,
+    "bytes */*",
+    "Wed, 21 Oct 9999 07:28:00 +9999999999999",
+    "text/event-stream; charset=no-such",
+    "deflate, gzip",
+]
 
 
 @inputs
@@ -94,7 +109,7 @@ def test_any_headers_of_an_answer(inputs: int, stranger: Stranger) -> None:
         call, _, body, _ = WHAT[what]
         of = {name: value.replace("\r", " ").replace("\n", " ") for name, value in of.items()}
         stranger.says(status, body, of)
-        asked("answer: headers", lambda: pictures(stranger.client) if what == "problem" else call(stranger.client))
+        stranger.asked("answer: headers", pictures if what == "problem" else call)
 
     loop(inputs, st.tuples(st.sampled_from(sorted(WHAT)), statuses, headers), check)
 

@@ -102,7 +102,12 @@ LONG_FORMS = {
 def test_a_form_that_is_as_long_as_it_may_be(case: str) -> None:
     """Read in a thread, but by Python, a byte at a time where it is written so."""
     body = LONG_FORMS[case]
-    judged("form, long", lambda: read_form(FORM, body, FORM_PARTS), names="", memory=300 << 20)
+    judged(
+        "form, long",
+        lambda: read_form(FORM, body, FORM_PARTS),
+        names=("the multipart body", "the part '"),
+        memory=300 << 20,
+    )
 
 
 def test_the_headers_of_a_part_are_counted_together(door: Door) -> None:
@@ -178,8 +183,14 @@ def test_an_order_as_long_as_it_may_be(body: bytes, door: Door) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ headers
 
-HEADERS = ("authorization", "host", "content-length", "content-type", "content-encoding", "transfer-encoding", "accept")
-HEADERS += (
+HEADERS = [
+    "authorization",
+    "host",
+    "content-length",
+    "content-type",
+    "content-encoding",
+    "transfer-encoding",
+    "accept",
     "expect",
     "cookie",
     "origin",
@@ -189,8 +200,8 @@ HEADERS += (
     "x-forwarded-proto",
     "forwarded",
     "via",
-)
-VALUES = (
+]
+VALUES = [
     "",
     "0",
     "-1",
@@ -202,8 +213,6 @@ VALUES = (
     "chunked",
     "gzip",
     "*/*",
-)
-VALUES += (
     "localhost",
     "[::1]:80",
     "[",
@@ -212,8 +221,12 @@ VALUES += (
     "multipart/form-data",
     f"{FORM}; boundary=",
     "text/\xff",
-)
-VALUES += ("application/json; charset=utf-16", "application/json; charset=no-such", "http://x", "null", "bytes=0-")
+    "application/json; charset=utf-16",
+    "application/json; charset=no-such",
+    "http://x",
+    "null",
+    "bytes=0-",
+]
 
 
 @inputs

@@ -151,7 +151,7 @@ def test_a_plans_text_that_nobody_wrote(old: str, new: str) -> None:
     from tests.engines.test_plan_text import TEXT, plan
 
     data = plan(TEXT.replace(old, new, 1).removesuffix("}\n"))
-    found = judged("plan text", lambda: read_plan(data), names="")
+    found = judged("plan text", lambda: read_plan(data), names=None)
     assert found is not None
     assert found.understood == old.startswith("main {")  # where nothing is lost by it
 

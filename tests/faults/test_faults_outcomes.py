@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from figures import FIGURES
 from hypothesis import strategies as st
 from outcomes import DISTINCT, Hang, digest_of, judged, loop, no_hang
+from shares import Share
 
-from magicface_rt.errors import ImageError, MagicFaceError
+from magicface_rt.errors import AnswerError, ImageError, MagicFaceError
 
 LITTLE = 64 << 20
 SAID = "image 'man.png' has 5 pixels, expected at least 9. Take a larger one."
@@ -62,6 +65,17 @@ def test_any_other_error_is_a_failure(error: BaseException) -> None:
         ("error: man.png man.png man.png man.png", "says nothing"),
         ("image 'man.png' is wrong.", "says nothing"),
         ("man.png: 1234567890 1234567890 0x7f 0x7f", "says nothing"),
+        ("image 'man.png' has some trouble today, only so much is known.", "says nothing"),
+        ("image 'man.png': it has too many of them, and not enough of the others.", "says nothing"),
+        ("image 'man.png' cannot be used at all. Take another one.", "says nothing"),
+        ("image 'man.png' cannot be read: OSError: . Take another one.", "says nothing"),
+        ("image 'man.png' failed, and nothing more is known. Look at the log.", "says nothing"),
+        ("image 'man.png': something has changed, and it ends here.", "says nothing"),
+        ("image 'man.png' is larger than it may be.", "says nothing"),
+        ("image 'man.png' is larger than 64,000,000 bytes.", ""),
+        ("image 'man.png' is missing. Copy it again.", ""),
+        ("image 'man.png' is no PNG.", ""),
+        ("image 'man.png' cannot be read: [Errno 40] Too many levels of symbolic links.", ""),
         (f"{SAID} {'x' * 5000}", "characters"),
     ],
 )
@@ -74,6 +88,30 @@ def test_a_message_has_to_name_the_file_and_to_say_what_is_wrong_with_it(message
             judged("judge", reads, names="man.png")
     else:
         assert judged("judge", reads, names="man.png") is None
+
+
+@pytest.mark.parametrize("names", ["", "the ", ("man.png", "")])
+def test_a_name_that_stands_in_every_message_is_none(names: Any) -> None:
+    with pytest.raises(AssertionError, match="nothing is called so"):
+        judged("judge", lambda: 5, names=names)
+
+
+def test_one_of_several_names_is_enough() -> None:
+    def refuses() -> None:
+        raise ImageError(SAID)
+
+    assert judged("judge", refuses, names=("woman.jpg", "man.png")) is None
+    with pytest.raises(AssertionError, match=r"does not name 'woman\.jpg' or 'girl\.jpg'"):
+        judged("judge", refuses, names=("woman.jpg", "girl.jpg"))
+
+
+def test_a_reader_that_refuses_nothing_has_no_name_to_say() -> None:
+    def refuses() -> None:
+        raise ImageError(SAID)
+
+    assert judged("judge", lambda: 5, names=None) == 5
+    with pytest.raises(ImageError):
+        judged("judge", refuses, names=None)
 
 
 def test_a_name_that_cannot_be_printed_may_stand_as_python_shows_it() -> None:
@@ -95,6 +133,93 @@ def test_what_takes_too_long_is_ended() -> None:
         time.sleep(600)
     with pytest.raises(Hang, match=r"0\.05 s to compute"), no_hang(0.05):
         computes()
+
+
+@pytest.mark.parametrize(
+    ("status", "problem", "passes"),
+    [
+        (422, {"kind": "option", "field": "steps", "detail": "steps is 0, expected a whole number from 1."}, True),
+        (422, {"kind": "option", "detail": "steps is 0, expected a whole number from 1."}, False),
+        (422, {"kind": "option", "field": "", "detail": "steps is 0, expected a whole number from 1."}, False),
+        (422, {"kind": "option", "field": "steps", "detail": "there is something wrong with it."}, False),
+        (413, {"kind": "body-too-large", "detail": "the body has more bytes; at most 5 are taken."}, True),
+        (413, {"kind": "body-too-large", "detail": "it has more bytes; at most 5 are taken."}, False),
+        (507, {"kind": "store-full", "detail": "it would be made now"}, True),
+        (500, {"kind": "option", "field": "steps", "detail": "steps is 0, expected a whole number from 1."}, False),
+        (
+            422,
+            {
+                "kind": "body",
+                "field": "a",
+                "detail": "a: it is missing; a value is expected.",
+                "errors": [{"field": "b", "detail": "It is not good"}],
+            },
+            False,
+        ),
+    ],
+)
+def test_a_problem_has_to_name_a_field_or_a_thing_and_to_say_what_is_wrong(
+    status: int, problem: dict[str, Any], passes: bool
+) -> None:
+    pytest.importorskip("fastapi")
+    from door import answered
+
+    body = json.dumps({"status": status, **problem}).encode()
+    if passes:
+        assert answered("judge", lambda: (status, body)) == status
+    else:
+        with pytest.raises(AssertionError):
+            answered("judge", lambda: (status, body))
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (AnswerError("prompt: 32 requests wait.", field="prompt", status=429), True),
+        (AnswerError("prompt: 33 requests wait.", field="prompt", status=429), False),
+        (AnswerError("the answer of http://x/v1 is not packed as it says (its end is missing)."), True),
+        (AnswerError("the answer of http://x/v1 was no good at all."), False),
+        (AnswerError("it is not packed as it says (its end is missing)."), False),
+        (AnswerError("", field="prompt"), False),
+    ],
+)
+def test_a_client_has_to_tell_what_was_said_or_what_is_wrong_with_the_answer(error: AnswerError, passes: bool) -> None:
+    pytest.importorskip("httpx")
+    from stranger import Stranger, sse
+
+    def fails(_: object) -> None:
+        raise error
+
+    stranger = Stranger()
+    for body in (b'{"detail": "32 requests wait."}', sse(("problem", {"detail": "32 requests wait."}))):
+        stranger.says(429, body)
+        if passes:
+            assert stranger.asked("judge", fails) is None
+        else:
+            with pytest.raises(AssertionError):
+                stranger.asked("judge", fails)
+    stranger.client.close()
+
+
+def test_a_share_is_of_the_whole_run_and_the_same_in_every_run() -> None:
+    taken = []
+    for _ in range(2):
+        share = Share(20, subject="judge", what="judged")
+        taken.append([number for number in range(4000) if share.takes(number)])
+        assert not any(share.takes(number) for number in range(4000)), "what came once is not taken again"
+        assert (share.came, share.taken) == (4000, len(taken[-1]))
+    assert taken[0] == taken[1]
+    for part in range(4):
+        assert 25 <= sum(part * 1000 <= number < part * 1000 + 1000 for number in taken[0]) <= 75
+    FIGURES["shares"].pop("judge")
+
+
+def test_never_much_more_than_a_share_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the digests are: here all of them are chosen."""
+    monkeypatch.setattr("shares.digest_of", lambda number: (20 * number).to_bytes(8, "big"))
+    share = Share(20, subject="judge", what="judged")
+    assert sum(share.takes(number) for number in range(4000)) == 5 + 2 * 4000 // 20
+    FIGURES["shares"].pop("judge")
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
