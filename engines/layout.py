@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from magicface_rt import unfinished
 from magicface_rt.errors import StoreError
 
 _SHARD = re.compile(r"[0-9a-f]{2}")
@@ -48,10 +49,10 @@ def make_parents(root: Path, folder: Path) -> None:
         OSError: that failed.
         StoreError: something else stands there.
     """
-    root.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.make_folder(root.parent)
     for above in (root, folder.parent.parent, folder.parent):
         with contextlib.suppress(FileExistsError):
-            os.mkdir(above, 0o700)
+            unfinished.make_folder(above, mode=0o700)
         if not above.is_dir() or (above != root and above.is_symlink()):
             raise StoreError(f"engine store {root}: {above} is not a folder of the store's own. Remove it.")
 

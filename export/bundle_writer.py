@@ -85,7 +85,7 @@ class BundleWriter:
             raise OutputError(f"output folder {self.out} exists. Choose another name, or remove it first.")
         with contextlib.ExitStack() as made:
             try:
-                self.out.parent.mkdir(parents=True, exist_ok=True)
+                unfinished.make_folder(self.out.parent)
                 self.folder = made.enter_context(unfinished.part(self.out, folder=True))
                 self.weights = WeightsFile(self.folder / WEIGHTS)
             except OSError as error:

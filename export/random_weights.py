@@ -83,7 +83,7 @@ def write_checkpoint(
     if out.exists() or out.is_symlink():
         raise OutputError(f"checkpoint folder {out}: it exists already; give a new path or remove it")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.make_folder(out.absolute().parent)
         with unfinished.part(out, folder=True) as scratch:
             with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
                 _write_components(chosen, scratch, seed=seed, dtype=getattr(torch, dtype))

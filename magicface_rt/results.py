@@ -152,7 +152,7 @@ class Result:
         try:
             target = unfinished.place(folder)
             check_replaceable(target, overwrite)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.make_folder(target.parent)
             with unfinished.part(target, folder=True) as part:
                 for name, content in self._files():
                     (part / name).write_bytes(content)

@@ -3,6 +3,8 @@
     .NAME.<32 hex digits>.part    what becomes NAME, while it is written; or the earlier NAME, while it is removed
     .NAME.<32 hex digits>.old     the earlier NAME, where the system cannot let two folders change places
 
+A NAME that is too long for that is named there by its beginning and a digest.
+
 A process holds a lock (flock) on what it writes, which the system frees however the process ends. So what a killed one
 left can be told from what another one is writing, and whoever writes the same NAME next removes it. Where there are no
 such locks (Windows, some network file systems) it stays until somebody removes it.
@@ -14,6 +16,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -28,24 +31,35 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["clear", "exchange", "is_part", "part", "place", "put", "settle", "why"]
+__all__ = ["check", "clear", "exchange", "is_part", "make_folder", "part", "place", "put", "remove", "settle", "why"]
 
 _NAME = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(part|old)", re.DOTALL)
+_MOST_NAME = 255 - len(f"..{'0' * 32}.part")
+"""Bytes of a NAME that leave room for the rest, where names have 255."""
+
+_DIGITS = 32
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 _CANNOT_RENAME_SO = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 _CANNOT_LINK = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_NAME = {errno.EINVAL, errno.ENAMETOOLONG}
 
 
 def place(path: str | os.PathLike[str]) -> Path:
     """The absolute path at which `path` is written; that of a link is where it leads to.
 
     Raises:
-        OSError: links lead to each other, or there is no working directory any more.
+        OSError: links lead to each other, there is no working directory any more, or no file can have this name.
     """
     target = Path(path).absolute()
+    try:
+        named = b"\0" not in os.fsencode(target)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise OSError(errno.EINVAL, "No file can have this name", str(target))
     if not target.is_symlink():
         return target
     end = Path(os.path.realpath(target))
@@ -64,7 +78,7 @@ def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    clear(target.parent, target.name.__eq__)
+    clear(target.parent, _stem(target.name).__eq__)
     path, lock = _new(target, folder=folder)
     try:
         yield path
@@ -110,6 +124,56 @@ def put(
         raise
 
 
+def check(target: Path, *, folder: bool = False) -> None:
+    """See before hours of work that `target` can be made, by making a part of it and removing that.
+
+    Folders that do not exist yet are not made: they are tried inside the part, in the nearest folder that does.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(target)  # refuses what is too long, which the name of a part need not be
+    place = next(place for place in target.parents if os.path.lexists(place))
+    names = target.relative_to(place).parts
+    deep = len(names) > 1
+    with part(place / target.name, folder=folder or deep) as tried:
+        for name in names if deep else ():
+            (tried / name).mkdir()
+            (tried / name).rmdir()
+        if folder or deep:
+            tried.rmdir()
+        else:
+            tried.unlink()
+
+
+def make_folder(folder: Path, *, mode: int = 0o777) -> None:
+    """Make a folder, and those above it, where they are missing; with their names on the disk for certain.
+
+    Raises:
+        OSError: that failed.
+    """
+    missing = []
+    for place in (folder, *folder.parents):
+        if place.is_dir():
+            break
+        missing.append(place)
+    folder.mkdir(mode, parents=True, exist_ok=True)
+    for made in reversed(missing):
+        _sync(made.parent)
+
+
+def remove(target: Path) -> None:
+    """Remove a file or folder, which is gone at once: what a killed process leaves of it is a part of `target`.
+
+    Raises:
+        OSError: it cannot be taken away, and is as it was.
+    """
+    aside = _beside(target, "part")
+    os.rename(target, aside)
+    _remove(aside)
+
+
 def settle(path: Path) -> None:
     """Put a file, or a folder with all that is in it, on the disk for certain.
 
@@ -134,7 +198,7 @@ def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
         names = os.listdir(folder)
     for name in names:
         found = _NAME.fullmatch(name)
-        if found is None or not of(found[1]) or (found[2] == "old" and not os.path.lexists(folder / found[1])):
+        if found is None or not of(found[1]) or (found[2] == "old" and not _stands(folder, found[1], names)):
             continue
         with contextlib.suppress(OSError):
             lock = _lock(folder / name)
@@ -169,6 +233,10 @@ def why(error: OSError) -> str:
         advice = "Raise the limit on the size of files (`ulimit -f`), or choose another place."
     elif error.errno in _REFUSED:
         advice = "Make the place writable for this user, or choose another one."
+    elif error.errno == errno.ENXIO:
+        advice = "Nobody reads from it. Start what does first, or choose another place."
+    elif error.errno in _NO_NAME:
+        advice = "Choose another name."
     else:
         advice = "Look at the place and its disk, or choose another one."
     return f"{error}. {advice}"
@@ -177,10 +245,32 @@ def why(error: OSError) -> str:
 # -------------------------------------------------------------------------------------------------------------- inside
 
 
+def _beside(target: Path, kind: str) -> Path:
+    """A new name for a part of `target`, or for what it was."""
+    return target.parent / f".{_stem(target.name)}.{uuid.uuid4().hex}.{kind}"
+
+
+def _stem(name: str) -> str:
+    """NAME as it stands in the names of its parts."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _MOST_NAME:
+        return name
+    most = _MOST_NAME - 1 - _DIGITS
+    begin = name[:most]
+    while len(os.fsencode(begin)) > most:  # whole characters
+        begin = begin[:-1]
+    return f"{begin}~{hashlib.sha256(encoded).hexdigest()[:_DIGITS]}"
+
+
+def _stands(folder: Path, stem: str, names: list[str]) -> bool:
+    """Whether something stands there whose parts are named so."""
+    return any(_stem(name) == stem and os.path.lexists(folder / name) for name in names)
+
+
 def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
     """A new part of `target`, and the descriptor that holds its lock."""
     while True:
-        path = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
+        path = _beside(target, "part")
         if folder:
             path.mkdir()
         else:
@@ -251,7 +341,7 @@ def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> 
             exchange(new, target)
             raise
         return
-    aside = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
+    aside = _beside(target, "old")
     target.rename(aside)
     try:
         look(aside)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -155,7 +154,7 @@ def _remove_earlier(folder: Path) -> None:
             "Move it away, or give another folder (--work)."
         )
     try:
-        shutil.rmtree(folder)
+        unfinished.remove(folder)
     except OSError as error:
         raise OutputError(f"folder {str(folder)!r} cannot be removed: {unfinished.why(error)}") from error
 

@@ -41,7 +41,7 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool,
         arrays |= {name: (array, "uint8") for name, array in _pictures(concept).items()}
     header = _header(concept, arrays)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.make_folder(target.parent)
         with unfinished.part(target) as part:
             with part.open("wb") as stream:
                 stream.write(header)
@@ -58,18 +58,14 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool,
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
-    """See before minutes of work that `save` can put a file there, by making an empty one and removing it.
-
-    Folders that do not exist yet are not made: the file is tried in the nearest that does.
+    """See before minutes of work that `save` can put a file there, as `unfinished.check` does.
 
     Raises:
         OutputError: as `save`.
     """
     target = _free(path, overwrite)
-    place = next(place for place in target.parents if os.path.lexists(place))
     try:
-        with unfinished.part(place / target.name) as part:
-            part.unlink()
+        unfinished.check(target)
     except OSError as error:
         raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import unfinished
 from ..errors import EraseError, KeptConceptError, OutputError, StoreFullError, UnknownConceptError
 from ..kept import KeptConcept
 from ..kept.files import save
@@ -224,7 +225,7 @@ class FolderConcepts(_Limited):
         super().__init__(most=most, most_bytes=most_bytes)
         self.folder = Path(folder).absolute()
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            unfinished.make_folder(self.folder, mode=0o700)
         except OSError as error:
             raise OutputError(f"folder of concepts {str(folder)!r} cannot be made: {error}.") from error
         if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):

@@ -183,7 +183,7 @@ def test_prepare_sees_first_whether_it_can_write(job: Path, tmp_path: Path, caps
     """There is no such bundle, so what is said of the files was seen before it was looked for."""
     (tmp_path / "file").write_text("")
     (tmp_path / "full" / "man.concept").mkdir(parents=True)
-    long = write_job(tmp_path, "long.json", concepts=[{"word": "man", "name": "m" * 240, "image": "man.png"}])
+    long = write_job(tmp_path, "long.json", concepts=[{"word": "man", "name": "m" * 250, "image": "man.png"}])
     before = sorted(os.listdir(tmp_path))
     cases = [
         ("cannot be written", job, tmp_path / "file" / "below", []),

@@ -202,6 +202,8 @@ class Settling:
         elif operation in ("open", "mkdir"):
             if not os.path.lexists(path):
                 self.dirty |= {path, folder}
+                if operation == "mkdir" and ".part" not in path:  # made on the way, and has its name at once
+                    self.named.add(folder)
         elif operation in ("rename", "exchange") and path.endswith(".part"):
             late = sorted(one for one in self.dirty if one == path or one.startswith(f"{path}/"))
             assert not late, f"{late} got a name before they were on the disk"

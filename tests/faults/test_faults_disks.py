@@ -302,6 +302,26 @@ def test_what_gets_its_name_is_on_the_disk(writer: Writer, replaced: bool) -> No
     settling.check()
 
 
+@writers
+def test_the_folders_on_the_way_are_on_the_disk(writer: Writer) -> None:
+    """Else it could be lost with them."""
+    folder = writer.place.parent
+    folder.rmdir()
+    settling = Settling()
+    with Layer(folder.parent, settling).installed():
+        writer.save(NEW, False)
+    assert {os.fspath(folder.parent), os.fspath(folder)} <= settling.named
+    settling.check()
+
+
+def test_every_folder_on_the_way_is_on_the_disk(tmp_path: Path) -> None:
+    settling = Settling()
+    with Layer(tmp_path, settling).installed():
+        unfinished.make_folder(tmp_path / "a" / "b" / "c")
+    assert settling.named == {os.fspath(tmp_path / path) for path in ("", "a", "a/b")}
+    settling.check()
+
+
 def test_the_layer_sees_every_kind_of_step(tmp_path: Path) -> None:
     """What fails above must be what happens."""
     seen: list[tuple[str, str]] = []

@@ -184,6 +184,29 @@ def test_only_what_was_left_of_the_same_name_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in unfinished.clear(tmp_path, "run".__eq__)] == [f".run.{digits}.old"]
 
 
+@pytest.mark.parametrize("length", [1, 216, 217, 255])
+def test_what_was_left_of_a_long_name_goes_with_the_next_of_it(length: int, tmp_path: Path) -> None:
+    target, other = (tmp_path / f"{'n' * (length - 1)}{end}" for end in "ab")
+
+    def left(of: Path) -> str:
+        with unfinished.part(of) as part:
+            os.link(part, tmp_path / "kept")
+        os.rename(tmp_path / "kept", part)
+        return part.name
+
+    mine, others = left(target), left(other)
+    assert (mine.startswith(f".{target.name}.")) == (length <= 216)
+    assert len(os.fsencode(mine)) <= 255
+    old = mine.replace(".part", ".old")
+    (tmp_path / old).mkdir()
+    with unfinished.part(target) as part:
+        assert sorted(os.listdir(tmp_path)) == sorted([others, old, part.name]), "the only one that there is stays"
+        unfinished.put(part, target)
+    with unfinished.part(target):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([others, target.name])
+
+
 @pytest.mark.parametrize("target", ["build"], indirect=True)
 def test_what_was_left_beside_a_whole_plan_goes_with_the_next_build(target: Target, forks: GetForks) -> None:
     """Of a process that was killed when all was done but tidying up."""

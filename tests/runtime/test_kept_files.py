@@ -237,6 +237,12 @@ def test_a_link_is_followed_as_it_is_where_results_are_saved(path: Path, tmp_pat
             write()
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(OutputError, match="No file can have this name"):
+        made().save(name)
+
+
 @pytest.mark.parametrize("storage", ["exact", "8-bit"])
 def test_keys_cannot_be_changed(tmp_path: Path, storage: str) -> None:
     kept = made(storage=storage)
@@ -374,7 +380,11 @@ def test_whether_a_file_can_be_written_is_seen_without_leaving_anything(tmp_path
     (tmp_path / "folder.concept").mkdir()
     check_writable(tmp_path / "deep" / "er" / "cap.concept", overwrite=False)
     check_writable(tmp_path / "file", overwrite=True)
-    for path, overwrite in (("file", False), ("folder.concept", True), ("file/cap.concept", True), ("c" * 240, False)):
+    check_writable(tmp_path / ("c" * 255), overwrite=False)
+    for path in ("deep/" + "c" * 256, "c" * 256 + "/deep"):
+        with pytest.raises(OutputError, match=r"cannot be written: .*Choose another name"):
+            check_writable(tmp_path / path, overwrite=False)
+    for path, overwrite in (("file", False), ("folder.concept", True), ("file/cap.concept", True), ("c" * 256, False)):
         with pytest.raises(OutputError, match=r"exists already|cannot be written"):
             check_writable(tmp_path / path, overwrite=overwrite)
         with pytest.raises(OutputError, match=r"exists already|cannot be written"):
