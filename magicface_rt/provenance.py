@@ -26,6 +26,7 @@ from .images import MAX_PIXELS
 __all__ = ["DIGITAL_SOURCE_TYPE", "ProvenancePicture", "png_info", "read_provenance", "software", "xmp_packet"]
 
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+SOFTWARE = "magicface_rt"
 TEXT_KEY = "magicface_rt"
 _XMP_KEY = "XML:com.adobe.xmp"
 
@@ -121,9 +122,9 @@ def read_provenance(file: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any] 
 def software() -> str:
     """Name and version of this package, such as `magicface_rt 0.1.0`."""
     try:
-        return f"magicface_rt {metadata.version('magicface_rt')}"
+        return f"{SOFTWARE} {metadata.version('magicface_rt')}"
     except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "magicface_rt (not installed)"
+        return f"{SOFTWARE} (not installed)"
 
 
 def _format_of(fp: object) -> str:

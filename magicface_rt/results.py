@@ -7,7 +7,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,12 +23,16 @@ from .concept import NamedConcept
 from .errors import OptionError, OutputError
 from .images import region_overlay
 from .options import Options
-from .provenance import ProvenancePicture, software
+from .plain_file import read_plain
+from .provenance import SOFTWARE, ProvenancePicture, software
+from .strict_json import read_json
 
 __all__ = ["Result", "Timings"]
 
 _OCCUPIED = {errno.EEXIST, errno.ENOTEMPTY}
+_RUN, _REGIONS = "run.json", "regions.npz"
 _OWN_FILES = re.compile(r"(image|regions)-\d+\.png|regions\.npz|run\.json")
+_MOST_RUN_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +148,8 @@ class Result:
             run.json        prompt, concepts, options, timings, bundle and software
 
         The folder appears complete or not at all: it is written beside its place, put on the disk and renamed.
-        `overwrite` replaces an earlier result, which stays whole until then; a folder with files that are not a
-        result's is never replaced.
+        `overwrite` replaces an earlier result, which stays whole until then, or an empty folder. What holds anything
+        else is never replaced: a result is known by its run.json, and has the plain files that this names.
 
         Raises `OutputError` for a folder that exists (without `overwrite`) or cannot be written.
         """
@@ -173,7 +178,7 @@ class Result:
                 for settings, references in zip(self._concept_settings(), self.references or (), strict=True)
             ],
             "timings": self.timings.to_dict(),
-            "images": [f"image-{k}.png" for k in range(len(self.images))],
+            "images": _pictures("image", len(self.images)),
             "size": [self.images[0].height, self.images[0].width] if self.images else None,
             "details": dict(self.details),
         }
@@ -204,19 +209,21 @@ class Result:
 
     def _files(self) -> Iterator[tuple[str, bytes]]:
         """Names and contents. Encoders get memory to write to: on a full disk not all of them say that it is one."""
-        for index, image in enumerate(self.images):
-            yield f"image-{index}.png", _png(image)
-            yield f"regions-{index}.png", _png(self.overlay(index))
-        names = np.array(self.concept_names, dtype=np.str_)
-        arrays: dict[str, Any] = {"regions": self.regions, "concept_names": names}
+        count = len(self.images)
+        names = zip(_pictures("image", count), _pictures("regions", count), strict=True)
+        for index, (picture, overlay) in enumerate(names):
+            yield picture, _png(self.images[index])
+            yield overlay, _png(self.overlay(index))
+        concept_names = np.array(self.concept_names, dtype=np.str_)
+        arrays: dict[str, Any] = {"regions": self.regions, "concept_names": concept_names}
         if self.regions_per_step is not None:
             arrays["regions_per_step"] = self.regions_per_step
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)
-        yield "regions.npz", packed.getvalue()
+        yield _REGIONS, packed.getvalue()
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         # a name that is no Unicode text (from a file system, say) becomes a JSON escape
-        yield "run.json", f"{text}\n".encode(errors="backslashreplace")
+        yield _RUN, f"{text}\n".encode(errors="backslashreplace")
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:
@@ -239,14 +246,46 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
 
 
 def _check_own(folder: Path, target: Path) -> None:
-    """Raise `OutputError` for files that are not a result's, in what is the `target` or was it a moment ago."""
-    foreign = sorted(entry.name for entry in folder.iterdir() if not _OWN_FILES.fullmatch(entry.name))
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+    """Raise `OutputError` for what is not a result and nothing else, in what is the `target` or was it a moment ago."""
+    found = {entry.name: stat.S_ISREG(entry.lstat().st_mode) for entry in folder.iterdir()}
+    why_not = _why_no_result(folder, found) if found else ""
+    if why_not:
         raise OutputError(
-            f"output folder {str(target)!r} is not replaced: it holds {foreign[0]!r}{more}, which no result writes. "
-            "Choose another folder."
+            f"output folder {str(target)!r} is not replaced: {why_not}. Choose another folder, or move what is there."
         )
+
+
+def _why_no_result(folder: Path, plain: Mapping[str, bool]) -> str:
+    """What of these files of a folder, and of whether each is a plain one, no result has; "" where it is a result."""
+    if foreign := [name for name in plain if not _OWN_FILES.fullmatch(name)]:
+        return f"it holds {_first(foreign)}, which no result writes"
+    if linked := [name for name, is_plain in plain.items() if not is_plain]:
+        return f"it holds {_first(linked)}, which is no plain file, as what a result writes is"
+    if _RUN not in plain:
+        return f"it holds {_first(plain)}, but no {_RUN}, by which a result is known"
+    try:
+        run = read_json(read_plain(folder / _RUN, _MOST_RUN_BYTES))
+    except (OSError, ValueError) as error:
+        return f"its {_RUN}, by which a result is known, cannot be read ({error})"
+    by, images = (run.get("software"), run.get("images")) if isinstance(run, dict) else (None, None)
+    if not isinstance(by, str) or not by.startswith(f"{SOFTWARE} ") or not isinstance(images, list):
+        return f"its {_RUN} is no result's"
+    count = len(images)
+    if images != _pictures("image", count):
+        return f"its {_RUN} names other images than a result has"
+    if more := set(plain) - {*images, *_pictures("regions", count), _REGIONS, _RUN}:
+        return f"it holds {_first(more)}, which is none of the {count} images that its {_RUN} names"
+    return ""
+
+
+def _first(names: Iterable[str]) -> str:
+    first, *more = sorted(names)
+    return f"{first!r} and {len(more)} more" if more else repr(first)
+
+
+def _pictures(kind: str, count: int) -> list[str]:
+    """Names of a result's files of a kind, "image" or "regions"."""
+    return [f"{kind}-{k}.png" for k in range(count)]
 
 
 def _png(image: Image.Image) -> bytes:

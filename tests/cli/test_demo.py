@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import Bundle
+from magicface_rt import Bundle, unfinished
 from magicface_rt.cli import main
 from magicface_rt.provenance import DIGITAL_SOURCE_TYPE, read_provenance
 
@@ -36,7 +37,10 @@ def demo(tiny_bundle: Path, tiny_checkpoint: Path, job: Path, tmp_path: Path, mo
 
     def export(checkpoint: object, folder: Path, **_: object) -> Bundle:
         demo.exported += 1
-        shutil.copytree(tiny_bundle, folder)
+        unfinished.make_folder(folder.parent)
+        with unfinished.part(folder, folder=True) as part:
+            shutil.copytree(tiny_bundle, part, dirs_exist_ok=True)
+            unfinished.put(part, folder, overwrite=False)
         return Bundle.open(folder)
 
     def compare(*_: object, **__: object) -> Any:
@@ -70,6 +74,29 @@ def test_a_demo_replaces_its_own_and_its_sheet_says_how_it_was_made(demo: Demo) 
     assert sorted(path.name for path in demo.out.iterdir()) == ["portrait", "sheet.png"]
 
 
+def test_a_demo_that_is_ended_as_it_removes_an_earlier_bundle_works_when_it_is_given_again(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert demo.run() == 0
+    with (demo.bundle / "weights.bin").open("r+b") as stream:
+        stream.truncate(100)
+    unlink = os.unlink
+
+    def ended(path: Any, **named: Any) -> None:
+        unlink(path, **named)
+        if os.path.basename(path) == "bundle.json":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", ended)
+        assert demo.run() == 130
+    assert not demo.bundle.exists()
+    (left,) = demo.bundle.parent.iterdir()
+    assert unfinished.is_part(left.name)
+    assert demo.run() == 0
+    assert [path.name for path in demo.bundle.parent.iterdir()] == [BUNDLE]
+
+
 def _thesis(place: Path) -> None:
     place.mkdir(parents=True)
     (place / "thesis.txt").write_text("mine")
@@ -91,6 +118,10 @@ def _file(place: Path) -> None:
     place.write_text("mine")
 
 
+def _photograph(place: Path) -> None:
+    _picture(place / "image-0.png")
+
+
 def _picture(place: Path) -> None:
     place.parent.mkdir(parents=True)
     Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(place)
@@ -107,6 +138,7 @@ def _picture(place: Path) -> None:
         ("out/sheet.png", _file, "--out"),
         ("out/sheet.png", _thesis, "--out"),
         ("out/portrait", _thesis, "it holds 'thesis.txt', which no result writes"),
+        ("out/portrait", _photograph, "it holds 'image-0.png', but no run.json"),
     ],
 )
 def test_a_demo_replaces_nothing_of_somebody_else(

@@ -145,6 +145,70 @@ def test_overwriting_never_removes_other_files(tmp_path: Path) -> None:
     assert listing(folder) == sorted([*FILES, "thesis.txt"])
 
 
+def _photographs(folder: Path) -> None:
+    folder.mkdir()
+    for k in range(2):
+        Image.new("RGB", (9, 9)).save(folder / f"image-{k}.png")
+
+
+def _says(text: str) -> Callable[[Path], None]:
+    def put(folder: Path) -> None:
+        _photographs(folder)
+        (folder / "run.json").write_text(text)
+
+    return put
+
+
+def _another_image(folder: Path) -> None:
+    Image.new("RGB", (9, 9)).save(result().save(folder) / "image-2.png")
+
+
+def _folder_of_that_name(folder: Path) -> None:
+    (result().save(folder) / "image-1.png").unlink()
+    (folder / "image-1.png").mkdir()
+    (folder / "image-1.png" / "thesis.txt").write_text("mine")
+
+
+def _link_of_that_name(folder: Path) -> None:
+    (result().save(folder) / "run.json").rename(folder.parent / "elsewhere.json")
+    (folder / "run.json").symlink_to("../elsewhere.json")
+
+
+@pytest.mark.parametrize(
+    ("put", "says"),
+    [
+        (_photographs, "it holds 'image-0.png' and 1 more, but no run.json, by which a result is known"),
+        (_says("mine"), "its run.json, by which a result is known, cannot be read"),
+        (_says("[]"), "its run.json is no result's"),
+        (_says('{"images": ["image-0.png", "image-1.png"]}'), "its run.json is no result's"),
+        (_says('{"software": "magicface_rtx 1", "images": ["image-0.png", "image-1.png"]}'), "is no result's"),
+        (_says(json.dumps({"software": software(), "images": ["image-0.png", "b.png"]})), "names other images than"),
+        (_another_image, "it holds 'image-2.png', which is none of the 2 images that its run.json names"),
+        (_folder_of_that_name, "it holds 'image-1.png', which is no plain file"),
+        (_link_of_that_name, "it holds 'run.json', which is no plain file"),
+    ],
+)
+def test_files_that_are_only_named_as_a_results_are_not_replaced(
+    tmp_path: Path, put: Callable[[Path], None], says: str
+) -> None:
+    put(tmp_path / "out")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError) as refused:
+        result().save(tmp_path / "out", overwrite=True)
+    for part in (str(tmp_path / "out"), "is not replaced", says, "Choose another folder"):
+        assert part in str(refused.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_empty_folder_and_a_result_that_lacks_files_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    folder = result().save(tmp_path / "out", overwrite=True)
+    for name in ("image-1.png", "regions.npz"):
+        (folder / name).unlink()
+    result().save(folder, overwrite=True)
+    assert listing(folder) == FILES
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("moment", ["while it is written", "as it is replaced"])
 def test_files_that_appear_meanwhile_are_not_removed(
@@ -298,6 +362,20 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="cannot be written"):
         result().save(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(OutputError, match="No file can have this name"):
+        result().save(name)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names have 255 bytes")
+@pytest.mark.parametrize("name", ["n" * 217, "n" * 255, "\u00fc" * 127])
+def test_the_longest_names_are_saved(tmp_path: Path, name: str) -> None:
+    for overwrite in (False, True):
+        assert listing(result().save(tmp_path / name, overwrite=overwrite)) == FILES
+    assert listing(tmp_path) == [name]
 
 
 def test_names_that_are_no_unicode_are_saved(tmp_path: Path) -> None:
