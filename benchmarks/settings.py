@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
+from magicface_rt.cores import MOST_THREADS
 from magicface_rt.errors import OptionError
 from magicface_rt.regions import MAX_CONCEPTS
 
@@ -121,7 +122,7 @@ class Settings:
         _between("parity_steps", (self.parity_steps,), 2, 50)
         _between("alone_rounds", (self.alone_rounds,), 1, 10_000)
         _between("alpha", (self.alpha,), 0.0, 1.0)
-        _between("threads", (self.threads,), 0, 4096)
+        _between("threads", (self.threads,), 0, MOST_THREADS)
         _between("limit", (self.limit,), 1.0, 1e6)
         strangers = [kind for kind in self.alone if kind not in self.kinds]
         if strangers:

@@ -6,7 +6,10 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["cores", "processors", "threads_of_each"]
+__all__ = ["MOST_THREADS", "cores", "processors", "threads_of_each"]
+
+MOST_THREADS = 1024
+"""Of one computation. More than any machine has cores for, and fewer than a runtime refuses, or cannot start."""
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Of a container, where Linux has version 2 of control groups: microseconds of processors in so many of the clock."""

@@ -17,7 +17,7 @@ from .backends import Backend, GraphRunner, open_backend
 from .backends.tensorrt import PlanStore
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
-from .cores import threads_of_each
+from .cores import MOST_THREADS, threads_of_each
 from .course import Course
 from .errors import (
     BackendError,
@@ -48,6 +48,7 @@ from .request import (
 )
 from .results import Result
 from .shortage import told_as_ours
+from .shown import shown
 from .sizes import parse_size
 from .tokenizer import Tokenizer
 from .work import Work
@@ -79,7 +80,7 @@ class Session:
     backend    a name of `backends.BACKENDS`, or a `Backend` object, which stays the caller's to close; "auto" takes the
                fastest that works here
     workers    how many requests may compute at the same time; more wait. Each has memory of its own
-    threads    threads of one request's computation on the CPU; 0: the workers share the cores
+    threads    0..1024; threads of one request's computation on the CPU; 0: the workers share the cores
     check_hashes    read every file once and compare it with the manifest
     provenance      pictures say how they were made (PNG text and XMP)
     device          the GPU's ordinal
@@ -128,7 +129,9 @@ class Session:
         KeepSettings.of(keep, memory, budget, storage, bool(pad_keys))
         for name, value, least in (("workers", workers, 1), ("threads", threads, 0), ("device", device, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise OptionError(f"{name} is {value!r}, expected a whole number from {least}.")
+                raise OptionError(f"{name} is {shown(value)}, expected a whole number from {least}.")
+        if threads > MOST_THREADS:
+            raise OptionError(f"threads is {shown(threads)}, expected a whole number from 0 to {MOST_THREADS}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, check_hashes=check_hashes)
         self.tokenizer = tokenizer_of(self.bundle)
         self.provenance = provenance

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from ._streams import open_closed_streams
+from ._streams import open_closed_streams, told
 
 __all__ = ["main"]
 
@@ -32,17 +32,35 @@ ADDRESSES_OF_A_THREAD = 40 << 20
 RESERVE = 2 << 20
 """Bytes of memory that are set aside, so that it can be said that there is too little."""
 
+LOST = "What was asked for is done, and what it writes is saved; only what was to be printed of it is lost."
+
 TOO_LITTLE = "there is too little memory on the host. Allow this process more (ulimit -v, the container's limit)."
 """Said where there is too little to look at what was said."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (that of the process, unless given) and return its exit code."""
+    """Run a command line (that of the process, unless given) and return its exit code.
+
+    A reader of stdout or stderr that goes changes neither what is done nor the exit code; where stdout takes nothing
+    for another reason, as on a full disk, that is said and 0 becomes 2. Nobody is told what stderr does not take.
+    """
     open_closed_streams()
+    with told() as (stdout, _):
+        code = _ended(argv)
+        fault = None if code == INTERRUPTED else stdout.fault()  # which may wait for a reader
+        if fault:
+            print(f"error: stdout cannot be written: {fault}. {LOST if code == 0 else ''}".rstrip(), file=sys.stderr)
+            code = code or 2
+    return code
+
+
+def _ended(argv: Sequence[str] | None) -> int:
     reserve = b""
     try:
         reserve = bytes(RESERVE)
-        return int(_loaded().read(argv))
+        code = int(_loaded().read(argv))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print(INTERRUPTED_TEXT, file=sys.stderr)
         return INTERRUPTED

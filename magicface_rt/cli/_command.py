@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -35,6 +36,9 @@ TORCH_ADDRESSES = 600 << 20
 few as it is loaded, may end the process."""
 
 TRACEBACK_HINT = "Run `magicface-rt --traceback ...` (or set MAGICFACE_RT_TRACEBACK=1) to see where."
+
+_OPEN_FILE = re.compile(r"/proc/\d+(/task/\d+)?/fd/\d+")
+_MOST_LINKS = 40  # as Linux
 
 JsonOption = Annotated[
     str | None,
@@ -108,11 +112,8 @@ def command(json_to: str | None) -> Iterator[Command]:
         write_json(json_to, verb.outcome)
     except typer.Exit:
         raise
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader has gone; the interpreter flushes at its end
-        raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        _write_error(json_to, "Interrupted", INTERRUPTED_TEXT)
+        _write_error(json_to, "Interrupted", INTERRUPTED_TEXT, wait=False)
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         del reserve
@@ -137,8 +138,11 @@ def print_usage_error(error: Any, arguments: Sequence[str]) -> int:
     return 2
 
 
-def write_json(to: str | None, content: Mapping[str, Any]) -> None:
+def write_json(to: str | None, content: Mapping[str, Any], *, wait: bool = True) -> None:
     """Write JSON to stdout for "-", or to a file, which appears complete or not at all.
+
+    A link is followed. A pipe, a device and what a process has open (/dev/stdout, /proc/*/fd) are written to as they
+    are, after what is there already; without `wait` only where that can be done at once.
 
     Raises:
         OutputError: the file cannot be written.
@@ -150,33 +154,33 @@ def write_json(to: str | None, content: Mapping[str, Any]) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    target = Path(to)
+    encoded = text.encode(errors="backslashreplace")
     try:
-        if target.exists() and not target.is_file():  # /dev/stdout, a pipe
-            target.write_text(text, encoding="utf-8", errors="backslashreplace")
+        if _is_stream(to):
+            sys.stdout.flush()
+            with open(to, "ab", opener=None if wait else _open_at_once) as stream:
+                stream.write(encoded)
             return
+        target = unfinished.place(to)
         with unfinished.part(target) as part:
-            part.write_text(text, encoding="utf-8", errors="backslashreplace")
+            part.write_bytes(encoded)
             unfinished.put(part, target)
     except OSError as error:
         raise OutputError(f"JSON file {to!r} cannot be written: {unfinished.why(error)}") from error
 
 
 def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
-    """See before hours of work that a new folder can be put there.
+    """See before hours of work that a new folder can be put there, as `unfinished.check` does.
 
     Raises:
         OutputError: it exists (with `overwrite`: and is not an earlier result), or cannot be made.
     """
     try:
         target = unfinished.place(folder)
+        check_replaceable(target, overwrite)
+        unfinished.check(target, folder=True)
     except OSError as error:
         raise OutputError(f"output folder {str(folder)!r} cannot be made: {unfinished.why(error)}") from error
-    check_replaceable(target, overwrite)
-    parent = next(place for place in target.parents if os.path.lexists(place))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "may not be written to" if parent.is_dir() else "is not a folder"
-        raise OutputError(f"output folder {str(folder)!r} cannot be made: {str(parent)!r} {why}.")
 
 
 def check_new_path(path: Path, what: str) -> None:
@@ -211,12 +215,40 @@ def export_module(name: str) -> Any:
 
 
 def _check_json_target(to: str | None) -> None:
+    """See before hours of work that JSON can be written there.
+
+    Raises:
+        OutputError: it cannot.
+    """
     if to in (None, "-"):
         return
-    target = Path(str(to))
-    if target.is_dir() or not target.parent.is_dir():
-        why = "it is a folder" if target.is_dir() else f"there is no folder {str(target.parent)!r}"
-        raise OutputError(f"JSON file {to!r} cannot be written: {why}.")
+    try:
+        if _is_stream(str(to)):
+            return
+        target = unfinished.place(str(to))
+        if target.is_dir() or not target.parent.is_dir():
+            why = "it is a folder" if target.is_dir() else f"there is no folder {str(target.parent)!r}"
+            raise OutputError(f"JSON file {to!r} cannot be written: {why}.")
+        unfinished.check(target)
+    except OSError as error:
+        raise OutputError(f"JSON file {to!r} cannot be written: {unfinished.why(error)}") from error
+
+
+def _is_stream(path: str) -> bool:
+    """Whether it leads to something that is neither a file nor a folder, or to what a process has open."""
+    at = Path(path).absolute()
+    for _ in range(_MOST_LINKS):
+        at = Path(os.path.realpath(at.parent), at.name)
+        if _OPEN_FILE.fullmatch(os.fspath(at)):
+            return True
+        if not at.is_symlink():
+            break
+        at = at.parent / os.readlink(at)
+    return at.exists() and not at.is_file() and not at.is_dir()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _tell(error: Exception, json_to: str | None) -> int:
@@ -244,10 +276,10 @@ def _print_error(error: BaseException, text: str, exit_code: int, json_to: str |
     return exit_code
 
 
-def _write_error(json_to: str | None, kind: str, message: str) -> None:
+def _write_error(json_to: str | None, kind: str, message: str, *, wait: bool = True) -> None:
     try:
         _check_json_target(json_to)
-        write_json(json_to, {"error": {"kind": kind, "message": message}})
+        write_json(json_to, {"error": {"kind": kind, "message": message}}, wait=wait)
     except (OSError, OutputError) as error:
         if not message.startswith("JSON file"):
             print(f"error: {one_line(str(error))}", file=sys.stderr)

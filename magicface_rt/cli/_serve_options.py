@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from magicface_rt.cores import MOST_THREADS
+
 ServedBundle = Annotated[Path, typer.Argument(help="A bundle's folder.")]
 HostOption = Annotated[
     str, typer.Option(metavar="ADDRESS", help="Where to listen. Others reach it only if this says so.")
@@ -24,7 +26,10 @@ DefaultStepsOption = Annotated[
 ]
 MaxStepsOption = Annotated[int, typer.Option(metavar="N", min=1, help="Denoising steps of a request.")]
 ServingThreadsOption = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Of one batch, on a CPU; 0: those made at once share the cores.")
+    int,
+    typer.Option(
+        metavar="N", min=0, max=MOST_THREADS, help="Of one batch, on a CPU; 0: those made at once share the cores."
+    ),
 ]
 
 HOST, PORT = "127.0.0.1", 8000

@@ -1,9 +1,15 @@
-"""Streams that whoever started the process has closed, as `2>&-` does and some schedulers do."""
+"""Streams that whoever started the process has closed, as `2>&-` does and some schedulers do; and those that take
+nothing any more, as a pipe whose reader has gone or a file on a full disk.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
@@ -18,6 +24,56 @@ def open_closed_streams() -> None:
         if getattr(sys, name) is None:
             _occupy(number)
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - to the process's end
+
+
+class Told:
+    """A stream to which things are told. What it does not take is dropped, and what is being done goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        if isinstance(stream, io.TextIOWrapper):  # a file's name need not be text that a terminal can show
+            stream.reconfigure(errors="backslashreplace")
+        self._stream = stream
+        self._fault: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def fault(self) -> OSError | None:
+        """Why not all was taken. None where all was, or the reader has gone: it has what it wanted."""
+        self.flush()
+        return None if isinstance(self._fault, BrokenPipeError) else self._fault
+
+    def end(self) -> TextIO:
+        """The stream, or where it failed nothing in its place: it keeps what it did not take, and would fail again."""
+        return self._stream
+
+    def _drop(self, error: OSError) -> None:
+        self._fault = error
+        self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - to the process's end
+
+
+@contextlib.contextmanager
+def told() -> Iterator[tuple[Told, Told]]:
+    """Have stdout and stderr be such streams for the block, and yield them."""
+    both = Told(sys.stdout), Told(sys.stderr)
+    sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in both)
+    try:
+        yield both
+    finally:
+        sys.stdout, sys.stderr = (stream.end() for stream in both)
 
 
 def _occupy(number: int) -> None:

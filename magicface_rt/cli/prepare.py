@@ -18,7 +18,7 @@ from magicface_rt import Concept, OptionError, OutputError, Progress, Session
 from magicface_rt.kept.files import check_writable
 from magicface_rt.session import ProgressCallback
 
-from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
+from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption, ThreadsOption
 from ._bundle_view import size
 from ._command import JsonOption, command
 from ._kept_options import StorageOption, bare_concepts
@@ -55,9 +55,7 @@ def prepare(
     device: DeviceOption = 0,
     target: TargetOption = None,
     build_missing: BuildMissingOption = False,
-    threads: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Threads to compute with; 0: the runtime's choice.")
-    ] = 0,
+    threads: ThreadsOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     json_to: JsonOption = None,
 ) -> None:

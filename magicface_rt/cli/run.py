@@ -19,7 +19,7 @@ from magicface_rt import OptionError, Options, Progress, Request, Result, Sessio
 from magicface_rt.jobs import Job, load_job, parse_concept_option
 from magicface_rt.session import ProgressCallback
 
-from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
+from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption, ThreadsOption
 from ._command import Command, JsonOption, check_output_folder, command
 from ._kept_options import (
     BudgetOption,
@@ -77,7 +77,7 @@ def run(
     device: DeviceOption = 0,
     target: TargetOption = None,
     build_missing: BuildMissingOption = False,
-    threads: Annotated[int, typer.Option(metavar="N", help="Threads to compute with; 0: the runtime's choice.")] = 0,
+    threads: ThreadsOption = 0,
     provenance: Annotated[
         bool, typer.Option("--provenance/--no-provenance", help="Let pictures say how they were made.")
     ] = True,
@@ -91,8 +91,6 @@ def run(
     """
     with command(json_to) as verb:
         check_output_folder(out, overwrite=overwrite)
-        if threads < 0:
-            raise OptionError(f"--threads is {threads}, expected 0 or more.")
         settings = {
             "negative_prompt": negative_prompt,
             "steps": steps,

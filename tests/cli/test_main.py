@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,11 @@ def test_the_command_line_imports_no_torch() -> None:
         (["bench", "b", "--concepts", "few"], "--concepts"),
         (["bench", "b", "--backends", "abacus"], "abacus"),
         (["bench", "b", "--mask-share", "130"], "mask_shares"),
+        (["run", "nowhere", "--prompt", "a", "--threads", "2147483648", "--out", "out"], "--threads"),
+        (["run", "nowhere", "--prompt", "a", "--threads", "-1", "--out", "out"], "--threads"),
+        (["prepare", "nowhere", "--out", "out", "--threads", "1025"], "--threads"),
+        (["serve", "nowhere", "--threads", "1025"], "--threads"),
+        (["bench", "nowhere", "--threads", "1025"], "threads"),
         (["nonsense"], "nonsense"),
     ],
 )
@@ -98,6 +104,67 @@ def test_a_report_replaces_the_file_that_is_named(tmp_path: Path) -> None:
     assert main(["inspect", str(tmp_path / "none"), "--json", str(report)]) == 2
     assert json.loads(report.read_text())["error"]["kind"] == "BundleError"
     assert os.listdir(tmp_path) == ["report.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+def test_a_report_goes_where_a_link_leads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "link.json").symlink_to("deep/report.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    for _ in range(2):
+        assert main(["inspect", "nowhere", "--json", str(tmp_path / "link.json")]) == 2
+        assert (tmp_path / "link.json").is_symlink()
+        assert json.loads((tmp_path / "deep" / "report.json").read_text())["error"]["kind"] == "BundleError"
+    capsys.readouterr()
+    assert main(["inspect", "nowhere", "--json", str(tmp_path / "loop.json")]) == 2
+    assert "symbolic links" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("of", ["/proc/self/fd/{}", "/proc/thread-self/fd/{}", "/dev/fd/{}", "link"])
+def test_a_report_comes_after_what_an_open_file_holds(of: str, tmp_path: Path) -> None:
+    """As for /dev/stdout, of a link to which a regular file was made."""
+    with (tmp_path / "said").open("w+") as stream:
+        stream.write("before\n")
+        stream.flush()
+        inode = os.fstat(stream.fileno()).st_ino
+        (tmp_path / "link").symlink_to(f"/proc/self/fd/{stream.fileno()}")
+        to = of.format(stream.fileno()) if "{}" in of else str(tmp_path / of)
+        assert main(["inspect", "nowhere", "--json", to]) == 2
+        stream.seek(0)
+        first, _, rest = stream.read().partition("\n")
+    assert first == "before"
+    assert json.loads(rest)["error"]["kind"] == "BundleError"
+    assert (tmp_path / "said").stat().st_ino == inode
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "said"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("arguments", [("doctor",), ("inspect", "nowhere"), ("inspect",)], ids=len)
+def test_one_signal_ends_a_report_that_nobody_reads(arguments: tuple[str, ...], number: int, tmp_path: Path) -> None:
+    """Sent as the pipe is opened, which then waits."""
+    os.mkfifo(tmp_path / "pipe")
+    code = (
+        "import os, signal, sys, threading, time\n"
+        "import magicface_rt.cli._verbs\n"
+        "from magicface_rt.cli import main\n"
+        "def opened(event, given):\n"
+        "    if event == 'open' and given[0] == 'pipe' and not sent:\n"
+        "        sent.append(threading.Thread(target=send, daemon=True))\n"
+        "        sent[0].start()\n"
+        "def send():\n"
+        "    time.sleep(0.5)\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "sent = []\n"
+        "sys.addaudithook(opened)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *arguments, "--json", "pipe"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == "interrupted; nothing half written"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills itself by a signal")
@@ -313,6 +380,87 @@ def test_what_a_library_writes_to_a_closed_stream_comes_into_no_file(closed: str
     done = without_streams(closed, "-c", code, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "file").read_bytes() == b""
+
+
+LOST = (
+    "error: stdout cannot be written: [Errno 28] No space left on device. What was asked for is done, and what it "
+    "writes is saved; only what was to be printed of it is lost.\n"
+)
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+RESULT = {"image-0.png", "regions-0.png", "regions.npz", "run.json"}
+
+
+def with_streams(streams: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command as a shell starts it, with its streams led elsewhere; the shell tells its exit code as its own."""
+    shell = ["bash", "-c", f'set -o pipefail; "$@" {streams}', "bash", sys.executable, "-m", "magicface_rt.cli"]
+    return subprocess.run([*shell, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@FULL
+@pytest.mark.parametrize("arguments", [("--version",), ("run", "--help"), ("doctor",)])
+def test_a_full_stdout_is_said(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = with_streams("> /dev/full", *arguments, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (2, LOST)
+
+
+@FULL
+@pytest.mark.parametrize("streams", ["2> /dev/full", "> /dev/full 2>&1", "2>&1 | true"])
+@pytest.mark.parametrize("arguments", [("inspect", "nowhere"), ("nonsense",)])
+def test_an_error_that_cannot_be_told_keeps_its_exit_code(
+    streams: str, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert with_streams(streams, *arguments, folder=tmp_path).returncode == 2
+
+
+@FULL
+@pytest.mark.parametrize(
+    ("streams", "code", "said"), [("> /dev/full", 2, LOST), ("| true", 0, ""), ("2>&1 | true", 0, "")]
+)
+def test_work_is_done_whoever_is_told_of_it(
+    streams: str, code: int, said: str, tiny_bundle: Path, job: Path, tmp_path: Path
+) -> None:
+    asked = ("--job", job, "--steps", 1, "--threads", 1, "--backend", "onnxruntime-cpu", "--json", "report.json")
+    done = with_streams(streams, "run", tiny_bundle, "--out", "out", *asked, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == RESULT
+    assert json.loads((tmp_path / "report.json").read_text())["out"] == str(tmp_path / "out")
+    done = with_streams(streams, "prepare", tiny_bundle, "--out", "kept", *asked, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert sorted(os.listdir(tmp_path / "kept")) == ["hat.concept", "man.concept"]
+    assert len(json.loads((tmp_path / "report.json").read_text())["files"]) == 2
+
+
+def test_the_streams_are_the_callers_again(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout, sys.stderr
+    assert main(["--version"]) == 0
+    assert main(["nonsense"]) == 2
+    assert (sys.stdout, sys.stderr) == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a folder that takes no file")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--out", "/proc/self/zz"), "output folder '/proc/self/zz' cannot be made: "),
+        (("--out", f"a/{'b' * 256}"), "Choose another name."),
+        (("--out", f"a/{'b' * 256}/c"), "Choose another name."),
+        (("--out", "file/out"), "Not a directory"),
+        (("--out", "out", "--json", "/proc/self/zz"), "JSON file '/proc/self/zz' cannot be written: "),
+    ],
+)
+def test_a_place_that_takes_nothing_is_refused_before_anything_is_read(
+    arguments: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """There is no such bundle."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    assert main(["run", "nowhere", "--prompt", "a man", *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_inspect_says_that_a_bundle_is_intact(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -424,6 +424,9 @@ def test_what_needs_no_computing_is_refused_before_any_graph_is_loaded(tiny_bund
     assert not backend.loaded
     with pytest.raises(OptionError, match="workers"):
         Session(tiny_bundle, workers=0)
+    for threads in (-1, 1025, 2**31, True, -(10**5000)):
+        with pytest.raises(OptionError, match=r"threads is .* expected a whole number from 0"):
+            Session(tiny_bundle, threads=threads)
 
 
 def test_generating_from_a_callback_is_refused_instead_of_waiting_for_ever(session: Session) -> None:
