@@ -29,8 +29,18 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVI
 _DIM = 1 << 14
 """Greys of 16 bits that stay below hold 12 or 14 bits, most likely."""
 
-_LOADING = threading.Lock()
+_loading = threading.Lock()
 """A PIL image reads its pixels when they are first wanted, and two threads that want them would share one file."""
+
+
+def _renew_lock() -> None:
+    """In a forked process: a thread that decoded there does not exist, and nobody would give it back."""
+    global _loading
+    _loading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +85,7 @@ def decode(source: ImageSource, name: str, error: _Error) -> Decoded:
     if isinstance(source, Image.Image):
         name = f"{name} ({type(source).__name__})"
         _check_pixels(source.size, name, error)
-        with _LOADING:
+        with _loading:
             return _settled(source, name, error)
     if not isinstance(source, (str, os.PathLike)):
         raise error(f"{name}: found {type(source).__name__}, expected a path, a PIL image, or a uint8 array.")

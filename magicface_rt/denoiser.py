@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +13,7 @@ from .backends.base import Arrays, GraphRunner
 from .backends.binding import Binding
 from .backends.host import host_dtype
 from .bundle import Bundle
+from .computed import ComputedOnce
 from .regions import KeptTokens, MaskedReference, Stage, WeightMode, cell_groups, kept_tokens, key_access, token_arrays
 
 Float32Array = NDArray[np.float32]
@@ -44,7 +44,7 @@ class Guidance:
         """B."""
         return int(self.text.shape[1])
 
-    @cached_property
+    @ComputedOnce
     def arrays(self) -> Arrays:
         """The `denoise_step` inputs that do not change from step to step."""
         images = self.images

@@ -25,12 +25,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from .computed import ComputedOnce
 from .errors import CheckpointError, OptionError
 from .plain_numbers import as_float
 from .shown import shown
@@ -107,7 +107,7 @@ class Schedule:
             "clip_sample": False,
         }
 
-    @cached_property
+    @ComputedOnce
     def alphas_cumprod(self) -> Float32Array:
         """abar, float32 [num_train_timesteps], read-only; equal bit by bit to what diffusers computes."""
         if self.beta_schedule == "scaled_linear":

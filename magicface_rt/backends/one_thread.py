@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, ParamSpec, Protocol, TypeVar
+
+from ..errors import OtherProcessError
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -26,16 +29,23 @@ def at_once(function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs)
 class OneThread:
     """Calls from any threads, one after the other in one that starts with the first of them.
 
-    It ends with `close`, with this object, or with the program. A call from within a call is made at once.
+    It ends with `close`, with this object, or with the program. A call from within a call is made at once. In a process
+    that was forked there is no such thread: a call raises `OtherProcessError`, and `close` does nothing.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
 
     def __call__(self, function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        if os.getpid() != self._process:  # before any lock is taken, which may be held for ever
+            raise OtherProcessError(
+                f"{self._name} computes in a thread of process {self._process}, and process {os.getpid()} was forked "
+                "from that. Open a backend and a Session in each process."
+            )
         if threading.current_thread() is self._thread:
             return function(*args, **kwargs)
         call = _Call(lambda: function(*args, **kwargs))
@@ -63,6 +73,8 @@ class OneThread:
 
     def close(self) -> None:
         """End the thread, after the calls that were made. May be called twice; another call starts another thread."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             thread, self._thread = self._thread, None
             self._calls.put(None)

@@ -24,14 +24,19 @@ _registering = threading.Lock()
 _usable: bool | None = None  # None before it was tried
 
 
-def _renew_lock() -> None:
-    """In a forked process: a thread that held it there does not exist, and nobody would give it back."""
-    global _registering
+def _leave_to_parent() -> None:
+    """In a forked process: a thread that held the lock there does not exist, and nobody would give it back.
+
+    Nor would anybody give back the arena's own lock, in ONNX Runtime: its graphs go without what the parent has used.
+    """
+    global _registering, _usable
+    if _usable is not None or _registering.locked():
+        _usable = False
     _registering = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def registering() -> threading.Lock:

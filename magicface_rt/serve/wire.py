@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..computed import ComputedOnce
 from ..concept import Concept, NamedConcept, Reference
 from ..errors import (
     AnswerError,
@@ -191,7 +191,7 @@ class Made:
     regions_per_step: NDArray[np.uint8] | None = field(default=None, repr=False)
     warnings: tuple[Warned, ...] = ()
 
-    @cached_property
+    @ComputedOnce
     def images(self) -> tuple[Image.Image, ...]:
         """The pictures, RGB; a PNG's own text is in their `info`.
 
