@@ -12,9 +12,10 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from .errors import ImageError, MaskError
+from .interrupts import let_through
 from .warned import MagicFaceWarning, warn
 
-__all__ = ["MAX_FILE_BYTES", "MAX_PIXELS", "MAX_SIDE", "Decoded", "ImageSource", "decode"]
+__all__ = ["MAX_FILE_BYTES", "MAX_PIXELS", "MAX_SIDE", "Decoded", "ImageSource", "as_seen", "decode"]
 
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | npt.NDArray[np.bool_]
 _Error = type[ImageError] | type[MaskError]
@@ -67,6 +68,7 @@ class Decoded:
         try:
             return self.image.convert(mode)
         except Exception as cause:
+            let_through(cause)
             raise self.error(
                 f"{self.name} is of mode {self.image.mode}, which cannot be converted ({type(cause).__name__}: "
                 f"{cause}). Save it as RGB or RGBA."
@@ -94,6 +96,16 @@ def decode(source: ImageSource, name: str, error: _Error) -> Decoded:
     return _from_file(Path(found), f"{name} {found!r}", error)
 
 
+def as_seen(image: Image.Image) -> Image.Image:
+    """The image itself where its values alone tell how it looks. Else it is turned upright, and has the colours and the
+    transparency that it says what they stand for: RGBA.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    named = image.mode in ("P", "PA") or (image.mode in ("1", "L", "RGB") and "transparency" in image.info)
+    return image.convert("RGBA") if named else image
+
+
 def _from_file(path: Path, name: str, error: _Error) -> Decoded:
     try:
         if not path.is_file():
@@ -111,6 +123,7 @@ def _from_file(path: Path, name: str, error: _Error) -> Decoded:
     except MagicFaceWarning:  # where warnings are errors
         raise
     except Exception as cause:
+        let_through(cause)
         raise _unreadable(name, cause, error) from cause
 
 
@@ -126,6 +139,7 @@ def _settled(image: Image.Image, name: str, error: _Error) -> Decoded:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         upright = ImageOps.exif_transpose(image)
     except Exception as cause:  # decoders raise anything on damaged files
+        let_through(cause)
         raise _unreadable(name, cause, error) from cause
     if upright.mode == "F":
         raise error(f"{name} holds floating-point values; expected 8 bits a channel. Convert it first.")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..bundle import CUDA_RUNTIME, Bundle, GraphContract
 from ..cores import cores
 from ..errors import BackendError, BackendMissingError, TargetError
+from ..interrupts import let_through
 from ..shortage import check_addresses, share_heap, stack_bytes
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
@@ -173,6 +174,7 @@ class OnnxRuntime(Backend):
         try:
             session, captures = self._in_turn(self._open, str(path), bundle.hash, profile)
         except Exception as error:
+            let_through(error)
             raise BackendError(f"{subject}: {first_line(error)}") from error
         self._check_provider(f"graph {graph}", session)
         if self.provider == "cpu":
@@ -235,6 +237,7 @@ class OnnxRuntime(Backend):
             try:
                 return self._session(model, self._settings(cache_name, captures=True) | profile), True
             except Exception as error:
+                let_through(error)
                 # A CUDA graph needs every node on the GPU; without one the graph may still run there.
                 reason = first_line(error)
         session = self._session(model, self._settings(cache_name, captures=False) | profile)
@@ -339,6 +342,7 @@ class OnnxRuntime(Backend):
                 try:
                     self._ort.register_execution_provider_library(name, plugin.get_library_path())
                 except Exception as error:
+                    let_through(error)
                     raise BackendMissingError(
                         f"{_RTX_PLUGIN} is installed and does not load: {first_line(error)}."
                     ) from error
@@ -361,6 +365,7 @@ class _Runner(GraphRunner):
         try:
             results = self._session.run(list(outputs), dict(inputs))
         except Exception as error:
+            let_through(error)
             raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {first_line(error)}") from error
         return dict(zip(outputs, results, strict=True))
 
@@ -427,6 +432,7 @@ def _preload_libraries(ort: Any) -> None:
         with contextlib.redirect_stdout(said):  # it prints what it does not find
             preload()
     except Exception as error:
+        let_through(error)
         logger.info("onnxruntime.preload_dlls failed: %s", first_line(error))
     if said.getvalue().strip():
         logger.info("onnxruntime.preload_dlls: %s", said.getvalue().strip())

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..interrupts import let_through
 from .sum_model import sum_model
 
 logger = logging.getLogger("magicface_rt.onnxruntime")
@@ -56,6 +57,7 @@ def use_shared_arena(ort: Any, options: Any) -> None:
                 _run_in_arena(ort, ort.RunOptions())
                 _usable = True
             except Exception as error:
+                let_through(error)
                 logger.warning("graphs on the CPU have arenas of their own, and take more memory: %s", error)
                 _usable = False
     if _usable:

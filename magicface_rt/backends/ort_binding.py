@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..bundle import GraphContract, Tensor
 from ..errors import BackendError
+from ..interrupts import let_through
 from .binding import Binding
 from .checks import Shape, output_shape
 from .device import Device
@@ -106,6 +107,7 @@ class OrtBinding(Binding):
         try:
             self._run(graph_id)
         except Exception as error:
+            let_through(error)
             if graph_id == "-1":
                 raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {first_line(error)}") from error
             self._graph_ids.disable()
@@ -113,6 +115,7 @@ class OrtBinding(Binding):
             try:
                 self._run("-1")
             except Exception as error:
+                let_through(error)
                 raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {first_line(error)}") from error
         self._seconds = perf_counter() - start
 
@@ -136,6 +139,7 @@ class OrtBinding(Binding):
             try:
                 value = self._ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _element(tensor), *self._device)
             except Exception as error:
+                let_through(error)
                 raise BackendError(
                     f"graph {self.contract.name}: no memory for {tensor} of shape {list(shape)} on "
                     f"{self._device[0]} {self._device[1]}: {first_line(error)}"

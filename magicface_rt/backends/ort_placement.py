@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ..interrupts import let_through
+
 CPU = "CPUExecutionProvider"
 
 HEAVY = frozenset(
@@ -32,7 +34,8 @@ def left_to_the_cpu(session: Any) -> str | None:
     """
     try:
         parts = session.get_provider_graph_assignment_info()
-    except Exception:  # that it is not known is no reason to refuse a graph
+    except Exception as error:  # that it is not known is no reason to refuse a graph
+        let_through(error)
         return None
     kinds = Counter(node.op_type for part in parts if part.ep_name == CPU for node in part.get_nodes())
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common() if kind in HEAVY)

@@ -17,6 +17,7 @@ from .. import unfinished
 from ..backends.host import BFLOAT16, host_dtype, non_finite
 from ..errors import InputError, KeptConceptError, OutputError
 from ..images import MASK_GRID, load_reference
+from ..interrupts import let_through
 from ..shown import shown
 from ..stamps import Stamp
 from ..strict_json import read_json
@@ -53,6 +54,7 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool,
             except FileExistsError as error:  # it was not there as this began, and whoever put it there keeps it
                 raise _exists(path) from error
     except OSError as error:
+        let_through(error)
         raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
     return target
 
@@ -67,6 +69,7 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
     try:
         unfinished.check(target)
     except OSError as error:
+        let_through(error)
         raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
 
 
@@ -93,6 +96,7 @@ def _free(path: Path, overwrite: bool, follow: bool = True) -> Path:
     try:
         target = unfinished.place(path) if follow else path.absolute()
     except OSError as error:
+        let_through(error)
         raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
     if not os.path.lexists(target):
         return target
@@ -189,6 +193,7 @@ def _open(path: Path) -> tuple[MappedFile, NDArray[np.uint8], dict[str, Any], in
                 _damaged(path, f"it has {size} bytes")
             data = np.memmap(stream, np.uint8, "r")
     except OSError as error:
+        let_through(error)
         raise KeptConceptError(f"kept concept {str(path)!r} cannot be read: {error}.") from error
     length = int.from_bytes(data[:8].tobytes(), "little")
     if not 2 <= length <= MAX_HEADER_BYTES or 8 + length > size:

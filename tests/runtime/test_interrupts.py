@@ -1,0 +1,145 @@
+"""What a signal's handler raises, as a task's time limit does, comes out as it is, whatever library works meanwhile."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from magicface_rt import ImageError, Session, unfinished
+from magicface_rt.decoding import decode
+from magicface_rt.interrupts import let_through
+from magicface_rt.provenance import read_provenance
+from magicface_rt.serve.uploads import open_image
+from tests.runtime.test_backends import Pair, ort_runner
+from tests.runtime.test_kept_files import made
+from tests.runtime.test_session import MAN, PROMPT
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+
+
+class SoftTimeLimitError(Exception):
+    """As task queues raise it."""
+
+
+def limit(number: int, frame: FrameType | None) -> None:
+    raise SoftTimeLimitError("time is up")
+
+
+def timeout(number: int, frame: FrameType | None) -> None:
+    def say() -> None:
+        raise TimeoutError("time is up")
+
+    say()
+
+
+def anything(*given: object) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # once
+    raise ValueError("time is up")
+
+
+class Handler:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        raise RuntimeError("time is up")
+
+    def method(self, number: int, frame: FrameType | None) -> None:
+        raise SoftTimeLimitError("time is up")
+
+
+HANDLERS: dict[str, Any] = {
+    "a function": limit,
+    "one that calls another": timeout,
+    "one of any arguments": anything,
+    "an object": Handler(),
+    "a method": Handler().method,
+    "a part of a function": functools.partial(limit),
+}
+
+
+@pytest.fixture(params=list(HANDLERS))
+def strike(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Called in the place of a library's function, it is interrupted there."""
+    before = signal.signal(signal.SIGUSR1, HANDLERS[request.param])
+
+    def work(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    yield work
+    signal.signal(signal.SIGUSR1, before)
+
+
+def struck() -> Any:
+    return pytest.raises((SoftTimeLimitError, TimeoutError, ValueError, RuntimeError), match=r"^time is up$")
+
+
+def test_what_a_library_raises_is_not_let_through() -> None:
+    def library(given: object) -> None:
+        raise ValueError(given)
+
+    for given in (None, "frame", [1]):
+        try:
+            library(given)
+        except ValueError as error:
+            let_through(error)
+    let_through(ValueError("it was never raised"))
+
+
+def test_graphs_on_the_cpu(tiny_bundle: Path, strike: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with Session(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(session.runner("text_encoder"), "_session", SimpleNamespace(run=strike))
+            with struck():
+                session.generate(PROMPT, [MAN], steps=1)
+        assert session.generate(PROMPT, [MAN], steps=1).images, "the Session goes on"
+
+
+def test_a_step_that_was_captured_is_not_run_again(strike: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, ids = Pair(ort_runner), []
+    for number in range(2):
+        pair.run(float(number))
+    real: Any = pair.step._session  # type: ignore[attr-defined]
+
+    def run(binding: Any, options: Any) -> None:
+        ids.append(options.get_run_config_entry("gpu_graph_id"))
+        strike()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.step, "_session", SimpleNamespace(run_with_iobinding=run))
+        with struck():
+            pair.run(2.0)
+    assert ids == ["2"], "without the graph"
+    assert pair.step._session is real  # type: ignore[attr-defined]
+    assert pair.step._graph_ids.of(("another",)) != "-1", "graphs were switched off"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["file", "image", "provenance", "upload"])
+def test_pictures_that_are_read(
+    how: str, strike: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "one.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    content, opened = path.read_bytes(), Image.open(path)
+    monkeypatch.setattr(type(opened), "load", strike)
+    reads: dict[str, Callable[[], object]] = {
+        "file": lambda: decode(os.fspath(path), "one", ImageError),
+        "image": lambda: decode(opened, "one", ImageError),
+        "provenance": lambda: read_provenance(path),
+        "upload": lambda: open_image(content, pixels=64, name="one", error=ImageError),
+    }
+    with struck():
+        reads[how]()
+
+
+def test_a_file_that_is_written(strike: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfinished, "settle", strike)
+    with struck():
+        made().save(tmp_path / "man.concept")
+    assert not list(tmp_path.iterdir())
