@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..backends.host import BFLOAT16, from_bfloat16, host_dtype, non_finite, to_bfloat16
 from ..errors import KeptConceptError, NonFiniteError
+from ..interrupts import let_through
 from ..shown import shown
 from ..stamps import Stamp
 from .origin import Origin
@@ -56,7 +58,11 @@ class Exact(Stored):
     """`values`: [T, M, C] in the bundle's dtype."""
 
     def __init__(self, values: NDArray[Any]) -> None:
-        self.values = values
+        self._values = values
+
+    @property
+    def values(self) -> NDArray[Any]:
+        return self._values
 
     @classmethod
     def empty(cls, steps: int, tokens: int, width: int, dtype: str) -> Exact:
@@ -86,8 +92,24 @@ class EightBit(Stored):
     def __init__(
         self, levels: NDArray[np.uint8], scale: NDArray[np.float32], low: NDArray[np.float32], dtype: str
     ) -> None:
-        self.levels, self.scale, self.low, self.dtype = levels, scale, low, dtype
+        self._levels, self._scale, self._low, self._dtype = levels, scale, low, dtype
         self.squared_error = self.squared = 0.0
+
+    @property
+    def levels(self) -> NDArray[np.uint8]:
+        return self._levels
+
+    @property
+    def scale(self) -> NDArray[np.float32]:
+        return self._scale
+
+    @property
+    def low(self) -> NDArray[np.float32]:
+        return self._low
+
+    @property
+    def dtype(self) -> str:
+        return self._dtype
 
     @classmethod
     def empty(cls, steps: int, tokens: int, width: int, dtype: str) -> EightBit:
@@ -155,6 +177,7 @@ class MappedFile:
         try:
             found = self.stamp.rewritten(self.path)
         except OSError as error:
+            let_through(error)
             raise KeptConceptError(f"kept concept {name} cannot be looked at: {error.strerror}.") from error
         if found is not None:
             raise KeptConceptError(
@@ -165,7 +188,10 @@ class MappedFile:
 
 @dataclass(frozen=True, eq=False)
 class KeptReference:
-    """The keys of one reference. Their arrays are read-only: requests and the Session's store share them.
+    """The keys of one reference. They cannot be changed: requests and the Session's store share them.
+
+    A copy, by `copy.deepcopy` or out of a pickle, is the same reference, and lies in memory. One with other keys is
+    made by `dataclasses.replace(reference, tensors={...}, file=None)`.
 
     key      names its content, see `content_key`. Of one that came from a file it is what the file says
     tokens   kept tokens by factor; 0 where the mask vanishes on that grid
@@ -186,9 +212,24 @@ class KeptReference:
     identity: Hashable = field(init=False, repr=False, default_factory=object)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
         for stored in self.tensors.values():
             for array in stored.arrays.values():
                 array.setflags(write=False)
+
+    def __copy__(self) -> KeptReference:
+        return self
+
+    def __deepcopy__(self, memo: object) -> KeptReference:
+        read = self._read()
+        self.check_unwritten()  # what was read then is not what the identity tells
+        return read
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        read = self.in_memory()
+        self.check_unwritten()
+        fields = (self.key, self.prompt, self.storage, dict(self.tokens), dict(read.tensors), self.error)
+        return _restored, (fields, self.identity)
 
     @property
     def mapped(self) -> bool:
@@ -228,17 +269,22 @@ class KeptReference:
 
     def in_memory(self) -> KeptReference:
         """The same with tensors that are read from the file, now; itself where they are in memory."""
-        if not self.mapped:
-            return self
+        return self._read() if self.mapped else self
+
+    def _read(self) -> KeptReference:
+        """The same with tensors of its own in memory."""
         tensors: dict[str, Stored] = {}
         for name, stored in self.tensors.items():
             if isinstance(stored, EightBit):
-                channels = stored.scale.copy(), stored.low.copy()
-                tensors[name] = EightBit(stored.levels.copy(), *channels, stored.dtype)
+                levels, scale, low = np.array(stored.levels), np.array(stored.scale), np.array(stored.low)
+                tensors[name] = EightBit(levels, scale, low, stored.dtype)
             else:
                 tensors[name] = Exact(np.array(stored.arrays[""]))
-        read = KeptReference(self.key, self.prompt, self.storage, self.tokens, tensors, self.error)
-        return read.known_as(self.identity)
+        return _restored((self.key, self.prompt, self.storage, dict(self.tokens), tensors, self.error), self.identity)
+
+
+def _restored(fields: tuple[Any, ...], identity: Hashable) -> KeptReference:
+    return KeptReference(*fields).known_as(identity)
 
 
 def empty_tensors(origin: Origin, tokens: Mapping[int, int], storage: Storage) -> dict[str, Stored]:

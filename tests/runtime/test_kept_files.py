@@ -7,8 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,47 @@ def test_references_are_alike_where_all_that_was_looked_at_is(tmp_path: Path, pa
     assert len(apart) == 8
     other = made(tokens=(30, 20)).save(tmp_path / "other.concept")
     assert set(identities(KeptConcept.load(other))).isdisjoint(identities(first)), "with the same keys"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("storage", ["exact", "8-bit"])
+@pytest.mark.parametrize("where", ["memory", "file", "unchecked file"])
+def test_a_copy_is_the_same_reference_and_cannot_be_changed(
+    tmp_path: Path, where: str, storage: Any, copied: Callable[[Any], Any]
+) -> None:
+    kept = made(storage=storage)
+    if where != "memory":
+        kept = KeptConcept.load(kept.save(tmp_path / "man.concept"), check_hashes=where == "file")
+    for one, other in zip(kept.references, copied(kept).references, strict=True):
+        assert [other.key, other.prompt, other.storage] == [one.key, one.prompt, one.storage]
+        assert (other.tokens, other.error, other.nbytes) == (one.tokens, one.error, one.nbytes)
+        if where == "file":
+            assert other.identity == one.identity
+        for name, stored in other.tensors.items():
+            for suffix, array in stored.arrays.items():
+                np.testing.assert_array_equal(array, one.tensors[name].arrays[suffix])
+                with pytest.raises(ValueError, match="read-only"):
+                    array[:] = 0
+            with pytest.raises(AttributeError):
+                setattr(stored, "levels" if storage == "8-bit" else "values", 0)
+        with pytest.raises(TypeError):
+            other.tensors["k_ref_10"] = other.tensors["v_ref_10"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_outlives_the_file_and_is_none_of_what_was_written_to_it(
+    path: Path, copied: Callable[[Any], Any]
+) -> None:
+    loaded, late = KeptConcept.load(path), KeptConcept.load(path)
+    own, expected = copied(loaded), made()
+    write_other_keys(path)
+    assert not any(reference.mapped for reference in own.references)
+    own.check_unwritten()
+    for one, other in zip(expected.references, own.references, strict=True):
+        for name, stored in one.tensors.items():
+            np.testing.assert_array_equal(other.tensors[name].step(1), stored.step(1))
+    with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
+        copied(late)
 
 
 def with_keys_of(source: Concept) -> KeptConcept:

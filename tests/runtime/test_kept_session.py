@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from magicface_rt.bundle import Bundle
 from magicface_rt.concept import NamedConcept
 from magicface_rt.errors import BackendError
 from magicface_rt.kept.memory import row_bytes
+from magicface_rt.kept.reference import Exact
 from magicface_rt.schedule import Schedule
 from tests.runtime.drawn_backend import Drawn
 from tests.runtime.test_kept_files import write_other_keys
@@ -270,6 +272,26 @@ def test_a_file_that_claims_the_key_of_another_reference_is_drawn_with_its_own_k
         for expected, found in (([man, hat], [man, claims]), ([hat, man], [claims, man])):
             drawn = [session.generate(PROMPT, one, steps=STEPS, seed=7).latents for one in (expected, found)]
             np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_other_keys_are_drawn_with_beside_those_that_they_were_made_from(
+    session: Session, tmp_path: Path, where: str
+) -> None:
+    """As docs/kept-concepts.md shows, and in one batch with the original and a copy of that."""
+    kept = session.prepare(MAN, steps=STEPS)
+    if where == "file":
+        kept = KeptConcept.load(kept.save(tmp_path / "man.concept"))
+    one = kept.references[0]
+    weaker = {name: Exact(one.tensors[name].arrays[""] * 0.5) for name in ("v_ref_10", "v_ref_11", "v_ref_12")}
+    other = replace(kept, references=[replace(one, tensors={**one.tensors, **weaker}, file=None)])
+    sent = pickle.loads(pickle.dumps(kept))
+    expected, changed = latents(session, [kept]), latents(session, [other])
+    assert not np.array_equal(expected, changed)
+    requests = [Request(PROMPT, [each], Options(steps=STEPS, seed=7)) for each in (kept, other, sent)]
+    drawn = session.generate_batch(requests)
+    for found, alone in zip(drawn, (expected, changed, expected), strict=True):
+        same(found.latents, alone)
 
 
 @pytest.mark.parametrize("memory", ["keep", "stream"])
