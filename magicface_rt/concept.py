@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
+from .decoding import as_seen
 from .errors import ConceptError, ImageError, OptionError, PromptError
-from .images import ImageSource, Resample
+from .images import RESAMPLE, ImageSource, Resample
 from .plain_numbers import as_float
+from .plain_words import one_of
 from .shown import shown
 
 __all__ = ["MAX_WEIGHT", "Concept", "NamedConcept", "PlacedConcept", "Reference", "place_concepts"]
@@ -52,7 +55,7 @@ class Reference:
         threshold = self.mask_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, np.integer)) or not 1 <= threshold <= 255:
             raise OptionError(f"mask_threshold is {shown(threshold)}, expected a whole number from 1 to 255.")
-        if self.resample not in ("lanczos", "nearest"):
+        if not one_of(self.resample, RESAMPLE):
             raise OptionError(f"resample is {shown(self.resample)}, expected 'lanczos' or 'nearest'.")
 
     def describe(self) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def _numbered(tokens: tuple[str, ...]) -> str:
 def _described(source: ImageSource) -> str | dict[str, Any]:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
-    values = np.ascontiguousarray(np.asarray(source))
+    values = np.ascontiguousarray(np.asarray(as_seen(source) if isinstance(source, Image.Image) else source))
     return {"shape": list(values.shape), "sha256": hashlib.sha256(values.reshape(-1).view(np.uint8).data).hexdigest()}
 
 

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from time import perf_counter
 
 from .errors import Cancelled
-from .request import Progress, ProgressCallback, declined
+from .request import Progress, ProgressCallback, check_progress, declined
 
 
 class Course:
     """`check_open` raises where the Session was closed meanwhile. `seconds`: by stage, as in `Timings`."""
 
     def __init__(self, progress: ProgressCallback | None, check_open: Callable[[], None]) -> None:
+        """Raises OptionError for a callback that is none."""
+        check_progress(progress)
         self.progress = progress
         self.check_open = check_open
         self.seconds: dict[str, float] = {}

@@ -18,6 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .decoding import MAX_PIXELS, MAX_SIDE, Decoded, ImageSource, decode
 from .errors import ImageError, MaskError, NonFiniteError, OptionError
+from .plain_words import one_of
+from .shown import shown
 from .warned import warn
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ __all__ = [
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 Resample = Literal["lanczos", "nearest"]
+RESAMPLE = ("lanczos", "nearest")
 
 MASK_GRID = 128  # every mask goes through this grid, whatever the bundle's size
 
@@ -187,13 +190,13 @@ def image_to_pixels(
     the loader of the method's authors: pixel (i, j) is taken from (floor(i h / height), floor(j w / width)).
     An alpha channel is left out, not blended.
     """
+    if not one_of(resample, RESAMPLE):
+        raise OptionError(f"resample is {shown(resample)}, expected 'lanczos' or 'nearest'.")
     rgb = image.convert("RGB")
     if resample == "nearest":
         values = _sample(np.asarray(rgb), height, width)
-    elif resample == "lanczos":
-        values = np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS))
     else:
-        raise OptionError(f"resample is {resample!r}, expected 'lanczos' or 'nearest'.")
+        values = np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS))
     pixels = values.astype(np.float32) / np.float32(127.5) - np.float32(1)  # (H, W, 3)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import OptionError, PromptError
 from .plain_numbers import as_float
+from .plain_words import one_of
 from .shown import shown
 
 __all__ = ["Options", "WeightMode"]
@@ -61,7 +62,7 @@ class Options:
     def __post_init__(self) -> None:
         if not isinstance(self.negative_prompt, str):
             raise PromptError(f"negative_prompt is {self.negative_prompt!r}, expected text (it may be empty).")
-        if self.weight_mode not in _WEIGHT_MODES:
+        if not one_of(self.weight_mode, _WEIGHT_MODES):
             raise OptionError(f"weight_mode is {shown(self.weight_mode)}, expected 'bias' or 'scale'.")
         if not isinstance(self.semantic_guidance, (bool, np.bool_)):
             raise OptionError(f"semantic_guidance is {self.semantic_guidance!r}, expected True or False.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -39,6 +40,19 @@ class Progress:
 
 ProgressCallback = Callable[[Progress], object]
 """Called after every step; return False to cancel."""
+
+
+def check_progress(progress: object) -> None:
+    """Raises OptionError for a progress callback that cannot be called, or whose answer would come too late."""
+    if progress is None:
+        return
+    if not callable(progress):
+        raise OptionError(f"progress is {shown(progress)}, expected a function of one argument, or None.")
+    if inspect.iscoroutinefunction(progress) or inspect.iscoroutinefunction(type(progress).__call__):
+        raise OptionError(
+            f"progress is the coroutine function {shown(progress)}, whose answer nobody awaits, so that it could not "
+            "cancel; expected a plain function, such as one that calls loop.call_soon_threadsafe."
+        )
 
 
 def declined(answer: object) -> bool:

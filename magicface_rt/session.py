@@ -34,6 +34,7 @@ from .kept import KeptConcept, MemoryPlan, Origin
 from .kept.keeper import Keeper, KeepSettings, checked_storage
 from .kept.memory import MEMORY
 from .options import Options
+from .plain_words import one_of
 from .preparing import Preparer, TokenList, held_references, load_bare
 from .request import (
     Progress,
@@ -43,6 +44,7 @@ from .request import (
     check_concept,
     check_concepts,
     check_number,
+    check_progress,
     check_request,
     declined,
 )
@@ -230,6 +232,7 @@ class Session:
         if kept is not None:
             typical = {"steps": kept.steps, "reference_seed": kept.reference_seed}
         told: ProgressCallback | None = settings.pop("progress", None)
+        check_progress(told)
         enough = False
 
         def few(progress: Progress) -> bool:
@@ -369,8 +372,8 @@ class Session:
             InputError: a setting, concept, image or mask that cannot be used.
             BudgetError: no mode fits into the budget.
         """
-        if memory is not None and memory not in MEMORY:
-            raise OptionError(f"memory is {memory!r}, expected one of {', '.join(MEMORY)}.")
+        if memory is not None and not one_of(memory, MEMORY):
+            raise OptionError(f"memory is {shown(memory)}, expected one of {', '.join(MEMORY)}.")
         options = Options(steps=steps, images=images)
         self.bundle.schedule.timesteps(options.steps)
         self._check_open()
@@ -437,9 +440,14 @@ class Session:
 
         Raises:
             BundleError: the bundle has no such graph.
-            OptionError: a request is running.
+            OptionError: a request is running, or what is given is no name.
         """
-        for graph in graphs:
+        for position, graph in enumerate(graphs):
+            if not isinstance(graph, str):
+                raise OptionError(
+                    f"graphs[{position}] is {shown(graph)}, expected a graph's name. Give each as an argument of its "
+                    'own: unload("reference_kv", "vae_encoder").'
+                )
             self.bundle.graph(graph)
         self._check_process()
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from ..backends import Backend
 from ..bundle import Bundle
 from ..errors import OptionError
+from ..plain_words import one_of
 from ..shortage import foreseen, room
+from ..shown import shown
 from ..sizes import parse_size
 from .memory import FREE_SHARE, MEMORY, WORKSPACE, MemoryPlan, Tokens, make_plan, rows_per_pass, stored_bytes
 from .on_device import OnDevice
@@ -36,8 +38,8 @@ class KeepSettings:
         pad_keys: bool,
     ) -> KeepSettings:
         """Raises OptionError, naming the option, for what cannot be used."""
-        if memory not in MEMORY:
-            raise OptionError(f"memory is {memory!r}, expected one of {', '.join(MEMORY)}.")
+        if not one_of(memory, MEMORY):
+            raise OptionError(f"memory is {shown(memory)}, expected one of {', '.join(MEMORY)}.")
         return cls(
             0 if keep is None else parse_size(keep, "keep"),
             memory,
@@ -49,10 +51,9 @@ class KeepSettings:
 
 def checked_storage(storage: str) -> Storage:
     """Raises OptionError for one that there is not."""
-    for known in STORAGES:
-        if storage == known:
-            return "8-bit" if known == "8-bit" else "exact"
-    raise OptionError(f"storage is {storage!r}, expected one of {', '.join(STORAGES)}.")
+    if one_of(storage, STORAGES):
+        return "8-bit" if storage == "8-bit" else "exact"
+    raise OptionError(f"storage is {shown(storage)}, expected one of {', '.join(STORAGES)}.")
 
 
 class Keeper:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import pickle
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from magicface_rt.concept import Concept, PlacedConcept, Reference, place_concepts
 from magicface_rt.errors import ConceptError, ImageError, InputError, OptionError, PromptError
@@ -122,6 +124,8 @@ def test_a_concept_needs_references() -> None:
         ({"image": "a.png", "mask_threshold": True}, OptionError, "mask_threshold is True"),
         ({"image": "a.png", "mask_threshold": 128.0}, OptionError, "mask_threshold is 128.0"),
         ({"image": "a.png", "resample": "cubic"}, OptionError, "resample is 'cubic'"),
+        ({"image": "a.png", "resample": np.array(["lanczos", "nearest"])}, OptionError, r"resample is array\(\["),
+        ({"image": "a.png", "resample": np.array(["lanczos"])}, OptionError, r"resample is array\(\["),
     ],
 )
 def test_fields_of_a_reference_are_checked(fields: dict[str, Any], error: type[InputError], named: str) -> None:
@@ -209,3 +213,28 @@ def test_references_and_concepts_are_themselves_and_no_others() -> None:
     for frozen in (MAN, Concept("man", MAN), PlacedConcept(Concept("man", MAN), (2,))):
         with pytest.raises(dataclasses.FrozenInstanceError):
             frozen.tokens = frozen.prompt = ()  # type: ignore[union-attr, misc]
+
+
+def sha256(image: Image.Image) -> str:
+    return str(Reference(image).describe()["image"]["sha256"])
+
+
+def test_an_image_is_described_by_what_it_looks_like() -> None:
+    rgb = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    assert sha256(rgb) == hashlib.sha256(rgb.tobytes()).hexdigest()
+    grey = rgb.convert("L")
+    assert Reference(grey).describe()["image"] == {
+        "shape": [4, 4],
+        "sha256": hashlib.sha256(grey.tobytes()).hexdigest(),
+    }
+    red, green, seen_through, named = (Image.new("P", (4, 4)) for _ in range(4))
+    for image in (red, seen_through, named):
+        image.putpalette([255, 0, 0])
+    green.putpalette([0, 255, 0])
+    seen_through.info["transparency"] = 0
+    clear, upright, turned = (rgb.copy() for _ in range(3))
+    clear.info["transparency"] = (0, 1, 2)
+    turned.getexif()[0x0112] = 6
+    different = [red, green, seen_through, rgb, clear, turned]
+    assert len({sha256(image) for image in different}) == len(different)
+    assert (sha256(red), sha256(rgb)) == (sha256(named), sha256(upright))

@@ -112,6 +112,8 @@ def test_lanczos_is_the_default_and_keeps_the_range() -> None:
 def test_an_unknown_resampling_is_refused() -> None:
     with pytest.raises(OptionError, match="bicubic"):
         image_to_pixels(photograph(), 8, 8, "bicubic")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="resample is array"):
+        image_to_pixels(photograph(), 8, 8, np.array(["nearest", "lanczos"]))  # type: ignore[arg-type]
 
 
 def test_pixels_come_back_as_the_image_they_were() -> None:

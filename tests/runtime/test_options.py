@@ -48,6 +48,8 @@ BAD = [
     ("ca_scale", float("inf")),
     ("weight_mode", "add"),
     ("weight_mode", None),
+    ("weight_mode", np.array(["bias"])),
+    ("weight_mode", np.array(["bias", "scale"])),
     ("semantic_guidance", 1),
     ("seed", -1),
     ("seed", 2**64),

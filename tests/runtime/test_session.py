@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -410,6 +411,15 @@ def test_closing_during_a_request_ends_it_at_its_next_step(tiny_bundle: Path) ->
     assert not session._runners
 
 
+async def later(progress: object) -> bool:
+    return False
+
+
+class Later:
+    async def __call__(self, progress: object) -> bool:
+        return False
+
+
 def test_what_needs_no_computing_is_refused_before_any_graph_is_loaded(tiny_bundle: Path) -> None:
     backend = _Counting()
     (reference,) = MAN.references
@@ -421,7 +431,25 @@ def test_what_needs_no_computing_is_refused_before_any_graph_is_loaded(tiny_bund
             session.generate(PROMPT, [MAN], steps=1000)
         with pytest.raises(ConceptError, match="weight_mode"):
             session.generate(PROMPT, [Concept("man", reference, weight=50)], weight_mode="scale")
+        two = np.array(["keep", "keep"])
+        for progress in (5, "print", later, Later(), functools.partial(later)):
+            for ask in (session.generate, session.warm_up):
+                with pytest.raises(OptionError, match=r"^progress is .*(expected a function|that it could not cancel)"):
+                    ask(PROMPT, [MAN], steps=1, progress=progress)
+            with pytest.raises(OptionError, match=r"^progress is "):
+                session.prepare(MAN, steps=1, progress=progress)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match="weight_mode is array"):
+            session.generate(PROMPT, [MAN], steps=1, weight_mode=two)
+        with pytest.raises(OptionError, match="memory is array"):
+            session.plan([MAN], memory=two)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match="storage is array"):
+            session.prepare(MAN, storage=two)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match=r"graphs\[0\] is \['vae_encoder'\], expected a graph's name"):
+            session.unload(["vae_encoder"])  # type: ignore[arg-type]
     assert not backend.loaded
+    for name in ("memory", "storage"):
+        with pytest.raises(OptionError, match=f"{name} is array"):
+            Session(tiny_bundle, **{name: two})
     with pytest.raises(OptionError, match="workers"):
         Session(tiny_bundle, workers=0)
     for threads in (-1, 1025, 2**31, True, -(10**5000)):
