@@ -78,9 +78,16 @@ class Tokenizer:
 
         Raises `PromptError` as `encode`.
         """
-        encoding = self._encode(prompt)
-        pieces = [prompt[start:end] for start, end in encoding.offsets]
+        pieces = [prompt[start:end] for start, end in self.spans(prompt)]
         return (self._text(self._start), *pieces, self._text(self._end))
+
+    def spans(self, prompt: str) -> tuple[tuple[int, int], ...]:
+        """Where in the prompt each of its tokens stands: its first character, and the one after its last. The first is
+        of the token at position 1.
+
+        Raises `PromptError` as `encode`.
+        """
+        return tuple(self._encode(prompt).offsets)
 
     def find_word(self, prompt: str, word: str) -> tuple[int, ...]:
         """The positions (1 is the first after the start token) of all tokens of a word, where it first stands.
@@ -90,20 +97,22 @@ class Tokenizer:
 
         Raises `PromptError` as `encode`, and where the word does not stand in the prompt; the message lists its words.
         """
-        encoding = self._encode(prompt)
-        wanted = self._raw_encode(word, "word").ids
-        places = range(len(encoding.ids) - len(wanted) + 1) if wanted else range(0)
-        for first in places:
-            after = first + len(wanted)
-            if encoding.ids[first:after] != wanted:
-                continue
-            if not _inside_word(prompt, encoding.offsets, first, after):
-                return tuple(range(first + 1, after + 1))
+        (found,) = self.find_words(prompt, [word])
+        if found is not None:
+            return found
         held = _excerpt(", ".join(map(repr, _shortened(prompt.split())))) or "none: it is empty"
         raise PromptError(
             f"the word {_excerpt(word)!r} is not in the prompt {_excerpt(prompt)!r}; its words are {held}. "
             "Use one of them, or give token_index."
         )
+
+    def find_words(self, prompt: str, words: Sequence[str]) -> list[tuple[int, ...] | None]:
+        """As `find_word` for each of several; None for one that does not stand there. The prompt is encoded once.
+
+        Raises `PromptError` as `encode`.
+        """
+        encoding = self._encode(prompt)
+        return [_place(prompt, encoding, self._raw_encode(word, "word").ids) for word in words]
 
     def _encode(self, prompt: str) -> tokenizers.Encoding:
         """The prompt's own tokens, at most max_length - 2 of them."""
@@ -152,6 +161,16 @@ def _frame(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
     if start is None or end is None:
         raise BundleError("tokenizer: no start and end token found, expected <|startoftext|> and <|endoftext|>.")
     return start, end
+
+
+def _place(prompt: str, encoding: tokenizers.Encoding, wanted: Sequence[int]) -> tuple[int, ...] | None:
+    """The positions of the first tokens with these ids that are no part of a longer word."""
+    ids = encoding.ids
+    for first in range(len(ids) - len(wanted) + 1) if wanted else ():
+        after = first + len(wanted)
+        if ids[first:after] == wanted and not _inside_word(prompt, encoding.offsets, first, after):
+            return tuple(range(first + 1, after + 1))
+    return None
 
 
 def _inside_word(prompt: str, offsets: Sequence[tuple[int, int]], first: int, after: int) -> bool:

@@ -101,9 +101,9 @@ class Handlers:
         last: Progress | None = None
         run = None
         try:
-            form = self._form(given)
+            form = await asyncio.to_thread(self._form, given)  # it may be long, and would hold up all others here
             given.clear()
-            order = form.order(self.tokenizer)
+            order = await asyncio.to_thread(form.order, self.tokenizer)
             run = self.runs.start(tab, order, _owner(request))
             while (news := await run.next()) is not None:
                 if isinstance(news, Accepted):
@@ -150,7 +150,8 @@ class Handlers:
 
     async def words(self, prompt: str) -> list[Any]:
         """Offer the words of the prompt to every concept. What was chosen stays."""
-        labels = [word.label for word in words_of(self.tokenizer, prompt or "")]
+        found = await asyncio.to_thread(words_of, self.tokenizer, prompt or "")
+        labels = [word.label for word in found]
         return [gr.update(choices=labels) for _ in self.fields.slots]
 
     async def add(self, slot: str) -> list[Any]:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ..errors import PromptError
+from ..serve.schemas import MOST_TEXT
 from ..tokenizer import Tokenizer
 
 __all__ = ["Word", "chosen", "words_of"]
@@ -30,24 +31,28 @@ class Word:
 
 
 def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
-    """Every word of the prompt, in its order; none where it is too long for the text encoder."""
-    found: list[Word] = []
-    seen: Counter[str] = Counter()
+    """Every word of the prompt, in its order; none where it is longer than a request takes, or than fits the text
+    encoder.
+    """
+    if len(prompt) > MOST_TEXT:
+        return []
+    matches = list(_WORD.finditer(prompt))
     try:
-        tokenizer.encode(prompt)
+        spans = tokenizer.spans(prompt)
+        firsts = tokenizer.find_words(prompt, [match.group() for match in matches])
     except PromptError:
         return []
-    for match in _WORD.finditer(prompt):
+    found: list[Word] = []
+    seen: Counter[str] = Counter()
+    for match, first in zip(matches, firsts, strict=True):
         text = match.group()
-        before = len(tokenizer.tokens(prompt[: match.start()])) - 2  # without start and end token
-        through = tokenizer.tokens(prompt[: match.end()])[1:-1]
-        if "".join(through[before:]).strip().lower() != text.lower():
-            continue  # cut here, the prompt has other tokens than as a whole
+        tokens = tuple(k for k, (start, end) in enumerate(spans, 1) if start < match.end() and end > match.start())
+        if not tokens or prompt[spans[tokens[0] - 1][0] : spans[tokens[-1] - 1][1]].strip() != text:
+            continue  # a token of it goes on in what stands beside it
         seen[text.lower()] += 1
         place = seen[text.lower()]
         label = text if place == 1 else f"{text} ({place})"
-        tokens = tuple(range(before + 1, len(through) + 1))
-        found.append(Word(label, text, tokens, tokenizer.find_word(prompt, text) == tokens))
+        found.append(Word(label, text, tokens, first == tokens))
     return found
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 import magicface_rt
 from magicface_rt import OptionError
 from magicface_rt.images import region_overlay
+from magicface_rt.serve.schemas import MOST_TEXT
+from magicface_rt.tokenizer import Tokenizer
 from magicface_rt.ui.examples import EXAMPLES, thumbnail
 from magicface_rt.ui.examples import bridged as example_bridged
 from magicface_rt.ui.form import Form, FormConcept, Photograph, photographs
@@ -53,6 +55,34 @@ def test_a_word_that_stands_twice_can_be_told_apart(session: Held) -> None:
 
 def test_a_prompt_that_is_too_long_offers_nothing(session: Held) -> None:
     assert words_of(session.tokenizer, "man " * 90) == []
+
+
+def test_words_with_letters_of_several_tokens_are_offered(session: Held) -> None:
+    prompt = "a Straße, don’t, 日本 and _-"  # what stands alone and never does here by itself is passed over
+    words = {word.label: word for word in words_of(session.tokenizer, prompt)}
+    assert {"Straße", "don’t", "日本"} < set(words)
+    assert all(word.first for word in words.values())
+
+
+def test_a_prompt_is_encoded_once_whatever_the_number_of_its_words(
+    session: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    real = Tokenizer._raw_encode
+
+    def noted(self: Tokenizer, text: str, what: str) -> object:
+        encoded.append(text)
+        return real(self, text, what)
+
+    monkeypatch.setattr(Tokenizer, "_raw_encode", noted)
+    prompt = " " * 1000 + " ".join(f"w{k}" for k in range(25))
+    assert len(words_of(session.tokenizer, prompt)) == 25
+    assert sum(map(len, encoded)) < 4 * len(prompt)
+    encoded.clear()
+    assert words_of(session.tokenizer, " " * MOST_TEXT + "man") == []
+    with pytest.raises(OptionError, match=f"^prompt: .*{MOST_TEXT}"):
+        form(filled(1, "man"), prompt=" " * MOST_TEXT + "man").order(session.tokenizer)
+    assert not encoded, "it is refused first"
 
 
 def test_the_order_has_what_stands_on_the_page(session: Held) -> None:

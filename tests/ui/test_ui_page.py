@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from writes import Writes
 from magicface_rt import Concept, Reference
 from magicface_rt.serve import ServeSettings
 from magicface_rt.serve.auth import Tokens
+from magicface_rt.serve.schemas import MOST_TEXT
 from magicface_rt.serve.server import CLOSE_SECONDS
+from magicface_rt.tokenizer import Tokenizer
 
 PROMPT = "a man with a hat"
 MAN, MASK, BLACK = png(photograph(1)), png(disc()), png(Image.new("L", (96, 96)))
@@ -111,6 +114,36 @@ def test_it_says_after_every_step_where_the_picture_stands(tab: Tab) -> None:
     tab.send("generate", tab.values("generate", bridge=bridged(), Prompt="a house", Steps=4, Alpha=0.4))
     found = [re.search(r"Step (\d) of 4, (\w+) stage", json.dumps(message)) for message in tab.news()]
     assert [one.groups() for one in found if one] == [("1", "first"), ("2", "first"), ("3", "second"), ("4", "second")]
+
+
+def test_words_are_looked_for_beside_the_event_loop(tab: Tab, server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[object] = []
+    real = Tokenizer._raw_encode
+
+    def noted(self: Tokenizer, text: str, what: str) -> object:
+        threads.append(threading.current_thread())
+        return real(self, text, what)
+
+    monkeypatch.setattr(Tokenizer, "_raw_encode", noted)
+    offered = tab.outcome("words", [PROMPT])
+    assert [choice[0] for choice in offered[0]["choices"]] == ["a", "man", "with", "a (2)", "hat"]
+    status, *_ = generated(tab, bridged((1, MAN, MASK)))
+    assert "Done in" in status
+    assert threads
+    assert server.thread not in threads
+
+
+def test_a_prompt_that_no_request_takes_is_not_looked_through(tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    real = Tokenizer._raw_encode
+    monkeypatch.setattr(
+        Tokenizer, "_raw_encode", lambda self, text, what: encoded.append(len(text)) or real(self, text, what)
+    )
+    long = " " * 2_000_000 + " ".join(f"w{k}" for k in range(25))
+    assert not any(one["choices"] for one in tab.outcome("words", [long]))
+    status, *_ = generated(tab, bridged(), Prompt=long)
+    assert f"at most {MOST_TEXT} characters" in status
+    assert max(encoded, default=0) <= MOST_TEXT
 
 
 def test_no_concept_is_plain_stable_diffusion(tab: Tab, session: Held) -> None:
