@@ -49,6 +49,12 @@ class Share:
         """Give it back when an object goes that was made of the body; the answer may take much longer."""
         weakref.finalize(holder, self._give_back_soon).atexit = False
 
+    def handed_on(self) -> Share:
+        """What this one has, as another, which is not given back when the request has been answered."""
+        other = Share(self._bodies)
+        other._nbytes, self._nbytes = self._nbytes, 0
+        return other
+
     def _give_back_soon(self) -> None:  # in whatever thread the object's last user was
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.give_back)

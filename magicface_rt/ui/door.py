@@ -1,8 +1,7 @@
 """What stands between the service and the page's framework: which paths there are, and what a browser may do with it.
 
 Gradio's application has routes that the page has no use for: files that are uploaded to its cache and served from it,
-proxies. They are not there for a caller. Nor are files in the fields of an event, which Gradio would fetch from
-wherever they are said to be, whatever the field is for.
+proxies. They are not there for a caller. Nor is anything in an event that the page would not send (event.py).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 from ..errors import Cancelled, ServiceError
 from ..serve.bodies import App, Message, Receive, Scope, Send, header, replayed, send_problem, take_body
 from ..serve.problems import Problem, refused
-from ..serve.structure import read_body
+from .event import Events, Parcel, read_event
 
 __all__ = ["Door"]
 
@@ -52,12 +51,16 @@ _HEAD = (
 class Door:
     """An ASGI application around the framework's, mounted under a path.
 
-    left  told of each tab whose connection has ended, however it has. The framework hears of it by a task that ends in
-          its own way only, and not of one that the server cancels.
+    events  those that the page has
+    left    told of each tab whose connection has ended, however it has. The framework hears of it by a task that ends
+            in its own way only, and not of one that the server cancels.
+
+    An event's photographs stand in `scope["state"]["parcel"]`, and the framework has none.
     """
 
-    def __init__(self, app: App, left: Callable[[str], object]) -> None:
+    def __init__(self, app: App, events: Events, left: Callable[[str], object]) -> None:
         self._app = app
+        self._events = events
         self._left = left
         self._assets = {path: (files(__package__) / "assets" / path[1:]).read_bytes() for path in _OWN}
 
@@ -91,16 +94,20 @@ class Door:
     async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What a field or button sends, when it has been looked at. The limits of bodies stand before the page."""
         try:
+            if (header(scope, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
+                raise refused(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
             body = await take_body(receive)
-            await asyncio.to_thread(_check_event, body)
+            event, photographs = await asyncio.to_thread(read_event, body, self._events)
         except Cancelled:
             return
         except ServiceError as error:
             await send_problem(Problem.of(error), send)
             return
-        whole = replayed(body, receive)
         del body
-        await self._app(scope, whole, _guarded(send))
+        state = scope["state"]
+        state["parcel"] = Parcel(photographs, state["share"].handed_on())
+        del photographs
+        await self._app(scope, replayed(event, receive), _guarded(send))
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The HTML, with this package's assets and without what points elsewhere."""
@@ -117,23 +124,6 @@ class Door:
         await self._app({**scope, "headers": plain}, receive, hold)
         text = _FOREIGN.sub("", body.decode("utf-8")).replace("</head>", _HEAD, 1)
         await _send(send, text.encode("utf-8"), b"text/html; charset=utf-8", int(start["status"]))
-
-
-def _check_event(body: bytes) -> None:
-    """The page's fields hold texts, numbers, lists of these, or nothing. To Gradio an object may be a file somewhere.
-
-    Raises:
-        AnswerError: 400, no JSON; 422, there is an object in a field, or a key twice: which of two is seen here and
-            which by Gradio need not be the same.
-    """
-    event = read_body(body) if body else None
-    left = [event.get("data")] if isinstance(event, dict) else []
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            raise refused(422, "body", "a field holds an object; expected texts and numbers.", "data")
-        if isinstance(value, list):
-            left += value
 
 
 def _same_origin(scope: Scope) -> bool:

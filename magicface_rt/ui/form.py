@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import OptionError
+from ..errors import AnswerError, OptionError
 from ..serve.schemas import PictureOrder
+from ..serve.structure import read_body
 from ..shown import one_line
-from ..strict_json import read_json
 from ..tokenizer import Tokenizer
 from .words import chosen, words_of
 
@@ -20,6 +20,8 @@ __all__ = ["Form", "FormConcept", "Photograph", "photographs"]
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _FIELD = re.compile(r"concepts\[(\d+)\](?:\.references\[0\])?(?:\.(\w+))?")
+GONE = "gone"
+"""In place of a file that was there."""
 _MOST_PROBLEM = 500
 """Characters of what the page's script says."""
 _PARTS = {"image": "photograph", "mask": "mask", "prompt": "what the photograph shows", "word": "word"}
@@ -102,6 +104,14 @@ class Form:
             first = error.errors(include_input=False, include_url=False)[0]
             raise OptionError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
 
+    def without_files(self) -> Form:
+        """The form as it was sent, for what is said and shown of it: photographs and masks are there by name only."""
+
+        def named(one: Photograph) -> Photograph:
+            return replace(one, image=GONE if one.image else "", mask=GONE if one.mask is not None else None)
+
+        return replace(self, concepts=[replace(one, photograph=named(one.photograph)) for one in self.concepts])
+
     def place(self, name: str | None) -> str:
         """A field of the order in the page's words: concepts[0].references[0].mask is "Concept 1, mask"."""
         if name is None:
@@ -129,20 +139,18 @@ class Form:
         return found
 
 
-def photographs(text: str) -> list[Photograph]:
+def photographs(sent: bytes) -> list[Photograph]:
     """What the page's script sends: a JSON list of {slot, image, mask, name}, or {problem} where it could not.
 
     Raises:
         OptionError: the problem; or something else than the script sends.
     """
     try:
-        content = read_json(text) if text else []
+        content = read_body(sent) if sent else []
         if isinstance(content, dict) and isinstance(content.get("problem"), str):
             raise OptionError(f"the page sent no photographs: {one_line(content['problem'][:_MOST_PROBLEM])}")
         return [_photograph(one) for one in content]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, OptionError):
-            raise
+    except (AnswerError, TypeError, KeyError, AttributeError) as error:
         raise OptionError(
             "the page sent something else than photographs, expected a list of them. Load it again."
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,14 @@ import gradio as gr
 from ..errors import MagicFaceError
 from ..request import Progress
 from ..serve.problems import Problem
+from ..serve.schemas import PictureOrder
 from ..serve.service import Accepted, Service
 from ..tokenizer import Tokenizer
 from . import saying
+from .event import Parcel
 from .examples import Example, bridged
 from .facts import Facts
-from .form import Form, FormConcept, photographs
+from .form import Form, FormConcept, Photograph, photographs
 from .result import NOTHING_YET, result_html, timings_html
 from .runs import Runs
 from .snippets import curl_call, python_call
@@ -93,7 +95,7 @@ class Handlers:
     async def generate(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
         """Make the picture, and say after every step where it stands. What is refused stands on the page; it goes on.
 
-        The photographs are let go of at the end; the page has them, and sends them again.
+        The photographs are let go of when they are decoded; the page has them, and sends them again.
         """
         tab, form = str(request.session_hash), None
         status = self.views.status
@@ -101,10 +103,9 @@ class Handlers:
         last: Progress | None = None
         run = None
         try:
-            form = await asyncio.to_thread(self._form, given)  # it may be long, and would hold up all others here
-            given.clear()
-            order = await asyncio.to_thread(form.order, self.tokenizer)
+            order, form, shown = await self._read(given, request.state.parcel)
             run = self.runs.start(tab, order, _owner(request))
+            del order
             while (news := await run.next()) is not None:
                 if isinstance(news, Accepted):
                     yield {status: saying.waiting(news.waiting)}
@@ -115,10 +116,10 @@ class Handlers:
             files = form.files()
             yield {
                 status: saying.done(outcome),
-                self.views.result: result_html(outcome, order),
+                self.views.result: result_html(outcome, shown),
                 self.views.timings: timings_html(outcome),
-                self.views.python: python_call(order, files, self.facts),
-                self.views.curl: curl_call(order, files, self.facts, _address(request)),
+                self.views.python: python_call(shown, files, self.facts),
+                self.views.curl: curl_call(shown, files, self.facts, _address(request)),
             }
         except asyncio.CancelledError:
             if run is None or not run.stopped:
@@ -183,7 +184,24 @@ class Handlers:
             updates[slot.prompt] = one.prompt if one else ""
         return updates
 
-    def _form(self, given: Mapping[Any, Any]) -> Form:
+    async def _read(self, given: Mapping[Any, Any], parcel: Parcel) -> tuple[PictureOrder, Form, PictureOrder]:
+        """The order; and the form, and once more the order, without the photographs."""
+
+        def read() -> tuple[PictureOrder, Form, PictureOrder]:
+            form = self._form(given, photographs(parcel.take()))
+            order, form = form.order(self.tokenizer), form.without_files()
+            return order, form, form.order(self.tokenizer)
+
+        share = parcel.share.handed_on()
+        try:
+            order, form, shown = await asyncio.to_thread(read)  # much of it would hold up all others here
+        except BaseException:
+            share.give_back()
+            raise
+        share.lasts_as_long_as(order)
+        return order, form, shown
+
+    def _form(self, given: Mapping[Any, Any], sent: Sequence[Photograph]) -> Form:
         fields = self.fields
         slots = {slot.number: slot for slot in fields.slots}
         concepts = [
@@ -193,7 +211,7 @@ class Handlers:
                 float(given[slots[one.slot].weight]),
                 str(given[slots[one.slot].prompt] or ""),
             )
-            for one in photographs(str(given[fields.bridge] or ""))
+            for one in sent
             if one.slot in slots
         ]
         settings = {name: _number(given[field]) for name, field in fields.settings.items()}

@@ -12,6 +12,7 @@ from ..serve.gate import PAGE
 from ..serve.service import Service
 from ..tokenizer import Tokenizer
 from .door import Door
+from .event import Events, Kind
 from .facts import Facts
 from .handlers import Handlers
 from .layout import lay_out, theme
@@ -58,7 +59,7 @@ def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Fact
     )
     mounted = next(route for route in app.router.routes if isinstance(route, Mount) and route.path == PAGE)
     page.app = mounted.app  # type: ignore[assignment]
-    mounted.app = Door(mounted.app, handlers.left)
+    mounted.app = Door(mounted.app, _events(page, handlers), handlers.left)
     holder = page.state_holder
 
     def forget(tab: str) -> None:
@@ -67,3 +68,18 @@ def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Fact
 
     handlers.forget = forget  # type: ignore[method-assign]
     return Mounted(page)
+
+
+def _events(page: gr.Blocks, handlers: Handlers) -> Events:
+    """Those that reach the service; a script in the browser has the others for itself."""
+
+    def kind(event: str, field: object) -> Kind:
+        if field is handlers.fields.bridge and event == handlers.generate.__name__:
+            return "photographs"
+        return "number" if isinstance(field, (gr.Slider, gr.Number)) else "text"
+
+    return {
+        number: [kind(str(event.api_name), field) for field in event.inputs]
+        for number, event in page.fns.items()
+        if event.fn is not None
+    }

@@ -153,7 +153,7 @@ class Tab:
         """
         left = {label: list(given) if isinstance(given, list) else [given] for label, given in by_label.items()}
         found = []
-        for number in self._event(event)["inputs"]:
+        for number in self.event(event)["inputs"]:
             props = self.components[number]["props"]
             given = left.get(props.get("label"))
             found.append(given.pop(0) if given else props.get("value"))
@@ -163,7 +163,7 @@ class Tab:
     def send(self, event: str, values: list[Any]) -> None:
         body = {
             "data": values,
-            "fn_index": self._event(event)["id"],
+            "fn_index": self.event(event)["id"],
             "session_hash": self.hash,
             "event_data": None,
             "trigger_id": None,
@@ -192,6 +192,7 @@ class Tab:
         """Status, result, timings, Python, curl."""
         return self.outcome("generate", self.values("generate", bridge=photographs, **by_label))[:5]
 
-    def _event(self, name: str) -> dict[str, Any]:
+    def event(self, name: str) -> dict[str, Any]:
+        """How the page has described it."""
         found: dict[str, Any] = next(one for one in self.config["dependencies"] if one["api_name"] == name)
         return found

@@ -125,15 +125,15 @@ def test_a_field_out_of_range_is_named(session: Held, name: str, value: object) 
 )
 def test_what_the_script_does_not_send_is_refused(text: str) -> None:
     if text == "{}":
-        assert photographs(text) == []
+        assert photographs(text.encode()) == []
         return
     with pytest.raises(OptionError, match="Load it again"):
-        photographs(text)
+        photographs(text.encode())
 
 
 def test_what_the_script_could_not_send_is_said() -> None:
     with pytest.raises(OptionError, match="too many"):
-        photographs(json.dumps({"problem": "too many bytes"}))
+        photographs(json.dumps({"problem": "too many bytes"}).encode())
 
 
 def test_files_have_names_of_their_own_that_a_shell_takes() -> None:
@@ -149,7 +149,9 @@ def test_the_examples_are_whole_and_those_of_the_demo(session: Held) -> None:
     for example in EXAMPLES:
         labels = [word.label for word in words_of(session.tokenizer, example.prompt)]
         assert all(one.word in labels for one in example.concepts)
-        assert [one.slot for one in photographs(example_bridged(example))] == list(range(1, len(example.concepts) + 1))
+        assert [one.slot for one in photographs(example_bridged(example).encode())] == list(
+            range(1, len(example.concepts) + 1)
+        )
         assert thumbnail(example).startswith("data:image/jpeg;base64,")
     here = Path(magicface_rt.__file__).parent / "ui" / "pictures"
     for name in ("woman", "hat"):
@@ -166,7 +168,7 @@ def test_regions_have_the_colours_of_the_sdks_overlays() -> None:
 
 def test_bridged_photographs_are_read_back() -> None:
     image, mask = png(photograph(1)), png(disc())
-    (one,) = photographs(bridged((2, image, mask)))
+    (one,) = photographs(bridged((2, image, mask)).encode())
     assert (one.slot, one.name) == (2, "p 2.png")
     assert one.image
     assert one.mask

@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -28,6 +29,7 @@ from magicface_rt.tokenizer import Tokenizer
 
 PROMPT = "a man with a hat"
 MAN, MASK, BLACK = png(photograph(1)), png(disc()), png(Image.new("L", (96, 96)))
+SECRET = "a man who is nowhere else"
 TOKEN = "0123456789abcdef"
 WORD = "Word of the prompt that it stands for"
 
@@ -298,9 +300,9 @@ def test_another_sites_page_cannot_send_events(server: Served) -> None:
         for headers, status in (
             ({"Origin": "https://elsewhere.example"}, 403),
             ({"Origin": "null"}, 403),
-            ({"Origin": server.url}, 400),
+            ({"Origin": server.url}, 422),
             ({"Origin": server.url, "Sec-Fetch-Site": "cross-site"}, 403),
-            ({"Origin": "https://the-proxys.example", "Sec-Fetch-Site": "same-origin"}, 400),
+            ({"Origin": "https://the-proxys.example", "Sec-Fetch-Site": "same-origin"}, 422),
         ):
             answer = http.post("/ui/gradio_api/queue/join", json={"data": [], "fn_index": 0}, headers=headers)
             assert answer.status_code == status, (headers, answer.text)
@@ -351,6 +353,96 @@ def test_what_is_no_event_is_refused(server: Served, body: bytes, status: int) -
         assert answer.status_code == status
         assert answer.json()["status"] == status
         assert http.post("/ui/gradio_api/startup-events", json={}).status_code == 405
+
+
+@pytest.fixture
+def event(tab: Tab) -> dict[str, object]:
+    """One that would make a picture, with a photograph and a prompt that are not to be found elsewhere."""
+    values = tab.values("generate", bridge=bridged((1, MAN, MASK)), Prompt=SECRET, **{WORD: "man"})
+    return {"data": values, "fn_index": tab.event("generate")["id"], "session_hash": tab.hash}
+
+
+def told_of_nothing(answer: httpx.Response, logged: str) -> None:
+    assert answer.headers["content-type"] == "application/problem+json"
+    for text in (answer.text, logged):
+        assert SECRET not in text
+        assert base64.b64encode(MAN).decode()[40:80] not in text
+    assert "Traceback" not in logged
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("data", lambda data: data[:-3]),
+        ("data", lambda data: [*data, ""]),
+        ("data", lambda data: []),
+        ("data", lambda data: data[0]),
+        ("data", lambda data: None),
+        ("data", lambda data: dict(enumerate(data))),
+        ("data", lambda data: [data[1:], *data[1:]]),
+        ("data", lambda data: data[1:] + data[:1]),
+        ("data", lambda data: [True if isinstance(one, (int, float)) else one for one in data]),
+        ("data", lambda data: [float("nan") if isinstance(one, (int, float)) else one for one in data]),
+        ("data", lambda data: [10**400 if isinstance(one, (int, float)) else one for one in data]),
+        ("fn_index", lambda number: 9999),
+        ("fn_index", lambda number: -1),
+        ("fn_index", lambda number: float("inf")),
+        ("fn_index", lambda number: float(number)),
+        ("fn_index", lambda number: str(number)),
+        ("fn_index", lambda number: True),
+        ("fn_index", lambda number: None),
+        ("fn_index", lambda number: [number]),
+        ("session_hash", lambda tab: None),
+        ("session_hash", lambda tab: ""),
+        ("session_hash", lambda tab: SECRET),
+        ("session_hash", lambda tab: "a" * 65),
+        ("session_hash", lambda tab: 7),
+    ],
+)
+def test_an_event_that_the_page_does_not_send_is_refused_and_stands_in_no_log(
+    tab: Tab,
+    event: dict[str, object],
+    field: str,
+    change: Callable[[Any], object],
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    event[field] = change(event[field])
+    headers = {"Content-Type": "application/json"}
+    answer = tab.http.post("/ui/gradio_api/queue/join", content=json.dumps(event), headers=headers)
+    assert (answer.status_code, answer.json()["kind"], answer.json()["field"]) == (422, "body", field)
+    told_of_nothing(answer, caplog.text + "".join(capfd.readouterr()))
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_an_event_is_json_by_its_content_type(
+    tab: Tab, event: dict[str, object], kind: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    answer = tab.http.post("/ui/gradio_api/queue/join", content=json.dumps(event), headers=headers)
+    assert (answer.status_code, answer.json()["kind"]) == (415, "content-type")
+    told_of_nothing(answer, "".join(capfd.readouterr()))
+
+
+def test_the_framework_gets_what_it_knows_and_no_photograph(
+    tab: Tab, server: Served, event: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    queue = server.page.page._queue
+    real = queue.push
+
+    async def noted(body: Any, request: object, username: object) -> object:
+        given.append(body)
+        return await real(body=body, request=request, username=username)
+
+    monkeypatch.setattr(queue, "push", noted)
+    more = {"trigger_id": 1, "event_data": {"path": "/etc/hostname"}, "oauth_token": "a", "simple_format": True}
+    tab.http.post("/ui/gradio_api/queue/join", json={**event, **more}).raise_for_status()
+    assert [message for message in tab.news() if message["msg"] == "process_completed"]
+    (body,) = given
+    assert (body.trigger_id, body.event_data, body.oauth_token, body.simple_format) == (None, None, None, False)
+    assert SECRET in body.data
+    assert base64.b64encode(MAN).decode()[40:80] not in str(body.data)
 
 
 def test_bodies_have_the_services_limit(session: Held) -> None:
