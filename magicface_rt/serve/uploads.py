@@ -6,7 +6,7 @@ import base64
 import binascii
 import io
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..errors import ImageError, MaskError
 from ..interrupts import let_through
@@ -31,7 +31,7 @@ def open_image(data: bytes, *, pixels: int, name: str, error: type[ImageError] |
             raise error(
                 f"{name} is {width} x {height}, {width * height:,} pixels; at most {pixels:,} are taken. Scale it down."
             )
-        image.load()
+        return _without_file(image)
     except (ImageError, MaskError):
         raise
     except Image.DecompressionBombError as cause:
@@ -42,7 +42,20 @@ def open_image(data: bytes, *, pixels: int, name: str, error: type[ImageError] |
             f"{name} cannot be read: it is damaged, cut short, or no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file "
             f"({type(cause).__name__})."
         ) from cause
-    return image
+
+
+def _without_file(image: Image.Image) -> Image.Image:
+    """Its pixels, and what says how they are to be seen. Pillow's images go on holding the file, which may be much
+    larger.
+    """
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    bare = image.copy()
+    bare.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    if orientation is not None:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        bare.info["exif"] = exif.tobytes()
+    return bare
 
 
 def from_base64(text: str, *, name: str, error: type[ImageError] | type[MaskError]) -> bytes:

@@ -516,13 +516,6 @@ def test_no_file_is_written(server: Served, tab: Tab) -> None:
     assert written == []
 
 
-def test_the_photographs_are_let_go_of_when_the_picture_is_made(server: Served, tab: Tab) -> None:
-    generated(tab, bridged((1, MAN, MASK)))
-    state = server.page.page.state_holder.session_data[tab.hash]
-    held = json.dumps(list(state.config_values.values()), default=str)
-    assert base64.b64encode(MAN).decode() not in held
-
-
 def test_an_open_tab_does_not_keep_the_server(session: Held) -> None:
     path = "/ui/gradio_api/heartbeat/abc"
     with served(session) as ending, ending.http() as http, http.stream("GET", path) as heartbeat:
