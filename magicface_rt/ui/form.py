@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,6 +21,8 @@ __all__ = ["Form", "FormConcept", "Photograph", "photographs"]
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _FIELD = re.compile(r"concepts\[(\d+)\](?:\.references\[0\])?(?:\.(\w+))?")
+PICTURE = "out.png"
+"""What the calls shown write."""
 GONE = "gone"
 """In place of a file that was there."""
 _MOST_PROBLEM = 500
@@ -125,18 +128,28 @@ class Form:
         return f"Concept {slot}" + (f", {_PARTS.get(part, part)}" if part else "")
 
     def files(self) -> list[tuple[str, str]]:
-        """For each concept used the names that its photograph and mask have in the calls shown, all different."""
-        taken: set[str] = set()
+        """For each concept used the names that its photograph and mask have in the calls shown: all different, also
+        where capital letters make no difference, and none that of the picture.
+        """
+        taken = {PICTURE}
         found = []
         for concept in self.used:
             stem, dot, suffix = concept.photograph.name.rpartition(".")
             stem = _UNSAFE.sub("-", stem if dot else suffix).strip("-.") or f"photograph-{concept.slot}"
-            suffix = _UNSAFE.sub("", suffix).lower() if dot else "png"
-            if stem in taken:
-                stem = f"{stem}-{concept.slot}"
-            taken.add(stem)
-            found.append((f"{stem}.{suffix or 'png'}", f"{stem}-mask.png"))
+            suffix = (_UNSAFE.sub("", suffix).lower() if dot else "") or "png"
+            pairs = ((f"{one}.{suffix}", f"{one}-mask.png") for one in _numbered(stem, concept.slot))
+            pair = next(pair for pair in pairs if taken.isdisjoint(name.lower() for name in pair))
+            taken.update(name.lower() for name in pair)
+            found.append(pair)
         return found
+
+
+def _numbered(stem: str, slot: int) -> Iterator[str]:
+    """The stem, the same with the concept's number, and with further ones."""
+    yield stem
+    yield f"{stem}-{slot}"
+    for number in count(2):
+        yield f"{stem}-{slot}-{number}"
 
 
 def photographs(sent: bytes) -> list[Photograph]:

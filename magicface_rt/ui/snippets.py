@@ -10,6 +10,7 @@ from typing import Any
 from ..options import Options
 from ..serve.schemas import PictureOrder
 from .facts import Facts
+from .form import PICTURE
 
 __all__ = ["curl_call", "python_call"]
 
@@ -39,7 +40,7 @@ def python_call(order: PictureOrder, files: Sequence[tuple[str, str]], facts: Fa
         *([f"        [{', '.join(names)}],"] if names else []),
         *(f"        {name}={value!r}," for name, value in _settings(order).items()),
         "    )",
-        'result.images[0].save("out.png")',
+        f'result.images[0].save("{PICTURE}")',
     ]
     return "\n".join(lines) + "\n"
 
@@ -69,7 +70,7 @@ def curl_call(order: PictureOrder, files: Sequence[tuple[str, str]], facts: Fact
     concepts = f', "concepts": [{", ".join(uses)}]' if uses else ""
     lines += [
         f"curl -fsS{token} \"$service/v1/images\" -H 'Content-Type: application/json' -H 'Accept: image/png' \\",
-        "  -o out.png --data-binary @- <<END",
+        f"  -o {PICTURE} --data-binary @- <<END",
         body[:-1] + concepts + "}",
         "END",
     ]

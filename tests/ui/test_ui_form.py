@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example as tried
+from hypothesis import given
+from hypothesis import strategies as st
 from paging import Held, bridged, disc, photograph, png
 from PIL import Image
 
@@ -143,6 +146,39 @@ def test_files_have_names_of_their_own_that_a_shell_takes() -> None:
         ("my-man-s-photo-2.png", "my-man-s-photo-2-mask.png"),
         ("photograph-3.png", "photograph-3-mask.png"),
     ]
+
+
+NAMES = st.text(alphabet="aA23-._ pngmsk", max_size=8) | st.sampled_from(
+    [
+        "a.png",
+        "A.png",
+        "a-3.png",
+        "a-2.png",
+        "a-mask.png",
+        "a.jpg",
+        "man.png",
+        "man-mask.png",
+        "out.png",
+        "",
+        "photograph-2",
+    ]
+)
+
+
+@given(st.lists(NAMES, min_size=1, max_size=6))
+@tried(["a-3.png", "a.png", "a.png"])
+@tried(["man.png", "man-mask.png"])
+@tried(["man-mask.png", "man.png"])
+@tried(["A.png", "a.png"])
+@tried(["out.png"])
+@tried(["a.png", "a-2.png", "a-2-2.png", "a.png", "a-4.png"])
+def test_the_calls_name_each_file_once_whatever_the_photographs_are_called(names: list[str]) -> None:
+    found = form(*(filled(slot, "man", name) for slot, name in enumerate(names, 1))).files()
+    files = [name for pair in found for name in pair]
+    assert len({name.lower() for name in (*files, "out.png")}) == 2 * len(names) + 1, files
+    assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.[a-z0-9._-]+", name) for name in files), files
+    for image, mask in found:
+        assert mask == image.rpartition(".")[0] + "-mask.png"
 
 
 def test_the_examples_are_whole_and_those_of_the_demo(session: Held) -> None:
