@@ -22,6 +22,11 @@ __all__ = ["Mounted", "mount_page"]
 THREADS = 256
 """Events that Gradio carries at a time: requests that wait in the service's queue among them, which holds fewer."""
 
+TABS = 64
+"""Tabs whose last fields, picture included, Gradio holds at a time. It forgets a tab when that closes its connection,
+and would not forget one that never opened any. What was forgotten is not missed: the browser has what it shows.
+"""
+
 
 class Mounted:
     """A page that is in an application."""
@@ -43,6 +48,7 @@ def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Fact
     handlers = Handlers(service, tokenizer, facts)
     page = lay_out(handlers)
     page.max_threads = THREADS
+    page.state_session_capacity = TABS
     page.queue(default_concurrency_limit=None)
     gr.mount_gradio_app(
         app,

@@ -26,6 +26,7 @@ from magicface_rt.serve.auth import Tokens
 from magicface_rt.serve.schemas import MOST_TEXT
 from magicface_rt.serve.server import CLOSE_SECONDS
 from magicface_rt.tokenizer import Tokenizer
+from magicface_rt.ui.mounting import TABS
 
 PROMPT = "a man with a hat"
 MAN, MASK, BLACK = png(photograph(1)), png(disc()), png(Image.new("L", (96, 96)))
@@ -238,6 +239,21 @@ def test_a_closed_tab_stops_its_request_and_is_forgotten(server: Served, tab: Ta
     session.free.set()
     until(lambda: server.service.engine.running == 0, "it goes on")
     assert session.steps <= before + 2
+
+
+def test_tabs_that_never_open_a_connection_are_forgotten_and_go_on(server: Served, tab: Tab) -> None:
+    remembered = server.page.page.state_holder.session_data
+    first = tab.hash
+    for number in range(TABS + 3):
+        tab.hash = first if number == 0 else f"{first}-{number}"
+        tab.outcome("words", [PROMPT])
+        assert tab.hash in remembered
+    assert len(remembered) <= TABS
+    assert set(server.page.page.state_holder.time_last_used) <= set(remembered)
+    assert first not in remembered
+    tab.hash = first
+    status, *_ = generated(tab, bridged((1, MAN, MASK)))
+    assert "Done in" in status
 
 
 def test_requests_of_the_page_stand_in_the_services_queue(session: Held) -> None:
