@@ -7,10 +7,10 @@ proxies. They are not there for a caller. Nor is anything in an event that the p
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 from collections.abc import Callable
 from importlib.resources import files
-from urllib.parse import urlsplit
 
 from ..errors import Cancelled, ServiceError
 from ..serve.bodies import App, Message, Receive, Scope, Send, header, replayed, send_problem, take_body
@@ -40,6 +40,13 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
 )
 
+_NAMING = (b"host", b"x-forwarded-host")
+"""Of these the framework makes the page's address."""
+_OVERRIDE = b"x-gradio-server"
+"""Of this as well; nobody has to send it."""
+_MACHINE = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?")
+_DOTTED = re.compile(r"[0-9.]+")
+
 _OWN = {"/page.js": b"text/javascript; charset=utf-8", "/page.css": b"text/css; charset=utf-8"}
 
 _FOREIGN = re.compile(r'\s*<(?:meta\s[^>]*(?:property|name)="(?:og|twitter):[^>]*|link rel="manifest"[^>]*)>')
@@ -68,10 +75,17 @@ class Door:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":
-            return  # there are no web sockets here
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # there are none here
+            return
         path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
-        if path in self._assets:
+        scope["headers"] = [(name, value) for name, value in scope["headers"] if name != _OVERRIDE]
+        misnamed = next((name for name in _NAMING if not _names_a_machine(header(scope, name))), None)
+        if misnamed is not None:
+            name = misnamed.decode("ascii").title()
+            what = f"the header {name} names no machine. Ask for the page by its address."
+            await send_problem(Problem(400, "host", what, name), send)
+        elif path in self._assets:
             await _send(send, self._assets[path], _OWN[path])
         elif path not in _PATHS and not path.startswith(_FOLDERS):
             await send_problem(Problem(404, "no-such-path", "the page has nothing there."), send)
@@ -126,6 +140,23 @@ class Door:
         await _send(send, text.encode("utf-8"), b"text/html; charset=utf-8", int(start["status"]))
 
 
+def _names_a_machine(value: str | None) -> bool:
+    """Whether a header names one, where it is there; of several the first counts."""
+    if value is None:
+        return True
+    match = _MACHINE.fullmatch(value.partition(",")[0].strip())
+    if match is None:
+        return False
+    found = match.group(1) or match.group(2)
+    if match.group(1) is None and _DOTTED.fullmatch(found) is None:
+        return True
+    try:
+        ipaddress.ip_address(found)
+    except ValueError:
+        return False
+    return True
+
+
 def _same_origin(scope: Scope) -> bool:
     """Whether what changes something comes from this page, or from no page at all.
 
@@ -135,7 +166,7 @@ def _same_origin(scope: Scope) -> bool:
     if site is not None:
         return site in ("same-origin", "none")
     origin = header(scope, b"origin")
-    return origin is None or urlsplit(origin).netloc == header(scope, b"host")
+    return origin is None or origin.partition("://")[2] == header(scope, b"host")
 
 
 def _guarded(send: Send) -> Send:

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -459,6 +460,46 @@ def test_the_framework_gets_what_it_knows_and_no_photograph(
     assert (body.trigger_id, body.event_data, body.oauth_token, body.simple_format) == (None, None, None, False)
     assert SECRET in body.data
     assert base64.b64encode(MAN).decode()[40:80] not in str(body.data)
+
+
+def raw(server: Served, *headers: str) -> str:
+    """The first line of the answer to GET /ui/ with these headers."""
+    with socket.create_connection(server.socket.getsockname(), 10) as connection:
+        lines = ("GET /ui/ HTTP/1.1", "Connection: close", *headers, "", "")
+        connection.sendall("\r\n".join(lines).encode("latin-1"))
+        return connection.recv(4096).split(b"\r\n")[0].decode("ascii")
+
+
+def test_a_web_socket_is_refused_and_nothing_is_logged(
+    server: Served, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = ("Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")
+    with socket.create_connection(server.socket.getsockname(), 10) as connection:
+        lines = ("GET /ui/ HTTP/1.1", "Host: localhost", "Connection: Upgrade", *asked, "", "")
+        connection.sendall("\r\n".join(lines).encode("ascii"))
+        assert b" 403 " in connection.recv(4096).split(b"\r\n")[0]
+    logged = caplog.text + "".join(capfd.readouterr())
+    assert "ERROR" not in logged
+    assert "Traceback" not in logged
+
+
+HOSTS = ("localhost", "localhost:8000", "[::1]:80", "127.0.0.1", "a_b.example", "xn--exmple-cua")
+NO_HOSTS = ("[v1.x]", "[::1", "[", "a:b", "1.2.3.999", "a b", "a/b", "a@b", "a?b", "\xe9", "[::1]x", "")
+
+
+@pytest.mark.parametrize("name", ["Host", "X-Forwarded-Host"])
+def test_a_name_that_names_no_machine_is_refused(
+    server: Served, name: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    others = () if name == "Host" else ("Host: localhost",)
+    for host in HOSTS:
+        assert " 200 " in raw(server, *others, f"{name}: {host}"), host
+    for host in NO_HOSTS:
+        assert " 400 " in raw(server, *others, f"{name}: {host}"), host
+    for more in ("Origin: http://[v1.x]", "X-Gradio-Server: http://[v1.x]"):
+        assert " 200 " in raw(server, "Host: localhost", more), more
+    logged = caplog.text + "".join(capfd.readouterr())
+    assert "Traceback" not in logged
 
 
 def test_bodies_have_the_services_limit(session: Held) -> None:
