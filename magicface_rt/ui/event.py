@@ -59,18 +59,18 @@ def read_event(body: bytes, events: Events) -> tuple[bytes, bytes]:
         raise refused(422, "body", "the body holds no event; expected an object with data, fn_index and session_hash.")
     number, tab, data = event.get("fn_index"), event.get("session_hash"), event.get("data")
     if type(number) is not int or number not in events:
-        raise refused(422, "body", "it names no event of this page. Load the page again.", "fn_index")
+        raise refused(422, "body", "fn_index is none of this page's events. Load the page again.", "fn_index")
     if not isinstance(tab, str) or _TAB.fullmatch(tab) is None:
-        raise refused(422, "body", "expected a name of 1 to 64 letters, digits, _ and -.", "session_hash")
+        raise refused(422, "body", "session_hash: expected 1 to 64 letters, digits, _ and -.", "session_hash")
     kinds = events[number]
     if not isinstance(data, list) or len(data) != len(kinds):
         found = f"{len(data)} fields" if isinstance(data, list) else "no list of fields"
-        raise refused(422, "body", f"found {found}, expected {len(kinds)}. Load the page again.", "data")
+        raise refused(422, "body", f"data has {found}, expected {len(kinds)}. Load the page again.", "data")
     photographs = b""
     for place, (kind, value) in enumerate(zip(kinds, data, strict=True)):
         if not _holds(kind, value):
             raise refused(
-                422, "body", f"field {place + 1} of {len(kinds)} holds no {kind}. Load the page again.", "data"
+                422, "body", f"data: field {place + 1} of {len(kinds)} holds no {kind}. Load the page again.", "data"
             )
         if isinstance(value, str):
             data[place] = value[: MOST_TEXT + 1]

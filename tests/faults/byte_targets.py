@@ -309,8 +309,7 @@ def _photographs(_: Path, __: Path) -> Target:
     one = {"slot": 1, "image": b64encode(encoded("PNG", picture())).decode(), "mask": None, "name": "man.png"}
 
     def use(content: bytes) -> object:
-        text = content.decode("utf-8", "surrogateescape")
-        found = judged("page's photographs", lambda: photographs(text), names="the page")
+        found = judged("page's photographs", lambda: photographs(content), names="the page")
         for photograph in found or ():
             assert isinstance(photograph, Photograph)
             assert type(photograph.slot) is int
@@ -321,21 +320,27 @@ def _photographs(_: Path, __: Path) -> Target:
     return _of_json([one, {**one, "slot": 2, "mask": "aGVsbG8="}], use)
 
 
+NAMED = ("the body", "the key", "fn_index", "session_hash", "data")
+"""What a message on an event is about."""
+
+
 @_target("page's event")
 def _event(_: Path, __: Path) -> Target:
-    from magicface_rt.ui.door import _check_event
+    from magicface_rt.ui.event import read_event
 
-    event = {"data": ["a man", 3, [1.5, "x", None]], "fn_index": 3, "session_hash": "abc", "trigger_id": 5}
+    event = {"data": ["[]", "a man", 3, 1.5, None], "fn_index": 3, "session_hash": "abc", "trigger_id": 5}
+    kinds = ("photographs", "text", "number", "number", "text")
 
     def use(content: bytes) -> object:
-        def check() -> Any:
-            _check_event(content)
-            return json.loads(content) if content else None
-
-        found = judged("page's event", check, names=("the body", "a field", "the key"))
-        data = found.get("data") if isinstance(found, dict) else None
-        assert not isinstance(data, dict)
-        assert not isinstance(data, list) or not any(isinstance(one, dict) for one in data)
+        found = judged("page's event", lambda: read_event(content, {3: kinds}), names=NAMED)
+        if found is not None:
+            handed_on, photographs = found
+            assert isinstance(photographs, bytes)
+            known = json.loads(handed_on)
+            assert set(known) == {"data", "fn_index", "session_hash"}
+            assert known["data"][0] == ""
+            assert len(known["data"]) == len(kinds)
+            assert all(one is None or type(one) in (str, int, float) for one in known["data"])
         return found
 
     return _of_json(event, use)

@@ -131,7 +131,7 @@ def test_what_the_pages_script_does_not_send(text: str) -> None:
     from magicface_rt.ui.form import photographs
 
     with pytest.raises(OptionError, match="Load it again"):
-        photographs(text)
+        photographs(text.encode())
 
 
 @pytest.mark.parametrize(
