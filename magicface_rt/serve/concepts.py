@@ -131,15 +131,19 @@ class _Limited(ConceptStore):
     def __init__(self, *, most: int, most_bytes: int) -> None:
         self._most, self._most_bytes = most, most_bytes
         self._room = threading.Lock()
+        self._reserving = threading.Lock()  # of its own: whoever gives room back does not wait for a disk
         self._reserved: dict[str, int] = {}
 
     def reserve(self, id: str, nbytes: int) -> Callable[[], object]:
         with self._room:
-            self._check_room(nbytes, [held for other, held in self._reserved.items() if not self._keeps(other)])
-            self._reserved[id] = nbytes
+            with self._reserving:
+                reserved = dict(self._reserved)
+            self._check_room(nbytes, [held for other, held in reserved.items() if not self._keeps(other)])
+            with self._reserving:
+                self._reserved[id] = nbytes
 
         def release() -> None:
-            with self._room:
+            with self._reserving:
                 del self._reserved[id]
 
         return release

@@ -236,8 +236,11 @@ class LocalService(Service):
                 if found is not None:
                     _warn_of_word(found.concept, word)
                     return _put(found, warned), False
-                release = await self._in(self._files, self.store.reserve, id, kept_bytes(origin, bare, storage))
-                held.callback(release)
+                room = asyncio.ensure_future(
+                    self._in(self._files, self.store.reserve, id, kept_bytes(origin, bare, storage))
+                )
+                held.callback(_give_back, room)  # also where nobody waits for it any more
+                await _to_its_end(room)
                 with self._using([]) as use:
                     done = await self._done(Job(prepare, owner=owner, deadline=end), use, None, place)
                 self._watcher.prepared()
@@ -264,8 +267,9 @@ class LocalService(Service):
             if trace is not None:
                 self._unfinished[id] = trace
             files = 0
+            erasing = asyncio.ensure_future(self._in(self._erasers, self.store.erase, id))
             try:
-                files = await self._in(self._erasers, self.store.erase, id)
+                files = await _to_its_end(erasing)
             except UnknownConceptError:
                 if trace is None:
                     raise
@@ -508,6 +512,12 @@ async def _to_its_end(task: asyncio.Future[T]) -> T:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
         raise
+
+
+def _give_back(room: asyncio.Future[Callable[[], object]]) -> None:
+    """The room that was held in a store, if it was."""
+    if not room.cancelled() and room.exception() is None:
+        room.result()()
 
 
 def _relay(listener: Listener | None) -> Callable[[Progress], object] | None:

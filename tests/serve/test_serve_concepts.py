@@ -416,6 +416,58 @@ def test_room_that_was_held_is_given_back_where_nothing_came_of_it(session: Gate
         client.put_concept(concept("man", 3))
 
 
+class Asked(MemoryConcepts):
+    """How much it keeps is known only when it may be."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most=most)
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def used(self) -> tuple[int, int]:
+        self.asked.set()
+        assert self.go.wait(120)
+        return super().used()
+
+
+def test_who_goes_as_room_is_looked_for_leaves_it_to_the_next(session: Gated) -> None:
+    """A thread holds it, and cannot be told that nobody wants it any more."""
+
+    async def put(server: Running, store: Asked) -> None:
+        async with AsyncClient(server.url, retries=0, trust_env=False) as client:
+            putting = asyncio.ensure_future(client.put_concept(MAN))
+            await asyncio.to_thread(store.asked.wait, 30)
+            (over,) = server.service._making.values()
+            putting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await putting
+        until(lambda: not server.server.server_state.connections, "the connection is there still")
+        await asyncio.sleep(0.3)
+        assert not over.is_set(), "another upload has its turn, and the thread has not ended"
+        store.go.set()
+        until(over.is_set, "nobody else has its turn")
+
+    store = Asked(1)
+    with running(session, store=store, settings=ServeSettings(default_steps=1)) as server:
+        asyncio.run(put(server, store))
+        with server.client() as client:
+            assert client.put_concept(HAT).new
+
+
+def test_who_gives_room_back_does_not_wait_for_a_disk_that_others_wait_for() -> None:
+    store = Asked(2)
+    store.go.set()
+    release = store.reserve("a", 1)
+    store.go.clear()
+    store.asked.clear()
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(store.reserve, "b", 1)
+        assert store.asked.wait(30)
+        pool.submit(release).result(30)
+        store.go.set()
+        other.result(30)()
+    assert store._reserved == {}
+
+
 def test_many_erasures_beside_a_batch_hold_up_nobody_else(session: Gated) -> None:
     """Each waits until the batch has ended, and must not take the threads with which others are read and answered."""
     many = (os.cpu_count() or 1) + 6  # more than asyncio has threads of its own
