@@ -18,6 +18,7 @@ FORM_PARTS = tuple(FORM_SCHEMA["properties"])
 
 _FIELDS = {*PictureOrder.model_fields, *ConceptUse.model_fields, *InlineReference.model_fields}
 _MOST_ERRORS = 20
+_MOST_RANGES = 100  # of an Accept header; browsers send ten
 
 
 def upload_of(form: Form) -> ConceptUpload:
@@ -67,10 +68,14 @@ def wants_png(order: PictureOrder, accept: str | None) -> bool:
     """Whether the answer is a PNG; else it is JSON.
 
     Raises:
-        AnswerError: 406, the Accept header allows neither; 422, a PNG of several pictures.
+        AnswerError: 406, the Accept header allows neither, or is too long; 422, a PNG of several pictures.
     """
     png = order.response == "png"
     if order.response is None and accept is not None and not order.stream:
+        if (count := 1 + accept.count(",") + accept.count(";")) > _MOST_RANGES:
+            raise refused(
+                406, "not-acceptable", f"Accept has {count:,} parts; at most {_MOST_RANGES} are read.", "Accept"
+            )
         for_png, for_json = _quality(accept, "image", "png"), _quality(accept, "application", "json")
         if not for_png and not for_json:
             raise refused(406, "not-acceptable", "an answer is image/png or application/json; accept one.", "Accept")

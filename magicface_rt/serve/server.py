@@ -26,6 +26,7 @@ from ..ui import module as ui_module
 from .app import build_app
 from .auth import Tokens
 from .concepts import ConceptStore, MemoryConcepts
+from .connection import HEAD_BYTES, Connection
 from .engine import Engine
 from .gate import PAGE, names_of
 from .local import LocalService
@@ -203,7 +204,12 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=CLOSE_SECONDS,
-                **{"proxy_headers": False, **config},
+                **{
+                    "proxy_headers": False,
+                    "http": Connection,  # else another parser, without limits, where one is installed
+                    "h11_max_incomplete_event_size": HEAD_BYTES,
+                    **config,
+                },
             )
         )
         self.cut_off = 0

@@ -1,0 +1,175 @@
+"""What comes over a connection before a request is one: heads without an end, in size or time, and what is no HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from loopback import PROMPT, Gated, Running, running, until
+
+from magicface_rt.serve import ServeSettings, connection
+from magicface_rt.serve.auth import Tokens
+
+TOKEN = "correct-horse-battery-staple"
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+ORDER = {"prompt": PROMPT, "steps": 1}
+
+
+@pytest.fixture(scope="module")
+def server(session: Gated) -> Iterator[Running]:
+    with running(session, settings=ServeSettings(default_steps=1), tokens=Tokens([TOKEN])) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def http(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, trust_env=False, headers=AUTHORIZED, timeout=60) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def connected(server: Running) -> Iterator[socket.socket]:
+    with socket.create_connection(server.socket.getsockname(), timeout=30) as opened:
+        yield opened
+
+
+def answer_of(connection: socket.socket) -> bytes:
+    """All that comes until the service closes the connection."""
+    got = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            got += piece
+    return got
+
+
+HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begun", "more"),
+    [
+        (HEAD, b"X-A: " + b"a" * 1000 + b"\r\n"),
+        (HEAD + b"X: ", b"a" * 1000),
+        (b"GET /", b"a" * 1000),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1", b"0" * 1000),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"X-A: " + b"a" * 1000 + b"\r\n"),
+    ],
+    ids=["headers", "one header", "path", "chunk", "trailers"],
+)
+def test_a_head_without_an_end_is_refused_and_not_kept(server: Running, begun: bytes, more: bytes) -> None:
+    pieces = iter([begun, *[more] * (32 * 2**20 // len(more))])
+    with connected(server) as client, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for piece in pieces:
+            client.sendall(piece)
+    assert len(list(pieces)) > 16 * 2**20 // len(more)  # less than half of it went, what the system buffers included
+    with connected(server) as client:
+        client.sendall(begun + more * (2 * connection.HEAD_BYTES // len(more)))
+        answer = answer_of(client)
+    if answer:  # it may be lost where more came than was read
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["kind"] == "bad-request"
+
+
+def test_a_head_as_long_as_it_may_be_is_taken(http: httpx.Client) -> None:
+    assert http.get("/v1/bundle", headers={"X-A": "a" * 60_000}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("begun", "drop"),
+    [
+        (b"", b""),
+        (HEAD, b""),
+        (HEAD + b"X: ", b"a"),
+        (b"POST /v1/images HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", b"a"),  # answered: it has no token
+        (HEAD + b"\r\n" + HEAD, b""),
+    ],
+    ids=["nothing", "half", "drop by drop", "the rest of a body", "a second"],
+)
+def test_a_request_that_does_not_come_is_not_waited_for(
+    server: Running, monkeypatch: pytest.MonkeyPatch, begun: bytes, drop: bytes
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
+    ended = threading.Event()
+    with connected(server) as client:
+
+        def dripping() -> None:
+            with contextlib.suppress(OSError):
+                while drop and not ended.wait(0.05):
+                    client.sendall(drop)
+
+        client.sendall(begun)
+        dripper = threading.Thread(target=dripping)
+        dripper.start()
+        try:
+            answer = answer_of(client)  # and it ends
+        finally:
+            ended.set()
+            dripper.join(30)
+    assert answer.count(b"HTTP/1.1 ") == (b"\r\n\r\n" in begun)
+
+
+def test_who_waits_for_an_answer_or_asks_again_is_not_cut_off(
+    server: Running, session: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
+    session.free.clear()
+    threading.Timer(1.5, session.free.set).start()
+    limits = httpx.Limits(max_connections=1)
+    with httpx.Client(base_url=server.url, trust_env=False, headers=AUTHORIZED, limits=limits, timeout=60) as http:
+        connections = set()
+        assert http.post("/v1/images", json=ORDER).status_code == 200
+        for _ in range(10):
+            answer = http.get("/healthz")
+            assert answer.status_code == 200
+            connections.add(answer.extensions["network_stream"].get_extra_info("client_addr"))
+            time.sleep(0.1)
+        assert len(connections) == 1
+
+
+def test_a_trailer_is_no_header(server: Running) -> None:
+    body = b"%x\r\n%b\r\n0\r\n" % (len(json.dumps(ORDER)), json.dumps(ORDER).encode())
+    head = b"POST /v1/images HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n"
+    kind, right = b"Content-Type: application/json\r\n", f"Authorization: Bearer {TOKEN}\r\n".encode()
+    for headers, trailers, status in (
+        (kind, right, b"401"),
+        (right, kind, b"415"),
+        (kind + right, b"Content-Type: text/plain\r\nContent-Length: 3\r\n", b"200"),
+    ):
+        with connected(server) as client:
+            client.sendall(head + headers + b"\r\n" + body + trailers + b"\r\n")
+            assert answer_of(client).split(b" ")[1] == status
+
+
+def test_an_accept_of_very_many_ranges_is_refused(http: httpx.Client) -> None:
+    for accept in ("a," * 30_000, "image/png" + ";a" * 30_000):
+        answer = http.post("/v1/images", json=ORDER, headers={"Accept": accept})
+        assert (answer.status_code, answer.json()["field"]) == (406, "Accept")
+    browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,image/png,*/*;q=0.8"
+    assert http.post("/v1/images", json=ORDER, headers={"Accept": browser}).headers["Content-Type"] == "image/png"
+
+
+def test_what_is_no_http_fails_nothing(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    head = b"POST /v1/images HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    right = f"Authorization: Bearer {TOKEN}\r\n".encode()
+    with caplog.at_level(logging.ERROR):
+        for sent in (
+            b"\x16\x03\x01\x02\x00",
+            b"GET\r\n\r\n",
+            head + right + b"\r\nzz\r\n",  # as the body is read
+            head + b"\r\n1\r\naXX",  # as it is answered already
+            HEAD + b"\r\n\0\0\0\0\r\n\r\n",
+        ):
+            with connected(server) as client:
+                client.sendall(sent)
+                client.shutdown(socket.SHUT_WR)
+                answer = answer_of(client)
+                assert answer == b"" or answer.startswith(b"HTTP/1.1 "), sent
+        until(lambda: not server.server.server_state.tasks, "a request has not ended")
+    assert [record.getMessage() for record in caplog.records] == []
