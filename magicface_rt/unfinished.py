@@ -31,7 +31,20 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check", "clear", "exchange", "is_part", "make_folder", "part", "place", "put", "remove", "settle", "why"]
+__all__ = [
+    "check",
+    "clear",
+    "exchange",
+    "is_live",
+    "is_part",
+    "make_folder",
+    "part",
+    "place",
+    "put",
+    "remove",
+    "settle",
+    "why",
+]
 
 _NAME = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(part|old)", re.DOTALL)
 _MOST_NAME = 255 - len(f"..{'0' * 32}.part")
@@ -214,6 +227,19 @@ def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
 def is_part(name: str) -> bool:
     """Whether a name is one that something has while it is not finished."""
     return _NAME.fullmatch(name) is not None
+
+
+def is_live(part: Path) -> bool:
+    """Whether a live process holds what has the name of a part. False also where that cannot be known."""
+    try:
+        lock = _lock(part)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    if lock is not None:
+        os.close(lock)
+    return False
 
 
 def exchange(one: Path, other: Path) -> bool:

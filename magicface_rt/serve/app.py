@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -41,6 +42,7 @@ from .schemas import (
 )
 from .service import Accepted, Outcome, Service
 from .settings import ServeSettings
+from .unexpected import Unexpected
 
 __all__ = ["build_app"]
 
@@ -95,6 +97,7 @@ def build_app(
         redoc_url=None,
     )
     app.add_middleware(Bodies, settings=limits, told=measured.problem)
+    app.add_middleware(Unexpected, problem_of=partial(_counted, metrics=measured))
     app.add_middleware(Gate, tokens=tokens or Tokens(), metrics=measured, hosts=hosts)
     _add_handlers(app, measured)
     _add_concepts(app, service)
@@ -110,7 +113,8 @@ def _add_handlers(app: FastAPI, metrics: Metrics) -> None:
         return Response(problem.body, problem.status, problem.headers)
 
     async def failed(request: Request, error: Exception) -> Response:
-        return answer(_problem(error))
+        problem = _counted(error, metrics)
+        return Response(problem.body, problem.status, problem.headers)
 
     async def no_order(request: Request, error: Exception) -> Response:
         assert isinstance(error, NoOrderError)
@@ -141,7 +145,7 @@ def _add_concepts(app: FastAPI, service: Service) -> None:
         summary="Prepare a concept and keep it",
         responses=documented(
             {200: (ConceptPut, "It was kept already."), 201: (ConceptPut, "It is kept now.")},
-            *(400, 413, 415, 422, 429, 503, 504, 507),
+            *(400, 410, 413, 415, 422, 429, 503, 504, 507),
         ),
         response_class=Response,
         status_code=201,
@@ -164,7 +168,7 @@ def _add_concepts(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/concepts",
         summary="All kept concepts",
-        responses=documented({200: (ConceptList, "The oldest first.")}),
+        responses=documented({200: (ConceptList, "The oldest first.")}, 503),
         response_class=Response,
     )
     async def list_concepts() -> Response:
@@ -174,7 +178,7 @@ def _add_concepts(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/concepts/{id}",
         summary="One kept concept",
-        responses=documented({200: (ConceptInfo, "It is kept.")}, 404),
+        responses=documented({200: (ConceptInfo, "It is kept.")}, 404, 503),
         response_class=Response,
     )
     async def get_concept(id: str) -> Response:
@@ -184,7 +188,8 @@ def _add_concepts(app: FastAPI, service: Service) -> None:
         "/v1/concepts/{id}",
         summary="Erase a concept",
         responses=documented(
-            {200: (Erasure, "It is gone: memory, disk and device were looked through.")}, *(404, 429, 500, 503, 504)
+            {200: (Erasure, "It is gone: memory, disk and device were looked through.")},
+            *(404, 409, 429, 500, 503, 504),
         ),
         response_class=Response,
     )
@@ -195,9 +200,8 @@ def _add_concepts(app: FastAPI, service: Service) -> None:
 
 def _add_images(app: FastAPI, service: Service, metrics: Metrics) -> None:
     def failed(error: BaseException) -> Problem:
-        problem = _problem(Cancelled("the client has gone.") if isinstance(error, asyncio.CancelledError) else error)
-        metrics.problem(problem.kind)
-        return problem
+        gone = isinstance(error, asyncio.CancelledError)
+        return _counted(Cancelled("the client has gone.") if gone else error, metrics)
 
     @app.post(
         "/v1/images",
@@ -349,6 +353,13 @@ def _problem(error: BaseException) -> Problem:
         while isinstance(first.__cause__, MagicFaceError):  # what is put before it may be a name that a client gave
             first = first.__cause__
         logger.error("%s: %s", type(first).__name__, first)
+    return problem
+
+
+def _counted(error: BaseException, metrics: Metrics) -> Problem:
+    """As `_problem`, for an answer."""
+    problem = _problem(error)
+    metrics.problem(problem.kind)
     return problem
 
 

@@ -9,21 +9,41 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import unfinished
-from ..errors import EraseError, KeptConceptError, OutputError, StoreFullError, UnknownConceptError
+from ..errors import (
+    AnswerError,
+    ErasedError,
+    EraseError,
+    KeptConceptError,
+    OutputError,
+    ServiceError,
+    StoreFullError,
+    UnknownConceptError,
+)
 from ..kept import KeptConcept
 from ..kept.files import save
+from .problems import refused
 
-__all__ = ["NO_WORD", "SUFFIX", "ConceptStore", "FolderConcepts", "MemoryConcepts", "StoredConcept", "concept_id"]
+__all__ = [
+    "NO_WORD",
+    "SUFFIX",
+    "ConceptStore",
+    "FolderConcepts",
+    "MemoryConcepts",
+    "StoredConcept",
+    "concept_id",
+    "known_use",
+]
 
 logger = logging.getLogger("magicface_rt.serve")
 
@@ -66,8 +86,17 @@ def unknown(id: str) -> UnknownConceptError:
     return UnknownConceptError(f"concept {shown} is not kept here: it was never put, or it was erased. Put it again.")
 
 
+def unreadable(error: OSError) -> AnswerError:
+    """To raise where it cannot be seen what is there: that is not the same as nothing."""
+    logger.error("the folder of concepts cannot be read: %s", error)
+    return refused(503, "store-unusable", "the folder of concepts cannot be read; the service's log says more.")
+
+
 class ConceptStore(ABC):
-    """Kept concepts by id. Thread-safe; calls may block while files are read or written."""
+    """Kept concepts by id. Thread-safe; calls may block while files are read or written.
+
+    Whatever looks at files raises AnswerError, 503 `store-unusable`, where it cannot.
+    """
 
     @abstractmethod
     def get(self, id: str) -> StoredConcept:
@@ -85,11 +114,13 @@ class ConceptStore(ABC):
         Raises:
             StoreFullError: there is no room.
             OutputError: a file cannot be written.
+            ErasedError: another process erased it as it was put.
         """
 
     @abstractmethod
     def erase(self, id: str) -> int:
-        """Remove a concept from memory and disk; who holds it goes on holding it. Returns how many files went.
+        """Remove a concept from memory and disk; who holds it goes on holding it. Returns how many files went. What
+        another process is writing stays: it puts the concept again.
 
         Raises:
             UnknownConceptError: there is none.
@@ -98,7 +129,9 @@ class ConceptStore(ABC):
 
     @abstractmethod
     def left(self, id: str) -> str | None:
-        """Where something of that id still is, in words; None where nothing is."""
+        """Where something of that id is, in words; None where nothing is. After `erase` it was put again, or is being
+        put, by another process.
+        """
 
     @abstractmethod
     def entries(self) -> list[StoredConcept]:
@@ -228,10 +261,7 @@ class FolderConcepts(_Limited):
     def __init__(self, folder: str | os.PathLike[str], *, most: int = 1000, most_bytes: int = 2**33) -> None:
         super().__init__(most=most, most_bytes=most_bytes)
         self.folder = Path(folder).absolute()
-        try:
-            unfinished.make_folder(self.folder, mode=0o700)
-        except OSError as error:
-            raise OutputError(f"folder of concepts {str(folder)!r} cannot be made: {error}.") from error
+        self._make_folder()
         if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
             raise OutputError(f"folder of concepts {str(folder)!r} may not be read and written.")
         self._lock = threading.Lock()
@@ -240,7 +270,7 @@ class FolderConcepts(_Limited):
 
     def get(self, id: str) -> StoredConcept:
         path = self._path(id)
-        stamp = _stamp(path) if path is not None else None
+        stamp = stamp_of(path) if path is not None else None
         if path is None or stamp is None:
             self._let_go({id})
             raise unknown(id)
@@ -249,12 +279,11 @@ class FolderConcepts(_Limited):
         if known is not None and known[0] == stamp:
             return known[1]
         try:
-            stored = StoredConcept(id, load_own(id, path), stamp.seconds)
-        except KeptConceptError as error:
-            if not path.exists():  # erased by another process meanwhile
-                raise unknown(id) from None
-            logger.warning("%s", error)
-            raise UnknownConceptError(f"the file of concept {id} is damaged. Put the concept again.") from error
+            stored = self._read(id, path, stamp)
+        except UnknownConceptError as error:
+            if error.__cause__ is not None:  # it is damaged
+                logger.warning("%s", error.__cause__)
+            raise
         with self._lock:
             self._mapped[id] = (stamp, stored)
         return stored
@@ -262,65 +291,75 @@ class FolderConcepts(_Limited):
     def put(self, id: str, concept: KeptConcept) -> StoredConcept:
         path = self._path(id)
         assert path is not None, id
-        if not path.exists():
+        if stamp_of(path) is None:
             self._check_room(concept.nbytes)
-        save(concept, path, with_image=False, overwrite=True, follow=False)  # nothing is written outside the folder
-        stamp = _stamp(path)
-        if stamp is None:
-            raise unknown(id)  # erased by another process in this moment
-        stored = StoredConcept(id, KeptConcept.load(path, check_hashes=False), stamp.seconds)
+        self._make_folder()
+        try:
+            save(concept, path, with_image=False, overwrite=True, follow=False)  # nothing is written outside the folder
+            stamp = stamp_of(path)
+            if stamp is None:
+                raise unknown(id)
+            with _reading(id, path):
+                stored = StoredConcept(id, KeptConcept.load(path, check_hashes=False), stamp.seconds)
+        except (OutputError, UnknownConceptError) as error:
+            cause, written = error.__cause__, isinstance(error, UnknownConceptError)
+            if not (cause is None if written else isinstance(cause, FileNotFoundError)):
+                raise
+            raise ErasedError(f"concept {id} was erased by another process as it was put. Put it again.") from None
         with self._lock:
             self._mapped[id] = (stamp, stored)
         return stored
 
     def erase(self, id: str) -> int:
         path = self._path(id)
+        files = [] if path is None else self._files(path)
         with self._lock:
             mapped = self._mapped.pop(id, None)
-        if path is None:
-            raise unknown(id)
-        # A file that a process began and did not finish begins with a dot and has the same content.
-        files = [file for file in (path, *self.folder.glob(f".{path.name}.*")) if file.exists()]
         if not files and mapped is None:
             raise unknown(id)
+        gone = 0
         for file in files:
+            if file != path and unfinished.is_live(file):
+                continue
             try:
                 file.unlink(missing_ok=True)
             except OSError as error:
-                raise EraseError(f"file {file.name!r} of the concept cannot be removed: {error}.") from error
-        return len(files)
+                logger.error("a file of a concept cannot be removed: %s", error)
+                raise EraseError(
+                    f"file {file.name!r} of the concept cannot be removed: {error.strerror or error}."
+                ) from error
+            gone += 1
+        return gone
 
     def left(self, id: str) -> str | None:
         path = self._path(id)
         with self._lock:
             if id in self._mapped:
                 return "memory"
-        if path is not None and (path.exists() or any(self.folder.glob(f".{path.name}.*"))):
-            return "a file"
-        return None
+        return "a file" if path is not None and self._files(path) else None
 
     def entries(self) -> list[StoredConcept]:
         found = []
         self._let_go_of_what_is_gone()
-        for path in self.folder.glob(f"*{SUFFIX}"):
-            id, stamp = path.name.removesuffix(SUFFIX), _stamp(path)
-            if not _ID.fullmatch(id) or stamp is None:
+        for path in self._all():
+            id, stamp = path.stem, stamp_of(path)
+            if stamp is None:
                 continue
             with self._lock:
                 known = self._mapped.get(id)
             if known is not None and known[0] == stamp:
                 found.append(known[1])
                 continue
-            with contextlib.suppress(KeptConceptError):  # damaged: `get` says so
-                found.append(StoredConcept(id, load_own(id, path, check_hashes=False), stamp.seconds))
+            with contextlib.suppress(UnknownConceptError):  # damaged: `get` says so
+                found.append(self._read(id, path, stamp, check_hashes=False))
         return sorted(found, key=lambda stored: stored.created)
 
     def _keeps(self, id: str) -> bool:
-        return (self.folder / f"{id}{SUFFIX}").exists()
+        return stamp_of(self.folder / f"{id}{SUFFIX}") is not None
 
     def used(self) -> tuple[int, int]:
         self._let_go_of_what_is_gone()
-        stamps = [_stamp(path) for path in self.folder.glob(f"*{SUFFIX}") if _ID.fullmatch(path.stem)]
+        stamps = [stamp_of(path) for path in self._all()]
         sizes = [stamp.nbytes for stamp in stamps if stamp is not None]
         return len(sizes), sum(sizes)
 
@@ -337,11 +376,39 @@ class FolderConcepts(_Limited):
         """Another process tells nobody when it erases: its file is gone."""
         with self._lock:
             mapped = set(self._mapped)
-        self._let_go({id for id in mapped if not (self.folder / f"{id}{SUFFIX}").exists()})
+        self._let_go({id for id in mapped if not self._keeps(id)})
 
     def _let_go(self, ids: Collection[str]) -> None:
         with self._lock:
             self._vanished.update(id for id in ids if self._mapped.pop(id, None) is not None)
+
+    def _make_folder(self) -> None:
+        try:
+            unfinished.make_folder(self.folder, mode=0o700)
+        except OSError as error:
+            raise OutputError(f"folder of concepts {str(self.folder)!r} cannot be made: {error}.") from error
+
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)
+        except _NOT_THERE:
+            return []
+        except OSError as error:
+            raise unreadable(error) from error
+
+    def _all(self) -> list[Path]:
+        names = (name for name in self._names() if name.endswith(SUFFIX) and _ID.fullmatch(name.removesuffix(SUFFIX)))
+        return [self.folder / name for name in names]
+
+    def _files(self, path: Path) -> list[Path]:
+        """A concept's file, and those that a process has begun: they begin with a dot and have the same content."""
+        names = (name for name in self._names() if name == path.name or name.startswith(f".{path.name}."))
+        return [self.folder / name for name in names]
+
+    @staticmethod
+    def _read(id: str, path: Path, stamp: _Stamp, *, check_hashes: bool = True) -> StoredConcept:
+        with _reading(id, path):
+            return StoredConcept(id, load_own(id, path, check_hashes=check_hashes), stamp.seconds)
 
     def _path(self, id: str) -> Path | None:
         """None for what is no id, so that no name leads out of the folder."""
@@ -361,12 +428,45 @@ class _Stamp:
         return self.changed / 1e9
 
 
-def _stamp(path: Path) -> _Stamp | None:
+_NOT_THERE = (FileNotFoundError, NotADirectoryError)
+
+
+def stamp_of(path: Path) -> _Stamp | None:
+    """None where there is nothing.
+
+    Raises:
+        AnswerError: that cannot be seen.
+    """
     try:
         found = path.stat()
-    except OSError:
+    except _NOT_THERE:
         return None
+    except OSError as error:
+        raise unreadable(error) from error
     return _Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@contextlib.contextmanager
+def _reading(id: str, path: Path) -> Iterator[None]:
+    """Raises UnknownConceptError where the file has gone meanwhile; and because of a KeptConceptError where it is
+    damaged.
+    """
+    try:
+        yield
+    except KeptConceptError as error:
+        if stamp_of(path) is None:
+            raise unknown(id) from None
+        if isinstance(error.__cause__, OSError):
+            raise unreadable(error.__cause__) from error
+        raise UnknownConceptError(f"the file of concept {id} is damaged. Put the concept again.") from error
+
+
+def known_use(store: ConceptStore) -> tuple[float, float]:
+    """`used`, and NaN where that cannot be seen."""
+    try:
+        return store.used()
+    except ServiceError:
+        return math.nan, math.nan
 
 
 def without_source(concept: KeptConcept, word: str | None) -> KeptConcept:

@@ -40,7 +40,7 @@ from .engine import Engine
 from .erasure import STILL_RUNS, Erasures, Trace, not_begun, scrub
 from .job import Done, Job, deadline_passed
 from .orders import check_named, kept_bytes, pixels_of, read_upload, request_of
-from .problems import at
+from .problems import at, refused
 from .schemas import BundleInfo, BundleLimits, ConceptInfo, ConceptPut, Erasure, PictureOrder, Warned
 from .service import Accepted, ConceptUpload, Listener, Outcome, Service
 
@@ -255,32 +255,49 @@ class LocalService(Service):
 
     async def erase(self, id: str) -> Erasure:
         end = time.monotonic() + self.settings.deadline
+        files = stopped = 0
         async with AsyncExitStack() as held:
             held.enter_context(self._erasures.one())
             try:
                 await held.enter_async_context(self._making_alone(id, end))
             except DeadlineError:
                 raise not_begun(id) from None
-            found = await self._found(id)
-            trace = self._unfinished.get(id) if found is None else Trace(found.concept)
-            del found
-            if trace is not None:
-                self._unfinished[id] = trace
-            files = 0
-            erasing = asyncio.ensure_future(self._in(self._erasers, self.store.erase, id))
-            try:
-                files = await _to_its_end(erasing)
-            except UnknownConceptError:
-                if trace is None:
-                    raise
-            stopped, place = await self._let_go(id, [] if trace is None else [trace], end)
-            place = await self._in(self._erasers, self.store.left, id) or place
-            if place is not None:
-                raise EraseError(f"concept {id}: something of it is left in {place}. Erase it again, or restart.")
-            self._unfinished.pop(id, None)
-            return Erasure(id=id, files=files, stopped=stopped)
+            for attempt in range(ERASE_ATTEMPTS):
+                try:
+                    gone, ended = await self._erase_once(id, end)
+                except UnknownConceptError:
+                    if not attempt:
+                        raise
+                    return Erasure(id=id, files=files, stopped=stopped)
+                files, stopped = files + gone, stopped + ended
+                if await self._in(self._erasers, self.store.left, id) is None:
+                    return Erasure(id=id, files=files, stopped=stopped)
+                await asyncio.sleep(ERASE_PAUSE)
+        raise refused(
+            409, "concept-put-again", f"concept {id}: another process puts it as it is erased. Erase it again."
+        )
 
     # ----------------------------------------------------------------------------------------------------------- inside
+
+    async def _erase_once(self, id: str, end: float) -> tuple[int, int]:
+        """How many files went, and how many requests were ended. Another process may have put it again since."""
+        found = await self._found(id)
+        trace = self._unfinished.get(id) if found is None else Trace(found.concept)
+        del found
+        if trace is not None:
+            self._unfinished[id] = trace
+        files = 0
+        erasing = asyncio.ensure_future(self._in(self._erasers, self.store.erase, id))
+        try:
+            files = await _to_its_end(erasing)
+        except UnknownConceptError:
+            if trace is None:
+                raise
+        stopped, place = await self._let_go(id, [] if trace is None else [trace], end)
+        if place is not None:
+            raise EraseError(f"concept {id}: something of it is left in {place}. Erase it again, or restart.")
+        self._unfinished.pop(id, None)
+        return files, stopped
 
     def _seconds(self, wanted: float | None) -> float:
         return self.settings.deadline if wanted is None else min(wanted, self.settings.deadline)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .concepts import ConceptStore
+from .concepts import ConceptStore, known_use
 from .engine import Engine, Observer
 from .job import Job
 from .local import Watcher
@@ -76,8 +76,8 @@ class Metrics(Observer, Watcher):
         gauge("magicface_device_kept_bytes", "Bytes of keys in device memory.").set_function(
             lambda: sum(session.device_kept_bytes for session in engine.sessions)
         )
-        gauge("magicface_concepts", "Kept concepts.").set_function(lambda: store.used()[0])
-        gauge("magicface_concept_kept_bytes", "Bytes of kept concepts.").set_function(lambda: store.used()[1])
+        gauge("magicface_concepts", "Kept concepts.").set_function(lambda: known_use(store)[0])
+        gauge("magicface_concept_kept_bytes", "Bytes of kept concepts.").set_function(lambda: known_use(store)[1])
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         """A request has its answer. `route`: the path's pattern, not the path."""

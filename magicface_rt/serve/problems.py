@@ -66,6 +66,7 @@ _TITLES = {
     405: "The method is not allowed here",
     406: "No acceptable form of the answer",
     408: "The request did not come in time",
+    409: "Another process changes it",
     410: "A concept was erased",
     413: "The request is too large",
     415: "The body has another form than expected",
@@ -75,7 +76,7 @@ _TITLES = {
     500: "The service failed",
     503: "The service cannot do this now",
     504: "The deadline has passed",
-    507: "There is no room for it",
+    507: "It cannot be kept",
 }
 
 

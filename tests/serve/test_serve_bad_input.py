@@ -729,6 +729,28 @@ def test_an_error_of_ours_is_a_problem_without_details(server: Running, session:
     monkeypatch.undo()
 
 
+def test_what_was_not_foreseen_is_logged_once_and_its_connection_goes_on(
+    server: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fails() -> None:
+        raise ZeroDivisionError("/a/secret/path")
+
+    def asked() -> tuple[httpx.Response, object]:
+        answer = http.get("/v1/concepts")
+        return answer, answer.extensions["network_stream"].get_extra_info("client_addr")
+
+    _, before = asked()
+    monkeypatch.setattr(server.service, "concepts", fails)
+    answer, then = asked()
+    monkeypatch.undo()
+    assert (answer.status_code, answer.json()["kind"]) == (500, "internal")
+    assert "secret" not in answer.text
+    _, after = asked()
+    assert before == then == after
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == ["a request failed"]
+    assert 'magicface_errors_total{kind="internal"}' in http.get("/metrics").text
+
+
 def test_the_log_says_what_failed_and_not_for_whom(
     server: Running, session: Gated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

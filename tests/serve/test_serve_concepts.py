@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
+import shutil
 import stat
 import threading
 import time
@@ -18,8 +20,9 @@ import pytest
 from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png, running, until
 from writes import Writes
 
-from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference
+from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference, unfinished
 from magicface_rt.errors import (
+    AnswerError,
     DeadlineError,
     ErasedError,
     EraseError,
@@ -331,6 +334,116 @@ def test_a_damaged_file_is_named_and_replaced_by_putting_it_again(session: Gated
         path.write_bytes(path.read_bytes()[:-100])
         client.erase(kept)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_cannot_be_read_is_not_what_is_not_there(
+    session: Gated, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, settings = FolderConcepts(tmp_path / "concepts"), ServeSettings(default_steps=1)
+    with running(session, store=store, settings=settings) as server, server.client() as client:
+        kept, http = client.put_concept(MAN), client._http
+        spoiled = store.folder / f"{kept.id}.concept" if what == "file" else store.folder
+        spoiled.rename(tmp_path / "aside")
+        spoiled.symlink_to(spoiled)  # leads nowhere, which the system says of it, whoever asks
+        for ask in (
+            lambda: client.put_concept(MAN),
+            lambda: client.put_concept(HAT),
+            lambda: client.erase(kept),
+            lambda: client.concept(kept.id),
+            lambda: client.concepts(),
+            lambda: client.generate(PROMPT, [kept]),
+        ):
+            with pytest.raises(AnswerError, match="cannot be read") as refused:
+                ask()
+            assert (refused.value.status, refused.value.kind) == (503, "store-unusable")
+            assert str(tmp_path) not in str(refused.value)
+        assert "magicface_concepts NaN" in http.get("/metrics").text
+        assert session.prepared == 1
+        assert "Traceback" not in caplog.text
+        spoiled.unlink()
+        (tmp_path / "aside").rename(spoiled)
+        assert client.generate(PROMPT, [kept])
+        assert not client.put_concept(MAN).new
+        assert client.erase(kept)["files"] == 1
+        assert "magicface_concepts 0.0" in http.get("/metrics").text
+
+
+def test_a_file_that_cannot_be_removed_is_told_without_where_it_is(
+    session: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, settings = FolderConcepts(tmp_path / "concepts"), ServeSettings(default_steps=1)
+    with running(session, store=store, settings=settings) as server, server.client() as client:
+        kept = client.put_concept(MAN)
+
+        def refuses(path: Path, missing_ok: bool = False) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "unlink", refuses)
+        with pytest.raises(EraseError, match="cannot be removed: Permission denied") as refused:
+            client.erase(kept)
+        monkeypatch.undo()
+        assert str(tmp_path) not in str(refused.value)
+        assert client.erase(kept)["files"] == 1
+
+
+def test_a_folder_that_goes_is_made_again_for_its_owner_only(session: Gated, tmp_path: Path) -> None:
+    store, settings = FolderConcepts(tmp_path / "some" / "concepts"), ServeSettings(default_steps=1)
+    with running(session, store=store, settings=settings) as server, server.client() as client:
+        client.put_concept(HAT)
+        shutil.rmtree(tmp_path / "some")
+        assert client.concepts() == []
+        kept = client.put_concept(MAN)
+        assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+        assert [one.id for one in client.concepts()] == [kept.id]
+
+
+def test_what_another_process_is_writing_is_neither_taken_from_it_nor_called_erased(
+    session: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, settings = FolderConcepts(tmp_path), ServeSettings(default_steps=1)
+    with running(session, store=store, settings=settings) as server, server.client() as client:
+        kept = client.put_concept(MAN)
+        path = tmp_path / f"{kept.id}.concept"
+        with unfinished.part(path) as part:
+            part.write_bytes(path.read_bytes())
+            monkeypatch.setattr("magicface_rt.serve.local.ERASE_ATTEMPTS", 2)
+            with pytest.raises(AnswerError, match="Erase it again") as refused:
+                client.erase(kept)
+            assert (refused.value.status, refused.value.kind) == (409, "concept-put-again")
+            assert [one.name for one in tmp_path.iterdir()] == [part.name]
+            with ThreadPoolExecutor(1) as pool:
+                monkeypatch.setattr("magicface_rt.serve.local.ERASE_ATTEMPTS", 1000)  # the machine may be busy
+                erasing = pool.submit(client.erase, kept)
+                time.sleep(0.3)
+                unfinished.put(part, path)
+                assert erasing.result(60)["files"] == 1
+        assert list(tmp_path.iterdir()) == []
+        path.with_name(f".{path.name}.{'0' * 32}.part").write_bytes(b"of a process that was killed")
+        assert client.erase(kept)["files"] == 1
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["before it is there", "after"])
+def test_who_puts_what_another_process_erases_is_told_so(
+    session: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    put = unfinished.put
+
+    def erased(new: Path, target: Path, **how: Any) -> None:
+        if when == "after":
+            put(new, target, **how)
+        (new if new.exists() else target).unlink()
+        if when != "after":
+            put(new, target, **how)
+
+    store, settings = FolderConcepts(tmp_path), ServeSettings(default_steps=1)
+    with running(session, store=store, settings=settings) as server, server.client() as client:
+        monkeypatch.setattr(unfinished, "put", erased)
+        with pytest.raises(ErasedError, match="erased by another process as it was put"):
+            client.put_concept(MAN)
+        monkeypatch.undo()
+        assert client.put_concept(MAN).new
 
 
 def test_a_link_in_the_folder_leads_no_concept_out_of_it(session: Gated, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from prometheus_client import Gauge
 
-from ..concepts import ConceptStore
+from ..concepts import ConceptStore, known_use
 from ..metrics import Metrics
 from .messages import Tally
 
@@ -45,8 +45,8 @@ class FrontMetrics(Metrics):
             kept(lambda tally: tally.session_bytes),
         )
         gauge("magicface_device_kept_bytes", "Bytes of keys in device memory.", kept(lambda tally: tally.device_bytes))
-        gauge("magicface_concepts", "Kept concepts.", lambda: store.used()[0])
-        gauge("magicface_concept_kept_bytes", "Bytes of kept concepts.", lambda: store.used()[1])
+        gauge("magicface_concepts", "Kept concepts.", lambda: known_use(store)[0])
+        gauge("magicface_concept_kept_bytes", "Bytes of kept concepts.", lambda: known_use(store)[1])
 
     def told(self, tally: Tally) -> None:
         """A replica has answered."""

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import EraseError, OutputError, UnknownConceptError
+from ...errors import OutputError, ServiceError, UnknownConceptError
 from ..concepts import FolderConcepts
 from ..schemas import BundleInfo
 from .messages import Part, Verdict, View
@@ -192,5 +192,5 @@ def _remove(folder: str, id: str) -> tuple[int, str | None]:
         with contextlib.suppress(UnknownConceptError):
             files = store.erase(id)
         return files, store.left(id)
-    except (EraseError, OutputError) as error:
+    except (ServiceError, OutputError) as error:
         return files, str(error)

@@ -6,11 +6,9 @@ import os
 import threading
 import weakref
 from collections.abc import Collection
-from pathlib import Path
 
-from ...errors import KeptConceptError
 from ...kept import KeptConcept
-from ..concepts import FolderConcepts, StoredConcept, load_own, unknown
+from ..concepts import FolderConcepts, StoredConcept, stamp_of, unknown
 from ..erasure import Trace
 
 __all__ = ["SharedConcepts"]
@@ -55,7 +53,7 @@ class SharedConcepts(FolderConcepts):
     def has(self, id: str) -> bool:
         """Whether there is a file of it; it may be damaged."""
         path = self._path(id)
-        return id not in self._condemned and path is not None and path.exists()
+        return id not in self._condemned and path is not None and self._keeps(id)
 
     def is_id(self, id: str) -> bool:
         """Whether it has the form of one."""
@@ -68,10 +66,10 @@ class SharedConcepts(FolderConcepts):
             UnknownConceptError: there is none, or its file is damaged.
         """
         path = self._path(id)
-        stored = None if path is None or id in self._condemned else self._read(id, path)
-        if stored is None:
+        stamp = None if path is None or id in self._condemned else stamp_of(path)
+        if path is None or stamp is None:
             raise unknown(id)
-        return stored
+        return self._read(id, path, stamp, check_hashes=False)
 
     def unmap(self, id: str) -> None:
         """Let go of a concept's map; who uses it goes on holding it, and the file stays."""
@@ -87,13 +85,6 @@ class SharedConcepts(FolderConcepts):
         """Nothing of it is in memory."""
         with self._watching:
             self._traces.pop(id, None)
-
-    @staticmethod
-    def _read(id: str, path: Path) -> StoredConcept | None:
-        try:
-            return StoredConcept(id, load_own(id, path, check_hashes=False), path.stat().st_mtime)
-        except (KeptConceptError, OSError):
-            return None
 
     def _watch(self, id: str, concept: KeptConcept) -> None:
         """A trace for each map of it. The last one stays when its memory is free, because a Session may have copied
