@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,33 @@ from typing import Any, TypeVar
 import httpx
 
 from ..concept import Concept
-from ..errors import AnswerError, Cancelled, MagicFaceError, ServiceError, UnknownConceptError, UnreachableError
+from ..errors import (
+    AnswerError,
+    Cancelled,
+    MagicFaceError,
+    OptionError,
+    ServiceError,
+    UnknownConceptError,
+    UnreachableError,
+)
 from ..request import ProgressCallback, declined
 from ..shown import shown
 from ..strict_json import read_json
 from .answers import ANSWER_BYTES, PACKED, Answer, Body, Lines
-from .wire import UNREADABLE, Events, Given, KeptId, Made, error_of, form_of, listed, made_of, order_of, pause
+from .wire import (
+    UNREADABLE,
+    Events,
+    Given,
+    KeptId,
+    Made,
+    body_of,
+    error_of,
+    form_of,
+    listed,
+    made_of,
+    order_of,
+    pause,
+)
 
 T = TypeVar("T")
 
@@ -28,18 +50,39 @@ __all__ = ["AsyncClient", "Client"]
 READ_SECONDS = 660.0
 """Longer than the service's own limit, so that it is the service that says that a deadline has passed."""
 
+EVENTS = "text/event-stream"
+
 Concepts = Iterable[Given]
 
 
-def _options(url: str, token: str | None, timeout: float, given: Mapping[str, Any]) -> dict[str, Any]:
+def _options(url: str, token: str | None, timeout: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises OptionError for what cannot be used; a token is not shown."""
     headers = httpx.Headers(given.get("headers"))
     if token is not None:
-        headers["Authorization"] = f"Bearer {token}"
+        headers["Authorization"] = f"Bearer {_token(token)}"
     headers["Accept-Encoding"] = PACKED
+    try:
+        httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise OptionError(f"url is none ({error}); expected one such as http://127.0.0.1:8000.") from error
+    if timeout is not None and not (_is_number(timeout) and timeout > 0):
+        raise OptionError(f"timeout is {shown(timeout)}, expected seconds above 0, or None for no limit.")
     limits = httpx.Timeout(timeout, connect=10.0)
     # The service sets no cookies. Those of something on the way are not kept: httpx could not even send some of them.
     no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
     return {"base_url": url, "timeout": limits, "cookies": no_cookies, **given, "headers": headers}
+
+
+def _token(token: str) -> str:
+    """Without the blanks and line ends that a file has around it."""
+    found = token.strip() if isinstance(token, str) else ""
+    if not found or not found.isascii() or not found.isprintable() or " " in found:
+        raise OptionError("token is empty, or no printable ASCII text without blanks; expected one of the service's.")
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _LOST = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
@@ -51,12 +94,16 @@ _REQUEST_FAILED = (httpx.RequestError, httpx.InvalidURL)
 
 
 @contextlib.contextmanager
-def _reached(url: httpx.URL) -> Iterator[None]:
+def _reached(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
     """Raises ServiceError where httpx fails."""
     try:
         yield
     except _REQUEST_FAILED as error:
-        raise UnreachableError(f"no answer from {url}: {type(error).__name__}: {error}.") from error
+        raise UnreachableError(f"no answer from {http.base_url}: {type(error).__name__}: {error}.") from error
+    except RuntimeError as error:
+        if not http.is_closed:
+            raise
+        raise UnreachableError("this client was closed; make another one.") from error
 
 
 @dataclass(frozen=True)
@@ -65,6 +112,13 @@ class _Retries:
 
     most: int
     longest: float
+
+    @classmethod
+    def of(cls, retries: int, timeout: float | None) -> _Retries:
+        """Raises OptionError."""
+        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+            raise OptionError(f"retries is {shown(retries)}, expected a whole number from 0.")
+        return cls(retries, math.inf if timeout is None else timeout)
 
     def wait(self, method: str, error: ServiceError, attempt: int) -> float | None:
         """Seconds before it is; None where it is not."""
@@ -102,10 +156,11 @@ class Client:
             made = client.generate("a man in the rain", [man.use(weight=2.5)], seed=7)
             made.images[0].save("out.png")
 
-    token    one of the service's, where it asks for them
+    token    one of the service's, where it asks for them; blanks and line ends around it are left out
     retries  how often a request is sent again, after the seconds of Retry-After where the service is full, or where
              the connection is lost: the same request makes the same picture. Not where an answer takes too long
-    timeout  seconds without a byte of an answer; where Retry-After asks for more, the error is raised at once
+    timeout  seconds without a byte of an answer, None for any; where Retry-After asks for more, the error is raised at
+             once
     answer_bytes  that an answer may have, unpacked. What it holds takes some times that in memory, whoever sends it
     options  of httpx.Client, such as verify=... or trust_env=False. With follow_redirects=True the answers that lead
              elsewhere are read by httpx, which has no such limit
@@ -119,12 +174,12 @@ class Client:
         *,
         token: str | None = None,
         retries: int = 4,
-        timeout: float = READ_SECONDS,
+        timeout: float | None = READ_SECONDS,
         answer_bytes: int = ANSWER_BYTES,
         **options: Any,
     ) -> None:
         self._http = httpx.Client(**_options(url, token, timeout, options))
-        self._retries = _Retries(retries, timeout)
+        self._retries = _Retries.of(retries, timeout)
         self._answer_bytes = answer_bytes
 
     def __enter__(self) -> Client:
@@ -156,7 +211,7 @@ class Client:
         """
         order = order_of(prompt, listed(concepts), settings)
         if progress is None:
-            return read(self._send("POST", "/v1/images", json=order), made_of)
+            return read(self._send("POST", "/v1/images", **_sent(order)), made_of)
         for attempt in range(self._retries.most + 1):
             try:
                 return self._streamed({**order, "stream": True}, progress)
@@ -198,16 +253,16 @@ class Client:
     def ready(self) -> bool:
         """Whether the service is up and warm."""
         try:
-            with self._http.stream("GET", "/readyz") as response:
+            with _reached(self._http), self._http.stream("GET", "/readyz") as response:
                 return response.is_success
-        except _REQUEST_FAILED:
+        except UnreachableError:
             return False
 
     def _send(self, method: str, path: str, **arguments: Any) -> Answer:
         for attempt in range(self._retries.most + 1):
             error: ServiceError | None
             try:
-                with _reached(self._http.base_url), self._http.stream(method, path, **arguments) as response:
+                with _reached(self._http), self._http.stream(method, path, **arguments) as response:
                     answer = self._read(response)
                 error = _failed(answer)
             except ServiceError as unanswered:
@@ -222,9 +277,10 @@ class Client:
 
     def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
         events, lines = Events(), Lines()
-        with _reached(self._http.base_url), self._http.stream("POST", "/v1/images", json=order) as response:
+        with _reached(self._http), self._http.stream("POST", "/v1/images", **_sent(order)) as response:
             if not response.is_success:
                 raise _failed(self._read(response)) or AssertionError
+            _check_events(response)
             body = Body(response, self._answer_bytes)
             for raw in response.iter_raw():
                 _hear(response, body.unpacked(raw), lines, events, progress)
@@ -250,12 +306,12 @@ class AsyncClient:
         *,
         token: str | None = None,
         retries: int = 4,
-        timeout: float = READ_SECONDS,
+        timeout: float | None = READ_SECONDS,
         answer_bytes: int = ANSWER_BYTES,
         **options: Any,
     ) -> None:
         self._http = httpx.AsyncClient(**_options(url, token, timeout, options))
-        self._retries = _Retries(retries, timeout)
+        self._retries = _Retries.of(retries, timeout)
         self._answer_bytes = answer_bytes
 
     async def __aenter__(self) -> AsyncClient:
@@ -281,7 +337,7 @@ class AsyncClient:
         """As `Client.generate`."""
         order = await asyncio.to_thread(order_of, prompt, listed(concepts), settings)
         if progress is None:
-            return read(await self._send("POST", "/v1/images", json=order), made_of)
+            return read(await self._send("POST", "/v1/images", **_sent(order)), made_of)
         for attempt in range(self._retries.most + 1):
             try:
                 return await self._streamed({**order, "stream": True}, progress)
@@ -320,16 +376,17 @@ class AsyncClient:
     async def ready(self) -> bool:
         """Whether the service is up and warm."""
         try:
-            async with self._http.stream("GET", "/readyz") as response:
-                return response.is_success
-        except _REQUEST_FAILED:
+            with _reached(self._http):
+                async with self._http.stream("GET", "/readyz") as response:
+                    return response.is_success
+        except UnreachableError:
             return False
 
     async def _send(self, method: str, path: str, **arguments: Any) -> Answer:
         for attempt in range(self._retries.most + 1):
             error: ServiceError | None
             try:
-                with _reached(self._http.base_url):
+                with _reached(self._http):
                     async with self._http.stream(method, path, **arguments) as response:
                         answer = await self._read(response)
                 error = _failed(answer)
@@ -345,10 +402,11 @@ class AsyncClient:
 
     async def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
         events, lines = Events(), Lines()
-        with _reached(self._http.base_url):
-            async with self._http.stream("POST", "/v1/images", json=order) as response:
+        with _reached(self._http):
+            async with self._http.stream("POST", "/v1/images", **_sent(order)) as response:
                 if not response.is_success:
                     raise _failed(await self._read(response)) or AssertionError
+                _check_events(response)
                 body = Body(response, self._answer_bytes)
                 async for raw in response.aiter_raw():
                     _hear(response, body.unpacked(raw), lines, events, progress)
@@ -373,6 +431,19 @@ def read(answer: Answer, of: Callable[[Any], T]) -> T:
     """
     with _understood(answer.response):
         return of(read_json(answer.content))
+
+
+def _sent(order: Mapping[str, Any]) -> dict[str, Any]:
+    """For httpx, which would raise errors of its own on some of what was checked already."""
+    return {"content": body_of(order), "headers": {"Content-Type": "application/json"}}
+
+
+def _check_events(response: httpx.Response) -> None:
+    """Raises AnswerError where a success holds something else, such as a page."""
+    kind = response.headers.get("content-type", EVENTS).partition(";")[0].strip().lower()
+    with _understood(response):
+        if kind != EVENTS:
+            raise ValueError(kind)
 
 
 def _hear(

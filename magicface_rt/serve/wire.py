@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,9 @@ from ..errors import (
     ErasedError,
     EraseError,
     ImageError,
+    InputError,
     OptionError,
+    PromptError,
     QueueFullError,
     ServiceError,
     StoreFullError,
@@ -38,6 +41,7 @@ from ..images import MAX_PIXELS, load_alpha_mask, load_image, load_mask
 from ..options import Options
 from ..plain_numbers import as_float
 from ..request import Progress
+from ..shown import shown
 from ..strict_json import read_json
 
 __all__ = [
@@ -47,6 +51,7 @@ __all__ = [
     "KeptId",
     "Made",
     "Warned",
+    "body_of",
     "error_of",
     "form_of",
     "listed",
@@ -57,6 +62,8 @@ __all__ = [
 
 MOST_DETAIL, MOST_WORD = 2000, 100
 """Characters of a problem that an error repeats, whoever sent it."""
+MOST_BITS, MOST_DEPTH = 4096, 16
+"""Of an integer, which Python may refuse to write, and of lists in lists."""
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 MAX_PIXELS_TOGETHER = 4 * MAX_PIXELS
 """Of the pictures of an answer: a service makes four of a request unless told otherwise."""
@@ -248,10 +255,11 @@ def listed(concepts: Iterable[Given]) -> tuple[Given, ...]:
 
 
 def order_of(prompt: str, concepts: Sequence[Given], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of POST /v1/images. What is None is left to the service; numbers of numpy are sent as what they are.
+    """What POST /v1/images is sent. What is None is left to the service; numbers of numpy are sent as what they are.
 
     Raises:
-        OptionError: a setting that is not known.
+        OptionError: a setting that is not known, or that JSON cannot hold.
+        PromptError: likewise the prompt.
         ConceptError, ImageError, MaskError: a concept that cannot be sent.
     """
     unknown = sorted(set(settings) - _OPTIONS - _OF_SERVICE)
@@ -260,7 +268,13 @@ def order_of(prompt: str, concepts: Sequence[Given], settings: Mapping[str, Any]
         raise OptionError(f"setting {unknown[0]!r} is not known. There are {known}.")
     given = {name: value for name, value in settings.items() if value is not None}
     order = {"prompt": prompt, "concepts": [_use(one) for one in concepts], **given, "response": "json"}
-    return {name: _plain(value) for name, value in order.items()}
+    errors = {"prompt": PromptError, "concepts": ConceptError}
+    return {name: _plain(value, name, errors.get(name, OptionError)) for name, value in order.items()}
+
+
+def body_of(order: Mapping[str, Any]) -> bytes:
+    """An order of `order_of` as it is sent."""
+    return json.dumps(order, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
 
 
 def form_of(
@@ -282,14 +296,14 @@ def form_of(
         files.append(("image", ("image", _image_bytes(reference, name), "application/octet-stream")))
         files.append(("mask", ("mask", _mask_bytes(reference, name, explicit=True), "image/png")))
     texts: dict[str, Any] = {
-        "prompt": [reference.prompt for reference in concept.references],
-        "word": concept.word,
-        "reference_seed": str(reference_seed),
-        "storage": storage,
+        "prompt": [_text(reference.prompt, "prompt", ConceptError) for reference in concept.references],
+        "word": _text(concept.word, "word", ConceptError),
+        "reference_seed": _number(reference_seed, "reference_seed"),
+        "storage": _text(storage, "storage", OptionError),
         "resample": resample.pop(),
     }
     if steps is not None:
-        texts["steps"] = str(steps)
+        texts["steps"] = _number(steps, "steps")
     return texts, files
 
 
@@ -376,6 +390,8 @@ class Events:
             self._name = line[6:].strip()
         elif line.startswith("data:"):
             self._data.append(line[5:].removeprefix(" "))
+        elif line and not line.startswith((":", "id:", "retry:")):
+            raise ValueError("a line of no event")
         elif not line and self._data:
             name, text = self._name, "\n".join(self._data)
             self._name, self._data = "", []
@@ -405,15 +421,52 @@ class Events:
         return made_of(self.content)
 
 
-def _plain(value: Any) -> Any:
-    """The same without numpy's numbers, which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, np.floating):
-        return as_float(value)
-    return value.item() if isinstance(value, np.generic) else value
+def _plain(value: Any, name: str, error: type[InputError], depth: int = 0) -> Any:
+    """The same without numpy's numbers, which JSON cannot hold.
+
+    Raises `error`: something else that it cannot hold.
+    """
+    if isinstance(value, np.generic):
+        value = as_float(value) if isinstance(value, np.floating) else value.item()
+    if isinstance(value, str):
+        return _text(value, name, error)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and value.bit_length() <= MOST_BITS:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if depth < MOST_DEPTH and isinstance(value, dict) and all(isinstance(one, str) for one in value):
+        return {
+            _text(key, name, error): _plain(one, f"{name}.{key[:MOST_WORD]}", error, depth + 1)
+            for key, one in value.items()
+        }
+    if depth < MOST_DEPTH and isinstance(value, (list, tuple)):
+        return [_plain(one, f"{name}[{k}]", error, depth + 1) for k, one in enumerate(value)]
+    raise error(f"{name} is {_kind(value)}, which cannot be sent; expected finite numbers, texts, lists of them.")
+
+
+def _kind(value: Any) -> str:
+    number = isinstance(value, (int, float))
+    return shown(value) if number else f"a {type(value).__name__}"
+
+
+def _text(value: Any, name: str, error: type[InputError]) -> str:
+    """Raises `error` where it is no text, or none that UTF-8 has, such as half of a pair of surrogates."""
+    if not isinstance(value, str):
+        raise error(f"{name} is a {type(value).__name__}, expected a text.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as cause:
+        raise error(f"{name} has {value[cause.start]!a} at {cause.start}, which UTF-8 cannot hold.") from cause
+    return value
+
+
+def _number(value: Any, name: str) -> str:
+    """As a part of a form; whether it is a number, and which may be, the service says."""
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise OptionError(f"{name} is {shown(value)}, more than any service takes.")
+    return _text(str(value), name, OptionError)
 
 
 def _use(one: Given) -> dict[str, Any]:
