@@ -69,7 +69,8 @@ def build_app(
     metrics: Metrics | None = None,
     hosts: Collection[str] | None = None,
 ) -> FastAPI:
-    """The application. It starts the service when it starts, and closes it when it ends.
+    """The application. It starts the service when it starts, and closes it when it ends. Bodies that have not come
+    whole are refused when its `state.ending`, an asyncio.Event, is set.
 
     settings  those that the service has; limits of bodies are of them
     tokens    who may use it; everybody, unless given
@@ -96,7 +97,8 @@ def build_app(
         docs_url=None,  # its pages would load scripts from elsewhere
         redoc_url=None,
     )
-    app.add_middleware(Bodies, settings=limits, told=measured.problem)
+    app.state.ending = asyncio.Event()
+    app.add_middleware(Bodies, settings=limits, told=measured.problem, ending=app.state.ending)
     app.add_middleware(Unexpected, problem_of=partial(_counted, metrics=measured))
     app.add_middleware(Gate, tokens=tokens or Tokens(), metrics=measured, hosts=hosts)
     _add_handlers(app, measured)

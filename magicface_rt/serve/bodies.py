@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..errors import Cancelled, ServiceError
+from ..errors import Cancelled, DrainingError, ServiceError
 from .problems import Problem, refused
 from .settings import ServeSettings
 
@@ -65,12 +65,20 @@ class Bodies:
 
     held  bytes that all bodies have now
     told  the kind of each problem that it answers itself
+    ending  set when no more is waited for: the rest of a body would come to nothing
     """
 
-    def __init__(self, app: App, settings: ServeSettings, told: Callable[[str], object] = lambda kind: None) -> None:
+    def __init__(
+        self,
+        app: App,
+        settings: ServeSettings,
+        told: Callable[[str], object] = lambda kind: None,
+        ending: asyncio.Event | None = None,
+    ) -> None:
         self._app = app
         self._settings = settings
         self._told = told
+        self._ending = ending or asyncio.Event()
         self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,6 +91,7 @@ class Bodies:
             try:
                 if not await self._read(scope, receive, body, share):
                     return
+                _check_not_packed(scope, body)
             except ServiceError as error:
                 self._told(error.kind)
                 await send_problem(Problem.of(error), send)
@@ -110,12 +119,7 @@ class Bodies:
             await self._discard(receive)
             raise self._too_large(f"{declared:,}")
         while True:
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
-            except asyncio.TimeoutError:
-                raise refused(
-                    408, "body-timeout", f"the body did not come within {settings.body_seconds:g} s."
-                ) from None
+            message = await self._next(receive, end)
             if message["type"] == "http.disconnect":
                 return False
             chunk = message.get("body", b"")
@@ -127,6 +131,22 @@ class Bodies:
             body += chunk
             if not message.get("more_body", False):
                 return True
+
+    async def _next(self, receive: Receive, end: float) -> Message:
+        """What comes next. Raises AnswerError, 408, or DrainingError where that is not waited for any more."""
+        coming, ending = asyncio.ensure_future(receive()), asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait(
+                {coming, ending}, timeout=max(0.0, end - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
+            )
+            if coming.done():
+                return coming.result()
+            if ending.done():
+                raise DrainingError("the service is ending, and the body has not come.", retry_after=1.0)
+            raise refused(408, "body-timeout", f"the body did not come within {self._settings.body_seconds:g} s.")
+        finally:
+            coming.cancel()
+            ending.cancel()
 
     def _too_large(self, found: str) -> ServiceError:
         limit = self._settings.body_bytes
@@ -178,7 +198,7 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 async def send_problem(problem: Problem, send: Send) -> None:
     """Answer with a problem, below any framework."""
     headers = {**problem.headers, "Content-Length": str(len(problem.body))}
-    if problem.status in (408, 413):
+    if problem.status in (408, 413) or problem.kind == DrainingError.kind:
         headers["Connection"] = "close"  # what is left of the body may still come
     raw = [(name.lower().encode("ascii"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": raw})
@@ -188,6 +208,15 @@ async def send_problem(problem: Problem, send: Send) -> None:
 def header(scope: Scope, name: bytes) -> str | None:
     """The value of a request's header; names are lower-case."""
     return next((value.decode("latin-1") for found, value in scope["headers"] if found == name), None)
+
+
+def _check_not_packed(scope: Scope, body: bytearray) -> None:
+    """Raises AnswerError, 415."""
+    packed = (header(scope, b"content-encoding") or "identity").strip().lower()
+    if body and packed not in ("identity", ""):
+        raise refused(
+            415, "content-encoding", f"the body is packed as {packed[:80]!a}; send it as it is.", "Content-Encoding"
+        )
 
 
 def _content_length(scope: Scope) -> int | None:

@@ -16,6 +16,9 @@ MOST_PARTS = 64
 MOST_HEADER_BYTES = 4096
 """Of all headers of one part together."""
 
+_AS_IT_IS = ("binary", "8bit", "7bit", "")
+_UTF_8 = ("utf-8", "utf8", "us-ascii", "")
+
 
 @dataclass(frozen=True)
 class Form:
@@ -55,7 +58,7 @@ def read_form(content_type: str | None, body: bytes, known: Sequence[str]) -> Fo
 
     Raises:
         AnswerError: 415, another Content-Type; 400, a body that is cut short or malformed; 422, a part that is not
-            known, or too many parts.
+            known, or encoded in a way that is not undone here, or too many parts.
     """
     kind, options = parse_options_header(content_type or "")
     boundary = options.get(b"boundary")
@@ -64,6 +67,8 @@ def read_form(content_type: str | None, body: bytes, known: Sequence[str]) -> Fo
             415, "content-type", "expected Content-Type: multipart/form-data with a boundary.", "Content-Type"
         )
     reader = _Reader()
+    if not body.startswith(b"--" + boundary):  # what stands before the first part is nothing (RFC 2046)
+        body = body[max(0, body.find(b"\r\n--" + boundary)) :]
     try:
         parser = MultipartParser(boundary, reader.callbacks())  # type: ignore[arg-type]  # a TypedDict of callables
         parser.write(body)
@@ -87,7 +92,7 @@ class _Reader:
         self.parts: list[tuple[str, bytes]] = []
         self.ended = False
         self._field = self._value = b""
-        self._name = ""
+        self._name = self._encoding = self._charset = ""
         self._header_bytes = 0
         self._data = bytearray()
 
@@ -105,6 +110,7 @@ class _Reader:
 
     def _begin(self) -> None:
         self._name, self._header_bytes, self._data = "", 0, bytearray()
+        self._encoding = self._charset = ""
         if len(self.parts) >= MOST_PARTS:
             raise refused(422, "form", f"the multipart body has more than {MOST_PARTS} parts.")
 
@@ -120,6 +126,11 @@ class _Reader:
         if self._field.lower() == b"content-disposition":
             _, options = parse_options_header(self._value)
             self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        elif self._field.lower() == b"content-transfer-encoding":
+            self._encoding = self._value.strip().lower().decode("latin-1")
+        elif self._field.lower() == b"content-type":
+            _, options = parse_options_header(self._value)
+            self._charset = options.get(b"charset", b"").strip().lower().decode("latin-1")
         self._field = self._value = b""
 
     def _headers_finished(self) -> None:
@@ -127,6 +138,15 @@ class _Reader:
             raise refused(
                 400, "form", "a part of the multipart body has no name; expected one in its Content-Disposition."
             )
+        for what, found, fine in (
+            ("Content-Transfer-Encoding", self._encoding, _AS_IT_IS),
+            ("charset", self._charset, _UTF_8),
+        ):
+            if found not in fine:
+                name = self._name[:80]
+                raise refused(
+                    422, "form", f"the part {name!a} has the {what} {found[:80]!a}; expected {fine[0]}, or none.", name
+                )
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         self._data += data[start:end]

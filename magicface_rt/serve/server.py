@@ -214,6 +214,7 @@ class Server(uvicorn.Server):
         )
         self.cut_off = 0
         self.at_end: Callable[[], object] = lambda: None
+        self._app = app
         self._service = service
         self._drain = drain
         self._told = told
@@ -267,6 +268,7 @@ class Server(uvicorn.Server):
 
     async def _end(self, seconds: float) -> None:
         self.cut_off += await self._service.drain(seconds)
+        self._app.state.ending.set()
         self.at_end()
         self.should_exit = True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Any
 
 from ..strict_json import DoubledKeyError, read_json
@@ -29,8 +31,16 @@ def read_body(body: bytes) -> Any:
         return read_json(body)
     except DoubledKeyError as error:  # a key may be long, and anything: it is the client's own
         raise refused(422, "body", f"the key {error.key[:80]!a} stands twice in one object. Leave one out.") from None
-    except ValueError:
-        raise refused(400, "json", "the body is not JSON; expected a JSON object.") from None
+    except ValueError as error:
+        raise refused(400, "json", _why_not(error)) from None
+
+
+def _why_not(error: ValueError) -> str:
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        return "the body is not JSON; expected a JSON object."
+    if isinstance(error.__cause__, RecursionError):
+        return "the body is nested too deeply."
+    return f"an integer of the body has more than {sys.get_int_max_str_digits():,} digits."
 
 
 def _check_structure(body: bytes) -> None:

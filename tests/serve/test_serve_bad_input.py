@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import io
 import json
 import shutil
@@ -11,6 +12,7 @@ import socket
 import struct
 import threading
 import zlib
+from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -281,6 +283,7 @@ def test_a_key_of_a_body_that_stands_twice(http: httpx.Client, session: Gated, b
     assert not session.calls
 
 
+BASE64 = {"Content-Transfer-Encoding": "Base64"}
 FORM: dict[str, tuple[Any, int, str | None]] = {
     "no image": ([("word", (None, "man"))], 422, "image"),
     "an unknown part": ([("image", ("i", IMAGE)), ("colour", (None, "red"))], 422, "colour"),
@@ -318,8 +321,52 @@ FORM: dict[str, tuple[Any, int, str | None]] = {
         "prompt",
     ),
     "a blank word": ([("image", ("i", IMAGE)), ("mask", ("m", MASK)), ("word", (None, " "))], 422, "word"),
+    "a word in base64": ([("image", ("i", IMAGE)), ("word", (None, "bWFu", "text/plain", BASE64))], 422, "word"),
+    "an image in base64": ([("image", ("i", b64encode(IMAGE), "image/png", BASE64))], 422, "image"),
+    "a word of latin-1": (
+        [("image", ("i", IMAGE)), ("word", (None, b"m\xe4n", "text/plain; charset=Latin1"))],
+        422,
+        "word",
+    ),
     "a word that is no text": ([("image", ("i", IMAGE)), ("word", (None, b"\xff"))], 422, "word"),
 }
+
+
+def test_a_form_may_have_something_around_its_parts_and_say_how_they_are_encoded(http: httpx.Client) -> None:
+    plain = [("image", ("i", IMAGE)), ("mask", ("m", MASK)), ("word", (None, "m\u00e4n"))]
+    said = [
+        *plain[:2],
+        ("word", (None, "m\u00e4n", "text/plain; charset=UTF-8", {"Content-Transfer-Encoding": "8bit"})),
+    ]
+    put = http.put("/v1/concepts", files=plain).json()
+    for parts, before, after in ((said, b"", b""), (plain, b"--x\r\nA preamble\r\n", b"an epilogue\r\n--x")):
+        request = http.build_request("PUT", "/v1/concepts", files=parts)
+        kind = {"Content-Type": request.headers["Content-Type"]}
+        again = http.put("/v1/concepts", content=before + request.read() + after, headers=kind)
+        assert (again.status_code, again.json()["id"], again.json()["word"]) == (200, put["id"], "m\u00e4n"), again.text
+    http.delete(f"/v1/concepts/{put['id']}")
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "says"),
+    [
+        (
+            b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+            {},
+            400,
+            "an integer of the body has more than 4,300 digits",
+        ),
+        (b"[" * 50_000, {}, 400, "nested too deeply"),
+        (b"{", {}, 400, "the body is not JSON"),
+        (gzip.compress(b'{"prompt": "a"}'), {"Content-Encoding": "gzip"}, 415, "the body is packed as 'gzip'"),
+    ],
+)
+def test_why_a_body_cannot_be_read_is_said(
+    http: httpx.Client, body: bytes, headers: Any, status: int, says: str
+) -> None:
+    answer = http.post("/v1/images", content=body, headers={"Content-Type": "application/json", **headers})
+    assert answer.status_code == status
+    assert says in answer.json()["detail"]
 
 
 @pytest.mark.parametrize(("parts", "status", "field"), FORM.values(), ids=FORM.keys())

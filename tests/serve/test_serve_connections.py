@@ -155,6 +155,27 @@ def test_an_accept_of_very_many_ranges_is_refused(http: httpx.Client) -> None:
     assert http.post("/v1/images", json=ORDER, headers={"Accept": browser}).headers["Content-Type"] == "image/png"
 
 
+@pytest.mark.parametrize("sent", ["half a head", "half a body", "no body"])
+def test_who_has_not_sent_all_of_a_request_is_let_go_of_at_the_end(
+    session: Gated, sent: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = HEAD if sent == "half a head" else b"POST /v1/images HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    with caplog.at_level(logging.ERROR), running(session, settings=ServeSettings(body_seconds=600)) as server:
+        with connected(server) as client:
+            client.sendall(head + b"{" * (sent == "half a body"))
+            until(lambda: sent == "half a head" or server.server.server_state.tasks, "it has not come")
+            server.server.stop()
+            answer = answer_of(client)
+        if sent == "half a head":
+            assert answer == b""
+        else:
+            told, _, body = answer.partition(b"\r\n\r\n")
+            assert told.startswith(b"HTTP/1.1 503 ")
+            assert b"connection: close" in told.lower()
+            assert json.loads(body)["kind"] == "draining"
+    assert [record.getMessage() for record in caplog.records] == []
+
+
 def test_what_is_no_http_fails_nothing(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     head = b"POST /v1/images HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
     right = f"Authorization: Bearer {TOKEN}\r\n".encode()
