@@ -360,6 +360,7 @@ def test_a_form_may_have_something_around_its_parts_and_say_how_they_are_encoded
         (b"{", {}, 400, "the body is not JSON"),
         (gzip.compress(b'{"prompt": "a"}'), {"Content-Encoding": "gzip"}, 415, "the body is packed as 'gzip'"),
     ],
+    ids=["a long integer", "deep", "half", "packed"],
 )
 def test_why_a_body_cannot_be_read_is_said(
     http: httpx.Client, body: bytes, headers: Any, status: int, says: str
