@@ -267,11 +267,11 @@ def _check_capabilities(path: Path, target: Target) -> None:
     refused = [c for c in target.compute_capabilities if c not in RTX_CAPABILITIES]
     if refused:
         raise TargetError(
-            f"target file {path}: tensorrt-rtx does not offer compute capability {shown(refused)}, only "
+            f"target file {path}: tensorrt-rtx does not offer compute capability {shown(refused)}; expected some of "
             f"{', '.join(RTX_CAPABILITIES)} (no H100, H200 or B200). Use flavour tensorrt on such a GPU."
         )
     if TURING in target.compute_capabilities and len(target.compute_capabilities) > 1:
         raise TargetError(
             f"target file {path}: {TURING} stands beside other compute capabilities, and would drag them all down "
-            "to Turing's kernels. Give it a target of its own."
+            "to Turing's kernels; expected it alone. Give it a target of its own."
         )
