@@ -180,7 +180,8 @@ def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
         check_replaceable(target, overwrite)
         unfinished.check(target, folder=True)
     except OSError as error:
-        raise OutputError(f"output folder {str(folder)!r} cannot be made: {unfinished.why(error)}") from error
+        tried = OSError(error.errno, error.strerror)  # without the name of what was only tried
+        raise OutputError(f"output folder {str(folder)!r} cannot be made: {unfinished.why(tried)}") from error
 
 
 def check_new_path(path: Path, what: str) -> None:

@@ -215,7 +215,10 @@ def _check_not_packed(scope: Scope, body: bytearray) -> None:
     packed = (header(scope, b"content-encoding") or "identity").strip().lower()
     if body and packed not in ("identity", ""):
         raise refused(
-            415, "content-encoding", f"the body is packed as {packed[:80]!a}; send it as it is.", "Content-Encoding"
+            415,
+            "content-encoding",
+            f"the body is packed as {packed[:80]!a}, expected it as it is. Send it without Content-Encoding.",
+            "Content-Encoding",
         )
 
 

@@ -59,7 +59,7 @@ def read_event(body: bytes, events: Events) -> tuple[bytes, bytes]:
         raise refused(422, "body", "the body holds no event; expected an object with data, fn_index and session_hash.")
     number, tab, data = event.get("fn_index"), event.get("session_hash"), event.get("data")
     if type(number) is not int or number not in events:
-        raise refused(422, "body", "fn_index is none of this page's events. Load the page again.", "fn_index")
+        raise refused(422, "body", "fn_index: expected the number of an event of this page. Load it again.", "fn_index")
     if not isinstance(tab, str) or _TAB.fullmatch(tab) is None:
         raise refused(422, "body", "session_hash: expected 1 to 64 letters, digits, _ and -.", "session_hash")
     kinds = events[number]

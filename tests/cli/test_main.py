@@ -148,6 +148,7 @@ def test_one_signal_ends_a_report_that_nobody_reads(arguments: tuple[str, ...], 
     os.mkfifo(tmp_path / "pipe")
     code = (
         "import os, signal, sys, threading, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "import magicface_rt.cli._verbs\n"
         "from magicface_rt.cli import main\n"
         "def opened(event, given):\n"

@@ -209,9 +209,13 @@ def full_disk(scene: Scene) -> None:
 
 
 def read_only_disk(scene: Scene) -> None:
-    place, access = scene.folder / "ro", os.access
+    place = scene.folder / "ro"
     place.mkdir()
-    scene.monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place and access(path, mode))
+
+    def refused(operation: str, path: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    scene.during.enter_context(Layer(place, refused).installed())
 
 
 def interrupted(scene: Scene) -> None:
@@ -222,6 +226,8 @@ def interrupted(scene: Scene) -> None:
         yield lambda progress: signal.raise_signal(signal.SIGINT)
 
     without_computing(scene)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    scene.during.callback(signal.signal, signal.SIGINT, before)
     scene.monkeypatch.setattr(run_module, "progress_bar", bar)
     scene.during.callback(lambda: expect(os.listdir(scene.folder) == ["bundle"]))
 

@@ -34,6 +34,7 @@ NETWORK = {
 OF_THE_NETWORK = {
     "magicface_rt/serve/answers.py": {"httpx"},
     "magicface_rt/serve/client.py": {"httpx"},
+    "magicface_rt/serve/connection.py": {"uvicorn"},
     "magicface_rt/serve/server.py": {"socket", "uvicorn"},
     "benchmarks/serve_load.py": {"httpx"},
 }
