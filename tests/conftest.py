@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from once import made_once
 
 import magicface_rt.cli._verbs  # noqa: F401 - else a verb that is loaded while a test has something replaced keeps it
 
 pytest_plugins = ["record"]
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder of the test run, made by the first of its processes that wants it."""
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    out = base / name
-    with FileLock(base / f"{name}.lock"):
-        if not out.exists():
-            make(out)
-    return out
 
 
 @pytest.fixture(scope="session")

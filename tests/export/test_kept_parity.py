@@ -112,11 +112,6 @@ def replay(case: Path, folder: Path, rows: int) -> None:
         assert report.passed, "\n".join(report.summary())
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kept-recordings")
-
-
 def test_a_recording_is_reproduced_from_kept_keys(work: Path) -> None:
     replay(SHIPPED, work, rows=4)
 

@@ -30,12 +30,6 @@ SHIPPED = DATA / "recordings" / "guidance-3"
 CASES = sorted(path.parent for path in GOLDENS.glob("*/case.json"))
 
 
-@pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where bundles of the recordings' models are kept for a test run."""
-    return tmp_path_factory.mktemp("recordings")
-
-
 def test_a_bundle_reproduces_a_recording(work: Path) -> None:
     verdict = verify_case(SHIPPED, work=work)
     assert verdict.passed, "\n".join(verdict.summary())

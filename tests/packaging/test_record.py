@@ -177,8 +177,6 @@ def test_a_run_goes_on_where_it_was(commit: Path, options: tuple[str, ...]) -> N
     assert "6 tests passed in earlier runs" in third.stdout
     assert len((commit / "ran.log").read_text().split()) == 8
     assert re.search("parser +80 tried", third.stdout)  # 60 of the first run, 20 of the second
-    none = run(commit, ONCE, "--resume", "-k", "of_no_such_name", *options)
-    assert none.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def test_only_what_passed_at_this_very_commit_is_left_out(commit: Path) -> None:
@@ -190,3 +188,5 @@ def test_only_what_passed_at_this_very_commit_is_left_out(commit: Path) -> None:
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", "-C", str(commit), *who, "commit", "-aqm", "another"], check=True)
     assert counts(run(commit, ONCE + "\n", "--resume")) == (6, 0, 0, 0)
+    none = run(commit, ONCE + "\n", "--resume", "-k", "of_no_such_name")
+    assert none.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
