@@ -38,5 +38,10 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take long come first, or at the end one process would wait for another."""
-    slow, ray = ({item.path for item in items if item.get_closest_marker(name)} for name in ("slow", "ray"))
-    items.sort(key=lambda item: (item.path not in slow, item.path not in ray))
+    slow, ray, exports = (
+        {item.path for item in items if item.get_closest_marker(name)} for name in ("slow", "ray", "exports")
+    )
+    files = sorted(dict.fromkeys(item.path for item in items), key=lambda path: (path not in slow, path not in ray))
+    # Nearly all files need the tiny bundle: beside the first of them, which makes it, a second process makes another.
+    ranks = {path: 0.5 if path in exports else float(place) for place, path in enumerate(files)}
+    items.sort(key=lambda item: ranks[item.path])

@@ -26,9 +26,10 @@ from magicface_rt.export.replay import relative_error  # noqa: E402
 from magicface_rt.export.trajectory import record  # noqa: E402
 
 WEIGHTS = Path(os.environ.get("MAGICFACE_RT_MINIATURE", shipping.WEIGHTS))
-pytestmark = pytest.mark.skipif(
-    not (WEIGHTS / shipping.SUMS).is_file(), reason=f"no weights of the miniature in {WEIGHTS}"
-)
+pytestmark = [
+    pytest.mark.exports,
+    pytest.mark.skipif(not (WEIGHTS / shipping.SUMS).is_file(), reason=f"no weights of the miniature in {WEIGHTS}"),
+]
 
 # Requests with two or three concepts, so that regions can be wrong, and how they are made.
 NUMBERS, STEPS, GUIDANCE = (3, 5, 9, 11, 13, 15), 12, 3.0

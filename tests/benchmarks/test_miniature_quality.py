@@ -196,14 +196,14 @@ def test_a_part_that_fills_no_cell_has_the_cell_that_holds_most_of_it() -> None:
 # ----------------------------------------------------------------------------------------------------- segmenter
 
 
-@pytest.fixture(scope="module")
-def brief() -> segmenter.Segmenter:
-    """One that has seen little: enough to tell large parts apart."""
+def trained(pictures: int) -> segmenter.Segmenter:
     torch.set_num_threads(1)
-    return segmenter.train(1_600, None, say=lambda _: None)
+    return segmenter.train(pictures, None, say=lambda _: None)
 
 
-def test_a_segmenter_learns_and_says_how_well(brief: segmenter.Segmenter) -> None:
+@pytest.mark.slow
+def test_a_segmenter_learns_and_says_how_well() -> None:
+    brief = trained(1_600)  # it has seen enough to tell large parts apart
     fresh = segmenter.check(segmenter.Segmenter(segmenter.PartNet(), {}), None, count=64)["drawn"]
     learned = segmenter.check(brief, None, count=64)["drawn"]
     assert fresh["mean_iou"] < 0.2 < learned["mean_iou"]
@@ -211,7 +211,8 @@ def test_a_segmenter_learns_and_says_how_well(brief: segmenter.Segmenter) -> Non
     assert brief.report["drawn"]["mean_iou"] == pytest.approx(learned["mean_iou"], abs=0.1)
 
 
-def test_a_segmenter_comes_back_from_its_file(brief: segmenter.Segmenter, tmp_path: Path) -> None:
+def test_a_segmenter_comes_back_from_its_file(tmp_path: Path) -> None:
+    brief = trained(64)
     size = brief.save(tmp_path / "segmenter.safetensors")
     assert size < segmenter.MAX_BYTES
     again = segmenter.Segmenter.load(tmp_path / "segmenter.safetensors")

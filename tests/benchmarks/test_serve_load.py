@@ -142,6 +142,7 @@ def test_a_bundle_that_is_none_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     assert "none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_short_run_over_the_real_service(tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "load"
     arguments = ["--batches", "2", "--loads", "2", "--seconds", "2", "--steps", "2", "--memory-requests", "100"]

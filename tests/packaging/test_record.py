@@ -160,7 +160,10 @@ def counts(ended: subprocess.CompletedProcess[str]) -> tuple[int, ...]:
     return tuple(found.get(word, 0) for word in ("passed", "failed", "skipped", "deselected"))
 
 
-@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), id="one process"), pytest.param(("-n", "2"), id="two processes", marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_where_it_was(commit: Path, options: tuple[str, ...]) -> None:
     if options:
         pytest.importorskip("xdist")

@@ -140,6 +140,7 @@ def test_a_process_is_updated_by_sighup_and_finishes_its_work_by_sigterm(
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # three times a Ray
 def test_each_service_has_a_ray_of_its_own_and_one_that_was_killed_is_in_nobodys_way(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -258,6 +259,7 @@ def test_rays_processes_find_a_token_of_their_own_and_none_of_the_services(monke
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # three times a Ray
 def test_a_process_starts_one_ray_after_another(tmp_path: Path) -> None:
     """Each has a token of its own, where Ray would keep the first one. The process's own Ray starts afterwards, too."""
     code = (
