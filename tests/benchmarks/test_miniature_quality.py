@@ -201,9 +201,14 @@ def trained(pictures: int) -> segmenter.Segmenter:
     return segmenter.train(pictures, None, say=lambda _: None)
 
 
+@pytest.fixture(scope="module")
+def brief() -> segmenter.Segmenter:
+    """One that has seen little: enough to tell large parts apart."""
+    return trained(1_600)
+
+
 @pytest.mark.slow
-def test_a_segmenter_learns_and_says_how_well() -> None:
-    brief = trained(1_600)  # it has seen enough to tell large parts apart
+def test_a_segmenter_learns_and_says_how_well(brief: segmenter.Segmenter) -> None:
     fresh = segmenter.check(segmenter.Segmenter(segmenter.PartNet(), {}), None, count=64)["drawn"]
     learned = segmenter.check(brief, None, count=64)["drawn"]
     assert fresh["mean_iou"] < 0.2 < learned["mean_iou"]
@@ -212,13 +217,13 @@ def test_a_segmenter_learns_and_says_how_well() -> None:
 
 
 def test_a_segmenter_comes_back_from_its_file(tmp_path: Path) -> None:
-    brief = trained(64)
-    size = brief.save(tmp_path / "segmenter.safetensors")
+    small = trained(64)
+    size = small.save(tmp_path / "segmenter.safetensors")
     assert size < segmenter.MAX_BYTES
     again = segmenter.Segmenter.load(tmp_path / "segmenter.safetensors")
     images = world.World().draw(range(4)).images
-    assert torch.equal(again.parse(images).labels, brief.parse(images).labels)
-    assert again.report == brief.report
+    assert torch.equal(again.parse(images).labels, small.parse(images).labels)
+    assert again.report == small.report
     large = again.parse(world.World(size=128).draw(range(2)).images)
     assert large.labels.shape == (2, 128, 128)
     assert large.patterns.shape == (2, 5, 128, 128)
