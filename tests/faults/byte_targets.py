@@ -25,7 +25,8 @@ LITTLE = 256 << 20
 
 @dataclass(frozen=True)
 class Target:
-    """`use` is given the bytes and judges what becomes of them: it raises where that is nothing that may.
+    """`use` is given the bytes and judges what becomes of them: it raises where that is nothing that may, and returns
+    None where they were refused or not understood.
 
     tree  what the sample's JSON holds, for those whose values are replaced one by one
     """
@@ -148,7 +149,7 @@ def _plan_text(_: Path, __: Path) -> Target:
         assert found is not None
         assert found.understood or len(found.problem) > 10
         assert found.scratch_bytes >= 0
-        return found
+        return found if found.understood else None
 
     return Target(plan(TEXT), use)
 
@@ -165,7 +166,7 @@ def _inspector(_: Path, __: Path) -> Target:
         assert found is not None
         kernels, problem = found
         assert problem or any(kernel.layers for kernel in kernels)
-        return found
+        return None if problem else found
 
     return _of_json({"Layers": [layer, layer], "Bindings": ["x"]}, use)
 
@@ -287,7 +288,7 @@ def _authorization(_: Path, bundle: Path) -> Target:
         status = answered("authorization", lambda: door.ask("GET", "/ui/queue", "", [b""], headers), fine={*FINE, 401})
         if token.encode() not in value and not value[:6].lower().startswith(b"basic"):
             assert status == 401
-        return status
+        return None if status == 401 else status
 
     return Target(sound, use)
 

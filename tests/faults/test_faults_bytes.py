@@ -37,6 +37,29 @@ HERE = (
 )
 """The others have loops of their own, beside what else is done to them."""
 
+JSON = {"UTF-16", "a byte order mark in front"}
+READ: dict[str, set[str]] = {
+    "bench report": JSON,
+    "recording": JSON,
+    "page's event": JSON,
+    "page's photographs": {*JSON, "nothing at all"},
+    "size": {"half", "one byte"},  # fewer digits
+    # wherever it lies in a plan, whole
+    "plan text": {
+        "one byte more",
+        "a megabyte more",
+        "all but one byte",
+        "without its first byte",
+        "twice",
+        "a byte order mark in front",
+        "a length of 2^40 in front",
+        "a length of 2^64 - 1 in front",
+        "a pickle in front",
+        "a zip's mark in front",
+    },
+}
+"""Damages after which it is still one that may be read. After all others it is refused."""
+
 each = pytest.mark.parametrize("name", HERE)
 Make = Callable[[str], Target]
 
@@ -61,8 +84,8 @@ def test_the_sound_one_is_read(name: str, make: Make) -> None:
 @each
 def test_it_damaged_cut_and_flipped(name: str, make: Make) -> None:
     target = make(name)
-    for damage in DAMAGES.values():
-        target.use(damage(target.sample))
+    read = {damage for damage in DAMAGES if target.use(DAMAGES[damage](target.sample)) is not None}
+    assert read == READ.get(name, set())
     for content in [*(target.sample[:keep] for keep in cuts(target.sample, most=60)), *flips(target.sample, most=60)]:
         target.use(content)
     for content in (*ODD_BYTES, *EXTREMES):
@@ -158,4 +181,4 @@ def test_a_plans_text_that_nobody_wrote(old: str, new: str) -> None:
 
 @pytest.mark.parametrize("password", [b"\xff", b"=", b"", b"YTpi", b"/w==", b"A" * 50_000])
 def test_what_a_browser_sends_in_place_of_a_token_is_no_fault_of_the_service(password: bytes, make: Make) -> None:
-    assert make("authorization").use(b"Basic " + password) == 401
+    assert make("authorization").use(b"Basic " + password) is None

@@ -77,7 +77,7 @@ def test_any_other_value(inputs: int, folder: Path) -> None:
 def test_a_damaged_file(name: str, damage: str, folder: Path) -> None:
     path = folder / name
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    opened(folder)
+    assert opened(folder) is None
 
 
 @pytest.mark.parametrize("place", PLACES)

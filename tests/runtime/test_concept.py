@@ -3,7 +3,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -213,6 +215,23 @@ def test_references_and_concepts_are_themselves_and_no_others() -> None:
     for frozen in (MAN, Concept("man", MAN), PlacedConcept(Concept("man", MAN), (2,))):
         with pytest.raises(dataclasses.FrozenInstanceError):
             frozen.tokens = frozen.prompt = ()  # type: ignore[union-attr, misc]
+
+
+def test_a_reference_is_described_by_all_that_it_says() -> None:
+    """As run.json has it: by these names a picture is made again."""
+    reference = Reference("man.jpg", Path("man-mask.png"), "a man", mask_threshold=np.uint8(7), resample="nearest")
+    assert json.loads(json.dumps(reference.describe())) == {
+        "image": "man.jpg",
+        "mask": "man-mask.png",
+        "prompt": "a man",
+        "mask_threshold": 7,
+        "resample": "nearest",
+    }
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    described = Reference(pixels, pixels[..., 0]).describe()
+    for name, of in (("image", pixels), ("mask", pixels[..., 0])):
+        assert described[name] == {"shape": list(of.shape), "sha256": hashlib.sha256(of.tobytes()).hexdigest()}
+    assert HAT.describe()["mask"] is None
 
 
 def sha256(image: Image.Image) -> str:
