@@ -187,7 +187,12 @@ class Recording:
             raise RecordingError(f"{folder / 'steps.npz'}: label holds values outside 0..{TOKENS - 1}.")
 
         model = _resolved(folder, case)
-        _check_model(model, text_width=sizes["D"])
+        try:
+            _check_model(model, text_width=sizes["D"])
+        except RecordingError as error:
+            raise case.refused(
+                "model", case["model"], f"a U-Net's folder that it can be replayed with: {error}"
+            ) from error
         limits = case.part("tolerance")
         schedule = _schedule(case.part("scheduler"))
         try:
@@ -334,7 +339,7 @@ def _resolved(folder: Path, case: _Case) -> Path:
 def _check_model(folder: Path, *, text_width: int | None = None) -> dict[str, Any]:
     """That the folder holds a U-Net's config and its weights as safetensors, for prompts of the recorded width; gives
     the config."""
-    config = _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json", of=_MODEL)
     weights = folder / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
         raise RecordingError(f"{weights}: missing. Pickled weights are not read; convert them to safetensors.")
@@ -380,11 +385,15 @@ def _layers(case: _Case) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+_RECORDING = "A recording is case.json, inputs.npz and steps.npz."
+_MODEL = "A model is config.json and diffusion_pytorch_model.safetensors."
+
+
+def _read_json(path: Path, *, of: str = _RECORDING) -> dict[str, Any]:
     try:
         value = read_json(read_plain(path, MOST_JSON_BYTES))
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, of) from error
     if not isinstance(value, dict):
         raise RecordingError(f"{path}: holds a {type(value).__name__}, expected an object.")
     return value
@@ -401,14 +410,15 @@ def _read_arrays(path: Path, wanted: Mapping[str, tuple[str, str]], sizes: dict[
     except LookupError as missing:
         raise RecordingError(f"{path}: lacks {missing.args[0]}. Record the case again.") from missing
     except (OSError, ValueError, MemoryError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, _RECORDING) from error
     return {name: _checked(array, path, name, wanted[name][1]) for name, array in arrays.items()}
 
 
-def _unreadable(path: Path, error: Exception) -> RecordingError:
+def _unreadable(path: Path, error: Exception, of: str) -> RecordingError:
+    """of: what its folder is to hold, told where it is missing."""
     if isinstance(error, ValueError) and not _is_there(path):
-        return RecordingError(f"{path}: missing. A recording is case.json, inputs.npz and steps.npz.")
-    return RecordingError(f"{path}: cannot be read: {error}. Copy the recording again.")
+        return RecordingError(f"{path}: missing. {of}")
+    return RecordingError(f"{path}: cannot be read: {error}. Copy it again.")
 
 
 def _is_there(path: Path) -> bool:

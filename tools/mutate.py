@@ -32,6 +32,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 UNIT = "tests/runtime/"
+WRITTEN_TO = "test_a_file_that_is_written_to_as_its_keys_come_up_leaves_none_of_them"
 TESTS = {
     "magicface_rt/options.py": ["test_options.py"],
     "magicface_rt/schedule.py": ["test_schedule.py"],
@@ -43,10 +44,10 @@ TESTS = {
     "magicface_rt/kept/files.py": ["test_kept_files.py"],
     "magicface_rt/kept/keeper.py": ["test_kept_numbers.py"],
     "magicface_rt/kept/memory.py": ["test_kept_numbers.py"],
-    "magicface_rt/kept/on_device.py": ["test_kept_numbers.py"],
+    "magicface_rt/kept/on_device.py": ["test_kept_numbers.py", f"test_kept_on_device.py::{WRITTEN_TO}"],
     "magicface_rt/kept/origin.py": ["test_kept_numbers.py"],
     "magicface_rt/kept/preparation.py": ["test_kept_numbers.py"],
-    "magicface_rt/kept/reference.py": ["test_kept_numbers.py"],
+    "magicface_rt/kept/reference.py": ["test_kept_numbers.py", "test_kept_files.py"],
     "magicface_rt/kept/store.py": ["test_kept_store.py", "test_kept_numbers.py"],
 }
 """The tests of a module, the quickest first; in `UNIT`."""

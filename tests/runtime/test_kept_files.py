@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import pickle
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from magicface_rt.kept.files import METADATA, check_writable
 from magicface_rt.kept.origin import content_key
 from magicface_rt.kept.reference import EightBit, empty_tensors
 from magicface_rt.schedule import Schedule
+from magicface_rt.stamps import Stamp
 
 LAYERS = ((10, 2, 24), (13, 1, 8))
 STEPS = 3
@@ -210,6 +213,50 @@ def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, 
     assert os.listdir(tmp_path) == ["cap.concept"]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+@pytest.mark.parametrize(
+    ("of", "function"),
+    [(unfinished, "place"), (unfinished, "put"), (unfinished, "check"), (Stamp, "of"), (Stamp, "rewritten")],
+)
+def test_a_time_limit_that_ends_meanwhile_is_no_fault_of_the_file(
+    of: Any, function: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a task's queue sets one: `TimeoutError` is an OSError, as those of a disk are."""
+
+    def ends(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError("time is up")
+
+    loaded, other = KeptConcept.load(path), path.with_name("other.concept")
+    uses: dict[str, Callable[[], object]] = {
+        "place": lambda: loaded.save(other),
+        "put": lambda: loaded.save(other),
+        "check": lambda: check_writable(other, overwrite=False),
+        "of": lambda: KeptConcept.load(path),
+        "rewritten": loaded.check_unwritten,
+    }
+    before = signal.signal(signal.SIGUSR1, ends)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(of, function, lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
+            with pytest.raises(TimeoutError, match="time is up"):
+                uses[function]()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert os.listdir(path.parent) == [path.name]
+    uses[function]()
+
+
+def test_a_file_that_cannot_be_looked_at_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = KeptConcept.load(path)
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Stamp, "rewritten", broken)
+    with pytest.raises(KeptConceptError, match=r"'cap\.concept' cannot be looked at: Input/output error"):
+        loaded.check_unwritten()
+
+
 def test_what_takes_the_place_of_a_loaded_file_is_no_harm(path: Path) -> None:
     loaded = KeptConcept.load(path)
     made().save(path, overwrite=True)
@@ -352,6 +399,13 @@ def test_a_copy_is_the_same_reference_and_cannot_be_changed(
                 setattr(stored, "levels" if storage == "8-bit" else "values", 0)
         with pytest.raises(TypeError):
             other.tensors["k_ref_10"] = other.tensors["v_ref_10"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("storage", ["exact", "8-bit"])
+def test_a_reference_is_described_by_what_it_was_prepared_from(storage: Any) -> None:
+    (reference, *_) = made(storage=storage).references
+    assert reference.describe() == {"kept": reference.key, "storage": storage, "prompt": reference.prompt}
+    assert copy.copy(reference) is reference
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])

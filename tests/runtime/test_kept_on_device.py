@@ -615,9 +615,11 @@ def test_a_file_that_is_written_to_as_its_keys_come_up_leaves_none_of_them(
         tensors = {**loaded.tensors, name: Writing(loaded.tensors[name], tmp_path / "man.concept")}
         (sound,) = man.references
         written = replace(loaded, tensors=tensors).known_as(sound.identity)
+        before = world.cuda.alive()
         with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
             session.generate(PROMPT, [KeptConcept("man", [written], man.origin)], steps=STEPS)
         assert not session.device_kept_bytes
+        assert world.cuda.alive()["memory"] == before["memory"]
         same(session.generate(PROMPT, [man], steps=STEPS).latents, expected)
 
 
