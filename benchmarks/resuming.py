@@ -60,6 +60,6 @@ def _whole(case: Mapping[str, Any]) -> bool:
 def _same(file: Path, name: str, found: Any, expected: Any) -> None:
     if found != expected:
         raise InputError(
-            f"report {file}: {name} is {shown(found)}, and now {shown(expected)}: figures of the two cannot stand "
-            "beside each other. Measure anew without --resume, into another folder."
+            f"report {file}: {name} is {shown(found)}, expected {shown(expected)} as now: figures of the two cannot "
+            "stand beside each other. Measure anew without --resume, into another folder."
         )

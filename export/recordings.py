@@ -190,9 +190,8 @@ class Recording:
         try:
             _check_model(model, text_width=sizes["D"])
         except RecordingError as error:
-            raise case.refused(
-                "model", case["model"], f"a U-Net's folder that it can be replayed with: {error}"
-            ) from error
+            why = str(error).removesuffix(".")
+            raise case.refused("model", case["model"], f"the folder of a U-Net to replay it with ({why})") from error
         limits = case.part("tolerance")
         schedule = _schedule(case.part("scheduler"))
         try:

@@ -367,7 +367,7 @@ def test_a_report_of_the_first_format_is_still_read(report: dict[str, Any], tmp_
     assert "rounds) |" in table.markdown(content)
     # New figures cannot stand beside them.
     (tmp_path / "bench.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="format is 1, and now 2"):
+    with pytest.raises(InputError, match="format is 1, expected 2 as now"):
         Earlier(tmp_path / "bench.json", Settings(bundles=("b",), kinds=("kept",)))
     content["format"] = 2
     assert any("baseline_samples is missing" in problem for problem in schema.problems(content))
@@ -544,7 +544,7 @@ def test_a_run_goes_on_with_a_report(report: dict[str, Any], tiny_bundle: Path, 
     arguments += ["--requests", "1", "--parity-steps", "2", "--no-plots", "--resume"]
     # With another number of threads its figures could not stand beside new ones.
     assert main([*arguments, "--threads", "2"]) == 2
-    assert "settings.threads is 1, and now 2" in capsys.readouterr().err
+    assert "settings.threads is 1, expected 2 as now" in capsys.readouterr().err
     assert main([*arguments, "--threads", "1"]) == 0
     content = json.loads((out / "bench.json").read_text())
     (old,) = report["content"]["cases"]

@@ -35,7 +35,6 @@ _FOUND = (
     r"\bchanged (after|since|while) \w",
     r"\banswered (with )?\d",
     r"\b(unknown|gives) \W?\w",
-    r"\bis .{1,300}, and now \S",
 )
 _REASON = (
     r"\b(cannot|could|do|does|is|are|not|no|makes|refused|failed)\b[^.:(]{0,200}"
