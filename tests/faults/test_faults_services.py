@@ -304,8 +304,8 @@ def putting_while_it_ends(client: Any, man: Concept, seed: int) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------- logs
 
 
-TOKEN = "sesquipedalian-marzipan-7391"
-WRONG = "xylophone-bergamot-zugzwang-55"
+TOKEN = "sesquipedalian-marzipan-balalaika"
+WRONG = "xylophone-bergamot-zugzwang-isthmus"
 SECRETS = ("pelican", "zeppelin", "rhubarb", "kumquat", "gazpacho", "obelisk", "quixotic", "limpet", "wombat", "yarrow")
 
 
