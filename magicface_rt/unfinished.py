@@ -380,7 +380,11 @@ def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> 
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError as error:
+            # Interrupted as it had closed a folder and not noted so yet, it closes it again, and that is what fails.
+            raise error.__context__ or error from None
     else:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

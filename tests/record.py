@@ -1,6 +1,6 @@
-"""The record of a run: a file of pytest's cache says after each test whether it passed and what was counted by then.
-All that was counted is told at the end. A run that was ended before its end goes on with `--resume`, which leaves out
-what passed before at this very commit, and tells those figures too.
+"""The record of a run: a file of the cache of pytest says after each test whether it passed, or why not, and what was
+counted by then. All that was counted is told at the end. A run that was ended before its end goes on with `--resume`,
+which leaves out what passed before at this very commit, and tells those figures too.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Before:
 _before = Before()
 _left_out = 0
 _put_down: dict[str, Any] = {"figures": {}, "tally": {}}
-_fell = pytest.StashKey[bool]()
+_fell = pytest.StashKey[str]()
+"""Why a test did not pass: what pytest tells of it at the end, which may be hours away, or never comes."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -122,7 +123,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if not report.passed:  # a test that was skipped may find what it needs another time
-        item.stash[_fell] = True
+        item.stash[_fell] = report.longreprtext
     return report
 
 
@@ -135,8 +136,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         for what in now
     }
     _put_down.update(now)
-    passed = not item.stash.get(_fell, False)
-    _write({"process": os.getpid(), "after": item.nodeid, "passed": passed, **{k: v for k, v in new.items() if v}})
+    why = item.stash.get(_fell, None)
+    outcome = {"passed": True} if why is None else {"passed": False, "why": why}
+    _write({"process": os.getpid(), "after": item.nodeid, **outcome, **{k: v for k, v in new.items() if v}})
     return done
 
 

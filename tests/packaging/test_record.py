@@ -125,6 +125,14 @@ def test_all_that_was_counted_is_told_and_put_down(tmp_path: Path, options: tupl
     assert put_down(tmp_path) == (FIGURES, 40)
 
 
+def test_why_a_test_failed_stands_there_before_the_run_has_ended(tmp_path: Path) -> None:
+    run(tmp_path, "def test_it():\n    assert 6 * 9 == 42\n" + ENDING)
+    (file,) = (tmp_path / ".pytest_cache" / "d" / "records").iterdir()
+    said = json.loads(file.read_text().splitlines()[1])
+    assert not said["passed"]
+    assert "assert (6 * 9) == 42" in said["why"]
+
+
 def test_a_run_that_is_ended_leaves_what_was_counted_before(tmp_path: Path) -> None:
     ended = run(tmp_path, COUNTING + ENDING)
     assert ended.returncode == 1

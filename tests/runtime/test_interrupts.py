@@ -143,3 +143,16 @@ def test_a_file_that_is_written(strike: Callable[..., Any], tmp_path: Path, monk
     with struck():
         made().save(tmp_path / "man.concept")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as `shutil` has closed a folder and not noted so yet: it then closes it again, which is an OSError."""
+    close = os.close
+
+    def closed(descriptor: int) -> None:
+        close(descriptor)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), unfinished.part(tmp_path / "out", folder=True):
+        monkeypatch.setattr(os, "close", closed)
