@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from magicface_rt.backends.ort_arena import trim
 from magicface_rt.bundle import CUDA_RUNTIME, Bundle
 from magicface_rt.errors import BackendError, OptionError, ParityError
 from magicface_rt.schedule import Schedule
@@ -148,10 +149,6 @@ def export_unet_bundle(
         text_width=int(unet.config.cross_attention_dim),
     )
 
-    def components() -> Iterator[Callable[[], Graph]]:
-        yield lambda: ReferenceKV(unet.to(form.dtype), form, options.injection_layers)
-        yield lambda: DenoiseStep(unet.to(form.dtype), form, options.injection_layers)
-
     manifest = {
         **_manifest(unet, form, options, schedule),
         "architecture": "unet",
@@ -159,8 +156,16 @@ def export_unet_bundle(
         "vae_scaling_factor": 1.0,
         "tokenizer": {},
     }
+    makers = _unet_graph_makers(unet, form, options.injection_layers)
+    del unet  # so that it is not in memory beside the graphs that are compared in the end
     with BundleWriter(Path(out)) as writer:
-        return _write(writer, components(), manifest, 1, report)
+        return _write(writer, makers, manifest, 1, report)
+
+
+def _unet_graph_makers(unet: UNet2DConditionModel, form: Form, layers: Sequence[int]) -> Iterator[Callable[[], Graph]]:
+    """The two graphs of a U-Net, which is held no longer than they are made."""
+    yield lambda: ReferenceKV(unet.to(form.dtype), form, layers)
+    yield lambda: DenoiseStep(unet.to(form.dtype), form, layers)
 
 
 def _write(
@@ -181,6 +186,7 @@ def _write(
         expected.append(expected_outputs(graph, vocabulary))
         del graph, make
         gc.collect()
+        trim()
     hidden = writer.write_manifest({**manifest, "parity": {}})
     parity: dict[str, dict[str, Any]] = {}
     for one in expected:

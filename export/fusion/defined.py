@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from magicface_rt.backends import Backend, GraphRunner
 from magicface_rt.backends.base import Arrays
 from magicface_rt.backends.onnxruntime import import_onnxruntime
+from magicface_rt.backends.ort_arena import trim
 from magicface_rt.bundle import CUDA_RUNTIME, Bundle, GraphContract
 from magicface_rt.errors import BackendError
 
@@ -56,3 +57,7 @@ class _Runner(GraphRunner):
         except Exception as error:
             raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {error}") from error
         return dict(zip(outputs, results, strict=True))
+
+    def close(self) -> None:
+        self._session = None
+        trim()
