@@ -12,6 +12,7 @@ from typing import Any
 
 from magicface_rt.backends.tensorrt import FLAVOURS
 from magicface_rt.errors import BackendMissingError
+from magicface_rt.interrupts import let_through
 
 __all__ = ["FLAVOURS", "Flavour", "load_flavour"]
 
@@ -41,6 +42,7 @@ def load_flavour(name: str) -> Flavour:
         module = importlib.import_module(name.replace("-", "_"))
         _ = module.Builder
     except (ImportError, OSError, AttributeError) as error:
+        let_through(error)
         raise BackendMissingError(
             f"{name} is not installed or does not load ({type(error).__name__}: {error}). "
             f"Install it: pip install 'magicface_rt[{name}]'"

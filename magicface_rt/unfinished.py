@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .interrupts import let_through
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -383,8 +385,8 @@ def _remove(path: Path) -> None:
         try:
             shutil.rmtree(path, ignore_errors=True)
         except OSError as error:
-            # Interrupted as it had closed a folder and not noted so yet, it closes it again, and that is what fails.
-            raise error.__context__ or error from None
+            let_through(error)  # interrupted as it had closed a folder and not noted so, it closes it again and fails
+            raise
     else:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

@@ -82,6 +82,7 @@ def import_onnxruntime() -> Any:
         module = importlib.import_module("onnxruntime")
         _ = module.InferenceSession
     except (ImportError, AttributeError) as error:
+        let_through(error)
         raise BackendMissingError(
             "onnxruntime is not installed. Install exactly one of its two wheels: "
             "`pip install 'magicface_rt[cpu]'` (onnxruntime) or `pip install 'magicface_rt[gpu]'` (onnxruntime-gpu)."
@@ -334,7 +335,8 @@ class OnnxRuntime(Backend):
         """The GPUs that the provider's own wheel offers; none where it is not installed."""
         try:
             plugin = importlib.import_module(_RTX_PLUGIN)
-        except (ImportError, OSError):
+        except (ImportError, OSError) as error:
+            let_through(error)
             return []
         name = plugin.get_ep_name()
         with registering():

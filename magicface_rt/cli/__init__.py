@@ -66,6 +66,9 @@ def _ended(argv: Sequence[str] | None) -> int:
         return INTERRUPTED
     except Exception as error:  # outside of a verb, which says itself what it met
         del reserve
+        if _was_interrupted(error):
+            print(INTERRUPTED_TEXT, file=sys.stderr)
+            return INTERRUPTED
         said = _too_little(error)
         if not said:
             raise
@@ -96,6 +99,12 @@ def _threads() -> int:
 
     asked = (os.environ.get(f"{of}_NUM_THREADS", "") for of in ("OPENBLAS", "GOTO", "OMP"))
     return min(processors(), next((int(number) for number in asked if number.isdecimal() and int(number)), 1 << 30))
+
+
+def _was_interrupted(error: Exception) -> bool:
+    from magicface_rt.interrupts import was_interrupted
+
+    return was_interrupted(error)
 
 
 def _too_little(error: Exception) -> str:

@@ -21,6 +21,7 @@ from rich.console import Console, RenderableType
 
 from magicface_rt import unfinished
 from magicface_rt.errors import BackendError, BackendMissingError, EngineError, MagicFaceError, OutputError
+from magicface_rt.interrupts import let_through, was_interrupted
 from magicface_rt.results import check_replaceable
 from magicface_rt.shortage import address_hint, check_addresses, shortage
 from magicface_rt.shown import one_line
@@ -113,15 +114,21 @@ def command(json_to: str | None) -> Iterator[Command]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        _write_error(json_to, "Interrupted", INTERRUPTED_TEXT, wait=False)
-        raise typer.Exit(INTERRUPTED) from None
+        raise _interrupted(json_to) from None
     except Exception as error:
         del reserve
+        if was_interrupted(error):
+            raise _interrupted(json_to) from None
         raise typer.Exit(_tell(error, json_to)) from error
     if verb.exit_code == BackendError.exit_code and (hint := address_hint()):
         verb.note(hint)
     if verb.exit_code:
         raise typer.Exit(verb.exit_code)
+
+
+def _interrupted(json_to: str | None) -> typer.Exit:
+    _write_error(json_to, "Interrupted", INTERRUPTED_TEXT, wait=False)
+    return typer.Exit(INTERRUPTED)
 
 
 def print_usage_error(error: Any, arguments: Sequence[str]) -> int:
@@ -209,6 +216,7 @@ def export_module(name: str) -> Any:
     try:
         return importlib.import_module(f"magicface_rt.export.{name}")
     except ImportError as error:
+        let_through(error)
         raise BackendMissingError(
             f"this needs the export extra, which is not installed or not whole ({error}). "
             "Install it: pip install 'magicface_rt[export]'"

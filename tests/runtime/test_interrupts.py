@@ -15,7 +15,12 @@ import pytest
 from PIL import Image
 
 from magicface_rt import ImageError, Session, unfinished
+from magicface_rt.backends.device import import_cuda
+from magicface_rt.backends.onnxruntime import import_onnxruntime
+from magicface_rt.cli import main
+from magicface_rt.cli._command import export_module
 from magicface_rt.decoding import decode
+from magicface_rt.engines.flavour import load_flavour
 from magicface_rt.interrupts import let_through
 from magicface_rt.provenance import read_provenance
 from magicface_rt.serve.uploads import open_image
@@ -90,6 +95,78 @@ def test_what_a_library_raises_is_not_let_through() -> None:
         except ValueError as error:
             let_through(error)
     let_through(ValueError("it was never raised"))
+
+
+@pytest.mark.parametrize("what", ["an import", "a clean-up"])
+def test_what_a_library_makes_of_an_interrupt_is_let_through(strike: Callable[..., Any], what: str) -> None:
+    """As modules in C do that are being imported, and as clean-ups do that fail because they were interrupted."""
+
+    def imports() -> None:
+        try:
+            strike()
+        except Exception as error:
+            raise ImportError("initialization failed") from error
+
+    def cleans_up() -> None:
+        try:
+            strike()
+        finally:
+            os.close(-1)
+
+    with struck():
+        try:
+            {"an import": imports, "a clean-up": cleans_up}[what]()
+        except (ImportError, OSError) as error:
+            let_through(error)
+
+
+def test_what_was_handled_already_is_not_let_through(strike: Callable[..., Any]) -> None:
+    """A caller who takes up something else where its time is up gets that thing's own error."""
+
+    def something_else() -> None:
+        try:
+            os.close(-1)
+        except OSError as error:
+            let_through(error)
+
+    try:
+        strike()
+    except Exception:
+        something_else()
+
+
+def test_a_runtime_that_is_interrupted_as_it_is_imported_is_not_one_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def import_module(name: str) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr("importlib.import_module", import_module)
+    for load in (
+        import_onnxruntime,
+        import_cuda,
+        lambda: load_flavour("tensorrt-rtx"),
+        lambda: export_module("parity"),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            load()
+
+
+def test_a_command_that_is_interrupted_as_something_is_imported_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def opened(*_: object, **__: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr("magicface_rt.bundle.Bundle.open", opened)
+    assert main(["inspect", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing half written\n"
 
 
 def test_graphs_on_the_cpu(tiny_bundle: Path, strike: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
