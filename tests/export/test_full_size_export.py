@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import figures
 import pytest
 
 pytest.importorskip("torch")
@@ -71,6 +72,11 @@ def peak_of(code: str, *arguments: object) -> int:
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
+def told(what: str, peak: int) -> int:
+    figures.tell("memory", f"{what}, full size", f"{peak / 1e9:.1f} GB")
+    return peak
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from magicface_rt.export.random_weights import write_checkpoint
@@ -81,10 +87,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.full
 def test_a_full_size_fp32_bundle_is_made_and_runs_within_memory(checkpoint: Path, tmp_path: Path) -> None:
     """All five graphs; then steps of both stages with three concepts of 30 % masks, whose keys are there."""
-    assert peak_of(EXPORT, checkpoint, tmp_path / "bundle", "fp32") <= MOST_EXPORT_BYTES
-    assert peak_of(STEP, tmp_path / "bundle") <= MOST_STEP_BYTES
+    assert told("export in fp32", peak_of(EXPORT, checkpoint, tmp_path / "bundle", "fp32")) <= MOST_EXPORT_BYTES
+    assert told("steps in fp32", peak_of(STEP, tmp_path / "bundle")) <= MOST_STEP_BYTES
 
 
 @pytest.mark.full
 def test_a_full_size_fp16_bundle_is_made_within_memory(checkpoint: Path, tmp_path: Path) -> None:
-    assert peak_of(EXPORT, checkpoint, tmp_path / "bundle", "fp16") <= MOST_EXPORT_BYTES
+    assert told("export in fp16", peak_of(EXPORT, checkpoint, tmp_path / "bundle", "fp16")) <= MOST_EXPORT_BYTES
