@@ -83,8 +83,10 @@ def import_onnxruntime() -> Any:
         _ = module.InferenceSession
     except (ImportError, AttributeError) as error:
         let_through(error)
+        missing = getattr(error, "name", None) == "onnxruntime" or isinstance(error, AttributeError)
+        state = "is not installed" if missing else f"does not load ({type(error).__name__}: {first_line(error)})"
         raise BackendMissingError(
-            "onnxruntime is not installed. Install exactly one of its two wheels: "
+            f"onnxruntime {state}. Install exactly one of its two wheels: "
             "`pip install 'magicface_rt[cpu]'` (onnxruntime) or `pip install 'magicface_rt[gpu]'` (onnxruntime-gpu)."
         ) from error
     return module

@@ -763,6 +763,33 @@ def test_unknown_and_missing_backends_say_what_there_is(tmp_path: Path) -> None:
         OnnxRuntime("rocm")
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime"), "onnxruntime is not installed."),
+        (AttributeError("module 'onnxruntime' has no attribute 'InferenceSession'"), "onnxruntime is not installed."),
+        (
+            ImportError("libcudart.so.13: cannot open"),
+            "onnxruntime does not load (ImportError: libcudart.so.13: cannot",
+        ),
+        (
+            ModuleNotFoundError("No module named 'numpy'", name="numpy"),
+            "onnxruntime does not load (ModuleNotFoundError",
+        ),
+    ],
+)
+def test_a_runtime_that_does_not_load_is_not_one_that_is_missing(
+    raised: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def import_module(name: str) -> None:
+        raise raised
+
+    monkeypatch.setattr("importlib.import_module", import_module)
+    with pytest.raises(BackendMissingError) as refused:
+        import_onnxruntime()
+    assert str(refused.value).startswith(said)
+
+
 def test_a_probe_computes_and_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not("onnxruntime-cpu") == ""
     for name in (n for n in BACKENDS if n not in ("auto", "onnxruntime", "onnxruntime-cpu")):
