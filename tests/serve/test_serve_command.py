@@ -67,7 +67,7 @@ class Process:
         until(
             lambda: any(text in line for line in self.said) or self.process.poll() is not None,
             f"it did not say {text!r}: {self.said}",
-            60,
+            180,  # Ray starts a dozen processes, beside other tests
         )
         assert any(text in line for line in self.said), self.said
 
