@@ -36,9 +36,9 @@ _HEADER = re.compile(
     rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), ?\} *\n"
 )
 _BLOCK = 1 << 20
-_UNREADABLE = (EOFError, LookupError, NotImplementedError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
-"""What zipfile raises of what it cannot read, besides OSError and ValueError: NotImplementedError of a version or a
-compression that it does not know, RuntimeError of what is encrypted."""
+_UNREADABLE = (EOFError, LookupError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
+"""What zipfile raises of what it cannot read, besides OSError and ValueError: RuntimeError of what is encrypted, and an
+error derived from that of a version or a compression that it does not know."""
 
 
 def read_npz(

@@ -12,12 +12,13 @@ __all__ = ["let_through", "was_interrupted"]
 def let_through(error: BaseException) -> None:
     """To be called first where whatever a foreign library raises becomes an error of ours.
 
-    Raises `error` again where a signal's handler raised it, such as one that ends a task at its time limit, and in its
-    place what a handler raised, or Ctrl-C, where a library made an error of its own of that. A handler
-    is called between any two instructions, and given the frame that it interrupts: in the traceback its frame stands
-    after that one, which is an argument of it. Nothing else is called so but what follows a program (`sys.settrace`),
-    and that is the caller's as well. Not seen are a handler that is no Python, or that has let go of its argument, and
-    what a thread raises in another (`PyThreadState_SetAsyncExc`).
+    Raises `error` again where a signal's handler raised it, such as one that ends a task at its time limit. Where a
+    library made `error` of what a handler raised, or of Ctrl-C, that is raised in its place.
+
+    A handler is called between any two instructions, and given the frame that it interrupts: in the traceback its frame
+    stands after that one, which is an argument of it. Nothing else is called so but what follows a program
+    (`sys.settrace`), and that is the caller's as well. Not seen are a handler that is no Python, or that has let go of
+    its argument, and what a thread raises in another (`PyThreadState_SetAsyncExc`).
     """
     for one in _with_what_it_came_of(error):
         if isinstance(one, KeyboardInterrupt) or _is_of_a_handler(one):

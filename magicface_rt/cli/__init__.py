@@ -102,9 +102,12 @@ def _threads() -> int:
 
 
 def _was_interrupted(error: Exception) -> bool:
-    from magicface_rt.interrupts import was_interrupted
+    try:
+        from magicface_rt.interrupts import was_interrupted
 
-    return was_interrupted(error)
+        return was_interrupted(error)
+    except Exception:  # for which there is too little memory, as there was for the command
+        return False
 
 
 def _too_little(error: Exception) -> str:

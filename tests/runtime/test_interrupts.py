@@ -16,9 +16,10 @@ from PIL import Image
 
 from magicface_rt import ImageError, Session, unfinished
 from magicface_rt.backends.device import import_cuda
-from magicface_rt.backends.onnxruntime import import_onnxruntime
-from magicface_rt.cli import main
+from magicface_rt.backends.onnxruntime import OnnxRuntime, import_onnxruntime
+from magicface_rt.cli import doctor, main
 from magicface_rt.cli._command import export_module
+from magicface_rt.cli.bench import benchmark_module
 from magicface_rt.decoding import decode
 from magicface_rt.engines.flavour import load_flavour
 from magicface_rt.interrupts import let_through
@@ -148,8 +149,11 @@ def test_a_runtime_that_is_interrupted_as_it_is_imported_is_not_one_that_is_miss
     for load in (
         import_onnxruntime,
         import_cuda,
+        lambda: OnnxRuntime._register_plugin(None),
         lambda: load_flavour("tensorrt-rtx"),
         lambda: export_module("parity"),
+        lambda: benchmark_module("report"),
+        lambda: doctor._imports("ray"),
     ):
         with pytest.raises(KeyboardInterrupt):
             load()
@@ -164,9 +168,11 @@ def test_a_command_that_is_interrupted_as_something_is_imported_says_so(
         except KeyboardInterrupt as error:
             raise ImportError("initialization failed") from error
 
-    monkeypatch.setattr("magicface_rt.bundle.Bundle.open", opened)
-    assert main(["inspect", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "interrupted; nothing half written\n"
+    for interrupted in ("magicface_rt.bundle.Bundle.open", "magicface_rt.cli._loaded"):  # in a verb, and before it
+        with monkeypatch.context() as patch:
+            patch.setattr(interrupted, opened)
+            assert main(["inspect", str(tmp_path)]) == 130
+        assert capsys.readouterr().err == "interrupted; nothing half written\n"
 
 
 def test_graphs_on_the_cpu(tiny_bundle: Path, strike: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
