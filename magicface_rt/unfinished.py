@@ -98,9 +98,14 @@ def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
     try:
         yield path
     finally:
-        _remove(path)
-        if lock is not None:
-            os.close(lock)
+        try:
+            _remove(path)
+        except BaseException:  # a signal came meanwhile
+            _remove(path)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def put(
@@ -185,8 +190,14 @@ def remove(target: Path) -> None:
         OSError: it cannot be taken away, and is as it was.
     """
     aside = _beside(target, "part")
-    os.rename(target, aside)
-    _remove(aside)
+    try:
+        os.rename(target, aside)
+    finally:  # a signal may come as it is renamed, or removed
+        try:
+            _remove(aside)
+        except BaseException:
+            _remove(aside)
+            raise
 
 
 def settle(path: Path) -> None:
@@ -298,18 +309,19 @@ def _stands(folder: Path, stem: str, names: list[str]) -> bool:
 def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
     """A new part of `target`, and the descriptor that holds its lock."""
     while True:
-        path = _beside(target, "part")
-        if folder:
-            path.mkdir()
-        else:
-            path.touch(exist_ok=False)
+        path, made = _beside(target, "part"), False
         try:
+            if folder:
+                path.mkdir()
+            else:
+                path.touch(exist_ok=False)
+            made = True
             return path, _lock(path)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # another process took it for left behind, in the moment before it was locked
-        except BaseException:
-            _remove(path)
-            raise
+        except BaseException as error:  # a signal may have come as it was made
+            # Another process may have taken it for left behind, in the moment before it was locked.
+            if not (made and isinstance(error, (BlockingIOError, FileNotFoundError))):
+                _remove(path)
+                raise
 
 
 def _lock(path: Path) -> int | None:

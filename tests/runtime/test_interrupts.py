@@ -228,14 +228,34 @@ def test_a_file_that_is_written(strike: Callable[..., Any], tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C as `shutil` has closed a folder and not noted so yet: it then closes it again, which is an OSError."""
-    close = os.close
+@pytest.mark.parametrize("call", ["mkdir", "open", "close", "scandir", "rmdir", "rename"])
+@pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
+def test_nothing_temporary_is_left(call: str, folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as something was just made, renamed or removed; at `close` `shutil` has not noted yet that it did."""
+    real, calls = getattr(os, call), 0
 
-    def closed(descriptor: int) -> None:
-        close(descriptor)
-        monkeypatch.undo()
-        raise KeyboardInterrupt
+    def interrupted(*arguments: Any, **named: Any) -> object:
+        nonlocal calls
+        found = real(*arguments, **named)
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return found
 
-    with pytest.raises(KeyboardInterrupt), unfinished.part(tmp_path / "out", folder=True):
-        monkeypatch.setattr(os, "close", closed)
+    for at in range(1, 10):
+        calls = 0
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, interrupted)
+            try:
+                with unfinished.part(tmp_path / "out", folder=folder) as part:
+                    unfinished.put(part, tmp_path / "out")
+                unfinished.remove(tmp_path / "out")
+            except KeyboardInterrupt:
+                assert calls >= at
+            else:
+                break
+        assert not [path for path in tmp_path.iterdir() if unfinished.is_part(path.name)], f"{call} number {at}"
+        if (tmp_path / "out").exists():
+            unfinished.remove(tmp_path / "out")
+    assert calls < at
+    assert not list(tmp_path.iterdir())
