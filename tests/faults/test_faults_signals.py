@@ -347,12 +347,12 @@ def test_a_process_is_ended_in_the_middle(scene: Scene, verb: str, number: int, 
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    watch = threading.Timer(SOON_SECONDS, process.kill)
-    watch.start()
     maps = Path(f"/proc/{process.pid}/maps")
     while process.poll() is None and "onnxruntime_pybind11_state" not in maps.read_text():
         time.sleep(0.02)
     time.sleep(0.5)
+    watch = threading.Timer(SOON_SECONDS, process.kill)
+    watch.start()
     process.send_signal(number)
     assert process.stderr is not None
     said = process.stderr.read()
