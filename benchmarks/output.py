@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from magicface_rt import unfinished
 from magicface_rt.errors import BackendMissingError, OutputError
 
 from .plots import draw
@@ -28,7 +29,7 @@ def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = Tru
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Before anything is asked of it: hours of measuring are not to be lost to a mistake in their report.
-        (folder / JSON).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _write(folder / JSON, json.dumps(content, indent=1) + "\n")
         wrong = problems(content)
         if wrong:
             raise OutputError(f"{folder / JSON} was written, and is not as schema.json says: {'; '.join(wrong[:5])}.")
@@ -40,7 +41,15 @@ def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = Tru
                 text += "".join(f"\n![{file.stem}]({file.name})\n" for file in made if file.suffix == ".png")
         except BackendMissingError as error:
             text += f"\n{error}\n"
-        (folder / TABLE).write_text(text, encoding="utf-8")
+        _write(folder / TABLE, text)
     except OSError as error:
         raise OutputError(f"the report cannot be written into {folder}: {error}.") from error
     return made
+
+
+def _write(file: Path, text: str) -> None:
+    """The earlier one stays until the new one is there: with `--resume` it holds what is not measured again."""
+    target = unfinished.place(file)
+    with unfinished.part(target) as part:
+        part.write_text(text, encoding="utf-8")
+        unfinished.put(part, target)

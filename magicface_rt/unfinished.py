@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,8 @@ _CANNOT_LINK = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_NAME = {errno.EINVAL, errno.ENAMETOOLONG}
+_BUSY_SECONDS = 10
+"""How long is waited for another process that replaces the same folder, which takes it as long as removing one."""
 
 
 def place(path: str | os.PathLike[str]) -> Path:
@@ -100,12 +103,11 @@ def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
     finally:
         try:
             _remove(path)
-        except BaseException:  # a signal came meanwhile
+        except BaseException:  # a signal came before it began
             _remove(path)
             raise
         finally:
-            if lock is not None:
-                os.close(lock)
+            _unlock(lock)
 
 
 def put(
@@ -116,32 +118,40 @@ def put(
     With `overwrite` an earlier file or folder is replaced: either it or the new one is there at every moment. Without,
     a file is put only where there is nothing, and a folder where there is none, or an empty one.
 
+    Of those that replace the same folder at the same time one waits for the other.
+
     look: called with an earlier folder just before it is replaced, and again where it then is, before it is removed;
     whatever it raises keeps that folder, or brings it back
 
     Raises:
         FileExistsError: a file, without `overwrite`, and something is there.
-        OSError: that failed, and what was there before is there again.
+        OSError: that failed. What was there before is there again, unless all that failed is to have the new name on
+            the disk for certain: a file stays replaced then, and a folder where two cannot change places.
     """
     settle(new)
     earlier = os.path.lexists(target)
     replaced = overwrite and earlier and new.is_dir() and target.is_dir()
-    if replaced:
-        _replace_folder(new, target, look)
-    elif not overwrite and not new.is_dir():
-        _put_where_nothing_is(new, target)
-    else:
-        os.replace(new, target)
+    # The earlier folder is held until its fate is certain: as a part, nobody else is to take it for left behind.
+    held = _lock_soon(target) if replaced else None
     try:
-        _sync(target.parent)
-    except OSError:
-        # Whoever is told that it failed must not find it there.
-        with contextlib.suppress(OSError):
-            if replaced:
-                exchange(new, target)
-            elif not earlier:
-                os.rename(target, new)
-        raise
+        if replaced:
+            _replace_folder(new, target, look)
+        elif not overwrite and not new.is_dir():
+            _put_where_nothing_is(new, target)
+        else:
+            os.replace(new, target)
+        try:
+            _sync(target.parent)
+        except OSError:
+            # Whoever is told that it failed must not find it there.
+            with contextlib.suppress(OSError):
+                if replaced:
+                    exchange(new, target)
+                elif not earlier:
+                    os.rename(target, new)
+            raise
+    finally:
+        _unlock(held)
 
 
 def check(target: Path, *, folder: bool = False) -> None:
@@ -187,17 +197,13 @@ def remove(target: Path) -> None:
     """Remove a file or folder, which is gone at once: what a killed process leaves of it is a part of `target`.
 
     Raises:
-        OSError: it cannot be taken away, and is as it was.
+        OSError: it cannot be taken away, and is as it was. (What is taken away and cannot be deleted stays as a part.)
     """
     aside = _beside(target, "part")
     try:
         os.rename(target, aside)
-    finally:  # a signal may come as it is renamed, or removed
-        try:
-            _remove(aside)
-        except BaseException:
-            _remove(aside)
-            raise
+    finally:  # a signal may come as it is renamed
+        _remove(aside)
 
 
 def settle(path: Path) -> None:
@@ -232,7 +238,7 @@ def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
                 try:
                     _remove(folder / name)
                 finally:
-                    os.close(lock)
+                    _unlock(lock)
                 removed.append(folder / name)
     return removed
 
@@ -250,8 +256,7 @@ def is_live(part: Path) -> bool:
         return True
     except OSError:
         return False
-    if lock is not None:
-        os.close(lock)
+    _unlock(lock)
     return False
 
 
@@ -312,7 +317,7 @@ def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
         path, made = _beside(target, "part"), False
         try:
             if folder:
-                path.mkdir()
+                os.mkdir(path)
             else:
                 path.touch(exist_ok=False)
             made = True
@@ -340,12 +345,34 @@ def _lock(path: Path) -> int | None:
         if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
             return descriptor
         raise BlockingIOError(errno.EWOULDBLOCK, "it is another one now", str(path))
-    except (BlockingIOError, FileNotFoundError):
+    except BaseException as error:
         os.close(descriptor)
-        raise
-    except OSError:
-        os.close(descriptor)
+        if not isinstance(error, OSError) or isinstance(error, (BlockingIOError, FileNotFoundError)):
+            raise
         return None
+
+
+def _lock_soon(target: Path) -> int | None:
+    """As `_lock`, of a folder that another process may be replacing, which is waited for; None if that does not end.
+
+    Raises:
+        OSError: the folder is gone or cannot be opened.
+    """
+    last = time.monotonic() + _BUSY_SECONDS
+    while time.monotonic() < last:
+        with contextlib.suppress(BlockingIOError):
+            return _lock(target)
+        time.sleep(0.005)
+    return None
+
+
+def _unlock(descriptor: int | None) -> None:
+    """Also where a process that was forked meanwhile has the descriptor as well."""
+    if descriptor is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        finally:
+            os.close(descriptor)
 
 
 def _put_where_nothing_is(new: Path, target: Path) -> None:
@@ -382,17 +409,27 @@ def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> 
             raise
         return
     aside = _beside(target, "old")
-    target.rename(aside)
     try:
+        target.rename(aside)
         look(aside)
         new.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    _remove(aside)
+    finally:
+        if os.path.lexists(target):
+            _remove(aside)
+        elif os.path.lexists(aside):  # refused, failed or interrupted
+            aside.rename(target)
 
 
 def _remove(path: Path) -> None:
+    """Remove what can be removed of it, also where a signal comes meanwhile."""
+    try:
+        _take_away(path)
+    except BaseException:
+        _take_away(path)
+        raise
+
+
+def _take_away(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         try:
             shutil.rmtree(path, ignore_errors=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -29,6 +27,7 @@ from . import (
     ui,
     verify,
 )
+from ._signals import heard
 
 __all__ = ["app", "read"]
 
@@ -87,18 +86,12 @@ for _verb in (
 app.add_typer(engines.app, name="engines")
 
 
-def _interrupt(number: int, frame: object) -> None:
-    """SIGTERM ends a verb as Ctrl-C does, so that nothing half written stays."""
-    raise KeyboardInterrupt
-
-
 def read(argv: Sequence[str] | None) -> int:
     """As `main`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = int(app(arguments, prog_name="magicface-rt", standalone_mode=False) or 0)
+        with heard():
+            code = int(app(arguments, prog_name="magicface-rt", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:

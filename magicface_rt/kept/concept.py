@@ -21,6 +21,15 @@ from .reference import KeptReference
 MAX_NOTE = 2000
 
 
+def check_note(note: object, word: str) -> None:
+    """Raise `KeptConceptError` for what cannot be the note of a concept of this word."""
+    if note is not None and (not isinstance(note, str) or not 1 <= len(note) <= MAX_NOTE):
+        found = f"{len(note)} characters" if isinstance(note, str) else shown(note)
+        raise KeptConceptError(
+            f"kept concept {word!r} has a note of {found}, expected a text of 1 to {MAX_NOTE} characters, or None."
+        )
+
+
 @dataclass(frozen=True, eq=False, init=False)
 class KeptConcept(NamedConcept):
     """A concept that was prepared: `generate` takes it as it takes a `Concept`.
@@ -61,11 +70,7 @@ class KeptConcept(NamedConcept):
     ) -> None:
         super().__init__(word, weight, token_index, name)
         references = tuple(references)
-        if note is not None and (not isinstance(note, str) or not 1 <= len(note) <= MAX_NOTE):
-            found = f"{len(note)} characters" if isinstance(note, str) else shown(note)
-            raise KeptConceptError(
-                f"kept concept {word!r} has a note of {found}, expected a text of 1 to {MAX_NOTE} characters, or None."
-            )
+        check_note(note, word)
         if not references:
             raise KeptConceptError(f"kept concept {word!r} has no reference, expected at least one.")
         if source is not None and len(source.references) != len(references):

@@ -35,7 +35,7 @@ from benchmarks.workload import PROMPT, Workload, mask_of_share, sizes_of
 from magicface_rt import Bundle, Session
 from magicface_rt.backends import Binding
 from magicface_rt.cli import main
-from magicface_rt.errors import BackendError, InputError, OptionError
+from magicface_rt.errors import BackendError, InputError, OptionError, OutputError
 from tests.locations import ROOT
 
 OURS = "onnxruntime-cpu"
@@ -608,6 +608,25 @@ def test_the_table_shows_what_was_measured_and_why_not(report: dict[str, Any]) -
     assert "| 21 (1 to 41, p95 39) |" in table.markdown(many)
     outcome.update(status="skipped", reason="needs 40 GB", steps={}, requests=None)
     assert "skipped: needs 40 GB" in table.markdown(content)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_earlier_report_stays_where_the_next_cannot_be_written(
+    error: BaseException, report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --resume it holds hours of measuring."""
+    output.write(report["content"], tmp_path, plots=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"bench.json", "bench.md"}
+
+    def half_written(self: Path, text: str, **_: object) -> None:
+        self.write_bytes(text.encode()[: len(text) // 2])
+        raise error
+
+    monkeypatch.setattr(Path, "write_text", half_written)
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        output.write(report["content"], tmp_path, plots=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_plots_are_written_in_both_forms(report: dict[str, Any], tmp_path: Path) -> None:

@@ -46,6 +46,30 @@ def same_pictures(one: Path, other: Path) -> None:
             np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
 
 
+@pytest.mark.parametrize("wrong", ["a note", "the second image"])
+def test_what_can_be_refused_is_refused_before_anything_is_prepared(
+    wrong: str,
+    tiny_bundle: Path,
+    job: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def prepared(*_: object, **__: object) -> None:
+        raise AssertionError("something was prepared")
+
+    monkeypatch.setattr(Session, "prepare", prepared)
+    arguments = ["prepare", tiny_bundle, "--job", job, "--out", tmp_path / "kept"]
+    if wrong == "a note":
+        assert "has a note of 2001 characters, expected" in refusal(capsys, *arguments, "--note", "n" * 2001)
+        assert "has a note of 0 characters, expected" in refusal(capsys, *arguments, "--note", "")
+    else:
+        second = Path(json.loads(job.read_text())["concepts"][1]["image"])
+        (job.parent / second).write_bytes(b"no image")
+        assert second.name in refusal(capsys, *arguments)
+    assert not (tmp_path / "kept").exists()
+
+
 def test_a_prepared_concept_makes_the_picture_of_the_bare_one(
     tiny_bundle: Path, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -315,6 +317,36 @@ def test_interrupting_exits_130(
     monkeypatch.setattr("magicface_rt.cli.run.Session", interrupted)
     assert main(["run", "b", "--prompt", "a man", "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "interrupted; nothing half written\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["a finalizer", "a callback of a weak reference"])
+def test_a_signal_is_not_lost_where_python_cannot_raise(
+    number: int, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def struck(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        sum(range(1000))
+
+    class Finalized:
+        if where == "a finalizer":
+            __del__ = struck
+
+    def working(*_: object, **__: object) -> None:
+        one = Finalized()
+        told = weakref.ref(one, struck) if where != "a finalizer" else None
+        del one
+        time.sleep(30)
+        raise AssertionError(f"nobody ended it {told}")
+
+    monkeypatch.setattr("magicface_rt.cli.run.Session", working)
+    hook, before = sys.unraisablehook, signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["run", "b", "--prompt", "a man", "--out", "never"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "interrupted; nothing half written\n"
+    assert sys.unraisablehook is hook
 
 
 def test_doctor_finds_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:

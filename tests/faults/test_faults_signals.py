@@ -42,6 +42,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and 
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 SOON_SECONDS = 120
+LOADED_SECONDS = 600
+"""How long a command may take to load its runtime; an export traces its graphs before, beside other tests."""
 
 
 @pytest.fixture(scope="module")
@@ -347,8 +349,8 @@ def test_a_process_is_ended_in_the_middle(scene: Scene, verb: str, number: int, 
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    maps = Path(f"/proc/{process.pid}/maps")
-    while process.poll() is None and "onnxruntime_pybind11_state" not in maps.read_text():
+    maps, last = Path(f"/proc/{process.pid}/maps"), time.monotonic() + LOADED_SECONDS
+    while process.poll() is None and time.monotonic() < last and "onnxruntime_pybind11_state" not in maps.read_text():
         time.sleep(0.02)
     time.sleep(0.5)
     watch = threading.Timer(SOON_SECONDS, process.kill)

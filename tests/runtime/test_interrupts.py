@@ -226,36 +226,3 @@ def test_a_file_that_is_written(strike: Callable[..., Any], tmp_path: Path, monk
     with struck():
         made().save(tmp_path / "man.concept")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("call", ["mkdir", "open", "close", "scandir", "rmdir", "rename"])
-@pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
-def test_nothing_temporary_is_left(call: str, folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C as something was just made, renamed or removed; at `close` `shutil` has not noted yet that it did."""
-    real, calls = getattr(os, call), 0
-
-    def interrupted(*arguments: Any, **named: Any) -> object:
-        nonlocal calls
-        found = real(*arguments, **named)
-        calls += 1
-        if calls == at:
-            raise KeyboardInterrupt
-        return found
-
-    for at in range(1, 10):
-        calls = 0
-        with monkeypatch.context() as patched:
-            patched.setattr(os, call, interrupted)
-            try:
-                with unfinished.part(tmp_path / "out", folder=folder) as part:
-                    unfinished.put(part, tmp_path / "out")
-                unfinished.remove(tmp_path / "out")
-            except KeyboardInterrupt:
-                assert calls >= at
-            else:
-                break
-        assert not [path for path in tmp_path.iterdir() if unfinished.is_part(path.name)], f"{call} number {at}"
-        if (tmp_path / "out").exists():
-            unfinished.remove(tmp_path / "out")
-    assert calls < at
-    assert not list(tmp_path.iterdir())
