@@ -61,7 +61,10 @@ _CANNOT_LINK = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_NAME = {errno.EINVAL, errno.ENAMETOOLONG}
-_BUSY_SECONDS = 10
+_MOVED = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}
+"""Where a folder was expected there is none, or the other way round: another process is putting one there."""
+
+_BUSY_SECONDS, _BUSY_LOOK_SECONDS = 10, 0.005
 """How long is waited for another process that replaces the same folder, which takes it as long as removing one."""
 
 
@@ -129,29 +132,17 @@ def put(
             the disk for certain: a file stays replaced then, and a folder where two cannot change places.
     """
     settle(new)
-    earlier = os.path.lexists(target)
-    replaced = overwrite and earlier and new.is_dir() and target.is_dir()
-    # The earlier folder is held until its fate is certain: as a part, nobody else is to take it for left behind.
-    held = _lock_soon(target) if replaced else None
-    try:
-        if replaced:
-            _replace_folder(new, target, look)
-        elif not overwrite and not new.is_dir():
-            _put_where_nothing_is(new, target)
-        else:
-            os.replace(new, target)
+    last = time.monotonic() + _BUSY_SECONDS
+    while True:
         try:
-            _sync(target.parent)
-        except OSError:
-            # Whoever is told that it failed must not find it there.
-            with contextlib.suppress(OSError):
-                if replaced:
-                    exchange(new, target)
-                elif not earlier:
-                    os.rename(target, new)
-            raise
-    finally:
-        _unlock(held)
+            _put(new, target, overwrite, look)
+        except OSError as error:
+            elsewhere = overwrite and error.errno in _MOVED and new.is_dir()
+            if not elsewhere or time.monotonic() > last:
+                raise
+            time.sleep(_BUSY_LOOK_SECONDS)
+        else:
+            return
 
 
 def check(target: Path, *, folder: bool = False) -> None:
@@ -352,6 +343,33 @@ def _lock(path: Path) -> int | None:
         return None
 
 
+def _put(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object]) -> None:
+    """As `put`, once, of what is on the disk."""
+    earlier = os.path.lexists(target)
+    replaced = overwrite and earlier and new.is_dir() and target.is_dir()
+    # The earlier folder is held until its fate is certain: as a part, nobody else is to take it for left behind.
+    held = _lock_soon(target) if replaced else None
+    try:
+        if replaced:
+            _replace_folder(new, target, look)
+        elif not overwrite and not new.is_dir():
+            _put_where_nothing_is(new, target)
+        else:
+            os.replace(new, target)
+        try:
+            _sync(target.parent)
+        except OSError:
+            # Whoever is told that it failed must not find it there.
+            with contextlib.suppress(OSError):
+                if replaced:
+                    exchange(new, target)
+                elif not earlier:
+                    os.rename(target, new)
+            raise
+    finally:
+        _unlock(held)
+
+
 def _lock_soon(target: Path) -> int | None:
     """As `_lock`, of a folder that another process may be replacing, which is waited for; None if that does not end.
 
@@ -360,9 +378,10 @@ def _lock_soon(target: Path) -> int | None:
     """
     last = time.monotonic() + _BUSY_SECONDS
     while time.monotonic() < last:
-        with contextlib.suppress(BlockingIOError):
+        try:
             return _lock(target)
-        time.sleep(0.005)
+        except BlockingIOError:
+            time.sleep(_BUSY_LOOK_SECONDS)
     return None
 
 
@@ -408,16 +427,24 @@ def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> 
             exchange(new, target)
             raise
         return
-    aside = _beside(target, "old")
+    aside, looked = _beside(target, "old"), False
     try:
         target.rename(aside)
         look(aside)
+        looked = True
         new.rename(target)
-    finally:
-        if os.path.lexists(target):
+    except BaseException:
+        if os.path.lexists(target) and looked:  # interrupted as it was put there, or another process has put its own
             _remove(aside)
-        elif os.path.lexists(aside):  # refused, failed or interrupted
-            aside.rename(target)
+        else:  # where another process has, this keeps its name
+            with contextlib.suppress(OSError):
+                aside.rename(target)
+        raise
+    try:
+        _remove(aside)
+    except BaseException:  # a signal came before it began
+        _remove(aside)
+        raise
 
 
 def _remove(path: Path) -> None:

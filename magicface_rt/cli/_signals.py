@@ -27,14 +27,14 @@ def heard() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGTERM, _interrupt)
-    before = sys.unraisablehook
+    before, timers = sys.unraisablehook, []
 
     def told(lost: Any) -> None:
         if isinstance(lost.exc_value, KeyboardInterrupt):
             with suppress(RuntimeError):  # no thread can be started
-                again = threading.Timer(AGAIN_SECONDS, _thread.interrupt_main, [signal.SIGTERM])
-                again.daemon = True
-                again.start()
+                timers.append(threading.Timer(AGAIN_SECONDS, _give_again, [threading.get_ident()]))
+                timers[-1].daemon = True
+                timers[-1].start()
                 return
         before(lost)
 
@@ -43,6 +43,16 @@ def heard() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+        for timer in timers:  # what has ended is not interrupted any more
+            timer.cancel()
+
+
+def _give_again(thread: int) -> None:
+    """To the main thread, which it also wakes where it waits for something, but on Windows."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(thread, signal.SIGTERM)
+    else:
+        _thread.interrupt_main(signal.SIGTERM)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -319,6 +319,9 @@ def test_interrupting_exits_130(
     assert capsys.readouterr().err == "interrupted; nothing half written\n"
 
 
+WAIT_SECONDS = 30
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", ["a finalizer", "a callback of a weak reference"])
 def test_a_signal_is_not_lost_where_python_cannot_raise(
@@ -336,10 +339,11 @@ def test_a_signal_is_not_lost_where_python_cannot_raise(
         one = Finalized()
         told = weakref.ref(one, struck) if where != "a finalizer" else None
         del one
-        time.sleep(30)
+        time.sleep(WAIT_SECONDS)
         raise AssertionError(f"nobody ended it {told}")
 
     monkeypatch.setattr("magicface_rt.cli.run.Session", working)
+    began = time.monotonic()
     hook, before = sys.unraisablehook, signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main(["run", "b", "--prompt", "a man", "--out", "never"]) == 130
@@ -347,6 +351,7 @@ def test_a_signal_is_not_lost_where_python_cannot_raise(
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted; nothing half written\n"
     assert sys.unraisablehook is hook
+    assert time.monotonic() - began < WAIT_SECONDS, "it was heard only when that ended what the command waited for"
 
 
 def test_doctor_finds_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:

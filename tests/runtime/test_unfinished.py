@@ -129,20 +129,50 @@ def test_what_is_replaced_is_not_taken_for_left_behind(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_what_is_refused_is_kept_where_another_has_taken_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two folders cannot change places the earlier one is aside as it is looked at."""
+    monkeypatch.setattr(unfinished, "_rename", lambda one, other, flag: False)
+    out, looks = tmp_path / "out", []
+    write(out, "earlier")
+
+    def look(earlier: Path) -> None:
+        looks.append(earlier)
+        if len(looks) == 2:
+            write(out, "another's")
+            raise ValueError("not what it was")
+
+    def replace() -> None:
+        with unfinished.part(out, folder=True) as part:
+            (part / "a.txt").write_text("new")
+            unfinished.put(part, out, look=look)
+
+    with pytest.raises(ValueError, match="not what it was"):
+        replace()
+    assert read(out) == "another's"
+    assert read(looks[1]) == "earlier"
+    assert sorted(tmp_path.iterdir()) == sorted([out, looks[1]])
+
+
 SAVER = """
 import sys
+import time
 from pathlib import Path
 from magicface_rt import unfinished
 
-out, text = Path(sys.argv[1]), sys.argv[2]
+out, text, times, how = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+if how == "by two renamings":
+    unfinished._rename = lambda one, other, flag: False
 
 
 def look(earlier):
+    time.sleep(0.001)
     texts = [file.read_text() for file in earlier.iterdir()]
     assert len(texts) == 2 and len(set(texts)) == 1, texts
 
 
-for _ in range(int(sys.argv[3])):
+for _ in range(times):
     with unfinished.part(out, folder=True) as part:
         for name in ("a.txt", "b.txt"):
             (part / name).write_text(text)
@@ -150,12 +180,14 @@ for _ in range(int(sys.argv[3])):
 """
 
 
-@pytest.mark.parametrize("times", [100, pytest.param(3000, marks=pytest.mark.slow)])
-def test_two_processes_that_replace_the_same_folder_lose_nothing(times: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["in one step", "by two renamings"])
+@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_two_processes_that_replace_the_same_folder_lose_nothing(times: int, how: str, tmp_path: Path) -> None:
+    """Nor do they where neither finds one there."""
     out = tmp_path / "out"
-    write(out, "earlier")
+    command = [sys.executable, "-c", SAVER]
     savers = [
-        subprocess.Popen([sys.executable, "-c", SAVER, str(out), text, str(times)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(out), text, str(times), how], stderr=subprocess.PIPE, text=True)
         for text in ("one", "other")
     ]
     for saver in savers:
