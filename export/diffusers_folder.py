@@ -134,7 +134,10 @@ class FolderCheckpoint(Checkpoint):
 
     @cached_property
     def pad_token_id(self) -> int:
-        number = self._tokenizer.token_to_id(self._pad_token)
+        try:
+            number = self._tokenizer.token_to_id(self._pad_token)
+        except UnicodeEncodeError:  # half of a pair of surrogates, which no vocabulary has
+            number = None
         if number is None:
             folder, token = self.path / "tokenizer", self._pad_token[:100]
             raise CheckpointError(f"tokenizer {folder}: its padding token {token!r} is not in its vocabulary")

@@ -28,6 +28,7 @@ from magicface_rt.shown import one_line
 from magicface_rt.warned import MagicFaceWarning
 
 from . import INTERRUPTED, INTERRUPTED_TEXT
+from ._signals import came, raise_lost
 
 RESERVE = 4 << 20
 """Bytes of memory that a verb sets aside, so that it can say that there is too little."""
@@ -58,8 +59,9 @@ def show_traceback(wanted: bool) -> None:
 class Command:
     """A verb at work: what it says to the reader, and what it leaves as JSON.
 
-    `print` is for results (stdout, or stderr where `--json -` has stdout), `note` for what is being done (stderr).
-    `outcome` is what becomes JSON; `fail` makes the exit code 1.
+    `print` is for results (stdout, or stderr where `--json -` has stdout), `note` for what is being done (stderr);
+    there a signal that something has swallowed ends the verb. `outcome` is what becomes JSON; `fail` makes the exit
+    code 1.
     """
 
     def __init__(self, json_to: str | None) -> None:
@@ -76,6 +78,7 @@ class Command:
         self.console.print(what)
 
     def note(self, line: object) -> None:
+        raise_lost()
         print(one_line(str(line)), file=sys.stderr, flush=True)
 
     def fail(self, exit_code: int = 1) -> None:
@@ -117,7 +120,7 @@ def command(json_to: str | None) -> Iterator[Command]:
         raise _interrupted(json_to) from None
     except Exception as error:
         del reserve
-        if was_interrupted(error):
+        if was_interrupted(error) or came():
             raise _interrupted(json_to) from None
         raise typer.Exit(_tell(error, json_to)) from error
     if verb.exit_code == BackendError.exit_code and (hint := address_hint()):

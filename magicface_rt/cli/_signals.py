@@ -10,15 +10,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-__all__ = ["heard"]
+__all__ = ["came", "heard", "raise_lost"]
 
 AGAIN_SECONDS = 0.05
 """After which what was lost comes again: as that may not be before the hook that saw it has returned."""
 
+_came = False
+
+
+def came() -> bool:
+    """Whether Ctrl-C or SIGTERM has come since the verb began, whatever became of what that raised.
+
+    A library in C++ may take it for an argument that does not fit, and tell only that.
+    """
+    return _came
+
+
+def raise_lost() -> None:
+    """To be called where a verb goes on: it does not after a signal, unless something has swallowed that."""
+    if _came:
+        raise KeyboardInterrupt
+
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """SIGTERM ends a verb as Ctrl-C does, and neither is lost where Python cannot raise what their handlers raise.
+    """SIGTERM ends a verb as Ctrl-C does, and neither is lost where Python cannot raise what the handler raises.
 
     In finalizers, callbacks of weak references and those of the garbage collector it goes on, and tells only
     `sys.unraisablehook`. From there the signal is given again.
@@ -26,7 +42,12 @@ def heard() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set, and none is called
         yield
         return
+    global _came
+    _came = False
     signal.signal(signal.SIGTERM, _interrupt)
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, or the caller's
+    if default:
+        signal.signal(signal.SIGINT, _interrupt)
     before, timers = sys.unraisablehook, []
 
     def told(lost: Any) -> None:
@@ -45,6 +66,9 @@ def heard() -> Iterator[None]:
         sys.unraisablehook = before
         for timer in timers:  # what has ended is not interrupted any more
             timer.cancel()
+        _came = False
+        if default:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _give_again(thread: int) -> None:
@@ -56,4 +80,6 @@ def _give_again(thread: int) -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
+    global _came
+    _came = True
     raise KeyboardInterrupt

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from magicface_rt import errors
 from magicface_rt.cli import main
 from magicface_rt.cli.export import parse_layers
 from magicface_rt.errors import NonFiniteError, OptionError, ParityError
+from magicface_rt.warned import MagicFaceWarning
 from tests.faults.disks import Layer, Settling
 from tests.locations import CASES
 
@@ -352,6 +355,33 @@ def test_a_signal_is_not_lost_where_python_cannot_raise(
     assert capsys.readouterr().err == "interrupted; nothing half written\n"
     assert sys.unraisablehook is hook
     assert time.monotonic() - began < WAIT_SECONDS, "it was heard only when that ended what the command waited for"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("then", ["it fails", "it goes on"])
+def test_a_signal_is_not_lost_where_a_library_swallows_what_it_raised(
+    number: int, then: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one in C++ does that takes it for an argument that does not fit."""
+
+    def working(*_: object, **__: object) -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(WAIT_SECONDS)
+        if then == "it fails":
+            raise RuntimeError("expected a value of another type")
+        warnings.warn("it goes on", MagicFaceWarning, stacklevel=2)
+        raise AssertionError("nobody ended it")
+
+    monkeypatch.setattr("magicface_rt.cli.run.Session", working)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["run", "b", "--prompt", "a man", "--out", "never"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "interrupted; nothing half written\n"
+    assert main(["run", "b", "--prompt", "a man", "--out", "never", "--concept", "x"]) == 2, "the next is another"
 
 
 def test_doctor_finds_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,11 @@ SPOILED: dict[str, tuple[str, Any, str]] = {
     "a block less": ("unet/config.json", {"block_out_channels": [16]}, "block_out_channels of the U-Net has 1 numbers"),
     "heads of two blocks": ("unet/config.json", {"attention_head_dim": [2, 2]}, "attention_head_dim .* has 2 numbers"),
     "a padding token without text": ("tokenizer/special_tokens_map.json", {"pad_token": {"content": 5}}, "pad_token"),
+    "a padding token that UTF-8 has not": (
+        "tokenizer/special_tokens_map.json",
+        {"pad_token": "\ud800"},
+        r"its padding token '\\ud800' is not in its vocabulary",
+    ),
     "a length that is null": ("tokenizer/tokenizer_config.json", {"model_max_length": None}, "model_max_length"),
     "a length that is text": ("tokenizer/tokenizer_config.json", {"model_max_length": "77"}, "model_max_length"),
     "a length below 0": ("tokenizer/tokenizer_config.json", {"model_max_length": -1}, "model_max_length"),
