@@ -37,7 +37,7 @@ def heard() -> Iterator[None]:
     """SIGTERM ends a verb as Ctrl-C does, and neither is lost where Python cannot raise what the handler raises.
 
     In finalizers, callbacks of weak references and those of the garbage collector it goes on, and tells only
-    `sys.unraisablehook`. From there the signal is given again.
+    `sys.unraisablehook`. From there the signal is given again; and nothing else is told after one has come.
     """
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set, and none is called
         yield
@@ -57,7 +57,8 @@ def heard() -> Iterator[None]:
                 timers[-1].daemon = True
                 timers[-1].start()
                 return
-        before(lost)
+        if not _came:  # else what was interrupted as it was made cannot be finalized well
+            before(lost)
 
     sys.unraisablehook = told
     try:

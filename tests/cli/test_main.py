@@ -357,6 +357,29 @@ def test_a_signal_is_not_lost_where_python_cannot_raise(
     assert time.monotonic() - began < WAIT_SECONDS, "it was heard only when that ended what the command waited for"
 
 
+def test_what_a_signal_left_half_made_is_not_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an event loop of asyncio that has no list of handlers yet."""
+
+    class Loop:
+        def __init__(self, *_: object, **__: object) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(WAIT_SECONDS)
+            self.handlers: list[object] = []
+
+        def __del__(self) -> None:
+            finalized.append(self)
+            self.handlers.clear()
+
+    finalized: list[Loop] = []
+    monkeypatch.setattr("magicface_rt.cli.run.Session", Loop)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # and not that of pytest
+    assert main(["run", "b", "--prompt", "a man", "--out", "never"]) == 130
+    assert finalized
+    assert capsys.readouterr().err == "interrupted; nothing half written\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("then", ["it fails", "it goes on"])
 def test_a_signal_is_not_lost_where_a_library_swallows_what_it_raised(
