@@ -29,6 +29,7 @@ def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = Tru
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Before anything is asked of it: hours of measuring are not to be lost to a mistake in their report.
+        # The earlier one stays until this is there: with `--resume` it holds what is not measured again.
         _write(folder / JSON, json.dumps(content, indent=1) + "\n")
         wrong = problems(content)
         if wrong:
@@ -48,8 +49,4 @@ def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = Tru
 
 
 def _write(file: Path, text: str) -> None:
-    """The earlier one stays until the new one is there: with `--resume` it holds what is not measured again."""
-    target = unfinished.place(file)
-    with unfinished.part(target) as part:
-        part.write_text(text, encoding="utf-8")
-        unfinished.put(part, target)
+    unfinished.write(unfinished.place(file), text.encode())

@@ -47,8 +47,6 @@ def save(root: Path, flavour: Flavour, device: int, cache: Any) -> None:
     path = place(root, flavour, device)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with unfinished.part(path) as part:
-            part.write_bytes(memoryview(cache.serialize()))
-            unfinished.put(part, path)
+        unfinished.write(path, memoryview(cache.serialize()))
     except OSError as error:
         LOGGER.warning("timing cache %s cannot be written (%s)", path, error)

@@ -17,7 +17,7 @@ from .kept.memory import Tokens
 from .kept.origin import content_key
 from .kept.preparation import EncodedReference, prepare_reference, token_counts
 from .kept.reference import Storage
-from .request import Progress
+from .request import Progress, check_concept, check_number
 from .tokenizer import Tokenizer
 from .workplace import Workplace
 
@@ -107,6 +107,13 @@ def load_bare(concept: Concept, bundle: Bundle) -> list[BareReference]:
         BareReference(one, reference.prompt, token_counts(one, bundle))
         for one, reference in zip(loaded, concept.references, strict=True)
     ]
+
+
+def load_alone(concept: Concept, origin: Origin, bundle: Bundle, tokenizer: Tokenizer) -> list[BareReference]:
+    """As `load_bare`, of a concept that is prepared by itself; all that can be refused before computing is refused."""
+    check_concept(concept, origin, tokenizer)
+    check_number(len(concept.references), bundle)
+    return load_bare(concept, bundle)
 
 
 def _in_size(loaded: LoadedReference, bundle: Bundle) -> LoadedReference:

@@ -35,13 +35,12 @@ from .kept.keeper import Keeper, KeepSettings, checked_storage
 from .kept.memory import MEMORY
 from .options import Options
 from .plain_words import one_of
-from .preparing import Preparer, TokenList, held_references, load_bare
+from .preparing import Preparer, TokenList, held_references, load_alone, load_bare
 from .request import (
     Progress,
     ProgressCallback,
     Request,
     check_batch,
-    check_concept,
     check_concepts,
     check_number,
     check_progress,
@@ -339,10 +338,8 @@ class Session:
         course = Course(progress, self._check_open)
         with self._worker(course, options.steps * len(concept.references)):
             origin = Origin.of(self.bundle, options.steps, options.reference_seed)
-            check_concept(concept, origin, self.tokenizer)
-            check_number(len(concept.references), self.bundle)
+            loaded = load_alone(concept, origin, self.bundle, self.tokenizer)
             with self._place() as place:
-                loaded = load_bare(concept, self.bundle)
                 preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, course)
                 kept = preparer.prepare(concept, loaded, origin, form, workspace=room)
         return KeptConcept(

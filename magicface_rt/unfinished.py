@@ -47,6 +47,7 @@ __all__ = [
     "remove",
     "settle",
     "why",
+    "write",
 ]
 
 _NAME = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(part|old)", re.DOTALL)
@@ -143,6 +144,17 @@ def put(
             time.sleep(_BUSY_LOOK_SECONDS)
         else:
             return
+
+
+def write(target: Path, content: bytes | memoryview) -> None:
+    """A file of this content, in place of an earlier one.
+
+    Raises:
+        OSError: as of `part` and `put`.
+    """
+    with part(target) as new:
+        new.write_bytes(content)
+        put(new, target)
 
 
 def check(target: Path, *, folder: bool = False) -> None:
@@ -418,7 +430,7 @@ def _put_where_nothing_is(new: Path, target: Path) -> None:
 
 
 def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> None:
-    """Afterwards the earlier folder is at `new`, or gone."""
+    """Afterwards the earlier folder is at `new`."""
     look(target)
     if exchange(new, target):
         try:
@@ -433,17 +445,13 @@ def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> 
         look(aside)
         looked = True
         new.rename(target)
+        aside.rename(new)
     except BaseException:
         if os.path.lexists(target) and looked:  # interrupted as it was put there, or another process has put its own
             _remove(aside)
         else:  # where another process has, this keeps its name
             with contextlib.suppress(OSError):
                 aside.rename(target)
-        raise
-    try:
-        _remove(aside)
-    except BaseException:  # a signal came before it began
-        _remove(aside)
         raise
 
 

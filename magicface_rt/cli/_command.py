@@ -171,10 +171,7 @@ def write_json(to: str | None, content: Mapping[str, Any], *, wait: bool = True)
             with open(to, "ab", opener=None if wait else _open_at_once) as stream:
                 stream.write(encoded)
             return
-        target = unfinished.place(to)
-        with unfinished.part(target) as part:
-            part.write_bytes(encoded)
-            unfinished.put(part, target)
+        unfinished.write(unfinished.place(to), encoded)
     except OSError as error:
         raise OutputError(f"JSON file {to!r} cannot be written: {unfinished.why(error)}") from error
 

@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from magicface_rt import Concept, OptionError, Options, OutputError, Progress, Session
+from magicface_rt import Concept, OptionError, OutputError, Progress, Session
 from magicface_rt.kept.concept import check_note
 from magicface_rt.kept.files import check_writable
 from magicface_rt.kept.origin import Origin
-from magicface_rt.preparing import load_bare
-from magicface_rt.request import check_concept, check_number
+from magicface_rt.preparing import load_alone
 from magicface_rt.session import ProgressCallback
 
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption, ThreadsOption
@@ -71,8 +70,7 @@ def prepare(
         if not concepts:
             raise OptionError("there is no concept to prepare; give --concept, or a --job that has some.")
         paths = _paths(concepts, out, overwrite=overwrite)
-        for one in concepts:
-            check_note(note, one.word)
+        check_note(note, concepts[0].word)
         files = []
         with Session(
             bundle,
@@ -84,8 +82,9 @@ def prepare(
             build_missing=build_missing,
             storage=storage,
         ) as session:
+            origin = Origin.of(session.bundle, request.options.steps, request.options.reference_seed)
             for one in concepts[1:]:  # before the first takes its minutes
-                _check(one, session, request.options)
+                load_alone(one, origin, session.bundle, session.tokenizer)
             for one, path in zip(concepts, paths, strict=True):
                 with preparation_bar(one.name) as progress:
                     kept = session.prepare(
@@ -121,13 +120,6 @@ def preparation_bar(name: str) -> Iterator[ProgressCallback | None]:
             bar.update(task, total=progress.steps, completed=progress.step)
 
         yield moved
-
-
-def _check(concept: Concept, session: Session, options: Options) -> None:
-    """Raise what `Session.prepare` would before it computes anything."""
-    check_concept(concept, Origin.of(session.bundle, options.steps, options.reference_seed), session.tokenizer)
-    check_number(len(concept.references), session.bundle)
-    load_bare(concept, session.bundle)
 
 
 def _paths(concepts: list[Concept], out: Path, *, overwrite: bool) -> list[Path]:

@@ -619,11 +619,12 @@ def test_an_earlier_report_stays_where_the_next_cannot_be_written(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"bench.json", "bench.md"}
 
-    def half_written(self: Path, text: str, **_: object) -> None:
-        self.write_bytes(text.encode()[: len(text) // 2])
+    def half_written(self: Path, content: bytes) -> None:
+        with self.open("wb") as stream:
+            stream.write(content[: len(content) // 2])
         raise error
 
-    monkeypatch.setattr(Path, "write_text", half_written)
+    monkeypatch.setattr(Path, "write_bytes", half_written)
     with pytest.raises((OutputError, KeyboardInterrupt)):
         output.write(report["content"], tmp_path, plots=False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

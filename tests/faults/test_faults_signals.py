@@ -320,6 +320,7 @@ def test_an_earlier_result_outlives_a_signal(forks: Forks, scene: Scene, tmp_pat
         tally.check("run", ended, NUMBERS[event % 2], tmp_path)
         assert (tmp_path / "out").exists(), ended.said
     assert tally.ended["interrupted"] >= 3, tally
+    assert forks.run(arguments, tmp_path).code == 0
     figures.tell("signals", "run --overwrite, last changes", f"{tally}; a whole result was always there")
 
 

@@ -35,11 +35,11 @@ def read(place: Path) -> str | None:
     return texts[0]
 
 
-def put_folder(out: Path) -> None:
+def put_folder(out: Path, look: Callable[[Path], object] = lambda earlier: None) -> None:
     with unfinished.part(out, folder=True) as part:
         for name in ("a.txt", "b.txt"):
             (part / name).write_text("new")
-        unfinished.put(part, out)
+        unfinished.put(part, out, look=look)
 
 
 def put_file(out: Path, *, overwrite: bool = True) -> None:
@@ -117,13 +117,8 @@ def test_what_is_replaced_is_not_taken_for_left_behind(tmp_path: Path) -> None:
         if len(looks) == 2:
             raise OSError("not what it was")
 
-    def replace() -> None:
-        with unfinished.part(out, folder=True) as part:
-            (part / "a.txt").write_text("new")
-            unfinished.put(part, out, look=look)
-
     with pytest.raises(OSError, match="not what it was"):
-        replace()
+        put_folder(out, look)
     assert looks == ["earlier", "earlier"]
     assert read(out) == "earlier"
     assert os.listdir(tmp_path) == ["out"]
@@ -143,13 +138,8 @@ def test_what_is_refused_is_kept_where_another_has_taken_its_place(
             write(out, "another's")
             raise ValueError("not what it was")
 
-    def replace() -> None:
-        with unfinished.part(out, folder=True) as part:
-            (part / "a.txt").write_text("new")
-            unfinished.put(part, out, look=look)
-
     with pytest.raises(ValueError, match="not what it was"):
-        replace()
+        put_folder(out, look)
     assert read(out) == "another's"
     assert read(looks[1]) == "earlier"
     assert sorted(tmp_path.iterdir()) == sorted([out, looks[1]])
