@@ -26,7 +26,7 @@ from killing_checks import concept_at, result_at, write_job
 from killing_targets import clear
 from killing_writers import made_result
 
-from magicface_rt import KeptConcept, Session, unfinished
+from magicface_rt import Bundle, KeptConcept, Session, unfinished
 from magicface_rt.cli import main
 from magicface_rt.errors import OutputError
 
@@ -170,6 +170,7 @@ def test_prepare_on_a_disk_that_fails_at_any_step(
 
     monkeypatch.setattr(Session, "prepare", prepare)
     monkeypatch.setattr(Session, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(Session, "bundle", Bundle.open(tiny_bundle), raising=False)
     monkeypatch.setattr(Session, "close", lambda _: None)
     place, job = below / "out" / "man.concept", write_job(tmp_path)
     command = ["prepare", str(tiny_bundle), "--job", str(job), "--out", str(place.parent)]
