@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -11,10 +12,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from magicface_rt import Concept, Reference, jobs
 from magicface_rt.errors import ConceptError, InputError, JobError, OptionError
 from magicface_rt.jobs import MAX_JOB_BYTES, load_job, parse_concept_option, parse_job
 from magicface_rt.options import Options
-from tests.locations import CASES
+from tests.locations import CASES, ROOT
 
 MAN: dict[str, Any] = {
     "word": "man",
@@ -447,3 +449,33 @@ def test_weights_of_an_option_are_checked(weight: str) -> None:
 def test_no_option_raises_anything_but_input_errors(text: str) -> None:
     with contextlib.suppress(InputError):
         parse_concept_option(text)
+
+
+def test_the_page_of_requests_has_every_key_with_its_default() -> None:
+    page = (ROOT / "docs" / "requests.md").read_text(encoding="utf-8")
+    rows = {
+        cells[0].strip("`"): cells[1].strip("`")
+        for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines())
+        if len(cells) > 1
+    }
+    told = {"": None, "empty": "", "none": None, "true": True}
+    defaults = {key: told.get(value, value) for key, value in rows.items()}
+    for of in (Options, Reference, Concept):
+        for name, parameter in inspect.signature(of).parameters.items():
+            if name in ("reference", "references", "mask", "name", "token_index"):  # told in words
+                assert name in page
+            elif parameter.default is not parameter.empty:
+                assert str(defaults[name]) == str(parameter.default), name
+    for key in (*jobs._JOB, *jobs._CONCEPT):
+        assert f"`{key}`" in page, key
+    example = json.loads(page.split("```json")[1].split("```")[0])
+    assert len(parse_job(example).concepts[1].references) == 2
+
+
+def test_the_page_of_requests_has_options_that_are_read() -> None:
+    page = (ROOT / "docs" / "requests.md").read_text(encoding="utf-8")
+    given = [line.split("'")[1] for line in page.splitlines() if line.startswith("    --concept")]
+    read = [parse_concept_option(text) for text in given]
+    assert [len(concept.references) for concept in read] == [1, 2, 1, 1]
+    assert read[2].references[0].prompt == "a man, smiling"
+    assert read[3].token_index == (5, 6)
