@@ -20,6 +20,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 import uuid
@@ -92,7 +93,8 @@ def place(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A new empty file beside `target`, or a new folder, to be filled and then `put` there.
+    """A new empty file beside `target`, or a new folder, to be filled and then `put` there. Who may not read what is
+    there now may not read this either.
 
     Whatever has its name when the context ends is removed. What killed processes left of the same `target` is removed
     first.
@@ -119,8 +121,9 @@ def put(
 ) -> None:
     """Let `new`, a part of `target`, take its place, on the disk for certain.
 
-    With `overwrite` an earlier file or folder is replaced: either it or the new one is there at every moment. Without,
-    a file is put only where there is nothing, and a folder where there is none, or an empty one.
+    With `overwrite` an earlier file or folder is replaced, and keeps its permissions: either it or the new one is there
+    at every moment. Without, a file is put only where there is nothing, and a folder where there is none, or an empty
+    one.
 
     Of those that replace the same folder at the same time one waits for the other.
 
@@ -133,6 +136,9 @@ def put(
             the disk for certain: a file stays replaced then, and a folder where two cannot change places.
     """
     settle(new)
+    mode = _mode(target, folder=new.is_dir()) if overwrite else None
+    if mode is not None and mode != _mode(new, folder=new.is_dir()):
+        os.chmod(new, mode)
     last = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
@@ -316,13 +322,14 @@ def _stands(folder: Path, stem: str, names: list[str]) -> bool:
 
 def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
     """A new part of `target`, and the descriptor that holds its lock."""
+    earlier = _mode(target, folder=folder)
     while True:
         path, made = _beside(target, "part"), False
         try:
             if folder:
-                os.mkdir(path)
+                os.mkdir(path, 0o777 if earlier is None else 0o700 | earlier & 0o777)
             else:
-                path.touch(exist_ok=False)
+                path.touch(0o666 if earlier is None else 0o600 | earlier & 0o777, exist_ok=False)
             made = True
             return path, _lock(path)
         except BaseException as error:  # a signal may have come as it was made
@@ -330,6 +337,15 @@ def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
             if not (made and isinstance(error, (BlockingIOError, FileNotFoundError))):
                 _remove(path)
                 raise
+
+
+def _mode(path: Path, *, folder: bool) -> int | None:
+    """The permissions of a file or folder; None where there is none, or something else."""
+    try:
+        found = os.lstat(path).st_mode
+    except OSError:
+        return None
+    return stat.S_IMODE(found) if (stat.S_ISDIR if folder else stat.S_ISREG)(found) else None
 
 
 def _lock(path: Path) -> int | None:

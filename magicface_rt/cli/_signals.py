@@ -36,6 +36,8 @@ def raise_lost() -> None:
 def heard() -> Iterator[None]:
     """SIGTERM ends a verb as Ctrl-C does, and neither is lost where Python cannot raise what the handler raises.
 
+    Afterwards the caller's handlers are there again.
+
     In finalizers, callbacks of weak references and those of the garbage collector it goes on, and tells only
     `sys.unraisablehook`. From there the signal is given again; and nothing else is told after one has come.
     """
@@ -44,7 +46,9 @@ def heard() -> Iterator[None]:
         return
     global _came
     _came = False
-    signal.signal(signal.SIGTERM, _interrupt)
+    earlier = signal.getsignal(signal.SIGTERM)
+    if earlier is not signal.SIG_IGN:  # as whoever started this wants it
+        signal.signal(signal.SIGTERM, _interrupt)
     default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, or the caller's
     if default:
         signal.signal(signal.SIGINT, _interrupt)
@@ -68,6 +72,8 @@ def heard() -> Iterator[None]:
         for timer in timers:  # what has ended is not interrupted any more
             timer.cancel()
         _came = False
+        if earlier is not None and earlier is not signal.SIG_IGN:  # None: set by something that is not Python
+            signal.signal(signal.SIGTERM, earlier)
         if default:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -29,6 +29,11 @@ FORMAT = 1
 METADATA = "magicface_rt.kept_concept"
 MAX_HEADER_BYTES = 1 << 22
 ALIGNMENT = 64
+MAX_REFERENCES = 64
+"""What any bundle takes; a header could name so many that looking at them took hours."""
+
+_AT_ONCE = 1 << 24
+"""Bytes that are looked at together."""
 
 _NAMES = {"float32": "F32", "float16": "F16", BFLOAT16: "BF16", "uint8": "U8"}
 
@@ -267,10 +272,16 @@ def _check_content(
     for position, reference in enumerate(concept.references):
         for name, stored in reference.tensors.items():
             # One NaN among the keys makes every cell that looks at them one.
-            bad = sum(non_finite(stored.extremes(step), concept.origin.dtype) for step in range(concept.steps))
-            if bad:
+            if bad := _non_finite(stored, concept.origin):
                 _damaged(path, f"{position}.{name} holds {bad} values that are NaN or infinite")
         reference.known_as(_content(reference, position, manifest["sha256"]))
+
+
+def _non_finite(stored: Stored, origin: Origin) -> int:
+    """How many values are NaN or infinite: many steps at once where they are small, or one at a time."""
+    at_once = max(1, _AT_ONCE * origin.steps // max(stored.nbytes, 1))
+    parts = (slice(first, first + at_once) for first in range(0, origin.steps, at_once))
+    return sum(non_finite(stored.extremes(part), origin.dtype) for part in parts)
 
 
 def _content(reference: KeptReference, position: int, hashes: Mapping[str, str]) -> tuple[str, str]:
@@ -296,6 +307,8 @@ def _concept(
         unread.discard(name)
         return views[name].view(host_dtype(dtype)).reshape(shape)
 
+    if len(manifest["references"]) > MAX_REFERENCES:
+        raise ValueError(f"there are {len(manifest['references'])} references, expected at most {MAX_REFERENCES}")
     references, widths = [], origin.widths
     factors = [str(factor) for factor in origin.factors]
     for position, entry in enumerate(manifest["references"]):

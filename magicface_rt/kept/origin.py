@@ -17,6 +17,9 @@ from ..images import LoadedReference
 from ..shown import shown
 
 DTYPES = ("float32", "float16", BFLOAT16)
+MAX_LAYERS = 16
+MAX_STEPS = 1000
+"""What there are, and what `Options` takes. A file that says more would have its reader work for hours."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class Origin:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         if not isinstance(layers, list) or not layers or any(len(whole_numbers(x, "layers")) != 3 for x in layers):
             raise ValueError(f"layers is {shown(layers)}, expected a list of [index, factor, width]")
+        if len(layers) > MAX_LAYERS:
+            raise ValueError(f"layers has {len(layers)} entries, expected at most {MAX_LAYERS}")
         if any(factor < 1 or width < 1 for _, factor, width in layers):
             raise ValueError("layers has a factor or a width of 0, expected whole numbers from 1")
         if any(later[0] <= layer[0] for layer, later in pairwise(layers)):
@@ -98,6 +103,8 @@ class Origin:
         timesteps = whole_numbers(data["timesteps"], "timesteps")
         if not timesteps:
             raise ValueError("timesteps is empty, expected one for each step")
+        if len(timesteps) > MAX_STEPS:
+            raise ValueError(f"timesteps has {len(timesteps)} entries, expected at most {MAX_STEPS}")
         return cls(
             bundle_hash=text_entry(data, "bundle_hash"),
             architecture=text_entry(data, "architecture"),

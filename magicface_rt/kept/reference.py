@@ -41,8 +41,8 @@ class Stored(ABC):
         """A step's values [M, C], in the bundle's dtype (bfloat16 as bits)."""
 
     @abstractmethod
-    def extremes(self, step: int) -> NDArray[Any]:
-        """Values [any, C] in the bundle's dtype that are all finite exactly where a step's values are sure to be."""
+    def extremes(self, steps: slice) -> NDArray[Any]:
+        """Values [..., C] in the bundle's dtype that are all finite exactly where those of the steps are sure to be."""
 
     @property
     @abstractmethod
@@ -74,8 +74,8 @@ class Exact(Stored):
     def step(self, step: int) -> NDArray[Any]:
         return np.asarray(self.values[step])
 
-    def extremes(self, step: int) -> NDArray[Any]:
-        return self.step(step)
+    def extremes(self, steps: slice) -> NDArray[Any]:
+        return np.asarray(self.values[steps])
 
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
@@ -136,12 +136,11 @@ class EightBit(Stored):
     def step(self, step: int) -> NDArray[Any]:
         return self._in_dtype(self._values(step))
 
-    def extremes(self, step: int) -> NDArray[Any]:
+    def extremes(self, steps: slice) -> NDArray[Any]:
         # A value rises or falls with its level, so all lie between those of the first level and the last.
-        width = self.levels.shape[2]
-        ends = np.repeat(np.array([[0], [LEVELS]], np.uint8), width, axis=1)
+        ends = np.array([0, LEVELS], np.float32).reshape(2, 1, 1)
         with np.errstate(over="ignore", invalid="ignore"):
-            return self._in_dtype(self._decoded(ends, step))
+            return self._in_dtype(ends * self.scale[steps] + self.low[steps])
 
     def _values(self, step: int) -> NDArray[np.float32]:
         return self._decoded(self.levels[step], step)

@@ -24,7 +24,7 @@ from ..errors import (
     UnknownConceptError,
     UnreachableError,
 )
-from ..request import ProgressCallback, declined
+from ..request import Progress, ProgressCallback, check_progress, declined
 from ..shown import shown
 from ..strict_json import read_json
 from .answers import ANSWER_BYTES, PACKED, Answer, Body, Lines
@@ -209,17 +209,19 @@ class Client:
         Raises:
             Cancelled: `progress` returned False.
         """
+        check_progress(progress)
         order = order_of(prompt, listed(concepts), settings)
         if progress is None:
             return read(self._send("POST", "/v1/images", **_sent(order)), made_of)
-        for attempt in range(self._retries.most + 1):
-            try:
-                return self._streamed({**order, "stream": True}, progress)
-            except ServiceError as error:
-                wait = self._retries.wait("POST", error, attempt)
-                if wait is None:
-                    raise
-                time.sleep(wait)
+        with _callbacks_own():
+            for attempt in range(self._retries.most + 1):
+                try:
+                    return self._streamed({**order, "stream": True}, progress)
+                except ServiceError as error:
+                    wait = self._retries.wait("POST", error, attempt)
+                    if wait is None:
+                        raise
+                    time.sleep(wait)
         raise AssertionError("the last attempt ends the loop")
 
     def put_concept(
@@ -335,17 +337,19 @@ class AsyncClient:
         **settings: Any,
     ) -> Made:
         """As `Client.generate`."""
+        check_progress(progress)
         order = await asyncio.to_thread(order_of, prompt, listed(concepts), settings)
         if progress is None:
             return read(await self._send("POST", "/v1/images", **_sent(order)), made_of)
-        for attempt in range(self._retries.most + 1):
-            try:
-                return await self._streamed({**order, "stream": True}, progress)
-            except ServiceError as error:
-                wait = self._retries.wait("POST", error, attempt)
-                if wait is None:
-                    raise
-                await asyncio.sleep(wait)
+        with _callbacks_own():
+            for attempt in range(self._retries.most + 1):
+                try:
+                    return await self._streamed({**order, "stream": True}, progress)
+                except ServiceError as error:
+                    wait = self._retries.wait("POST", error, attempt)
+                    if wait is None:
+                        raise
+                    await asyncio.sleep(wait)
         raise AssertionError("the last attempt ends the loop")
 
     async def put_concept(
@@ -454,8 +458,32 @@ def _hear(
         for line in lines.of(piece):
             with _understood(response):
                 step = events.line(line)
-            if step is not None and declined(progress(step)):
+            if step is not None and declined(_answer(progress, step)):
                 raise Cancelled(f"cancelled by the progress callback after step {step.step} of {step.steps}.")
+
+
+class _CallbackError(Exception):
+    """Carries what a progress callback raised past everything that would take it for a fault of the service."""
+
+    def __init__(self, raised: Exception) -> None:
+        super().__init__(raised)
+        self.raised = raised
+
+
+def _answer(progress: ProgressCallback, step: Progress) -> object:
+    try:
+        return progress(step)
+    except Exception as error:
+        raise _CallbackError(error) from error
+
+
+@contextlib.contextmanager
+def _callbacks_own() -> Iterator[None]:
+    """What a progress callback raises comes out as it is: a lost connection of its own is none to the service."""
+    try:
+        yield
+    except _CallbackError as carried:
+        raise carried.raised from carried.raised.__cause__
 
 
 @contextlib.contextmanager

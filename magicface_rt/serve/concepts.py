@@ -75,9 +75,22 @@ def load_own(id: str, path: Path, *, check_hashes: bool = True) -> KeptConcept:
         KeptConceptError: it is damaged, or holds another concept, such as one that was copied to the wrong name.
     """
     concept = KeptConcept.load(path, check_hashes=check_hashes)
-    if (own := concept_id([reference.key for reference in concept.references])) != id:
+    keys = [reference.key for reference in concept.references]
+    texts = (concept.word, concept.name, concept.origin.bundle_hash, *(one.prompt for one in concept.references))
+    if not all(map(_ID.fullmatch, keys)) or not all(map(_is_unicode, texts)):
+        raise KeptConceptError(f"file {path.name!r} holds what no concept of a service has. Put the concept again.")
+    if (own := concept_id(keys)) != id:
         raise KeptConceptError(f"file {path.name!r} holds the concept {own}, expected that of its name.")
     return concept
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether an answer can hold it, which half of a surrogate pair it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def unknown(id: str) -> UnknownConceptError:

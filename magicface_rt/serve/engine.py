@@ -307,7 +307,7 @@ class Engine:
                 job.report(progress)
             return not all(job.done for job in jobs)
 
-        start = time.monotonic()
+        start, failed = time.monotonic(), False
         try:
             if isinstance(jobs[0].work, Request):
                 requests = [job.work for job in jobs if isinstance(job.work, Request)]
@@ -323,13 +323,16 @@ class Engine:
                     logger.exception("a job failed")
                 jobs[0].fail(error if isinstance(error, Exception) else _ending(error))
                 return
-            # One of them is at fault, or what they need together: each gets its own outcome.
-            for job in jobs:
-                self._run(session, [job])
+            failed = True
         else:
             self._observe(jobs, time.monotonic() - start)
             for job, result in zip(jobs, results, strict=True):
                 job.succeed(result, sum(one.images for one in jobs))
+        if failed:
+            # One of them is at fault, or what they need together: each gets its own outcome. Not before the error is
+            # gone: it holds the frames of the attempt, and these its keys and latents.
+            for job in jobs:
+                self._run(session, [job])
 
     def _observe(self, jobs: Sequence[Job], seconds: float) -> None:
         try:

@@ -19,6 +19,7 @@ from ..errors import (
     ConceptError,
     DeviceError,
     EngineError,
+    HostMemoryError,
     ImageError,
     InputError,
     KeptConceptError,
@@ -38,6 +39,7 @@ MEDIA_TYPE = "application/problem+json"
 
 _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (BudgetError, 507, "memory-budget"),
+    (HostMemoryError, 503, "out-of-memory"),
     (KeptConceptError, 422, "kept-concept"),
     (PromptError, 422, "prompt"),
     (MaskError, 422, "mask"),

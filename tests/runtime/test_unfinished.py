@@ -106,6 +106,30 @@ def test_nothing_temporary_is_left_by_a_signal(deed: str, tmp_path: Path, monkey
     assert {"rename"} <= seen if "removed" in deed else {"open", "flock", "fsync", "close"} <= seen
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o755, 0o777])
+def test_what_is_replaced_keeps_its_permissions(kind: str, mode: int, tmp_path: Path) -> None:
+    """A portrait that only its owner may read is not shown to others by saving it again, nor while it is written."""
+    target, folder = tmp_path / "x", kind == "folder"
+    target.mkdir() if folder else target.touch()
+    os.chmod(target, mode)
+    umask = os.umask(0o022)
+    try:
+        with unfinished.part(target, folder=folder) as part:
+            shown = part.stat().st_mode & 0o077
+            assert shown & ~mode == 0
+            (part / "a" if folder else part).write_text("new")
+            unfinished.put(part, target)
+        assert target.stat().st_mode & 0o777 == mode
+        new = tmp_path / "new"
+        with unfinished.part(new, folder=folder) as part:
+            (part / "a" if folder else part).write_text("new")
+            unfinished.put(part, new)
+        assert new.stat().st_mode & 0o777 == (0o755 if folder else 0o644)
+    finally:
+        os.umask(umask)
+
+
 def test_what_is_replaced_is_not_taken_for_left_behind(tmp_path: Path) -> None:
     """By another that clears the place as it has the name of a part, and may still have to come back."""
     out, looks = tmp_path / "out", []

@@ -142,6 +142,52 @@ def test_numbers_of_numpy_and_lists_are_sent_as_what_they_are() -> None:
     assert sent.requests[0].headers["content-type"] == "application/json"
 
 
+STEP = {"step": 1, "steps": 2, "stage": "rsa", "batch": 1, "batches": 1}
+EVENTS_SENT = f"event: progress\ndata: {json.dumps(STEP)}\n\n".encode()
+
+
+def generate(kind: Any, sent: Sent, progress: Any) -> Any:
+    client = kind("http://x", transport=httpx.MockTransport(sent))
+    if kind is Client:
+        with client:
+            return client.generate(PROMPT, progress=progress)
+
+    async def run() -> Any:
+        async with client:
+            return await client.generate(PROMPT, progress=progress)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    "raised",
+    [httpx.ConnectError("another service is away"), QueueFullError("another queue"), RuntimeError("x"), KeyError("x")],
+)
+def test_what_a_progress_callback_raises_comes_out_as_it_is(kind: Any, raised: Exception) -> None:
+    """And the request is not sent again for it, though a lost connection would have it sent again."""
+    sent = Sent(headers={"content-type": "text/event-stream"}, body=EVENTS_SENT)
+
+    def progress(_: Any) -> None:
+        raise raised
+
+    with pytest.raises(type(raised)) as told:
+        generate(kind, sent, progress)
+    assert told.value is raised
+    assert len(sent.requests) == 1
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_progress_callback_that_cannot_cancel_is_refused_before_anything_is_sent(kind: Any) -> None:
+    async def coroutine(_: Any) -> None: ...
+
+    sent = Sent()
+    for progress in (coroutine, 5):
+        with pytest.raises(OptionError, match="progress is"):
+            generate(kind, sent, progress)
+    assert not sent.requests
+
+
 def test_a_client_that_was_closed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", None)  # nothing is tried again
     sent = Sent()

@@ -301,8 +301,7 @@ def test_a_warm_up_that_fails_ends_the_process(
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert main(["serve", str(tiny_bundle), "--port", "0"]) == 1
     assert "made to fail" in capsys.readouterr().err
-    signal.signal(signal.SIGTERM, before[1])
-    assert signal.getsignal(signal.SIGINT) == before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def _tokens(folder: Path) -> Path:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,32 @@ def test_a_file_under_the_name_of_another_is_not_served(session: Gated, tmp_path
         with pytest.raises(UnknownConceptError, match="Put the concept again"):
             store.get(id)
     assert store.entries() == []
+
+
+@pytest.mark.parametrize("what", ["key", "prompt", "word", "name"])
+def test_a_file_that_no_service_wrote_is_not_served_and_in_nobodys_way(
+    session: Gated, tmp_path: Path, what: str
+) -> None:
+    """Its hashes are sound, but it has text that no answer can hold, or a key that names no content."""
+    settings = ServeSettings(default_steps=1)
+    with running(session, store=FolderConcepts(tmp_path), settings=settings) as server, server.client() as client:
+        kept = client.put_concept(MAN)
+        path = tmp_path / f"{kept.id}.concept"
+        concept = KeptConcept.load(path)
+        if what in ("key", "prompt"):
+            spoiled = [replace(concept.references[0], **{what: "\udc80"}, file=None)]
+            other = KeptConcept(concept.word, spoiled, concept.origin)
+        else:
+            other = concept.renamed(**{what: "\udc80"})
+        other.save(path, overwrite=True)
+        assert client.concepts() == []
+        with pytest.raises(UnknownConceptError):
+            client.concept(kept.id)
+        assert client.put_concept(MAN).new
+        assert [one.id for one in client.concepts()] == [kept.id]
+        other.save(path, overwrite=True)
+        client.erase(kept)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Held(FolderConcepts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from loopback import PROMPT, Gated, Oracle, concept, png, running, until
 
 from magicface_rt import Cancelled, MagicFaceError, NonFiniteError, OptionError, Options, Request
-from magicface_rt.errors import BundleError, DeadlineError, DrainingError, QueueFullError
+from magicface_rt.errors import BundleError, DeadlineError, DrainingError, HostMemoryError, QueueFullError
 from magicface_rt.serve.engine import Engine, Observer
 from magicface_rt.serve.fair import FairQueue
 from magicface_rt.serve.job import Job
@@ -147,6 +148,31 @@ def test_one_request_that_fails_in_a_batch_fails_alone(
     with pytest.raises(NonFiniteError):
         jobs[1].future.result(30)
     assert session.calls == [[1, 2, 3], [1], [2], [3]]
+    engine.close()
+
+
+def test_what_a_batch_that_failed_held_is_gone_before_its_requests_are_made_alone(
+    session: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each of them had less memory than it would have alone."""
+    real, held = Gated.generate_batch, []
+
+    class Keys:
+        """What an attempt takes memory for."""
+
+    def failing(self: Gated, requests: Any, **settings: Any) -> Any:
+        if len(requests) == 1:
+            assert [one() for one in held] == [None]
+            return real(self, requests, **settings)
+        keys = Keys()
+        held.append(weakref.ref(keys))
+        raise HostMemoryError("made to fail")
+
+    monkeypatch.setattr(Gated, "generate_batch", failing)
+    engine = Engine([session], ServeSettings(batch_wait=0.5))
+    engine.start()
+    for one in [engine.submit(job(seed, alone=False)) for seed in (1, 2)]:
+        assert one.future.result(30).batch == 1
     engine.close()
 
 
