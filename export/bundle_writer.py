@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from magicface_rt import unfinished
 from magicface_rt.bundle import CUDA_RUNTIME, FORMAT, MANIFEST, RUNTIMES, WEIGHTS, Bundle, Tensor, sha256
 from magicface_rt.errors import ExportError, OutputError
+from magicface_rt.interrupts import let_through
 
 from .fusion import Fused, fuse
 from .graphs import Graph
@@ -98,7 +100,13 @@ class BundleWriter:
             self.weights.close(keep=False)
         finally:
             self._made.close()
-        if isinstance(error, OSError):
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            let_through(error)
             raise OutputError(f"output folder {self.out} cannot be written: {unfinished.why(error)}") from error
 
     def add_graph(self, graph: Graph, model: ir.Model) -> Fused:
@@ -106,25 +114,26 @@ class BundleWriter:
 
         Where the CUDA provider has better kernels for the graph there is a file for them as well; `model` ends as that.
         """
-        _strip_traces(model)
-        self.weights.externalize(model)
-        self.weights.flush()
-        proto = ir.to_proto(model)
-        files = {}
-        for runtime in RUNTIMES:
-            bind(proto, runtime)
-            name = f"{graph.name}.{runtime}.onnx"
-            onnx.save_model(_for_cpu(proto) if runtime == "onnxruntime" else proto, str(self.folder / name))
-            files[runtime] = name
-        fused = fuse(model)
-        if fused.nodes:
-            files[CUDA_RUNTIME] = f"{graph.name}.{CUDA_RUNTIME}.onnx"
-            self._add_cuda_file(files[CUDA_RUNTIME], model, half=next(graph.parameters()).dtype == torch.float16)
-        self.graphs[graph.name] = {
-            "inputs": [_entry(tensor) for tensor in graph.inputs],
-            "outputs": [_entry(tensor) for tensor in graph.outputs],
-            "files": files,
-        }
+        with self._writing():
+            _strip_traces(model)
+            self.weights.externalize(model)
+            self.weights.flush()
+            proto = ir.to_proto(model)
+            files = {}
+            for runtime in RUNTIMES:
+                bind(proto, runtime)
+                name = f"{graph.name}.{runtime}.onnx"
+                onnx.save_model(_for_cpu(proto) if runtime == "onnxruntime" else proto, str(self.folder / name))
+                files[runtime] = name
+            fused = fuse(model)
+            if fused.nodes:
+                files[CUDA_RUNTIME] = f"{graph.name}.{CUDA_RUNTIME}.onnx"
+                self._add_cuda_file(files[CUDA_RUNTIME], model, half=next(graph.parameters()).dtype == torch.float16)
+            self.graphs[graph.name] = {
+                "inputs": [_entry(tensor) for tensor in graph.inputs],
+                "outputs": [_entry(tensor) for tensor in graph.outputs],
+                "files": files,
+            }
         return fused
 
     def _add_cuda_file(self, name: str, model: ir.Model, *, half: bool) -> None:
@@ -136,24 +145,27 @@ class BundleWriter:
 
     def drop_cuda_file(self, graph: str) -> None:
         """Take back a graph's file for the CUDA provider, which then gets that of `onnxruntime`."""
-        (self.folder / self.graphs[graph]["files"].pop(CUDA_RUNTIME)).unlink()
+        with self._writing():
+            (self.folder / self.graphs[graph]["files"].pop(CUDA_RUNTIME)).unlink()
 
     def add_file(self, name: str, text: str) -> None:
         """Write another file of the bundle."""
-        (self.folder / name).write_text(text, encoding="utf-8")
+        with self._writing():
+            (self.folder / name).write_text(text, encoding="utf-8")
 
     def write_manifest(self, manifest: dict[str, Any]) -> Bundle:
         """Write bundle.json over the files that stand there now, and open the still hidden folder."""
-        self.weights.flush()
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(self.folder.iterdir())
-            if path.name != MANIFEST
-        }
-        content = {"format": FORMAT, **manifest, "graphs": self.graphs, "files": files}
-        with (self.folder / MANIFEST).open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1, allow_nan=False)
-            stream.write("\n")
+        with self._writing():
+            self.weights.flush()
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                for path in sorted(self.folder.iterdir())
+                if path.name != MANIFEST
+            }
+            content = {"format": FORMAT, **manifest, "graphs": self.graphs, "files": files}
+            with (self.folder / MANIFEST).open("w", encoding="utf-8") as stream:
+                json.dump(content, stream, indent=1, allow_nan=False)
+                stream.write("\n")
         return Bundle.open(self.folder, check_hashes=False)
 
     def finish(self) -> Bundle:
@@ -163,11 +175,9 @@ class BundleWriter:
         """
         if not (self.folder / MANIFEST).is_file():
             raise ExportError("the bundle has no manifest yet")
-        self.weights.close()
-        try:
+        with self._writing():
+            self.weights.close()
             unfinished.put(self.folder, self.out, overwrite=False)
-        except OSError as error:
-            raise OutputError(f"output folder {self.out} cannot be written: {unfinished.why(error)}") from error
         return Bundle.open(self.out, check_hashes=False)
 
 

@@ -214,7 +214,7 @@ def open_safetensors(file: Path, what: str) -> Iterator[Any]:
             raise CheckpointError(f"{what} {file}: it is missing, or not a file")
         with safe_open(file, framework="pt") as stream:
             yield stream
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{what} {file}: not a complete safetensors file ({str(error)[:500]}); it may be truncated: fetch it again"
         ) from error

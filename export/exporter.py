@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 
 from magicface_rt.backends.ort_arena import trim
 from magicface_rt.bundle import CUDA_RUNTIME, Bundle
-from magicface_rt.errors import BackendError, OptionError, ParityError
+from magicface_rt.errors import BackendError, HostMemoryError, OptionError, ParityError
 from magicface_rt.schedule import Schedule
 
 from .attention import DEFAULT_INJECTION_LAYERS, SELF_ATTENTIONS
@@ -191,11 +191,13 @@ def _write(
     parity: dict[str, dict[str, Any]] = {}
     for one in expected:
         report(f"{one.graph}: comparing with PyTorch")
-        parity[one.graph] = _passed(compare_graph(hidden, one)).to_json()
+        parity[one.graph] = _passed(compare_graph(hidden, one, scratch=writer.folder)).to_json()
         if CUDA_RUNTIME in hidden.graph(one.graph).files:
             report(f"{one.graph}: comparing the form for CUDA with PyTorch")
             try:
                 parity[one.graph][CUDA_RUNTIME] = _passed(compare_graph(hidden, one, DefinedCuda())).to_json()
+            except HostMemoryError:
+                raise
             except (ParityError, BackendError) as error:  # the plain form has passed, and CUDA can serve it as well
                 report(f"warning: without the form for CUDA: {error}")
                 writer.drop_cuda_file(one.graph)

@@ -178,11 +178,18 @@ def _rounded_layers(graph: Graph, dtype: torch.dtype) -> Iterator[None]:
 
 
 def compare_graph(
-    bundle: Bundle, expected: Expected, backend: Backend | None = None, runner: GraphRunner | None = None
+    bundle: Bundle,
+    expected: Expected,
+    backend: Backend | None = None,
+    runner: GraphRunner | None = None,
+    *,
+    scratch: Path | None = None,
 ) -> GraphParity:
     """Run a graph of a bundle (on ONNX Runtime's CPU provider unless told otherwise) and compare.
 
-    `runner`: the graph, loaded already; it stays the caller's to close.
+    runner   the graph, loaded already; it stays the caller's to close
+    scratch  the folder for what a bfloat16 graph is widened into, as large as its weights in float32; that of temporary
+             files unless given
 
     Raises:
         ParityError: an output is not finite; the message names the graph and the output.
@@ -190,9 +197,9 @@ def compare_graph(
     """
     if backend is None:
         with closing(OnnxRuntime("cpu")) as own:  # closing it gives back what its graphs worked in
-            return compare_graph(bundle, expected, own, runner)
+            return compare_graph(bundle, expected, own, runner, scratch=scratch)
     if bundle.dtype == BFLOAT16 and backend.name == CPU:
-        with tempfile.TemporaryDirectory(prefix="magicface-rt-") as folder:
+        with tempfile.TemporaryDirectory(prefix="magicface-rt-", dir=scratch) as folder:
             wide = widen(bundle, expected.graph, Path(folder))
             found = compare_graph(wide, expected, backend)
         return dataclasses.replace(found, note=IN_FLOAT32)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from magicface_rt import unfinished
 from magicface_rt.backends import Backend, open_backend
 from magicface_rt.bundle import Bundle, sha256
 from magicface_rt.errors import BundleError, ParityError
@@ -71,8 +72,8 @@ def verify_case(case: str | Path, *, work: Path | None = None, report: Report = 
         reports = _replays(recording, reference, report)
     with tempfile.TemporaryDirectory(prefix="magicface-rt-") as temporary:
         bundle = _case_bundle(recording, work or Path(temporary), report)
-        runner = BundleStepRunner(recording, bundle, open_backend("onnxruntime-cpu", threads=1))
-        reports += _replays(recording, runner, report)
+        with closing(open_backend("onnxruntime-cpu", threads=1)) as backend:
+            reports += _replays(recording, BundleStepRunner(recording, bundle, backend), report)
     return Verdict(recording.name, tuple(reports))
 
 
@@ -113,7 +114,7 @@ def _kept_bundle(folder: Path) -> Bundle | None:
     except BundleError:
         if not (folder / "bundle.json").is_file():
             return None  # nothing there, or nothing of ours
-    shutil.rmtree(folder)
+    unfinished.remove(folder)
     return None
 
 
@@ -133,8 +134,10 @@ def verify_bundle(
         BundleError, CheckpointError, BackendMissingError: what was given cannot be used.
         ParityError: the bundle was exported from another checkpoint.
     """
+    if isinstance(backend, str):
+        with closing(open_backend(backend)) as own:
+            return verify_bundle(bundle, checkpoint, backend=own, steps=steps, report=report)
     opened, source = Bundle.open(bundle), Checkpoint.open(checkpoint)
-    runtime = open_backend(backend) if isinstance(backend, str) else backend
     report("checkpoint: hashing")
     if opened.checkpoint_hash != source.content_hash():
         raise ParityError(
@@ -148,9 +151,9 @@ def verify_bundle(
     for make in graph_makers(source, Form.of(opened, dtype), layers):
         graph = make().eval().requires_grad_(False)
         report(f"{graph.name}: comparing with PyTorch")
-        reports.append(check_graph(opened, graph, vocabulary, runtime))
+        reports.append(check_graph(opened, graph, vocabulary, backend))
         del graph
     report(f"{steps} steps: comparing with the PyTorch reference")
     reference = MagicFaceReference(source.load_unet(torch.float32), injection_layers=tuple(layers))
-    reports += compare_trajectory(opened, runtime, reference, source, steps)
+    reports += compare_trajectory(opened, backend, reference, source, steps)
     return Verdict(str(opened.path), tuple(reports))

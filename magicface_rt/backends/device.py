@@ -54,7 +54,7 @@ def import_cuda() -> Any:
 class CudaCallError(DeviceError):
     """A call of CUDA's runtime failed. `code`: its status."""
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, code: int = 0) -> None:
         super().__init__(message)
         self.code = code
 

@@ -16,7 +16,7 @@ from magicface_rt.errors import BackendMissingError, InputError, OptionError, Ou
 from magicface_rt.interrupts import let_through
 
 from ._backend_options import StoreOption
-from ._command import JsonOption, command
+from ._command import JsonOption, command, export_module
 
 DEFAULT_KINDS = "authors,strong,plain,bare,kept"
 DEFAULT_OURS = "bare,kept"
@@ -128,9 +128,7 @@ def _check_before_hours(out: Path, bundles: list[Path], checkpoint: Path | None)
     """
     opened = [Bundle.open(path, check_hashes=False) for path in bundles]
     if checkpoint is not None:
-        from magicface_rt.export.checkpoint import Checkpoint
-
-        found = Checkpoint.open(checkpoint).content_hash()
+        found = export_module("checkpoint").Checkpoint.open(checkpoint).content_hash()
         for bundle in opened:
             if bundle.checkpoint_hash != found:
                 raise InputError(

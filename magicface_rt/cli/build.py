@@ -150,15 +150,17 @@ def _watched(name: str, make: Callable[[Callable[[str, int, int], object]], Plan
             finally:
                 ended.set()
 
-        threading.Thread(target=work, name=f"build {name}").start()
+        thread = threading.Thread(target=work, name=f"build {name}")
         try:
+            thread.start()
             # Not Thread.join: when Ctrl-C interrupts it, Python 3.11 takes the thread for ended.
             while not ended.wait(0.1):
                 pass
         except KeyboardInterrupt:
             stop.set()
             bar.update(task, description=f"{name}: stopping")
-            ended.wait()
+            if thread.ident is not None:  # else it was interrupted before it had begun
+                ended.wait()
             raise
     if failure:
         raise KeyboardInterrupt if isinstance(failure[0], Cancelled) else failure[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ pytest.importorskip("tensorrt_rtx")
 
 from magicface_rt.cli import main
 from magicface_rt.cli._sizes import parse_size
+from magicface_rt.cli.build import _watched
 from magicface_rt.errors import OptionError
 
 TARGET = ["--target", "rtx-4090"]
@@ -136,3 +139,37 @@ def test_doctor_says_that_plans_can_be_built_here(capsys: pytest.CaptureFixture[
     assert found["versions"]["tensorrt-rtx"]
     for backend in found["backends"]:
         assert backend["works"] or (backend["found"] and backend["command"]), backend
+
+
+def test_a_build_that_is_interrupted_as_its_thread_starts_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+
+    def make(advance: Callable[[str, int, int], bool]) -> Any:
+        told.append(advance("building", 0, 1))
+        raise AssertionError("told to stop")
+
+    real = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        """As Thread.start, where Ctrl-C comes when the thread has begun."""
+        if thread.name == "build x":
+            threads.append(thread)
+            monkeypatch.undo()
+            hold.acquire()
+            real(thread)
+            raise KeyboardInterrupt
+        real(thread)
+
+    threads: list[threading.Thread] = []
+    hold = threading.Lock()
+
+    def held(advance: Callable[[str, int, int], bool]) -> Any:
+        with hold:
+            return make(advance)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    threading.Timer(0.5, hold.release).start()
+    with pytest.raises(KeyboardInterrupt):
+        _watched("x", held)
+    threads[0].join(30)
+    assert told == [False], "it went on with the build"

@@ -268,6 +268,15 @@ def test_a_missing_extra_exits_3(
     assert "pip install 'magicface_rt[export]'" in capsys.readouterr().err
 
 
+def test_bench_without_the_extra_exits_3_before_anything_is_measured(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "magicface_rt.export.checkpoint", None)
+    assert main(["bench", str(tiny_bundle), "--checkpoint", "c", "--out", str(tmp_path / "report")]) == 3
+    assert "pip install 'magicface_rt[export]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "says"),
     [

@@ -18,7 +18,7 @@ from magicface_rt.bundle import GraphContract, Tensor
 from magicface_rt.export.bundle_runner import BundleStepRunner
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
-from magicface_rt.export.parity import _case_bundle, verify_bundle, verify_case
+from magicface_rt.export.parity import _case_bundle, _kept_bundle, verify_bundle, verify_case
 from magicface_rt.export.recordings import Recording
 from magicface_rt.export.replay import relative_error, replay_steps
 from magicface_rt.export.samples import sample_inputs
@@ -28,6 +28,21 @@ from tests.locations import DATA, GOLDENS
 
 SHIPPED = DATA / "recordings" / "guidance-3"
 CASES = sorted(path.parent for path in GOLDENS.glob("*/case.json"))
+
+
+def test_a_bundle_that_is_removed_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a process that is killed meanwhile would leave a folder that is none, which no later call replaces."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "bundle.json").write_text("{}")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _kept_bundle(folder)
+    assert not folder.exists()
 
 
 def test_a_bundle_reproduces_a_recording(work: Path) -> None:

@@ -77,7 +77,7 @@ def export(arguments: list[str], ready: str) -> int:
         for name in EXPORTED:
             yield lambda name=name: _Graph(bundle.graph(name))
 
-    def compared(_: object, expected: Any, *__: object) -> GraphParity:
+    def compared(_: object, expected: Any, *__: object, **___: object) -> GraphParity:
         return GraphParity(expected.graph, {"out": 0.0}, {"out": 1.0})
 
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from magicface_rt.backends import device as device_module
-from magicface_rt.backends.device import Buffer, Device, Event, Staging, Stream, capture
+from magicface_rt.backends.device import Buffer, CudaCallError, CudaMemoryError, Device, Event, Staging, Stream, capture
 from magicface_rt.backends.lane import Lane, Slot
 from magicface_rt.errors import BackendMissingError, DeviceError
 from tests.runtime.fake_cuda import ILLEGAL_IN_CAPTURE, KERNEL_FAILED, FakeCuda
@@ -70,6 +71,13 @@ def test_a_failed_call_is_named(cuda: FakeCuda) -> None:
     cuda.fail["cudaStreamCreateWithFlags"] = 46
     with pytest.raises(DeviceError, match=r"CUDA call cudaStreamCreateWithFlags failed on device 0 with error 46"):
         Stream(device)
+
+
+@pytest.mark.parametrize("kind", [CudaCallError, CudaMemoryError])
+def test_a_failed_call_comes_out_of_another_process_as_it_was(kind: type[CudaCallError]) -> None:
+    """Else whoever waits for a replica takes it for lost, and has another do the same."""
+    found = pickle.loads(pickle.dumps(kind("CUDA call x failed", 46)))
+    assert (type(found), str(found), found.code) == (kind, "CUDA call x failed", 46)
 
 
 def test_what_needs_too_much_is_refused_with_both_numbers(cuda: FakeCuda) -> None:

@@ -62,6 +62,23 @@ def test_graphs_work_in_the_same_memory_and_give_it_back() -> None:
     assert sessions[0].run(None, x)[0] == WORKING // 4  # and graphs go on
 
 
+def test_where_nothing_can_be_given_back_that_is_logged_and_closing_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """What a Session was asked for is done by then, and an error that closed it is to be seen."""
+    backend = OnnxRuntime("cpu")
+    backend.run_model(sum_of_ones(), {"x": np.ones(1, np.float32)})
+
+    class Short:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(ort, name)
+
+        def InferenceSession(self, *_: object, **__: object) -> None:  # noqa: N802
+            raise RuntimeError("made to fail")
+
+    ort, backend._ort = backend._ort, Short()
+    backend.close()
+    assert "stays with this process: made to fail" in caplog.text
+
+
 FORKING = """
 import os, signal, threading
 import numpy as np

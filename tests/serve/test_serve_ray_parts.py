@@ -53,6 +53,11 @@ def test_every_error_comes_through_as_it_was(kind: type[MagicFaceError]) -> None
     assert Problem.of(found) == Problem.of(error)
 
 
+def test_too_little_memory_on_the_host_has_a_kind_of_its_own() -> None:
+    problem = Problem.of(magicface_rt.errors.HostMemoryError("too little"))
+    assert (problem.status, problem.kind) == (503, "out-of-memory")
+
+
 def test_an_answers_status_and_kind_come_through() -> None:
     error = AnswerError("what it is", status=418, kind="teapot", field="spout", retry_after=2.0)
     assert Problem.of(pickle.loads(pickle.dumps(error))) == Problem(418, "teapot", "what it is", "spout", 2.0)

@@ -272,6 +272,32 @@ def test_a_photograph_is_dropped_and_mask_and_picture_are_saved(page: Page, file
     assert (picture, picture_name) == (source, "magicface-0.png")
 
 
+def test_of_two_photographs_that_are_read_at_once_the_last_is_shown_and_sent(page: Page, tmp_path: Path) -> None:
+    """The first takes longer to decode: it may not come back over the second."""
+    wide, tall = tmp_path / "wide.png", tmp_path / "tall.png"
+    Image.new("RGB", (400, 200), "red").save(wide)
+    Image.new("RGB", (200, 400), "blue").save(tall)
+    page.run("""
+        const real = Object.getOwnPropertyDescriptor(HTMLElement.prototype, "onload");
+        let first = true;
+        window.late = 0;
+        Object.defineProperty(HTMLImageElement.prototype, "onload", {
+          configurable: true,
+          set(loaded) {
+            const slow = first;
+            first = false;
+            real.set.call(this, slow ? () => setTimeout(() => { loaded(); window.late = 1; }, 1500) : loaded);
+          },
+        });
+    """)
+    page.concept(1).find_element(By.CSS_SELECTOR, ".mf-photo").send_keys(str(wide))
+    page.upload(1, tall)
+    page.wait(lambda: page.run("return window.late"), "the first photograph was not decoded")
+    canvas = page.canvas(1)
+    assert canvas.get_attribute("height") == str(2 * int(canvas.get_attribute("width") or 0))
+    assert tall.name in page.concept(1).text
+
+
 def test_errors_are_the_sdks_and_the_page_goes_on(page: Page, files: dict[str, Path]) -> None:
     page.choose_word(1, "man")
     page.refused("Concept 1, photograph: the image is empty")

@@ -290,17 +290,19 @@ class Running:
         """
         from ray import serve
 
+        gone: tuple[type[Exception], ...] = (TimeoutError, *_of_ray())
         try:
             cut_off = self._drained()
-        except _of_ray():  # the front is gone, and what it had with it
+        except gone:  # the front, or it does not answer, and what it had goes with it
             cut_off = 0
-        with contextlib.suppress(TimeoutError, *_of_ray()):
+        with contextlib.suppress(*gone):
             serve.delete(APPLICATION)  # when the last answers are out
         return cut_off
 
     def _drained(self) -> int:
         answer = self._handle.drain.remote(self._plan.settings.drain)
         while True:
+            self._signals.wait(0)
             try:
                 return int(answer.result(timeout_s=0.2))
             except TimeoutError:

@@ -34,7 +34,11 @@ class FrontMetrics(Metrics):
             Gauge(name, text, registry=self.registry).set_function(value)
 
         def kept(of: Callable[[Tally], int]) -> Callable[[], float]:
-            return lambda: sum(of(self._last[name]) for name in replicas() if name in self._last)
+            def bytes_of(name: str) -> int:
+                tally = self._last.get(name)  # which another thread may be forgetting
+                return 0 if tally is None else of(tally)
+
+            return lambda: sum(bytes_of(name) for name in replicas())
 
         gauge("magicface_queue_length", "Requests that wait.", waiting)
         gauge("magicface_running", "Requests that are being done.", running)

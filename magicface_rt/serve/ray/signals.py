@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -15,13 +15,16 @@ logger = logging.getLogger("magicface_rt.serve")
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP as counts, for a loop that looks at them."""
+    """SIGINT, SIGTERM and SIGHUP as counts, for a loop that looks at them and calls `wait`.
+
+    A handler runs in the middle of anything, also of what it would call itself: it takes no lock and prints nothing.
+    """
 
     def __init__(self, told: Callable[[str], object] = logger.info) -> None:
         self.stops = 0
         self.updates = 0
         self._told = told
-        self._news = threading.Event()
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()  # whose `put` may interrupt itself
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[Signals]:
@@ -36,18 +39,24 @@ class Signals:
                 signal.signal(number, handler)
 
     def wait(self, seconds: float) -> None:
-        """Until one comes, or so long."""
-        self._news.wait(seconds)
-        self._news.clear()
+        """Until one comes, or so long; tells of those that have come."""
+        with contextlib.suppress(queue.Empty):
+            self._tell(self._news.get(timeout=seconds))
+            while True:
+                self._tell(self._news.get_nowait())
+
+    def _tell(self, text: str) -> None:
+        if text:
+            self._told(text)
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
+        name, text = signal.Signals(number).name, ""
         if number == signal.SIGHUP:
             self.updates += 1
         elif self.stops:
             self.stops += 1
-            self._told(f"{name} again: ending now")
+            text = f"{name} again: ending now"
         else:
             self.stops = 1
-            self._told(f"{name}: ending when the requests that are being done have their answers")
-        self._news.set()
+            text = f"{name}: ending when the requests that are being done have their answers"
+        self._news.put(text)

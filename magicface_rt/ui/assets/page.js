@@ -10,6 +10,7 @@ window.magicface = (() => {
 
   const editors = new Map(); // by concept; a concept that was removed from the page and comes back is empty
   let wanted = 0; // the concept that was just added
+  let turns = 0; // counts files that were chosen: of several that are read at the same time the last one counts
 
   const emptyEditor = (slot) => ({
     slot,
@@ -21,6 +22,7 @@ window.magicface = (() => {
     before: [], // for undo
     erasing: false,
     cursor: null, // [x, y] of the keyboard's brush
+    turn: 0,
     note: "",
     root: null,
   });
@@ -56,8 +58,10 @@ window.magicface = (() => {
 
   const setPhotograph = async (e, base64, name, mask) => {
     const root = e.root;
-    Object.assign(e, emptyEditor(e.slot), { root, image: base64, name });
+    const turn = ++turns;
+    Object.assign(e, emptyEditor(e.slot), { root, image: base64, name, turn });
     const picture = base64 ? await pictureOf(base64) : null;
+    if (e.turn !== turn) return;
     const most = Number(root?.dataset.pixels || 16e6);
     if (!picture) {
       e.note = "This browser cannot show the file. It is sent as it is.";
@@ -101,7 +105,9 @@ window.magicface = (() => {
     if (!e.mask) return;
     remember(e);
     e.loaded = base64;
+    const turn = (e.turn = ++turns);
     const picture = await pictureOf(base64);
+    if (e.turn !== turn) return;
     const { width, height } = e.mask;
     const context = e.mask.getContext("2d", { willReadFrequently: true });
     context.clearRect(0, 0, width, height);
