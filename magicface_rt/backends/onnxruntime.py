@@ -7,7 +7,6 @@ import importlib
 import io
 import logging
 import os
-import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from .one_thread import InTurn, OneThread, at_once
 from .ort_arena import give_back, registering, trim, use_shared_arena
 from .ort_binding import GraphIds, OrtBinding, OrtDevice, first_line
 from .ort_placement import left_to_the_cpu, record_placement
+from .private_folder import why_not_private
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -328,7 +328,7 @@ class OnnxRuntime(Backend):
             logger.warning("%s: %s cannot be made (%s); every start compiles again.", self.name, folder, error)
             return ""
         for part in (self._cache, folder):
-            if reason := _why_not_private(part):
+            if reason := why_not_private(part):
                 logger.warning("%s: %s %s; it is not used, and every start compiles again.", self.name, part, reason)
                 return ""
         return str(folder)
@@ -440,17 +440,3 @@ def _preload_libraries(ort: Any) -> None:
         logger.info("onnxruntime.preload_dlls failed: %s", first_line(error))
     if said.getvalue().strip():
         logger.info("onnxruntime.preload_dlls: %s", said.getvalue().strip())
-
-
-def _why_not_private(folder: Path) -> str:
-    """Why another user may have put something into a folder, "" where none can."""
-    if os.name != "posix":
-        return ""
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode):
-        return "is a symbolic link, expected a folder"
-    if found.st_uid != os.getuid():
-        return f"belongs to user {found.st_uid}, expected this one ({os.getuid()})"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"may be written by others (mode {stat.S_IMODE(found.st_mode):o}, expected 700)"
-    return ""

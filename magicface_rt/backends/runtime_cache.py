@@ -1,7 +1,8 @@
 """What TensorRT-RTX compiled on this GPU, kept beside the store so that the next start need not compile it again.
 
 A file holds the SHA-256 of the rest, and the rest as the library gave it. A cache that cannot be used is no error:
-the kernels are compiled again, and the file is replaced.
+the kernels are compiled again, and the file is replaced. One in a folder that others may write into is left alone: its
+digest says that nothing was damaged, and not who wrote it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from .. import unfinished
 from ..plain_file import read_plain
+from .private_folder import why_not_private
 
 FOLDER = "runtime-cache"
 SAVED_AT_MOST_EVERY = 60.0
@@ -75,6 +77,8 @@ class RuntimeCache:
         """
         with self._lock:
             self._saved_at = monotonic()
+            if not self._is_private(logging.DEBUG):
+                return False
             try:
                 blob = bytes(self.cache.serialize())
                 digest = hashlib.sha256(blob).digest()
@@ -113,6 +117,8 @@ class RuntimeCache:
     def _read(self, *, quiet: bool = False) -> tuple[bytes, bytes]:
         """Digest and content of the file; both empty where there is none, or a damaged one."""
         level = logging.DEBUG if quiet else logging.WARNING
+        if not self._is_private(level):
+            return b"", b""
         try:
             content = read_plain(self.path, MOST_BYTES)
         except (OSError, ValueError) as error:
@@ -125,6 +131,18 @@ class RuntimeCache:
             logger.log(level, "runtime cache %s is damaged; kernels are compiled again.", self.path)
             return b"", b""
         return digest, blob
+
+    def _is_private(self, level: int) -> bool:
+        """Whether nobody else can have written the file."""
+        try:
+            reason = why_not_private(self.path.parent)
+        except FileNotFoundError:
+            return True  # where it is made, it is
+        except OSError as error:
+            reason = f"cannot be looked at ({error.strerror})"
+        if reason:
+            logger.log(level, "runtime cache: %s %s; it is not used.", self.path.parent, reason)
+        return not reason
 
     def _write(self, content: bytes) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

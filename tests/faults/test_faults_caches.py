@@ -6,6 +6,7 @@ The library is a stand-in here: what it is given is what is looked at.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     file = tmp_path / "runtime-cache" / "plan.cache"
-    file.parent.mkdir()
+    file.parent.mkdir(mode=0o700)
     file.write_bytes(SOUND)
     return file
 
@@ -60,6 +61,28 @@ def test_any_edit(inputs: int, path: Path) -> None:
 def test_something_else_in_its_place(place: str, path: Path) -> None:
     PLACES[place](path)
     assert given(path) == b""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are told in another way")
+@pytest.mark.parametrize("whose", ["the group's", "everybody's", "another user's", "a link to it"])
+def test_a_cache_in_a_folder_that_others_may_write_into_is_left_alone(
+    whose: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its digest says nothing of who wrote it, and what is in it is run on the GPU."""
+    folder = path.parent
+    if whose == "another user's":
+        mine = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    elif whose == "a link to it":
+        folder.rename(folder.with_name("elsewhere"))
+        folder.symlink_to(folder.with_name("elsewhere"))
+    else:
+        folder.chmod(0o770 if whose == "the group's" else 0o702)
+    assert given(path) == b""
+    assert path.read_bytes() == SOUND
+    if whose in ("the group's", "everybody's"):
+        folder.chmod(0o755)  # to read is no harm
+        assert given(path) == BLOB
 
 
 # -------------------------------------------------------------------------------------------------------------- timing

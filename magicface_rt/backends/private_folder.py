@@ -1,0 +1,23 @@
+"""Folders of native code that is run unseen: whoever can write there can run code as this user."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+__all__ = ["why_not_private"]
+
+
+def why_not_private(folder: Path) -> str:
+    """Why another user may have put something into a folder, "" where none can."""
+    if os.name != "posix":
+        return ""
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode):
+        return "is a symbolic link, expected a folder"
+    if found.st_uid != os.getuid():
+        return f"belongs to user {found.st_uid}, expected this one ({os.getuid()})"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"may be written by others (mode {stat.S_IMODE(found.st_mode):o}, expected 700)"
+    return ""
