@@ -3,8 +3,8 @@
 exit codes: 0 fine, 1 a check or a result is wrong, 2 what was given cannot be used, 3 it cannot be computed here,
 130 interrupted; see `MagicFaceError`
 
-This module loads the verbs with the first command line, and until then next to nothing: where there is too little
-memory for what they need, it says so, as it does where there is too little to read the line.
+This module imports the verbs only when a command line is first run, and next to nothing before that, so it can report
+when there is too little memory to load them or to read the command line.
 """
 
 from __future__ import annotations
@@ -14,40 +14,45 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from ._signals import handlers_restored
 from ._streams import open_closed_streams, told
 
 __all__ = ["main"]
 
 INTERRUPTED = 130
 INTERRUPTED_TEXT = "interrupted; nothing half written"
-"""Said by `main`, as typer ends with the same code, in silence, what is interrupted outside of a verb."""
+"""Printed by `main`, because typer, when it is interrupted outside of a verb, ends with the same code and prints
+nothing.
+"""
 
 ADDRESSES = 112 << 20
-"""Bytes of addresses with fewer of which the verbs could not be loaded. numpy's OpenBLAS, where it finds too few, ends
-the process, or has it interrupted."""
+"""Bytes of address space below which the verbs could not be loaded. numpy's OpenBLAS, if it finds too little, ends the
+process or has it interrupted.
+"""
 
 ADDRESSES_OF_A_THREAD = 40 << 20
-"""What it takes for each of its threads but the first: a buffer, and a stack."""
+"""Bytes that OpenBLAS takes for each of its threads but the first: a buffer and a stack."""
 
 RESERVE = 2 << 20
-"""Bytes of memory that are set aside, so that it can be said that there is too little."""
+"""Bytes of memory that are set aside, so that a lack of memory can still be reported."""
 
 LOST = "What was asked for is done, and what it writes is saved; only what was to be printed of it is lost."
 
 TOO_LITTLE = "there is too little memory on the host. Allow this process more (ulimit -v, the container's limit)."
-"""Said where there is too little to look at what was said."""
+"""Printed when there is too little memory even to examine the error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (that of the process, unless given) and return its exit code.
+    """Run a command line (the process's own, unless given) and return its exit code.
 
-    A reader of stdout or stderr that goes changes neither what is done nor the exit code; where stdout takes nothing
-    for another reason, as on a full disk, that is said and 0 becomes 2. Nobody is told what stderr does not take.
+    If the reader of stdout or stderr goes away, neither the work nor the exit code changes. If stdout cannot be written
+    to for another reason, such as a full disk, that is reported, and 0 becomes 2. What stderr does not take is lost
+    silently.
     """
     open_closed_streams()
-    with told() as (stdout, _):
+    with handlers_restored(), told() as (stdout, _):
         code = _ended(argv)
-        fault = None if code == INTERRUPTED else stdout.fault()  # which may wait for a reader
+        fault = None if code == INTERRUPTED else stdout.fault()  # flushes, which may wait for a reader
         if fault:
             print(f"error: stdout cannot be written: {fault}. {LOST if code == 0 else ''}".rstrip(), file=sys.stderr)
             code = code or 2
@@ -64,7 +69,7 @@ def _ended(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print(INTERRUPTED_TEXT, file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:  # outside of a verb, which says itself what it met
+    except Exception as error:  # raised outside of a verb; a verb reports its own errors
         del reserve
         if _was_interrupted(error):
             print(INTERRUPTED_TEXT, file=sys.stderr)
@@ -77,10 +82,10 @@ def _ended(argv: Sequence[str] | None) -> int:
 
 
 def _loaded() -> ModuleType:
-    """The module that holds all of them.
+    """Import and return the module that holds all verbs.
 
     Raises:
-        HostMemoryError: a limit of addresses leaves too few for it.
+        HostMemoryError: a limit on address space leaves too little for it.
         whatever too little memory raises elsewhere.
     """
     if "numpy" not in sys.modules:
@@ -94,7 +99,7 @@ def _loaded() -> ModuleType:
 
 
 def _threads() -> int:
-    """Those of OpenBLAS."""
+    """Return how many threads OpenBLAS will use."""
     from magicface_rt.cores import processors
 
     asked = (os.environ.get(f"{of}_NUM_THREADS", "") for of in ("OPENBLAS", "GOTO", "OMP"))
@@ -106,12 +111,12 @@ def _was_interrupted(error: Exception) -> bool:
         from magicface_rt.interrupts import was_interrupted
 
         return was_interrupted(error)
-    except Exception:  # for which there is too little memory, as there was for the command
+    except Exception:  # too little memory for this as well
         return False
 
 
 def _too_little(error: Exception) -> str:
-    """What to say where too little memory was its cause, else ""."""
+    """Return what to print if too little memory caused the error, else ""."""
     try:
         from magicface_rt.shortage import shortage
         from magicface_rt.shown import one_line

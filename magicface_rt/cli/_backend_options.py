@@ -1,4 +1,4 @@
-"""The options by which verbs that compute name what they compute with."""
+"""The options that choose a backend, shared by the verbs that compute."""
 
 from __future__ import annotations
 

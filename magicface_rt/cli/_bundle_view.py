@@ -1,4 +1,4 @@
-"""A bundle as JSON and as tables."""
+"""Shows a bundle as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from magicface_rt.shown import one_line
 
 
 def bundle_outcome(bundle: Bundle) -> dict[str, Any]:
-    """What there is to say about a bundle, as JSON can hold it."""
+    """Return everything about a bundle, as JSON can hold it."""
     return {
         "bundle": str(bundle.path),
         "hash": bundle.hash,
@@ -42,14 +42,14 @@ def bundle_outcome(bundle: Bundle) -> dict[str, Any]:
 
 
 def parity_lines(bundle: Bundle) -> Iterator[str]:
-    """For each graph the error measured at export that comes nearest to its tolerance."""
+    """Yield a line for each graph, with the error measured at export that comes nearest to its tolerance."""
     for name, parity in bundle.parity.items():
         worst, error, tolerance = worst_error(parity)
         yield f"{name}: {worst} differs from PyTorch by {error:.1e}, tolerance {tolerance:.0e}"
 
 
 def worst_error(parity: Any) -> tuple[str, float, float]:
-    """Output, relative error, tolerance."""
+    """Return the output whose error comes nearest to its tolerance, its relative error, and the tolerance."""
     errors, tolerances = parity["errors"], parity["tolerance"]
 
     def share(output: str) -> float:
@@ -61,14 +61,14 @@ def worst_error(parity: Any) -> tuple[str, float, float]:
 
 
 class Grid(Table):
-    """A table of texts, some of which come from files of strangers."""
+    """A table that keeps each text to one line, since some texts come from untrusted files."""
 
     def add_row(self, *cells: Any, **settings: Any) -> None:
         super().add_row(*(one_line(cell) if isinstance(cell, str) else cell for cell in cells), **settings)
 
 
 def grid(title: str, *columns: str) -> Grid:
-    """A plain table; a column whose name ends in > is aligned to the right."""
+    """Make a plain table; a column whose name ends in > is aligned to the right."""
     table = Grid(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
@@ -76,7 +76,7 @@ def grid(title: str, *columns: str) -> Grid:
 
 
 def size(count: float) -> str:
-    """Bytes for readers."""
+    """Format a number of bytes for readers."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

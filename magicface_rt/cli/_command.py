@@ -31,16 +31,17 @@ from . import INTERRUPTED, INTERRUPTED_TEXT
 from ._signals import came, raise_lost
 
 RESERVE = 4 << 20
-"""Bytes of memory that a verb sets aside, so that it can say that there is too little."""
+"""Bytes of memory that a verb sets aside, so that it can still report a lack of memory."""
 
 TORCH_ADDRESSES = 600 << 20
-"""Bytes of addresses with fewer of which no module of the export extra could be imported. PyTorch, where it finds too
-few as it is loaded, may end the process."""
+"""Bytes of address space below which no module of the export extra could be imported. PyTorch, if it finds too little
+while it is loaded, may end the process.
+"""
 
 TRACEBACK_HINT = "Run `magicface-rt --traceback ...` (or set MAGICFACE_RT_TRACEBACK=1) to see where."
 
 _OPEN_FILE = re.compile(r"/proc/\d+(/task/\d+)?/fd/\d+")
-_MOST_LINKS = 40  # as Linux
+_MOST_LINKS = 40  # Linux follows as many
 
 JsonOption = Annotated[
     str | None,
@@ -51,17 +52,17 @@ _tracebacks = False
 
 
 def show_traceback(wanted: bool) -> None:
-    """Whether errors are shown with their traceback, and warnings of other packages at all."""
+    """Set whether errors are shown with their traceback, and whether other packages' warnings are shown at all."""
     global _tracebacks
     _tracebacks = wanted
 
 
 class Command:
-    """A verb at work: what it says to the reader, and what it leaves as JSON.
+    """A verb at work: what it prints, and what it leaves as JSON.
 
-    `print` is for results (stdout, or stderr where `--json -` has stdout), `note` for what is being done (stderr);
-    there a signal that something has swallowed ends the verb. `outcome` is what becomes JSON; `fail` makes the exit
-    code 1.
+    `print` is for results (stdout, or stderr if `--json -` has stdout), `note` for what is being done (stderr); `note`
+    also ends the verb if something has swallowed a signal. `outcome` becomes the JSON; `fail` sets the exit code, 1
+    unless given.
     """
 
     def __init__(self, json_to: str | None) -> None:
@@ -93,7 +94,7 @@ class Command:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        """Stands in for `warnings.showwarning`."""
+        """Replaces `warnings.showwarning`: notes each warning once."""
         text = str(message) if issubclass(category, MagicFaceWarning) else f"{filename}:{lineno}: {message}"
         if text not in self._shown:
             self._shown.add(text)
@@ -102,7 +103,7 @@ class Command:
 
 @contextmanager
 def command(json_to: str | None) -> Iterator[Command]:
-    """Run the body of a verb. Whatever it raises becomes a line, JSON, and an exit code."""
+    """Run the body of a verb. What it raises is printed as one line, written as JSON, and turned into an exit code."""
     verb, reserve = Command(json_to), b""
     try:
         reserve = bytes(RESERVE)
@@ -135,11 +136,13 @@ def _interrupted(json_to: str | None) -> typer.Exit:
 
 
 def print_usage_error(error: Any, arguments: Sequence[str]) -> int:
-    """A command line that typer cannot read: bad input. `--json` is looked for by hand, as nothing was parsed."""
+    """Report a command line that typer cannot parse, and return the exit code. `--json` is looked for by hand, since
+    nothing was parsed.
+    """
     text = one_line(error.format_message())
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "magicface-rt"
-    if not text:  # no arguments at all: typer has shown the help
+    if not text:  # no arguments were given: typer has shown the help
         return int(error.exit_code)
     print(f"error: {text.rstrip('.')}. See `{path} --help`.", file=sys.stderr)
     json_to = next((b for a, b in pairwise(arguments) if a == "--json"), None)
@@ -151,8 +154,8 @@ def print_usage_error(error: Any, arguments: Sequence[str]) -> int:
 def write_json(to: str | None, content: Mapping[str, Any], *, wait: bool = True) -> None:
     """Write JSON to stdout for "-", or to a file, which appears complete or not at all.
 
-    A link is followed. A pipe, a device and what a process has open (/dev/stdout, /proc/*/fd) are written to as they
-    are, after what is there already; without `wait` only where that can be done at once.
+    Links are followed. A pipe, a device, or what a process has open (/dev/stdout, /proc/*/fd) is appended to in place;
+    without `wait`, only if that can be done at once.
 
     Raises:
         OutputError: the file cannot be written.
@@ -177,10 +180,10 @@ def write_json(to: str | None, content: Mapping[str, Any], *, wait: bool = True)
 
 
 def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
-    """See before hours of work that a new folder can be put there, as `unfinished.check` does.
+    """Check, before hours of work, that a new folder can be created there, as `unfinished.check` does.
 
     Raises:
-        OutputError: it exists (with `overwrite`: and is not an earlier result), or cannot be made.
+        OutputError: the folder exists (with `overwrite`: and is not an earlier result), or cannot be created.
     """
     try:
         target = unfinished.place(folder)
@@ -192,10 +195,10 @@ def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
 
 
 def check_new_path(path: Path, what: str) -> None:
-    """As `check_output_folder`, for what is never replaced.
+    """Check a path as `check_output_folder` does, but for something that is never replaced.
 
     Raises:
-        OutputError: something is there already, or it cannot be made.
+        OutputError: something is there already, or it cannot be created.
     """
     if os.path.lexists(path):
         raise OutputError(f"{what} {str(path)!r} exists already. Give a new path, or remove it first.")
@@ -203,11 +206,11 @@ def check_new_path(path: Path, what: str) -> None:
 
 
 def export_module(name: str) -> Any:
-    """A module of `magicface_rt.export`, which needs torch and its company.
+    """Import a module of `magicface_rt.export`, which needs torch and the rest of its extra.
 
     Raises:
         BackendMissingError: the extra is not installed.
-        HostMemoryError: a limit of addresses leaves too few for it.
+        HostMemoryError: a limit on address space leaves too little for it.
     """
     if "torch" not in sys.modules:
         check_addresses(TORCH_ADDRESSES, "PyTorch")
@@ -224,7 +227,7 @@ def export_module(name: str) -> Any:
 
 
 def _check_json_target(to: str | None) -> None:
-    """See before hours of work that JSON can be written there.
+    """Check, before hours of work, that JSON can be written there.
 
     Raises:
         OutputError: it cannot.
@@ -244,7 +247,7 @@ def _check_json_target(to: str | None) -> None:
 
 
 def _is_stream(path: str) -> bool:
-    """Whether it leads to something that is neither a file nor a folder, or to what a process has open."""
+    """Return whether a path leads to what is neither a file nor a folder, or to what a process has open."""
     at = Path(path).absolute()
     for _ in range(_MOST_LINKS):
         at = Path(os.path.realpath(at.parent), at.name)
@@ -295,7 +298,7 @@ def _write_error(json_to: str | None, kind: str, message: str, *, wait: bool = T
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; they become text."""
+    """Turn NaN and infinities, which JSON does not have, into text."""
     if isinstance(value, Mapping):
         return {str(key): _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

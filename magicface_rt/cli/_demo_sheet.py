@@ -12,15 +12,17 @@ from magicface_rt.images import LoadedReference, load_reference
 from magicface_rt.provenance import ProvenancePicture
 
 TILES = "tiles"
-"""In the sheet's provenance, beside that of the picture: what is on it. By it a demo knows its sheet again."""
+"""The key of the list of what is on the sheet, which is added to the picture's provenance. A demo recognises an earlier
+sheet by it.
+"""
 
 TILE, GAP, LINE = 256, 12, 22
-_DIMMED = 0.3  # what is left of a reference's contrast where its mask is not
+_DIMMED = 0.3  # what is left of a reference's contrast outside its mask
 
 
 def contact_sheet(concepts: Sequence[Concept], plain: Result, made: Result) -> Image.Image:
-    """The concepts' first references with what their masks leave out dimmed, and the first pictures of both results.
-    It says how it was made where the picture does.
+    """Draw the concepts' first references, dimmed outside their masks, and the first pictures of both results. The
+    sheet says how it was made if the picture does.
 
     Raises:
         ImageError, MaskError: a reference cannot be read.
@@ -56,6 +58,6 @@ def _masked(reference: LoadedReference) -> Image.Image:
 
 
 def _enlarged(picture: Image.Image) -> Image.Image:
-    """As wide as a tile; a small picture keeps its pixels visible."""
+    """Scale a picture to the width of a tile; a small picture keeps its pixels visible."""
     how = Image.Resampling.NEAREST if picture.width < TILE else Image.Resampling.LANCZOS
     return picture.convert("RGB").resize((TILE, max(1, round(picture.height * TILE / picture.width))), how)

@@ -42,18 +42,18 @@ BudgetOption = Annotated[
 
 @dataclass(frozen=True)
 class GivenKept:
-    """A `--kept`: the file's concept, and the settings that stand beside it."""
+    """One `--kept`: the concept from its file, and the settings given beside it."""
 
     file: KeptConcept
     settings: Mapping[str, Any]
 
     @property
     def name(self) -> str:
-        """What it is called, and so whose place it takes."""
+        """The name that the concept gets, and so of the concept whose place it takes."""
         return str(self.settings.get("name") or self.settings.get("word") or self.file.name)
 
     def alone(self) -> KeptConcept:
-        """With the file's settings where none are given."""
+        """Return the kept concept, with the file's settings where none are given."""
         return self.file.renamed(
             self.settings.get("word"),
             weight=self.settings.get("weight"),
@@ -62,7 +62,9 @@ class GivenKept:
         )
 
     def instead_of(self, concept: NamedConcept) -> KeptConcept:
-        """With that concept's settings where none are given. A word that is given leaves its token_index behind."""
+        """Return the kept concept with the settings of the one that it replaces where none are given. If a word is
+        given, the token_index of the replaced one is not used.
+        """
         token_index = None if "word" in self.settings else concept.token_index
         return self.file.renamed(
             self.settings.get("word", concept.word),
@@ -73,10 +75,10 @@ class GivenKept:
 
 
 def load_kept(texts: Sequence[str]) -> list[GivenKept]:
-    """What each `--kept` gives.
+    """Load what each `--kept` gives.
 
     Raises:
-        OptionError: an option cannot be read, or two would have one name.
+        OptionError: an option cannot be read, or two would have the same name.
         KeptConceptError: the file cannot be used.
         ConceptError: a weight or token index out of range.
     """
@@ -92,7 +94,9 @@ def load_kept(texts: Sequence[str]) -> list[GivenKept]:
 
 
 def _load(text: str) -> GivenKept:
-    """Quotes and escapes are those of `--concept`. A text that starts with none of the keys is a file's name."""
+    """Load one `--kept`. Quotes and escapes are those of `--concept`. A text that starts with none of the keys is a
+    file's name.
+    """
     if text.partition("=")[0].strip() not in _KEYS or "=" not in text:
         return GivenKept(KeptConcept.load(text), {})
     settings: dict[str, Any] = {}
@@ -115,10 +119,11 @@ def _load(text: str) -> GivenKept:
 
 
 def replace_concepts(concepts: Sequence[NamedConcept], kept: Sequence[GivenKept]) -> list[NamedConcept]:
-    """The concepts of a job with the kept ones in the places of those with their name, and the others behind.
+    """Return a job's concepts, with each kept one in place of the concept with its name, and the remaining kept ones at
+    the end.
 
     Raises:
-        OptionError: several have the name of a kept one.
+        OptionError: several concepts have the name of a kept one.
     """
     names = [concept.name for concept in concepts]
     for name in (one.name for one in kept):
@@ -136,12 +141,12 @@ def replace_concepts(concepts: Sequence[NamedConcept], kept: Sequence[GivenKept]
 
 
 def bare_concepts(concepts: Sequence[NamedConcept]) -> list[Concept]:
-    """Those whose references are images."""
+    """Return the concepts whose references are images."""
     return [concept for concept in concepts if isinstance(concept, Concept)]
 
 
 def plan_table(plan: MemoryPlan) -> Table:
-    """A plan as a table, the chosen mode marked."""
+    """Return a plan as a table, with the chosen mode marked."""
     where = ("host>", "device>") if plan.on_device else ("memory>",)
     table = grid("what the references need, at the peak", "", "mode", *where)
     for mode, use in plan.modes.items():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a verb wherever they come, so that nothing half written stays."""
+"""Makes Ctrl-C and SIGTERM end a verb wherever they arrive, so nothing half written stays."""
 
 from __future__ import annotations
 
@@ -10,44 +10,61 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-__all__ = ["came", "heard", "raise_lost"]
+__all__ = ["came", "handlers_restored", "heard", "raise_lost"]
 
 AGAIN_SECONDS = 0.05
-"""After which what was lost comes again: as that may not be before the hook that saw it has returned."""
+"""Seconds after which a lost signal is sent again. It must not arrive before the hook that noticed the loss has
+returned.
+"""
 
 _came = False
 
 
 def came() -> bool:
-    """Whether Ctrl-C or SIGTERM has come since the verb began, whatever became of what that raised.
+    """Return whether Ctrl-C or SIGTERM has arrived since the verb began, whatever became of the exception that it
+    raised.
 
-    A library in C++ may take it for an argument that does not fit, and tell only that.
+    A C++ library may take that exception for an argument that does not fit, and report only that.
     """
     return _came
 
 
 def raise_lost() -> None:
-    """To be called where a verb goes on: it does not after a signal, unless something has swallowed that."""
+    """Raise KeyboardInterrupt if a signal has arrived. Call this where a verb goes on: after a signal it only gets
+    there if something has swallowed the exception.
+    """
     if _came:
         raise KeyboardInterrupt
 
 
 @contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Give SIGTERM the handler back that it had before the block: `main` may be called by a program with its own."""
+    earlier = signal.getsignal(signal.SIGTERM)  # None for one that was not set from Python
+    try:
+        yield
+    finally:
+        if earlier is not None and signal.getsignal(signal.SIGTERM) is not earlier:
+            signal.signal(signal.SIGTERM, earlier)
+
+
+@contextmanager
 def heard() -> Iterator[None]:
-    """SIGTERM ends a verb as Ctrl-C does, and neither is lost where Python cannot raise what the handler raises.
+    """Make SIGTERM end a verb as Ctrl-C does, and lose neither where Python cannot raise the handler's exception.
 
-    Afterwards the caller's handlers are there again.
+    SIGTERM goes on to raise KeyboardInterrupt afterwards, while the command line reports how the verb ended; see
+    `handlers_restored`.
 
-    In finalizers, callbacks of weak references and those of the garbage collector it goes on, and tells only
-    `sys.unraisablehook`. From there the signal is given again; and nothing else is told after one has come.
+    In finalizers, and in callbacks of weak references and of the garbage collector, Python goes on and only reports the
+    exception to `sys.unraisablehook`. The hook set here then sends the signal again. Once a signal has arrived, it
+    reports nothing else.
     """
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set, and none is called
+    if threading.current_thread() is not threading.main_thread():  # no handler can be set here, and none is called
         yield
         return
     global _came
     _came = False
-    earlier = signal.getsignal(signal.SIGTERM)
-    if earlier is not signal.SIG_IGN:  # as whoever started this wants it
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # else whoever started this process wants it ignored
         signal.signal(signal.SIGTERM, _interrupt)
     default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, or the caller's
     if default:
@@ -61,7 +78,7 @@ def heard() -> Iterator[None]:
                 timers[-1].daemon = True
                 timers[-1].start()
                 return
-        if not _came:  # else what was interrupted as it was made cannot be finalized well
+        if not _came:  # after a signal, objects whose creation was interrupted may fail to finalize
             before(lost)
 
     sys.unraisablehook = told
@@ -69,21 +86,20 @@ def heard() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
-        for timer in timers:  # what has ended is not interrupted any more
+        for timer in timers:  # the verb has ended and must not be interrupted any more
             timer.cancel()
         _came = False
-        if earlier is not None and earlier is not signal.SIG_IGN:  # None: set by something that is not Python
-            signal.signal(signal.SIGTERM, earlier)
         if default:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _give_again(thread: int) -> None:
-    """To the main thread, which it also wakes where it waits for something, but on Windows."""
+    """Send a signal to the main thread again. Except on Windows, this also wakes that thread if it is waiting."""
+    number = signal.SIGTERM if signal.getsignal(signal.SIGTERM) is _interrupt else signal.SIGINT
     if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(thread, signal.SIGTERM)
+        signal.pthread_kill(thread, number)
     else:
-        _thread.interrupt_main(signal.SIGTERM)
+        _thread.interrupt_main(number)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Byte counts as people write them."""
+"""Parses byte counts as people write them, such as 4GiB."""
 
 from __future__ import annotations
 

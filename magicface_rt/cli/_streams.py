@@ -1,5 +1,5 @@
-"""Streams that whoever started the process has closed, as `2>&-` does and some schedulers do; and those that take
-nothing any more, as a pipe whose reader has gone or a file on a full disk.
+"""Handles standard streams that were closed before the process started, as `2>&-` and some schedulers do, and streams
+that can no longer be written to, such as a pipe whose reader has gone or a file on a full disk.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
 def open_closed_streams() -> None:
-    """Have nothing in their places: reads find an end, and what is written is dropped.
+    """Put the null device in place of closed streams: reads find the end at once, and what is written is dropped.
 
-    Python would print to stdout what is meant for a stderr that is none, and the next file that is opened would get the
-    number to which libraries write their messages.
+    Otherwise Python would print to stdout what is meant for a missing stderr, and the next file that is opened would
+    get the number to which libraries write their messages.
     """
     for number, (name, mode) in enumerate(_STREAMS):
         if getattr(sys, name) is None:
@@ -27,10 +27,10 @@ def open_closed_streams() -> None:
 
 
 class Told:
-    """A stream to which things are told. What it does not take is dropped, and what is being done goes on."""
+    """A stream for messages. What it does not take is dropped, and the work goes on."""
 
     def __init__(self, stream: TextIO) -> None:
-        if isinstance(stream, io.TextIOWrapper):  # a file's name need not be text that a terminal can show
+        if isinstance(stream, io.TextIOWrapper):  # file names may have characters that a terminal cannot show
             stream.reconfigure(errors="backslashreplace")
         self._stream = stream
         self._fault: OSError | None = None
@@ -52,12 +52,14 @@ class Told:
             self._drop(error)
 
     def fault(self) -> OSError | None:
-        """Why not all was taken. None where all was, or the reader has gone: it has what it wanted."""
+        """Return why not everything was written. None if all was, or if the reader has gone: it has what it wanted."""
         self.flush()
         return None if isinstance(self._fault, BrokenPipeError) else self._fault
 
     def end(self) -> TextIO:
-        """The stream, or where it failed nothing in its place: it keeps what it did not take, and would fail again."""
+        """Return the stream, or the null device if the stream has failed: that one keeps what it did not take, and
+        would fail again.
+        """
         return self._stream
 
     def _drop(self, error: OSError) -> None:
@@ -67,7 +69,7 @@ class Told:
 
 @contextlib.contextmanager
 def told() -> Iterator[tuple[Told, Told]]:
-    """Have stdout and stderr be such streams for the block, and yield them."""
+    """Replace stdout and stderr by such streams for the block, and yield them."""
     both = Told(sys.stdout), Told(sys.stderr)
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in both)
     try:

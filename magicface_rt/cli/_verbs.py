@@ -1,4 +1,4 @@
-"""All verbs, and the command line that is read."""
+"""Assembles all verbs, and reads the command line."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ app.add_typer(engines.app, name="engines")
 
 
 def read(argv: Sequence[str] | None) -> int:
-    """As `main`."""
+    """Run a command line, as `main` does once the verbs are loaded, and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with heard():

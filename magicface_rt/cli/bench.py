@@ -1,4 +1,4 @@
-"""`magicface-rt bench`: how long and how much memory, against what one would otherwise run."""
+"""`magicface-rt bench`: measures time and memory, against what one would otherwise run."""
 
 from __future__ import annotations
 
@@ -119,12 +119,12 @@ def bench(
 
 
 def _check_before_hours(out: Path, bundles: list[Path], checkpoint: Path | None) -> None:
-    """What would otherwise be noticed when the first case has been measured.
+    """Check what would otherwise only be noticed once the first case has been measured.
 
     Raises:
         BundleError: a folder is no bundle.
         InputError: the checkpoint is not what a bundle was made from.
-        OutputError: nothing can be written there.
+        OutputError: nothing can be written to the output folder.
     """
     opened = [Bundle.open(path, check_hashes=False) for path in bundles]
     if checkpoint is not None:
@@ -144,7 +144,7 @@ def _check_before_hours(out: Path, bundles: list[Path], checkpoint: Path | None)
 
 
 def benchmark_module(name: str) -> Any:
-    """A module of `magicface_rt.benchmarks`.
+    """Import a module of `magicface_rt.benchmarks`.
 
     Raises:
         BackendMissingError: something that it needs is not installed.
@@ -161,7 +161,9 @@ def benchmark_module(name: str) -> Any:
 
 
 def _backends(text: str, with_store: bool, note: Callable[[str], object]) -> tuple[str, ...]:
-    """Those that are named, or for "all" those that work here; what serves plans needs the store that holds them."""
+    """Return the named backends, or for "all" those that work here; a backend that serves plans needs the store that
+    holds them.
+    """
     from magicface_rt.backends import BACKENDS, FLAVOURS, why_not
 
     concrete = [name for name in BACKENDS if name not in ("auto", "onnxruntime")]
@@ -190,10 +192,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Whole numbers between commas.
+    """Parse whole numbers between commas.
 
     Raises:
-        OptionError: something else is there.
+        OptionError: there is something else, or nothing.
     """
     try:
         found = tuple(int(word) for word in _words(text))

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from magicface_rt.engines.store import Plan
 
 BUILD_ADDRESSES = 640 << 20
-"""Bytes of addresses with fewer of which the smallest graph could not be built. TensorRT, where it finds too few, may
-wait for ever for a thread that it could not start, or the system's loader ends the process."""
+"""Bytes of address space below which the smallest graph could not be built. If there is too little, TensorRT may wait
+forever for a thread that it could not start, or the system's loader ends the process.
+"""
 
 StoreOption = Annotated[Path, typer.Option(metavar="DIR", help="The engine store; made where it is missing.")]
 FlavourOption = Annotated[str, typer.Option(metavar="NAME", help="tensorrt-rtx or tensorrt.")]
@@ -87,10 +88,13 @@ def build(
 
 
 def choose_target(flavour: str, target: str | None, device: int) -> tuple[Any, Any]:
-    """The target of that name, or that of the GPU here; and the flavour's library.
+    """Return the target with this name, or without one the flavour's default or that of the GPU here, and the flavour's
+    library.
 
     Raises:
-        TargetError: no such target. BackendMissingError: the library is not installed.
+        OptionError: there is no such flavour.
+        TargetError: there is no such target.
+        BackendMissingError: the library is not installed.
     """
     from magicface_rt.engines import gpu, targets
     from magicface_rt.engines.flavour import FLAVOURS, load_flavour
@@ -105,7 +109,7 @@ def choose_target(flavour: str, target: str | None, device: int) -> tuple[Any, A
 
 
 def plan_outcome(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON."""
+    """Return a plan as JSON can hold it."""
     return {
         "graph": plan.key.graph,
         "digest": plan.key.digest,
@@ -120,7 +124,7 @@ def plan_outcome(plan: Plan) -> dict[str, Any]:
 
 
 def peak_host_bytes() -> int | None:
-    """The most memory that this process has had, where the system says it."""
+    """Return this process's peak memory, or None where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -130,7 +134,7 @@ def peak_host_bytes() -> int | None:
 
 
 def _watched(name: str, make: Callable[[Callable[[str, int, int], object]], Plan]) -> Plan:
-    """Build in a thread, under a progress bar, so that Ctrl-C is heard while the library computes."""
+    """Build in a thread, under a progress bar, so that Ctrl-C takes effect while the library computes."""
     stop, ended = threading.Event(), threading.Event()
     made: list[Plan] = []
     failure: list[BaseException] = []
@@ -153,13 +157,13 @@ def _watched(name: str, make: Callable[[Callable[[str, int, int], object]], Plan
         thread = threading.Thread(target=work, name=f"build {name}")
         try:
             thread.start()
-            # Not Thread.join: when Ctrl-C interrupts it, Python 3.11 takes the thread for ended.
+            # Not Thread.join: if Ctrl-C interrupts that, Python 3.11 takes the thread for ended.
             while not ended.wait(0.1):
                 pass
         except KeyboardInterrupt:
             stop.set()
             bar.update(task, description=f"{name}: stopping")
-            if thread.ident is not None:  # else it was interrupted before it had begun
+            if thread.ident is not None:  # else it was interrupted before the thread had started
                 ended.wait()
             raise
     if failure:

@@ -97,7 +97,8 @@ def demo(
 
 
 def _find(what: Path, missing: type[JobError] | type[CheckpointError], option: str) -> Path:
-    """What the repository holds: from the current folder, or beside the package where that runs from a source tree.
+    """Return where the repository's file or folder is: in the current folder, or beside the package if that runs from a
+    source tree.
 
     Raises:
         missing: it is in neither place.
@@ -109,7 +110,9 @@ def _find(what: Path, missing: type[JobError] | type[CheckpointError], option: s
 
 
 def _bundle(verb: Command, checkpoint: Any, folder: Path) -> Bundle:
-    """The bundle of that checkpoint; exported again where it is not there, not whole, or of another exporter."""
+    """Return the bundle of this checkpoint. It is exported again if it is missing, not intact, or from another
+    checkpoint or exporter.
+    """
     try:
         bundle = Bundle.open(folder)
         same_exporter = bundle.exporter == export_module("exporter").exporter_versions()
@@ -126,7 +129,7 @@ def _bundle(verb: Command, checkpoint: Any, folder: Path) -> Bundle:
 
 
 def _check_sheet(sheet: Path) -> None:
-    """Raise `OutputError` where something is in its place that no demo made."""
+    """Raise OutputError if something that no demo made is in the sheet's place."""
     if not os.path.lexists(sheet):
         return
     try:
@@ -141,10 +144,10 @@ def _check_sheet(sheet: Path) -> None:
 
 
 def _remove_earlier(folder: Path) -> None:
-    """The bundle of an earlier demo, whole or not.
+    """Remove the bundle of an earlier demo, complete or not.
 
     Raises:
-        OutputError: there is something else, also beside its files; or it cannot be removed.
+        OutputError: something else is there, or beside its files; or it cannot be removed.
     """
     if not os.path.lexists(folder):
         return
@@ -160,7 +163,7 @@ def _remove_earlier(folder: Path) -> None:
 
 
 def _why_no_bundle(folder: Path) -> str:
-    """What of it is no bundle's, "" where all is that its manifest names."""
+    """Return why the folder is not just a bundle, or "" if it holds only what its manifest names."""
     if folder.is_symlink() or not folder.is_dir():
         return "it is a link" if folder.is_symlink() else "it is not a folder"
     try:

@@ -20,7 +20,7 @@ from ._bundle_view import grid
 from ._command import JsonOption, command
 
 DOCTOR_ADDRESSES = 192 << 20
-"""Bytes of addresses with fewer of which the system's loader may end the process, as it finds none for a library."""
+"""Bytes of address space below which the system's loader may end the process, having none left for a library."""
 
 PACKAGES = (
     "numpy",
@@ -94,7 +94,7 @@ def doctor(json_to: JsonOption = None) -> None:
 
 
 def _backend(name: str) -> Finding:
-    """A provider that is listed, or a library that is installed, may still lack its libraries or its device."""
+    """Try a backend: even a listed provider or an installed library may lack its libraries or its device."""
     reason = why_not(name)
     if reason:
         return Finding(name, False, reason, _cure(name))
@@ -111,7 +111,7 @@ def _capability() -> str | None:
 
 
 def _cure(name: str) -> str:
-    """The command that a backend lacks; the first one where it lacks several."""
+    """Return what to do about a backend that does not work; the first step if there are several."""
     if name == "onnxruntime-cpu":
         return "pip install 'magicface_rt[cpu]'"
     if name == "onnxruntime-nv-tensorrt-rtx":
@@ -137,7 +137,7 @@ def _builds_plans() -> Finding:
 
 
 def _gpu() -> dict[str, str]:
-    """What the driver says of the first GPU; only why not, where there is none."""
+    """Return what the driver says about the first GPU, or only why there is none."""
     try:
         device = Device()
         free, total = device.memory()
@@ -153,7 +153,7 @@ def _gpu() -> dict[str, str]:
 
 
 def _driver() -> str:
-    """The driver's own version, where the system tells it."""
+    """Return the driver's own version, if the system reports it."""
     try:
         words = NVIDIA_VERSION.read_text(encoding="ascii").split()
     except (OSError, ValueError):

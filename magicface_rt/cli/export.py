@@ -56,7 +56,7 @@ def export(
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """`10-15`, `10,11,12`, or both mixed.
+    """Parse layers given as `10-15`, `10,11,12`, or both mixed.
 
     Raises:
         OptionError: anything else.

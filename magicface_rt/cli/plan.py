@@ -1,4 +1,4 @@
-"""`magicface-rt plan`: what the references of a job will need, said before anything is computed."""
+"""`magicface-rt plan`: what the references of a job will need, reported before anything is computed."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def prepare(
             storage=storage,
         ) as session:
             origin = Origin.of(session.bundle, request.options.steps, request.options.reference_seed)
-            for one in concepts[1:]:  # before the first takes its minutes
+            for one in concepts[1:]:  # check these before the first one takes its minutes
                 load_alone(one, origin, session.bundle, session.tokenizer)
             for one, path in zip(concepts, paths, strict=True):
                 with preparation_bar(one.name) as progress:
@@ -103,7 +103,7 @@ def prepare(
 
 @contextmanager
 def preparation_bar(name: str) -> Iterator[ProgressCallback | None]:
-    """A bar on stderr, where that is a terminal, and the callback that moves it."""
+    """Show a progress bar on stderr, if that is a terminal, and yield the callback that moves it; else None."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -123,10 +123,10 @@ def preparation_bar(name: str) -> Iterator[ProgressCallback | None]:
 
 
 def _paths(concepts: list[Concept], out: Path, *, overwrite: bool) -> list[Path]:
-    """A file for each concept, named after it.
+    """Return a file for each concept, named after it.
 
     Raises:
-        OutputError: two concepts would have one file; a file is there already; it cannot be written.
+        OutputError: two concepts would have the same file; a file is there already; or it cannot be written.
     """
     names = [re.sub(r"[^\w.-]+", "-", concept.name).strip("-.") or "concept" for concept in concepts]
     double = sorted({name for name in names if names.count(name) > 1})

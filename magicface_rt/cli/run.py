@@ -130,12 +130,12 @@ def run(
 def request_of(
     job: Path | None, prompt: str | None, concepts: list[str], settings: dict[str, Any], kept: Sequence[str] = ()
 ) -> Request:
-    """The job, with what the command line says instead; settings that are None were not given.
+    """Build the request from a job, overridden by what the command line gives; settings that are None were not given.
 
-    Where neither gives `steps` or `reference_seed`, they are those of the first kept concept.
+    If neither gives `steps` or `reference_seed`, they are those of the first kept concept.
 
     Raises:
-        InputError: neither job nor prompt was given; a value or file that cannot be used.
+        InputError: neither job nor prompt was given; or a value or file cannot be used.
     """
     if job is None and prompt is None:
         raise OptionError("neither --job nor --prompt was given, expected one of them.")
@@ -155,7 +155,7 @@ def request_of(
 
 
 def _keys_of(job: Path | None) -> set[str]:
-    """What stands in a job that `load_job` has read: its options do not say which of them are defaults."""
+    """Return the keys in a job that `load_job` has read: its options do not show which of them are defaults."""
     if job is None:
         return set()
     text = job.read_text(encoding="utf-8-sig")
@@ -167,7 +167,7 @@ def _keys_of(job: Path | None) -> set[str]:
 
 @contextmanager
 def progress_bar(options: Options) -> Iterator[ProgressCallback | None]:
-    """A bar on stderr, where that is a terminal, and the callback that moves it."""
+    """Show a progress bar on stderr, if that is a terminal, and yield the callback that moves it; else None."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -39,8 +39,9 @@ from ._serve_options import (
 )
 
 SERVE_ADDRESSES = 640 << 20
-"""Bytes of addresses with fewer of which even the smallest bundle was not always served: the runtime, where a thread of
-its own finds too few, ends the process."""
+"""Bytes of address space below which even the smallest bundle was not always served: the runtime ends the process if a
+thread of its own finds too little.
+"""
 
 
 def serve(
@@ -127,7 +128,7 @@ def serve(
         kept = serving_module("concepts")
         limits = {"most": settings.concepts, "most_bytes": settings.concept_bytes}
         place = kept.MemoryConcepts(**limits) if concepts is None else kept.FolderConcepts(concepts, **limits)
-        # A bundle takes long to open: what cannot be served is said before.
+        # A bundle takes long to open, so check first whether it can be served here.
         with contextlib.closing(serving.listen(host, port)) as where:
             address = str(where.getsockname()[0])
         if not accepted and serving_module("gate").names_of(address) is None:
@@ -165,7 +166,7 @@ def serve(
             budget=budget,
             storage=storage,
         ) as session:
-            # Answers have them. They quote the names that clients give their concepts, so kinds alone are logged.
+            # Warnings go into answers. They quote the names that clients give their concepts, so only kinds are logged.
             warnings.simplefilter("ignore", MagicFaceWarning)
             logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
             verb.note(f"serving {bundle} on {session.backend.name}")
@@ -189,7 +190,7 @@ def _say_how_it_ended(verb: Command, cut_off: int) -> None:
 
 
 def _on_ray(engine: str, *, replicas: str | None, device: int) -> bool:
-    """Whether Ray serves; raises OptionError where an option does not go with that."""
+    """Return whether Ray serves. Raises OptionError for an option that does not fit the engine."""
     if engine not in ("local", "ray"):
         raise OptionError(f"--engine is {engine!r}, expected local or ray.")
     if engine == "local":
@@ -203,7 +204,9 @@ def _on_ray(engine: str, *, replicas: str | None, device: int) -> bool:
 
 @contextlib.contextmanager
 def _shared_folder(concepts: Path | None) -> Iterator[Path]:
-    """Where replicas keep concepts: the folder that was given, or one in memory, which goes when they have ended."""
+    """Yield the folder in which replicas keep concepts: the given one, or one in shared memory that is removed
+    afterwards.
+    """
     if concepts is not None:
         yield concepts.absolute()
         return

@@ -1,4 +1,4 @@
-"""`magicface-rt verify`: a recording replayed, or a bundle compared with its checkpoint."""
+"""`magicface-rt verify`: replays a recording, or compares a bundle with its checkpoint."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def verify(
 def _runtime(
     bundle: Bundle, name: str, store: Path | None, device: int, target: str | None, build_missing: bool
 ) -> Backend:
-    """The backend; a TensorRT flavour with plans that have every output."""
+    """Open the backend; a TensorRT flavour with a store gets plans that have every output."""
     if name not in FLAVOURS or store is None:
         return open_backend(name, store=store, device=device)
     from magicface_rt.engines import gpu

@@ -1,4 +1,4 @@
-"""Serving a Session over HTTP, and the client for it.
+"""Serve a Session over HTTP, and the client for such a service.
 
     from magicface_rt.serve import Client
 
@@ -7,8 +7,8 @@
         made = client.generate("a man in the rain", [man.use(weight=2.5)], seed=7)
         made.images[0].save("out.png")
 
-The client needs httpx, the service the whole extra `serve`; each is imported when it is first asked for.
-What the service promises: docs/serving.md.
+The client's side is `client`, `wire` and `answers`; every other module is the server's. The client needs httpx, the
+server the whole extra `serve`; each is imported on first use. What the service promises: docs/serving.md.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _WHERE = {
 
 
 def module(name: str) -> Any:
-    """A module of this package.
+    """Import a module of this package.
 
     Raises:
         BackendMissingError: the extra is not installed.

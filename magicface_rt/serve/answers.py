@@ -1,4 +1,4 @@
-"""What a client reads of an answer, and how much of it: whoever answers need not be the service."""
+"""Client side: reads answers within limits, since what answers need not be the service."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from ..errors import AnswerError
 __all__ = ["ANSWER_BYTES", "PACKED", "Answer", "Body", "Lines"]
 
 ANSWER_BYTES = 512 * 2**20
-"""The largest answer that a service gives with the limits that it has unless told otherwise is four pictures of 4096 x
-4096 pixels, the largest that a bundle may have, with the regions after each of 150 steps: less than 400,000,000 bytes.
+"""The most bytes of an answer that a client reads, unless told otherwise. The largest answer of a service with default
+limits is four pictures of 4096 x 4096 pixels, the largest that a bundle may have, with the regions after each of 150
+steps: less than 400,000,000 bytes.
 """
 
 BYTES_A_VALUE = 12
-"""An answer may have a value for each so many of the bytes that it may have. In memory each takes up to six times that;
-in the largest answer a tenth of the bytes are values."""
+"""An answer may hold one JSON value for every so many bytes of its limit. A value takes up to six times that in memory;
+in the largest answer a tenth of the bytes are values.
+"""
 
 PACKED = "gzip"
-"""How answers may be packed. The service packs none; a proxy before it may."""
+"""The one compression that a client accepts. The service compresses no answer; a proxy in front of it may."""
 
 _PIECE = 2**20
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer that has been read. `content`: its body, unpacked."""
+    """An answer that has been read completely. `content`: its body, unpacked."""
 
     response: httpx.Response
     content: bytearray
@@ -40,9 +42,9 @@ class Answer:
 
 
 class Body:
-    """Takes the body of an answer as it comes, and gives it unpacked.
+    """Unpacks the body of an answer as it arrives.
 
-    most  bytes that it may have then
+    most  the most bytes that the unpacked body may have
     """
 
     def __init__(self, response: httpx.Response, most: int) -> None:
@@ -55,10 +57,11 @@ class Body:
         self._unpacking = zlib.decompressobj(zlib.MAX_WBITS | 16) if packed == PACKED else None
 
     def unpacked(self, raw: bytes) -> Iterator[bytes]:
-        """What so many bytes of the connection hold, in pieces of a MiB at most where they are packed.
+        """Yield what these bytes from the connection unpack to, in pieces of at most 1 MiB where they are packed.
 
         Raises:
-            AnswerError: they are not packed as the answer says, or hold more than it may have.
+            AnswerError: the bytes are not packed as the answer says, or the answer has more bytes or values than it may
+                have.
         """
         unpacking = self._unpacking
         if unpacking is None:
@@ -73,7 +76,7 @@ class Body:
             yield self._counted(piece)
 
     def end(self) -> None:
-        """Raises AnswerError where what was packed is cut off."""
+        """Raise AnswerError if the packed data ends too early."""
         if self._unpacking is not None and self._bytes and not self._unpacking.eof:
             raise self._error("is not packed as it says (its end is missing)")
 
@@ -99,13 +102,13 @@ class Body:
 
 
 class Lines:
-    """Cuts a text into lines, which come in pieces. One that has no end is none."""
+    """Splits text that arrives in pieces into lines. A last line without a line end is never given."""
 
     def __init__(self) -> None:
         self._begun = bytearray()
 
     def of(self, piece: bytes) -> Iterator[str]:
-        """Those that end in a piece, without their ends."""
+        """Yield the lines that end in this piece, without their line ends."""
         *whole, rest = piece.split(b"\n")
         for line in whole:
             self._begun += line

@@ -1,4 +1,4 @@
-"""The HTTP application over a `Service`: routes, and nothing that computes."""
+"""The server's HTTP application over a `Service`: routes, and nothing that computes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ logger = logging.getLogger("magicface_rt.serve")
 T = TypeVar("T")
 
 WARNINGS = "Magicface-Warnings"
-"""The header that has the kinds of warnings where the answer is a picture."""
+"""The header that lists the kinds of warnings when the answer is a picture."""
 
 DESCRIPTION = """\
 Pictures of people and things from a prompt and masked reference images, without training.
@@ -69,14 +69,14 @@ def build_app(
     metrics: Metrics | None = None,
     hosts: Collection[str] | None = None,
 ) -> FastAPI:
-    """The application. It starts the service when it starts, and closes it when it ends. Bodies that have not come
-    whole are refused when its `state.ending`, an asyncio.Event, is set.
+    """Build the application. It starts the service on startup and closes it on shutdown. Once its `state.ending`, an
+    asyncio.Event, is set, requests whose bodies have not fully arrived are refused.
 
-    settings  those that the service has; limits of bodies are of them
-    tokens    who may use it; everybody, unless given
-    metrics   what /metrics shows; give the one that the service tells
-    hosts     names that clients may call the machine by, such as `gate.LOOPBACK_NAMES` where it is reached from this
-              machine only and has no tokens; any, unless given
+    settings  the service's own; the limits on bodies are taken from them
+    tokens    who may use the service; everybody, unless given
+    metrics   what /metrics shows; pass the object that the service reports to
+    hosts     names that clients may call the machine by, such as `gate.LOOPBACK_NAMES` where it can be reached from
+              this machine only and has no tokens; any name, unless given
     """
     limits = settings or ServeSettings()
     measured = metrics or Metrics()
@@ -222,7 +222,7 @@ def _add_images(app: FastAPI, service: Service, metrics: Metrics) -> None:
         The request stops at its next step when its deadline passes or its client goes.
         """
         kind, body = request.headers.get("content-type"), await take_body(request.receive)
-        order = await asyncio.to_thread(read_order, kind, body)  # a large one would hold up all others here
+        order = await asyncio.to_thread(read_order, kind, body)  # a large one would block all other requests
         del body
         request.state.share.lasts_as_long_as(order)
         png = wants_png(order, request.headers.get("accept"))
@@ -289,7 +289,7 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
 async def _stream(
     request: Request, service: Service, order: PictureOrder, failed: Callable[[BaseException], Problem]
 ) -> Response:
-    """Events; what is refused before the request has a place in the queue is answered as a problem."""
+    """Answer with events; a request that is refused before it has a place in the queue gets a problem instead."""
     news: asyncio.Queue[Accepted | Progress] = asyncio.Queue()
     begun = asyncio.Event()
 
@@ -315,7 +315,7 @@ async def _stream(
 
 
 async def _while_here(request: Request, work: Awaitable[T]) -> T:
-    """The outcome of some work, which is cancelled when the client goes.
+    """Return the result of some work; cancel the work if the client disconnects.
 
     Raises:
         Cancelled: the client has gone.
@@ -340,26 +340,28 @@ def _result(task: asyncio.Future[T]) -> T:
 
 
 async def _gone(request: Request) -> None:
-    """Returns when the client has closed the connection."""
+    """Return once the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _problem(error: BaseException) -> Problem:
-    """The problem of an error. What the service is to blame for is logged; such errors quote nothing of a request."""
+    """Turn an error into its problem. Errors that the service is at fault for are logged; they quote nothing of a
+    request.
+    """
     problem = Problem.of(error)
     if not isinstance(error, MagicFaceError):
         logger.error("a request failed", exc_info=error)
     elif problem.status >= 500 and not isinstance(error, ServiceError):
         first: BaseException = error
-        while isinstance(first.__cause__, MagicFaceError):  # what is put before it may be a name that a client gave
+        while isinstance(first.__cause__, MagicFaceError):  # the outer messages may quote a name that a client gave
             first = first.__cause__
         logger.error("%s: %s", type(first).__name__, first)
     return problem
 
 
 def _counted(error: BaseException, metrics: Metrics) -> Problem:
-    """As `_problem`, for an answer."""
+    """Turn an error into its problem as `_problem` does, and count it in the metrics."""
     problem = _problem(error)
     metrics.problem(problem.kind)
     return problem
@@ -371,7 +373,7 @@ def _json(content: BaseModel, status: int = 200, headers: dict[str, str] | None 
 
 
 def _answer(outcome: Outcome) -> bytes:
-    """An outcome as JSON: the body of an answer, or the data of the last event."""
+    """Encode an outcome as JSON: the body of an answer, or the data of the last event."""
     content: dict[str, Any] = {
         "pictures": [base64.b64encode(png).decode("ascii") for png in outcome.pngs],
         "regions": outcome.regions.tolist(),

@@ -1,4 +1,4 @@
-"""Bearer tokens: who may use the service. Without tokens everybody may who can reach it."""
+"""Bearer tokens on the server: who may use the service. Without tokens, everybody who can reach it may."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["ENVIRONMENT", "Tokens"]
 ENVIRONMENT = "MAGICFACE_RT_TOKENS"
 LEAST_LENGTH, MOST_LENGTH = 16, 512
 MOST_BYTES = 1 << 20
-"""Of a file of tokens."""
+"""The largest file of tokens that is read."""
 
 
 class Tokens:
-    """The tokens that are accepted. Only their SHA-256 is held; no message, log or `repr` has one.
+    """The tokens that the service accepts. Only their SHA-256 is held, and no message, log or `repr` shows a token.
 
-    Raises OptionError for a token that is too short or too long, or is no printable ASCII text.
+    Raises OptionError for a token that is too short, too long or not printable ASCII.
     """
 
     def __init__(self, tokens: Iterable[str] = (), *, source: str = "tokens") -> None:
@@ -38,11 +38,11 @@ class Tokens:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str] | None, environ: Mapping[str, str] | None = None) -> Tokens:
-        """One token a line from a file, or else from the variable MAGICFACE_RT_TOKENS; lines that start with # are
-        comments. Neither: no tokens.
+        """Read one token a line from a file or, without a path, from the variable MAGICFACE_RT_TOKENS. Lines that start
+        with # are comments. With neither there are no tokens.
 
         Raises:
-            OptionError: the file cannot be read, holds no token, or one that cannot be used.
+            OptionError: the file cannot be read, or it holds no token, or one that cannot be used.
         """
         if path is None:
             text = (os.environ if environ is None else environ).get(ENVIRONMENT)
@@ -68,10 +68,11 @@ class Tokens:
         return f"Tokens({len(self._digests)})"
 
     def owner(self, authorization: str | None, client: str) -> str:
-        """Whose request it is, for the fair order: a digest of the token, or the client's address.
+        """Return whose request it is, for the fair order: a digest of its token, or the client's address if there are
+        no tokens.
 
         Raises:
-            AnswerError: 401, no token or a wrong one.
+            AnswerError: 401, the token is missing or wrong.
         """
         if not self._digests:
             return client
@@ -79,7 +80,7 @@ class Tokens:
         if scheme.lower() != "bearer" or not token.strip():
             raise _refused("there is no token; expected the header `Authorization: Bearer TOKEN`.")
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
-        # Every token is compared, each in constant time, so that the time says nothing about any of them.
+        # Compare every token, each in constant time, so the time taken reveals nothing about any of them.
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):
             raise _refused("the token is not one of this service's.")
         return digest.hex()[:16]

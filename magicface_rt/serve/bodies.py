@@ -1,4 +1,4 @@
-"""Bodies are read whole, within limits of bytes and time, before a route sees them."""
+"""Server side: reads each request's body whole, within limits of bytes and time, before a route sees it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 DISCARD_SECONDS = 5.0
 DISCARD_TIMES = 4
-"""A client that sends too much is heard out this long and this many times the limit, so that it reads the answer; one
-that is cut off at once sees a broken connection instead.
+"""A client that sends too much is still read from, for DISCARD_SECONDS and DISCARD_TIMES the limit at most, so that it
+gets to read the answer; if it were cut off at once, it would see a broken connection instead.
 """
 
 
 class Share:
-    """What a body has of the bytes that all bodies may have. Given back once, in the event loop of the application."""
+    """One body's share of the bytes that all bodies may use together. It is given back once, in the application's event
+    loop.
+    """
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
@@ -36,36 +38,36 @@ class Share:
         self._nbytes = 0
 
     def take(self, nbytes: int) -> None:
-        """Raises AnswerError, 503, where all together would have too many."""
+        """Add bytes to the share. Raises AnswerError, 503, if all bodies together would have too many."""
         self._bodies.take(nbytes)
         self._nbytes += nbytes
 
     def give_back(self) -> None:
-        """Nothing of the body is held any more; nothing happens the second time."""
+        """Release the share: nothing holds the body any more. Further calls do nothing."""
         self._bodies.held -= self._nbytes
         self._nbytes = 0
 
     def lasts_as_long_as(self, holder: object) -> None:
-        """Give it back when an object goes that was made of the body; the answer may take much longer."""
+        """Release the share when an object made from the body is freed, which may be long before the answer is sent."""
         weakref.finalize(holder, self._give_back_soon).atexit = False
 
     def handed_on(self) -> Share:
-        """What this one has, as another, which is not given back when the request has been answered."""
+        """Move this share to a new one, which is not given back when the request has been answered."""
         other = Share(self._bodies)
         other._nbytes, self._nbytes = self._nbytes, 0
         return other
 
-    def _give_back_soon(self) -> None:  # in whatever thread the object's last user was
+    def _give_back_soon(self) -> None:  # runs in whichever thread freed the object
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.give_back)
 
 
 class Bodies:
-    """An ASGI application around another, which gets each body in one piece, and its `Share` as the state `share`.
+    """ASGI middleware that hands each body on in one piece, and its `Share` as `share` in the request's state.
 
-    held  bytes that all bodies have now
-    told  the kind of each problem that it answers itself
-    ending  set when no more is waited for: the rest of a body would come to nothing
+    held    bytes that all bodies hold now
+    told    called with the kind of each problem that the middleware answers itself
+    ending  when set, bodies that are still arriving are no longer waited for, since they would be of no use
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Bodies:
                 await send_problem(Problem.of(error), send)
                 return
             whole = replayed(bytes(body), receive)
-            body.clear()  # not two of it
+            body.clear()  # so that the body is not held twice
             await self._app(scope, whole, send)
         finally:
             share.give_back()
@@ -111,7 +113,7 @@ class Bodies:
         self.held += nbytes
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray, share: Share) -> bool:
-        """Fill the body; whether the client is still there."""
+        """Fill `body`; return False if the client disconnects first."""
         settings = self._settings
         end = time.monotonic() + settings.body_seconds
         declared = _content_length(scope)
@@ -133,7 +135,9 @@ class Bodies:
                 return True
 
     async def _next(self, receive: Receive, end: float) -> Message:
-        """What comes next. Raises AnswerError, 408, or DrainingError where that is not waited for any more."""
+        """Return the next message. Raises AnswerError, 408, when time is up, or DrainingError when the service is
+        ending.
+        """
         coming, ending = asyncio.ensure_future(receive()), asyncio.ensure_future(self._ending.wait())
         try:
             await asyncio.wait(
@@ -153,7 +157,7 @@ class Bodies:
         return refused(413, "body-too-large", f"the body has {found} bytes; at most {limit:,} are taken.")
 
     async def _discard(self, receive: Receive) -> None:
-        """Hear out the rest, within limits, and hold none of it."""
+        """Read the rest of the body, within limits, and keep none of it."""
         end, left = time.monotonic() + DISCARD_SECONDS, DISCARD_TIMES * self._settings.body_bytes
         while left > 0:
             try:
@@ -166,7 +170,7 @@ class Bodies:
 
 
 async def take_body(receive: Receive) -> bytes:
-    """The body that what stands behind `Bodies` gets, which nobody else holds then.
+    """Return the body from the `receive` of an application behind `Bodies`, which then keeps no copy of it.
 
     Raises:
         Cancelled: the client has gone.
@@ -178,11 +182,11 @@ async def take_body(receive: Receive) -> bytes:
             raise Cancelled("the client has gone.")
         pieces.append(message.pop("body", b""))
         more = message.get("more_body", False)
-    return b"".join(pieces)  # of one piece that piece itself, and no copy
+    return b"".join(pieces)  # a single piece is returned itself, not copied
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body, which was read already, in one piece, and then whatever else there is."""
+    """Return a `receive` that gives an already read body in one piece, and then whatever else arrives."""
     whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
     async def replay() -> Message:
@@ -196,7 +200,7 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def send_problem(problem: Problem, send: Send) -> None:
-    """Answer with a problem, below any framework."""
+    """Answer with a problem at the ASGI level, below any framework."""
     headers = {**problem.headers, "Content-Length": str(len(problem.body))}
     if problem.status in (408, 413) or problem.kind == DrainingError.kind:
         headers["Connection"] = "close"  # what is left of the body may still come
@@ -206,12 +210,12 @@ async def send_problem(problem: Problem, send: Send) -> None:
 
 
 def header(scope: Scope, name: bytes) -> str | None:
-    """The value of a request's header; names are lower-case."""
+    """Return the value of a request's header, or None; `name` is in lower case."""
     return next((value.decode("latin-1") for found, value in scope["headers"] if found == name), None)
 
 
 def _check_not_packed(scope: Scope, body: bytearray) -> None:
-    """Raises AnswerError, 415."""
+    """Raise AnswerError, 415, if the body is packed."""
     packed = (header(scope, b"content-encoding") or "identity").strip().lower()
     if body and packed not in ("identity", ""):
         raise refused(

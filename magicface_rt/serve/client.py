@@ -1,4 +1,4 @@
-"""The client of a service, for threads and for asyncio. Needs httpx, and nothing else of the extra `serve`."""
+"""The client of a service, for threads and for asyncio. It needs httpx and nothing else of the extra `serve`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ T = TypeVar("T")
 __all__ = ["AsyncClient", "Client"]
 
 READ_SECONDS = 660.0
-"""Longer than the service's own limit, so that it is the service that says that a deadline has passed."""
+"""Longer than the service's own limit, so that a deadline that passes is reported by the service itself."""
 
 EVENTS = "text/event-stream"
 
@@ -56,7 +56,7 @@ Concepts = Iterable[Given]
 
 
 def _options(url: str, token: str | None, timeout: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises OptionError for what cannot be used; a token is not shown."""
+    """Return the arguments for httpx's client. Raises OptionError for what cannot be used; a token is never shown."""
     headers = httpx.Headers(given.get("headers"))
     if token is not None:
         headers["Authorization"] = f"Bearer {_token(token)}"
@@ -68,13 +68,13 @@ def _options(url: str, token: str | None, timeout: float | None, given: Mapping[
     if timeout is not None and not (_is_number(timeout) and timeout > 0):
         raise OptionError(f"timeout is {shown(timeout)}, expected seconds above 0, or None for no limit.")
     limits = httpx.Timeout(timeout, connect=10.0)
-    # The service sets no cookies. Those of something on the way are not kept: httpx could not even send some of them.
+    # The service sets no cookies. Those that something on the way sets are dropped: httpx could not even send some.
     no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
     return {"base_url": url, "timeout": limits, "cookies": no_cookies, **given, "headers": headers}
 
 
 def _token(token: str) -> str:
-    """Without the blanks and line ends that a file has around it."""
+    """Return the token without surrounding blanks and line ends, which a file may have."""
     found = token.strip() if isinstance(token, str) else ""
     if not found or not found.isascii() or not found.isprintable() or " " in found:
         raise OptionError("token is empty, or no printable ASCII text without blanks; expected one of the service's.")
@@ -86,16 +86,17 @@ def _is_number(value: object) -> bool:
 
 
 _LOST = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
-"""A connection that was never there, or is no more: another may do. Not one on which an answer takes too long, since
-the service would only begin again."""
+"""Errors that mean that there was no connection, or that it broke: another one may work. An answer that takes too long
+is not among them, since the service would only start over.
+"""
 
 _REQUEST_FAILED = (httpx.RequestError, httpx.InvalidURL)
-"""What httpx raises. The second is a child of nothing."""
+"""What httpx raises when a request fails. InvalidURL is not a subclass of RequestError."""
 
 
 @contextlib.contextmanager
 def _reached(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
-    """Raises ServiceError where httpx fails."""
+    """Turn errors of httpx into ServiceError."""
     try:
         yield
     except _REQUEST_FAILED as error:
@@ -108,26 +109,30 @@ def _reached(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Retries:
-    """most: how often a request is sent again; longest: seconds that are waited for it at most."""
+    """When a request is sent again.
+
+    most     how often it is sent again
+    longest  the most seconds to wait before that
+    """
 
     most: int
     longest: float
 
     @classmethod
     def of(cls, retries: int, timeout: float | None) -> _Retries:
-        """Raises OptionError."""
+        """Check the client's arguments. Raises OptionError."""
         if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
             raise OptionError(f"retries is {shown(retries)}, expected a whole number from 0.")
         return cls(retries, math.inf if timeout is None else timeout)
 
     def wait(self, method: str, error: ServiceError, attempt: int) -> float | None:
-        """Seconds before it is; None where it is not."""
+        """Return the seconds to wait before the request is sent again, or None if it is not."""
         return pause(error, attempt, self.most, self.longest) if _repeats(method, error) else None
 
 
 def _repeats(method: str, error: ServiceError) -> bool:
-    """Whether asking again asks for the same, and may help. What was erased cannot be erased again, so that must not
-    have begun.
+    """Return whether sending the request again would ask for the same thing and may help. A DELETE that may have begun
+    is not repeated: what has been erased cannot be erased again.
     """
     if not isinstance(error, UnreachableError):
         return True
@@ -136,7 +141,7 @@ def _repeats(method: str, error: ServiceError) -> bool:
 
 
 def _path_of(id: str) -> str:
-    """Raises UnknownConceptError for what can be nobody's id."""
+    """Return the URL path of a concept. Raises UnknownConceptError for an id that cannot exist."""
     if not isinstance(id, str) or not id.isalnum() or not id.isascii():
         raise UnknownConceptError(f"concept {shown(id)} is no id; expected what `put_concept` or `concepts` gave.")
     return f"/v1/concepts/{id}"
@@ -149,23 +154,25 @@ def _failed(answer: Answer) -> ServiceError | None:
 
 
 class Client:
-    """A service, from one or more threads.
+    """A service, used from one or more threads.
 
         with Client("http://127.0.0.1:8000") as client:
             man = client.put_concept(Concept("man", Reference("man.jpg", mask="man-mask.png")), steps=20)
             made = client.generate("a man in the rain", [man.use(weight=2.5)], seed=7)
             made.images[0].save("out.png")
 
-    token    one of the service's, where it asks for them; blanks and line ends around it are left out
-    retries  how often a request is sent again, after the seconds of Retry-After where the service is full, or where
-             the connection is lost: the same request makes the same picture. Not where an answer takes too long
-    timeout  seconds without a byte of an answer, None for any; where Retry-After asks for more, the error is raised at
-             once
-    answer_bytes  that an answer may have, unpacked. What it holds takes some times that in memory, whoever sends it
-    options  of httpx.Client, such as verify=... or trust_env=False. With follow_redirects=True the answers that lead
-             elsewhere are read by httpx, which has no such limit
+    token    one of the service's tokens, where it requires them; surrounding blanks and line ends are removed
+    retries  how often a request is sent again, after the seconds of Retry-After where the service is full, or where the
+             connection is lost: the same request makes the same picture. It is not sent again when an answer takes too
+             long
+    timeout  seconds without a byte of an answer, None for no limit; where Retry-After asks for more, the error is
+             raised at once
+    answer_bytes  the most bytes of an answer, unpacked. Its content takes several times that in memory, whoever sends
+             it
+    options  of httpx.Client, such as verify=... or trust_env=False. With follow_redirects=True, httpx itself reads the
+             redirecting answers, without that limit
 
-    Raises, in its methods: a child of `ServiceError`, with `status`, `kind` and `field` of the problem.
+    Methods raise a subclass of `ServiceError`, with `status`, `kind` and `field` of the problem.
     """
 
     def __init__(
@@ -189,7 +196,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the client's connections."""
         self._http.close()
 
     def generate(
@@ -202,9 +209,9 @@ class Client:
     ) -> Made:
         """Make pictures, as `Session.generate` does.
 
-        concepts  what `put_concept` gave (or its `use`, or its id), or a `Concept`, whose images are sent along
-        progress  called after every step; return False to cancel. It begins anew where the request is sent again
-        settings  those of `Options`; and `deadline` in seconds, and `alone=True` for no batch with others
+        concepts  what `put_concept` returned (or its `use`, or its id), or a `Concept`, whose images are sent along
+        progress  called after every step; return False to cancel. It starts over when the request is sent again
+        settings  those of `Options`; also `deadline` in seconds, and `alone=True` to keep the request out of batches
 
         Raises:
             Cancelled: `progress` returned False.
@@ -227,33 +234,33 @@ class Client:
     def put_concept(
         self, concept: Concept, *, steps: int | None = None, reference_seed: int = 0, storage: str = "exact"
     ) -> KeptId:
-        """Have a concept prepared and kept. The same content has the same id, and is prepared once.
+        """Have the service prepare a concept and keep it. The same content has the same id, and is prepared once.
 
-        steps  of the pictures that it will serve; None for the service's default
+        steps  the number of steps of the pictures that it will serve; None for the service's default
         """
         texts, files = form_of(concept, steps, reference_seed, storage)
         answer = self._send("PUT", "/v1/concepts", data=texts, files=files)
         return read(answer, lambda info: KeptId.of(info, answer.status == 201).put_as(concept))
 
     def concepts(self) -> list[KeptId]:
-        """All kept concepts, the oldest first."""
+        """Return all kept concepts, oldest first."""
         return read(self._send("GET", "/v1/concepts"), _listed)
 
     def concept(self, id: str) -> KeptId:
-        """One of them."""
+        """Return the kept concept with this id."""
         return read(self._send("GET", _path_of(id)), KeptId.of)
 
     def erase(self, concept: KeptId | str) -> dict[str, Any]:
-        """Erase a concept; returns when the service has found nothing of it any more."""
+        """Erase a concept; returns once the service has checked that nothing of it is left."""
         id = concept if isinstance(concept, str) else concept.id
         return read(self._send("DELETE", _path_of(id)), dict)
 
     def bundle(self) -> dict[str, Any]:
-        """What is served, and its limits."""
+        """Return the bundle that is served, and the service's limits."""
         return read(self._send("GET", "/v1/bundle"), dict)
 
     def ready(self) -> bool:
-        """Whether the service is up and warm."""
+        """Return whether the service is up and warm."""
         try:
             with _reached(self._http), self._http.stream("GET", "/readyz") as response:
                 return response.is_success
@@ -300,7 +307,9 @@ class Client:
 
 
 class AsyncClient:
-    """As `Client`, for asyncio; closing the task closes the connection, and so ends the request at its next step."""
+    """The same as `Client`, for asyncio. Cancelling the task closes the connection, which ends the request at its next
+    step.
+    """
 
     def __init__(
         self,
@@ -325,7 +334,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the client's connections."""
         await self._http.aclose()
 
     async def generate(
@@ -336,7 +345,7 @@ class AsyncClient:
         progress: ProgressCallback | None = None,
         **settings: Any,
     ) -> Made:
-        """As `Client.generate`."""
+        """The same as `Client.generate`."""
         check_progress(progress)
         order = await asyncio.to_thread(order_of, prompt, listed(concepts), settings)
         if progress is None:
@@ -355,30 +364,30 @@ class AsyncClient:
     async def put_concept(
         self, concept: Concept, *, steps: int | None = None, reference_seed: int = 0, storage: str = "exact"
     ) -> KeptId:
-        """As `Client.put_concept`."""
+        """The same as `Client.put_concept`."""
         texts, files = await asyncio.to_thread(form_of, concept, steps, reference_seed, storage)
         answer = await self._send("PUT", "/v1/concepts", data=texts, files=files)
         return read(answer, lambda info: KeptId.of(info, answer.status == 201).put_as(concept))
 
     async def concepts(self) -> list[KeptId]:
-        """All kept concepts, the oldest first."""
+        """Return all kept concepts, oldest first."""
         return read(await self._send("GET", "/v1/concepts"), _listed)
 
     async def concept(self, id: str) -> KeptId:
-        """One of them."""
+        """Return the kept concept with this id."""
         return read(await self._send("GET", _path_of(id)), KeptId.of)
 
     async def erase(self, concept: KeptId | str) -> dict[str, Any]:
-        """As `Client.erase`."""
+        """The same as `Client.erase`."""
         id = concept if isinstance(concept, str) else concept.id
         return read(await self._send("DELETE", _path_of(id)), dict)
 
     async def bundle(self) -> dict[str, Any]:
-        """What is served, and its limits."""
+        """Return the bundle that is served, and the service's limits."""
         return read(await self._send("GET", "/v1/bundle"), dict)
 
     async def ready(self) -> bool:
-        """Whether the service is up and warm."""
+        """Return whether the service is up and warm."""
         try:
             with _reached(self._http):
                 async with self._http.stream("GET", "/readyz") as response:
@@ -428,22 +437,22 @@ class AsyncClient:
 
 
 def read(answer: Answer, of: Callable[[Any], T]) -> T:
-    """What a success holds.
+    """Parse the body of a successful answer with `of`.
 
     Raises:
-        AnswerError: it is nothing that the service says; something on the way has answered in its place.
+        AnswerError: the body is nothing that the service sends; something on the way has answered in its place.
     """
     with _understood(answer.response):
         return of(read_json(answer.content))
 
 
 def _sent(order: Mapping[str, Any]) -> dict[str, Any]:
-    """For httpx, which would raise errors of its own on some of what was checked already."""
+    """Return httpx's arguments for an order, already encoded: httpx would raise errors of its own on some values."""
     return {"content": body_of(order), "headers": {"Content-Type": "application/json"}}
 
 
 def _check_events(response: httpx.Response) -> None:
-    """Raises AnswerError where a success holds something else, such as a page."""
+    """Raise AnswerError if a successful answer is no event stream but something else, such as a page."""
     kind = response.headers.get("content-type", EVENTS).partition(";")[0].strip().lower()
     with _understood(response):
         if kind != EVENTS:
@@ -453,7 +462,7 @@ def _check_events(response: httpx.Response) -> None:
 def _hear(
     response: httpx.Response, pieces: Iterable[bytes], lines: Lines, events: Events, progress: ProgressCallback
 ) -> None:
-    """Tell of the steps whose events end in these pieces."""
+    """Report to `progress` the steps whose events end in these pieces. Raises Cancelled when it declines."""
     for piece in pieces:
         for line in lines.of(piece):
             with _understood(response):
@@ -463,7 +472,7 @@ def _hear(
 
 
 class _CallbackError(Exception):
-    """Carries what a progress callback raised past everything that would take it for a fault of the service."""
+    """Carries what a progress callback raised past every handler that would take it for a fault of the service."""
 
     def __init__(self, raised: Exception) -> None:
         super().__init__(raised)
@@ -479,7 +488,9 @@ def _answer(progress: ProgressCallback, step: Progress) -> object:
 
 @contextlib.contextmanager
 def _callbacks_own() -> Iterator[None]:
-    """What a progress callback raises comes out as it is: a lost connection of its own is none to the service."""
+    """Re-raise what a progress callback raised unchanged: if the callback lost a connection of its own, that says
+    nothing about the service.
+    """
     try:
         yield
     except _CallbackError as carried:

@@ -1,7 +1,7 @@
-"""Where a service keeps its concepts: by an id that names their content, in memory or in a folder of files.
+"""Where the server keeps its concepts: in memory or in a folder of files, under ids that name their content.
 
-An id is a SHA-256 over the content keys of the references, which are over everything that their keys and values depend
-on. So what lies under an id never changes, and the same upload has the same id in every process.
+An id is a SHA-256 over the content keys of the references, which in turn cover everything that the references' keys and
+values depend on. So what an id stands for never changes, and the same upload has the same id in every process.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ logger = logging.getLogger("magicface_rt.serve")
 
 SUFFIX = ".concept"
 NO_WORD = "(none)"
-"""The word of a concept that was put without one; a request must name one then."""
+"""The word of a concept that was uploaded without one; requests that use it must then name one."""
 
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, eq=False)
 class StoredConcept:
-    """created: seconds since 1970."""
+    """A concept as a store keeps it. `created`: seconds since 1970."""
 
     id: str
     concept: KeptConcept
@@ -64,15 +64,16 @@ class StoredConcept:
 
 
 def concept_id(keys: Sequence[str]) -> str:
-    """The id of a concept with references of these content keys, in that order."""
+    """Return the id of a concept whose references have these content keys, in that order."""
     return hashlib.sha256("\n".join(keys).encode("ascii")).hexdigest()
 
 
 def load_own(id: str, path: Path, *, check_hashes: bool = True) -> KeptConcept:
-    """The concept of a file that has the name of an id.
+    """Load the concept from a file that is named after its id.
 
     Raises:
-        KeptConceptError: it is damaged, or holds another concept, such as one that was copied to the wrong name.
+        KeptConceptError: the file is damaged, or holds another concept, for instance because it was copied to the wrong
+            name.
     """
     concept = KeptConcept.load(path, check_hashes=check_hashes)
     keys = [reference.key for reference in concept.references]
@@ -85,7 +86,7 @@ def load_own(id: str, path: Path, *, check_hashes: bool = True) -> KeptConcept:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether an answer can hold it, which half of a surrogate pair it cannot."""
+    """Return whether an answer can hold the text, which it cannot if the text has half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -94,13 +95,13 @@ def _is_unicode(text: str) -> bool:
 
 
 def unknown(id: str) -> UnknownConceptError:
-    """To raise for an id that is not there; what is no id is not repeated at length."""
+    """Make the error for an id that is not kept. A text that is no id is quoted only in part."""
     shown = id if _ID.fullmatch(id) else ascii(id[:80])
     return UnknownConceptError(f"concept {shown} is not kept here: it was never put, or it was erased. Put it again.")
 
 
 def unreadable(error: OSError) -> AnswerError:
-    """To raise where it cannot be seen what is there: that is not the same as nothing."""
+    """Make the error for when it cannot be seen what is kept; that is not the same as nothing being kept."""
     logger.error("the folder of concepts cannot be read: %s", error)
     return refused(503, "store-unusable", "the folder of concepts cannot be read; the service's log says more.")
 
@@ -108,76 +109,76 @@ def unreadable(error: OSError) -> AnswerError:
 class ConceptStore(ABC):
     """Kept concepts by id. Thread-safe; calls may block while files are read or written.
 
-    Whatever looks at files raises AnswerError, 503 `store-unusable`, where it cannot.
+    Every method that looks at files raises AnswerError, 503 `store-unusable`, if it cannot.
     """
 
     @abstractmethod
     def get(self, id: str) -> StoredConcept:
-        """The concept of that id.
+        """Return the concept with this id.
 
         Raises:
-            UnknownConceptError: there is none, or its file is damaged; putting it again replaces that.
+            UnknownConceptError: there is none, or its file is damaged; putting the concept again replaces the file.
         """
 
     @abstractmethod
     def put(self, id: str, concept: KeptConcept) -> StoredConcept:
-        """Keep a concept, and give it back as it is kept. What is there under the id is replaced. Of several that put
-        at once without having reserved, all may find the same room.
+        """Keep a concept, replacing what is there under the id, and return it as it is kept. Several threads that put
+        at once without having reserved may all be given the same room.
 
         Raises:
             StoreFullError: there is no room.
             OutputError: a file cannot be written.
-            ErasedError: another process erased it as it was put.
+            ErasedError: another process erased the concept while it was being put.
         """
 
     @abstractmethod
     def erase(self, id: str) -> int:
-        """Remove a concept from memory and disk; who holds it goes on holding it. Returns how many files went. What
-        another process is writing stays: it puts the concept again.
+        """Remove a concept from memory and disk, and return how many files were removed. Callers that hold the concept
+        go on holding it. A file that another process is still writing stays: that process is putting the concept again.
 
         Raises:
-            UnknownConceptError: there is none.
+            UnknownConceptError: there is no such concept.
             EraseError: a file cannot be removed.
         """
 
     @abstractmethod
     def left(self, id: str) -> str | None:
-        """Where something of that id is, in words; None where nothing is. After `erase` it was put again, or is being
-        put, by another process.
+        """Say in words where something of this id is, or return None if nothing is. Something that is left after
+        `erase` was put again, or is being put, by another process.
         """
 
     @abstractmethod
     def entries(self) -> list[StoredConcept]:
-        """All that can be read, the oldest first."""
+        """Return all concepts that can be read, oldest first."""
 
     @abstractmethod
     def used(self) -> tuple[int, int]:
-        """Number of concepts, and bytes of them."""
+        """Return the number of concepts, and their bytes."""
 
     @abstractmethod
     def reserve(self, id: str, nbytes: int) -> Callable[[], object]:
-        """Hold room for a concept of so many bytes, which is not computed yet. What it returns gives the room back:
-        call it when the concept was put, or will not be. Once for an id at a time.
+        """Reserve room for a concept of so many bytes that is not computed yet. The returned function gives the room
+        back: call it when the concept has been put, or will not be. An id can be reserved only once at a time.
 
         Raises:
-            StoreFullError: they do not fit beside what is kept and what else is held.
+            StoreFullError: the bytes do not fit beside what is kept and what else is reserved.
         """
 
     def take_vanished(self) -> frozenset[str]:
-        """Ids of concepts that were in this process's memory and that another process has erased, found since the last
-        call. The store holds nothing of them any more; a Session may.
+        """Return the ids of concepts that were in this process's memory and were found, since the last call, to have
+        been erased by another process. The store itself holds nothing of them any more; a Session may.
         """
         return frozenset()
 
     def close(self) -> None:  # noqa: B027 - not every store holds something
-        """Let go of what is in memory."""
+        """Release what is in memory."""
 
 
 class _Limited(ConceptStore):
     def __init__(self, *, most: int, most_bytes: int) -> None:
         self._most, self._most_bytes = most, most_bytes
         self._room = threading.Lock()
-        self._reserving = threading.Lock()  # of its own: whoever gives room back does not wait for a disk
+        self._reserving = threading.Lock()  # a lock of its own, so that giving room back never waits for a disk
         self._reserved: dict[str, int] = {}
 
     def reserve(self, id: str, nbytes: int) -> Callable[[], object]:
@@ -196,10 +197,10 @@ class _Limited(ConceptStore):
 
     @abstractmethod
     def _keeps(self, id: str) -> bool:
-        """Whether `used` counts it."""
+        """Return whether `used` counts this id."""
 
     def _check_room(self, nbytes: int, others: Sequence[int] = ()) -> None:
-        """others: bytes of concepts that are about to be kept as well."""
+        """Raise StoreFullError if a concept does not fit. others: bytes of other concepts about to be kept."""
         count, held = self.used()
         count, held = count + len(others), held + sum(others)
         if count >= self._most:
@@ -212,7 +213,7 @@ class _Limited(ConceptStore):
 
 
 class MemoryConcepts(_Limited):
-    """In this process, for as long as it lives. `most` concepts, `most_bytes` of them."""
+    """Concepts in this process's memory, for as long as it lives: at most `most` of them, `most_bytes` in all."""
 
     def __init__(self, *, most: int = 1000, most_bytes: int = 2**33) -> None:
         super().__init__(most=most, most_bytes=most_bytes)
@@ -263,12 +264,12 @@ class MemoryConcepts(_Limited):
 
 
 class FolderConcepts(_Limited):
-    """In a folder, as `ID.concept`, mapped into memory; several processes may share it.
+    """Concepts in a folder, as `ID.concept` files mapped into memory; several processes may share the folder.
 
-    Another process's concepts are found when they are asked for, and those that it erased are not found any more.
-    The folder is made where it is missing, for its owner only.
+    Another process's concepts are found when they are asked for, and concepts that it has erased are no longer found.
+    The folder is created if it is missing, accessible to its owner only.
 
-    Raises OutputError where the folder cannot be made or written to.
+    Raises OutputError if the folder cannot be created or written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, most: int = 1000, most_bytes: int = 2**33) -> None:
@@ -294,7 +295,7 @@ class FolderConcepts(_Limited):
         try:
             stored = self._read(id, path, stamp)
         except UnknownConceptError as error:
-            if error.__cause__ is not None:  # it is damaged
+            if error.__cause__ is not None:  # the file is damaged
                 logger.warning("%s", error.__cause__)
             raise
         with self._lock:
@@ -308,7 +309,7 @@ class FolderConcepts(_Limited):
             self._check_room(concept.nbytes)
         self._make_folder()
         try:
-            save(concept, path, with_image=False, overwrite=True, follow=False)  # nothing is written outside the folder
+            save(concept, path, with_image=False, overwrite=True, follow=False)  # write nothing outside the folder
             stamp = stamp_of(path)
             if stamp is None:
                 raise unknown(id)
@@ -363,7 +364,7 @@ class FolderConcepts(_Limited):
             if known is not None and known[0] == stamp:
                 found.append(known[1])
                 continue
-            with contextlib.suppress(UnknownConceptError):  # damaged: `get` says so
+            with contextlib.suppress(UnknownConceptError):  # damaged files are reported by `get`
                 found.append(self._read(id, path, stamp, check_hashes=False))
         return sorted(found, key=lambda stored: stored.created)
 
@@ -386,7 +387,7 @@ class FolderConcepts(_Limited):
             self._mapped.clear()
 
     def _let_go_of_what_is_gone(self) -> None:
-        """Another process tells nobody when it erases: its file is gone."""
+        """Release concepts whose files are gone: a process that erases one does not tell the others."""
         with self._lock:
             mapped = set(self._mapped)
         self._let_go({id for id in mapped if not self._keeps(id)})
@@ -414,7 +415,7 @@ class FolderConcepts(_Limited):
         return [self.folder / name for name in names]
 
     def _files(self, path: Path) -> list[Path]:
-        """A concept's file, and those that a process has begun: they begin with a dot and have the same content."""
+        """Return a concept's file and its unfinished copies, which begin with a dot and have the same content."""
         names = (name for name in self._names() if name == path.name or name.startswith(f".{path.name}."))
         return [self.folder / name for name in names]
 
@@ -424,13 +425,15 @@ class FolderConcepts(_Limited):
             return StoredConcept(id, load_own(id, path, check_hashes=check_hashes), stamp.seconds)
 
     def _path(self, id: str) -> Path | None:
-        """None for what is no id, so that no name leads out of the folder."""
+        """Return the path of a concept's file, or None for a text that is no id, so that no name leads out of the
+        folder.
+        """
         return self.folder / f"{id}{SUFFIX}" if _ID.fullmatch(id) else None
 
 
 @dataclass(frozen=True)
 class _Stamp:
-    """What tells a file from one that was put in its place."""
+    """What distinguishes a file from another one put in its place."""
 
     inode: int
     nbytes: int
@@ -445,10 +448,10 @@ _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 
 
 def stamp_of(path: Path) -> _Stamp | None:
-    """None where there is nothing.
+    """Return a file's stamp, or None if there is no file.
 
     Raises:
-        AnswerError: that cannot be seen.
+        AnswerError: the file cannot be looked at.
     """
     try:
         found = path.stat()
@@ -461,8 +464,8 @@ def stamp_of(path: Path) -> _Stamp | None:
 
 @contextlib.contextmanager
 def _reading(id: str, path: Path) -> Iterator[None]:
-    """Raises UnknownConceptError where the file has gone meanwhile; and because of a KeptConceptError where it is
-    damaged.
+    """Turn KeptConceptError into UnknownConceptError: without a cause if the file has gone meanwhile, caused by the
+    KeptConceptError if the file is damaged. Raises AnswerError if the file cannot be read.
     """
     try:
         yield
@@ -475,7 +478,7 @@ def _reading(id: str, path: Path) -> Iterator[None]:
 
 
 def known_use(store: ConceptStore) -> tuple[float, float]:
-    """`used`, and NaN where that cannot be seen."""
+    """Return what `store.used()` says, or NaN where that cannot be determined."""
     try:
         return store.used()
     except ServiceError:
@@ -483,7 +486,7 @@ def known_use(store: ConceptStore) -> tuple[float, float]:
 
 
 def without_source(concept: KeptConcept, word: str | None) -> KeptConcept:
-    """A prepared concept under the word that requests use unless they say otherwise, without the images that it was
-    made from: only keys are kept.
+    """Return a prepared concept without the images that it was made from, since only keys are kept, under the word that
+    requests use unless they name another.
     """
     return KeptConcept(word or NO_WORD, concept.references, concept.origin)

@@ -1,4 +1,4 @@
-"""Connections as clients have them: uvicorn's over h11, with limits for what comes before any token is looked at."""
+"""The server's end of a connection: uvicorn's over h11, with limits on what arrives before a token is looked at."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .problems import Problem
 __all__ = ["HEAD_BYTES", "Connection"]
 
 HEAD_BYTES = 64 * 2**10
-"""Of the line and the headers of a request together."""
+"""The most bytes that a request's line and headers may have together."""
 
 HEAD_SECONDS = 60.0
-"""What a client has to send them, from the beginning of its connection or from its last answer on."""
+"""Seconds within which a client must send them, counted from the start of the connection or the last answer."""
 
 _NO_REQUEST = Problem(
     400,
@@ -28,8 +28,8 @@ _NO_REQUEST = Problem(
 class Connection(H11Protocol):
     """For `uvicorn.Config(http=Connection, h11_max_incomplete_event_size=HEAD_BYTES)`.
 
-    uvicorn closes only connections on which nothing comes after an answer; this one also those on which a request does
-    not begin for good, or the rest of one that is answered does not end.
+    uvicorn closes only connections on which nothing arrives after an answer. This class also closes those on which a
+    request never properly begins, and those on which the rest of an already answered request does not end.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -53,7 +53,9 @@ class Connection(H11Protocol):
         self._look()
 
     def send_400_response(self, msg: str) -> None:
-        """In place of uvicorn's, which fails where an answer has begun, and which is no problem as the others are."""
+        """Replaces uvicorn's, which fails once an answer has begun, and does not answer with a problem as the service
+        does.
+        """
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in _NO_REQUEST.headers.items()]
             length = str(len(_NO_REQUEST.body)).encode("ascii")
@@ -64,13 +66,13 @@ class Connection(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
-        if self.cycle is not None and not self.cycle.response_complete:  # whose body is malformed
+        if self.cycle is not None and not self.cycle.response_complete:  # a request whose body is malformed
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
     def _look(self) -> None:
-        """Whether the client is waited for, and nobody for an answer."""
+        """Start the timer while the server waits for the client; stop it while the client waits for an answer."""
         waited = self.cycle is None or self.cycle.response_complete
         if waited and not self.transport.is_closing():
             if self._late is None:

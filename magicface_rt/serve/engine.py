@@ -1,6 +1,6 @@
-"""Sessions at work: a bounded queue, fair order, dynamic batches, deadlines, and an orderly end.
+"""Sessions at work on the server: a bounded queue, fair order, dynamic batches, deadlines, and an orderly end.
 
-Knows nothing of HTTP. One thread for each execution context, that is for each worker of each Session.
+Knows nothing of HTTP. There is one thread for each execution context, that is, for each worker of each Session.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ WARMING = "the warm-up failed"
 
 
 class Observer:
-    """What is told about the work as it is done; does nothing. Called in the engine's threads.
+    """Is notified of the work as it is done; this base class does nothing. Called in the engine's threads.
 
-    What it raises is logged, and takes nothing from the jobs.
+    What a method raises is logged and does not affect the jobs.
     """
 
     def batch(self, jobs: Sequence[Job], seconds: float) -> None:
-        """Jobs that were made together, after they were and before anyone has them."""
+        """Called when jobs have been made together, before anyone receives them."""
 
 
 class Engine:
@@ -49,7 +49,7 @@ class Engine:
         engine.drain(60)
         engine.close()
 
-    sessions  each must be opened with at least `workers` workers; the caller closes them
+    sessions  each must have been opened with at least `workers` workers; the caller closes them
     workers   threads for each Session
     warm      what each thread does first, such as loading graphs; None for nothing
 
@@ -95,17 +95,17 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait."""
+        """The number of jobs that wait."""
         return len(self._queue)
 
     @property
     def running(self) -> int:
-        """Jobs that are being done."""
+        """The number of jobs that are being done."""
         return len(self._running)
 
     @property
     def draining(self) -> bool:
-        """Whether it takes no more work."""
+        """Whether the engine takes no more work."""
         return self._draining
 
     @property
@@ -115,17 +115,17 @@ class Engine:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why no work can be done any more: the warm-up failed, or a thread has ended that should not. Else None."""
+        """Why no work can be done any more: the warm-up failed, or a thread ended unexpectedly. None otherwise."""
         return self._failure
 
     def retry_after(self) -> float:
-        """Seconds after which a place in the queue is likely free, by how long jobs took lately."""
+        """Return the seconds until a place in the queue is likely free, estimated from how long recent jobs took."""
         return min(600.0, max(1.0, math.ceil(len(self._queue) * self._seconds_per_job / len(self._threads))))
 
     # ---------------------------------------------------------------------------------------------------- what one does
 
     def start(self) -> None:
-        """Start the threads; each warms up and then takes work. Where one cannot start, that is the `failure`."""
+        """Start the threads; each warms up and then takes work. If one cannot start, that becomes the `failure`."""
         try:
             for thread in self._threads:
                 thread.start()
@@ -136,7 +136,7 @@ class Engine:
         """Queue a job and return it.
 
         Raises:
-            QueueFullError: as many wait as may.
+            QueueFullError: the queue is full.
             DrainingError: no more work is taken.
         """
         with self._changed:
@@ -153,7 +153,7 @@ class Engine:
         return job
 
     def cancel(self, job: Job, error: MagicFaceError) -> None:
-        """End a job with that error: now where it waits, at its next step where it runs."""
+        """End a job with this error: at once if it waits, at its next step if it runs."""
         job.cancel(error)
         with self._changed:
             if self._queue.remove(job):
@@ -161,7 +161,7 @@ class Engine:
             self._changed.notify_all()
 
     def exclusive(self, action: Callable[[Sequence[Session]], T]) -> T:
-        """Do something while no job runs; those that wait go on waiting. Blocks until what runs has ended."""
+        """Run `action` while no job runs; jobs in the queue go on waiting. Blocks until the running jobs have ended."""
         with self._exclusive:
             with self._changed:
                 self._paused += 1
@@ -175,7 +175,7 @@ class Engine:
                     self._changed.notify_all()
 
     def drain(self, seconds: float) -> int:
-        """Take no more work, and wait so long for what there is. Returns how many jobs were then cut off."""
+        """Take no more work, and wait up to `seconds` for the jobs there are. Returns how many were then cut off."""
         end = time.monotonic() + seconds
         with self._changed:
             self._draining = True
@@ -187,7 +187,7 @@ class Engine:
         return len(left)
 
     def close(self, seconds: float = 30.0) -> bool:
-        """End the threads. Returns whether all have ended in that time; one that computes ends at its next step."""
+        """End the threads. Returns whether all ended within `seconds`; one that is computing ends at its next step."""
         self.drain(0)
         with self._changed:
             self._closed = True
@@ -215,7 +215,7 @@ class Engine:
             self._fail(doing, error)
 
     def _fail(self, doing: str, error: BaseException) -> None:
-        """No work can be done any more: nobody waits for it in vain."""
+        """Record that no work can be done any more, and end every job so that nobody waits in vain."""
         unexpected = error if not isinstance(error, MagicFaceError) else None
         logger.error("%s: %s", doing, error, exc_info=unexpected if shortage(error) is None else None)
         if unexpected is not None:
@@ -226,7 +226,7 @@ class Engine:
         self.drain(0)
 
     def _do_next(self, session: Session) -> bool:
-        """Do the next batch; False when all is over. Nothing of it is held when this returns."""
+        """Do the next batch; return False when the engine is closed. Nothing of the batch is held afterwards."""
         batch = self._next()
         if batch is None:
             return False
@@ -249,7 +249,9 @@ class Engine:
         return True
 
     def _next(self) -> list[Job] | None:
-        """The next job and what may be made together with it; None when all is over."""
+        """Wait for the next job, and return it with those that may be made together with it; None when the engine is
+        closed.
+        """
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._closed or (self._queue and not self._paused))
@@ -266,7 +268,7 @@ class Engine:
                     raise
 
     def _companions(self, first: Job) -> list[Job]:
-        """Waiting requests with the same number of steps, as many as fit, and for so long as the first may wait."""
+        """Take waiting requests with the same number of steps, as many as fit, for as long as the first may wait."""
         found: list[Job] = []
         images = first.images
         bare = first.bare
@@ -329,8 +331,8 @@ class Engine:
             for job, result in zip(jobs, results, strict=True):
                 job.succeed(result, sum(one.images for one in jobs))
         if failed:
-            # One of them is at fault, or what they need together: each gets its own outcome. Not before the error is
-            # gone: it holds the frames of the attempt, and these its keys and latents.
+            # One of the jobs is at fault, or what they need together: run each alone, for an outcome of its own. Only
+            # once the error is gone: it holds the frames of the failed attempt, and they hold its keys and latents.
             for job in jobs:
                 self._run(session, [job])
 
@@ -346,7 +348,9 @@ def _cut_off() -> DrainingError:
 
 
 def _ending(error: BaseException) -> MagicFaceError:
-    """For what would end a thread, such as SystemExit: whoever asks for the job's outcome must not end of it."""
+    """Wrap an error that would end a thread, such as SystemExit, so that it does not end whoever asks for the job's
+    outcome.
+    """
     ours = MagicFaceError(f"the job raised {type(error).__name__}, which ends threads: {error}.")
     ours.__cause__ = error
     return ours

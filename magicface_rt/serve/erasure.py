@@ -1,4 +1,4 @@
-"""What a Session still holds of an erased concept, and getting rid of it."""
+"""Server side of an erasure: finds what is still held of an erased concept, and gets rid of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..session import Session
 __all__ = ["STILL_RUNS", "Erasures", "Trace", "not_begun", "scrub"]
 
 STILL_RUNS = "what still ran when the deadline passed"
-"""Where something of an erased concept may be, in words."""
+"""A place, in words, where something of an erased concept may be."""
 
 
 class Erasures:
-    """Counts those that are going on. They are apart from the queue, which may be full of what is to be ended."""
+    """Counts the erasures in progress. They are apart from the queue, which may be full of requests that they end."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -29,10 +29,10 @@ class Erasures:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """One more, for the block.
+        """Count one more erasure while the block runs.
 
         Raises:
-            QueueFullError: as many are going on as may.
+            QueueFullError: as many erasures as allowed are in progress.
         """
         if self._count >= self._most:
             raise QueueFullError(
@@ -46,7 +46,7 @@ class Erasures:
 
 
 def not_begun(id: str) -> DeadlineError:
-    """To raise where the deadline passed before anything was erased."""
+    """Make the error for a deadline that passed before anything was erased."""
     return DeadlineError(f"concept {id}: whoever makes or erases it had not ended by the deadline. Erase it again.")
 
 
@@ -63,24 +63,25 @@ class Trace:
         self._arrays = [weakref.ref(owner) for owner in {id(owner): owner for owner in owners}.values()]
 
     def alive(self) -> int:
-        """How many of its arrays, or of the maps of its file, are still in memory."""
+        """Return how many of the concept's arrays, or of the memory maps of its file, are still in memory."""
         if any(ref() is not None for ref in self._arrays):
-            gc.collect()  # an error that was raised may hold frames, and these the concept
+            gc.collect()  # an error that was raised may hold frames that hold the concept
         return sum(ref() is not None for ref in self._arrays)
 
 
 def scrub(sessions: Sequence[Session]) -> str | None:
-    """Have Sessions let go of references while no job of theirs runs. Returns where something may be left, in words.
+    """Make Sessions drop their references, while no job of theirs runs. Returns where something may be left, in words,
+    or None.
 
-    What a Session keeps by itself is dropped as a whole, because it may hold the same photographs prepared in other
-    ways, under other keys; it comes back from the store of concepts, or is prepared again.
+    What a Session keeps by itself is dropped entirely, because it may hold the same photographs prepared in other ways,
+    under other keys. It comes back from the store of concepts, or is prepared again.
     """
     gone = [session.forget() for session in sessions]
     return None if all(gone) else "a Session that makes pictures for others than this service"
 
 
 def _owner(array: np.ndarray[Any, Any]) -> Any:
-    """The array whose memory a view looks into; of a mapped file, the map."""
+    """Return the array whose memory a view looks into; for a mapped file, the map."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array

@@ -1,4 +1,5 @@
-"""Server-sent events: how a request gets on, with its answer or its problem as the last of them.
+"""Server-sent events, as the server writes them: the progress of a request, with its answer or its problem as the last
+event. The client reads them with `wire.Events`.
 
 event: accepted   {"waiting": 2}
 event: progress   {"step": 1, "steps": 20, "stage": "rsa", "batch": 0, "batches": 1}
@@ -29,14 +30,14 @@ SCHEMA: dict[str, Any] = {
         "data": {"type": "string", "description": "JSON; of `pictures` that of a JSON answer."},
     },
 }
-"""Of one event, for the OpenAPI document."""
+"""The schema of one event, for the OpenAPI document."""
 
 HEARTBEAT = 10.0
 """Seconds of silence after which a comment is sent, so that nothing on the way takes the connection for dead."""
 
 
 def event(name: str, data: Mapping[str, Any] | bytes) -> bytes:
-    """An event on the wire. JSON has no line break in it, so the data are one line."""
+    """Encode an event for the wire. JSON has no line break in it, so the data are one line."""
     text = data if isinstance(data, bytes) else json.dumps(data, ensure_ascii=True, allow_nan=False).encode("ascii")
     return b"event: " + name.encode("ascii") + b"\ndata: " + text + b"\n\n"
 
@@ -47,7 +48,7 @@ async def follow(
     answer: Callable[[Outcome], bytes],
     failed: Callable[[BaseException], Problem],
 ) -> AsyncIterator[bytes]:
-    """The events of a request until its task is done; whoever stops listening cancels the task."""
+    """Yield the events of a request until its task is done. Closing the generator early cancels the task."""
     waiting: asyncio.Future[Accepted | Progress] | None = None
     try:
         while True:

@@ -1,4 +1,4 @@
-"""A queue in which owners take turns, and each owner's jobs keep their order. Not thread-safe."""
+"""A queue on the server in which owners take turns, and each owner's jobs keep their order. Not thread-safe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["FairQueue"]
 
 
 class Owned(Protocol):
-    """What the queue needs of a job."""
+    """What the queue requires of a job."""
 
     @property
     def owner(self) -> Hashable: ...
@@ -20,7 +20,9 @@ J = TypeVar("J", bound=Owned)
 
 
 class FairQueue(Generic[J]):
-    """Whoever has many jobs waits for those who have few: an owner goes to the back when a job is taken in its turn."""
+    """A queue in which an owner with many jobs does not delay one with few: an owner goes to the back of the line when
+    a job is taken in its turn.
+    """
 
     def __init__(self) -> None:
         self._jobs: OrderedDict[Hashable, deque[J]] = OrderedDict()
@@ -30,20 +32,21 @@ class FairQueue(Generic[J]):
         return self._length
 
     def __iter__(self) -> Iterator[J]:
-        """Owner by owner, in the order of their next turn."""
+        """Iterate over the jobs owner by owner, in the order of the owners' next turns."""
         for jobs in self._jobs.values():
             yield from jobs
 
     def put(self, job: J) -> None:
-        """A job behind its owner's others."""
+        """Add a job behind its owner's other jobs."""
         self._jobs.setdefault(job.owner, deque()).append(job)
         self._length += 1
 
     def take(self, fits: Callable[[J], bool] = lambda job: True) -> J | None:
-        """The next job that fits; None where none does.
+        """Remove and return the next job that fits, or None if none does.
 
-        Those whose turn it is come first. Where none of them fits, a later one may overtake its owner's first, which
-        keeps its place: an owner that went to the back for it would never have its turn while others fit better.
+        The first jobs of all owners are tried before later ones, in the order of turns. If none of them fits, a later
+        job may overtake its owner's first one. That owner then keeps its place: if it went to the back, its first job
+        might never have its turn while others fit better.
         """
         for owner, jobs in self._jobs.items():
             if fits(jobs[0]):
@@ -60,7 +63,7 @@ class FairQueue(Generic[J]):
         return None
 
     def remove(self, job: J) -> bool:
-        """Whether it was there."""
+        """Remove a job; return whether it was there."""
         jobs = self._jobs.get(job.owner)
         if jobs is None or job not in jobs:
             return False

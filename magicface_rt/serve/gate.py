@@ -1,4 +1,4 @@
-"""What every request passes first: its token, and the clock."""
+"""What every request to the server passes first: its Host and its token are checked, and its time is measured."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from .problems import Problem, refused
 __all__ = ["LOOPBACK_NAMES", "Gate", "names_of"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-"""What a client on this machine calls it."""
+"""What a client on this machine calls it in the Host header."""
 
 
 def names_of(address: str) -> tuple[str, ...] | None:
-    """What clients may call a service that listens there and has no tokens; None for anything.
+    """Return the names by which clients may call a service that listens on this address and has no tokens; None for
+    any.
 
-    Any page may have a name of its own lead to this machine: who asks for another name has not asked for this.
+    Any web page can make a name of its own resolve to this machine. A request under another name was not meant for this
+    service.
     """
     found = ipaddress.ip_address(address)
     if not found.is_loopback:
@@ -34,11 +36,11 @@ def names_of(address: str) -> tuple[str, ...] | None:
 _PORT = re.compile(r":\d{1,5}$")
 
 OPEN = ("/healthz", "/readyz")
-"""What needs no token."""
+"""Paths that need no token."""
 
 PAGE = "/ui"
-"""Where the page is, if there is one. A browser cannot be told to send a bearer token, but asks its user for a name and
-a password (RFC 7617): the password is the token, the name may be anything.
+"""Where the page is, if there is one. A browser cannot be told to send a bearer token, but it can ask its user for a
+name and a password (RFC 7617): the password is the token, and the name may be anything.
 """
 
 _WRONG_HOST = Problem.of(
@@ -55,12 +57,12 @@ _ASK = 'Basic realm="magicface_rt: any name, and a token as the password", chars
 
 
 class Gate:
-    """An ASGI application around another. Without a right token it answers itself, before a body is read.
+    """ASGI middleware that answers requests without a valid token itself, before a body is read.
 
-    hosts  names that clients may call this machine by, with any port; any where it is None. A browser lets a page send
-           what it likes to the page's own name, wherever that leads (DNS rebinding)
+    hosts  names that clients may call this machine by, with any port; None for any. A browser lets a page send what it
+           likes to the page's own name, wherever that name leads (DNS rebinding)
 
-    Sets `scope["state"]["owner"]`: whose request it is.
+    Sets `scope["state"]["owner"]` to whose request it is.
     """
 
     def __init__(self, app: App, tokens: Tokens, metrics: Metrics, hosts: Collection[str] | None = None) -> None:
@@ -101,11 +103,11 @@ class Gate:
                     return
             await self._app(scope, receive, watched)
         except Exception:
-            status = 500  # answered further out
+            status = 500  # answered by an outer layer
             raise
         finally:
             route = getattr(scope.get("route", None), "path", "other")
-            status = status or 499  # there was nobody to answer
+            status = status or 499  # nothing was sent: the client has gone
             method = scope["method"] if scope["method"] in ("GET", "PUT", "POST", "DELETE") else "other"
             self._metrics.answered(route, method, status, time.perf_counter() - start)
 
@@ -117,19 +119,19 @@ class Gate:
 
 
 def _bearer(authorization: str | None) -> str | None:
-    """A header in which a browser sent a name and a token, as the header that a client would have sent."""
+    """Convert a Basic header, in which a browser sends a name and a token, to the Bearer header that a client sends."""
     scheme, _, encoded = (authorization or "").partition(" ")
     if scheme.lower() != "basic":
         return authorization
     try:
         password = base64.b64decode(encoded.strip(), validate=True).decode("utf-8").partition(":")[2]
-    except ValueError:  # no base64, no ASCII, no UTF-8
+    except ValueError:  # not base64, not ASCII or not UTF-8
         return None
     return f"Bearer {password}"
 
 
 def _asking(send: Send) -> Send:
-    """Lets a browser ask its user."""
+    """Wrap `send` so that a refusal makes the browser ask its user for a token."""
 
     async def asking(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""One piece of work on its way through the engine."""
+"""One piece of work on its way through the server's engine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ from ..session import Session
 __all__ = ["Done", "Job", "Task", "deadline_passed"]
 
 Task = Callable[[Session, ProgressCallback], Any]
-"""Work that is no request for pictures, such as preparing a concept; gets the Session and a callback to report to."""
+"""Work other than a request for pictures, such as preparing a concept. Gets the Session, and a callback for its
+progress.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """result: a `Result`, or what the task returned; queued: seconds before it began; batch: pictures of its batch."""
+    """The outcome of a job that succeeded.
+
+    result  a `Result`, or what the task returned
+    queued  seconds that the job waited before it began
+    batch   pictures in its batch
+    """
 
     result: Any
     queued: float
@@ -31,16 +38,16 @@ class Done:
 
 
 class Job:
-    """A request for pictures, or a `Task`. `future` gives a `Done`, or raises.
+    """A request for pictures, or a `Task`. `future` resolves to a `Done`, or raises.
 
-    owner     who takes turns with the other owners
-    deadline  of time.monotonic(), None for none
+    owner     who the job belongs to; owners take turns
+    deadline  in time.monotonic()'s seconds, None for none
     alone     never in a batch with other requests
-    bare      its references that are images: they go through the network together with those of its batch
+    bare      the number of its references that are images: they go through the network together with those of its batch
     progress  called in the engine's thread after each step; must not raise
 
-    It may be cancelled from any thread. Its future fails at once then, and the work stops at its next step, or goes on
-    without it where others are made in the same batch.
+    A job may be cancelled from any thread. Its future then fails at once, and the work stops at its next step; if
+    others are being made in the same batch, it goes on for them.
     """
 
     def __init__(
@@ -67,7 +74,7 @@ class Job:
 
     @property
     def work(self) -> Request | Task:
-        """What is to be done; gone when the job has ended."""
+        """What is to be done. Not available after `forget`."""
         assert self._work is not None
         return self._work
 
@@ -77,47 +84,47 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether its future has an outcome."""
+        """Whether the job's future has an outcome."""
         return self.future.done()
 
     def begin(self) -> bool:
-        """Its work starts now, unless it has ended already."""
+        """Note that the work starts now. Returns False if it should not start because the job has already ended."""
         self.begun = time.monotonic()
         self.check_deadline()
         return not self.done
 
     def report(self, progress: Progress) -> None:
-        """A step is done."""
+        """Report a finished step to the job's `progress`."""
         if self._progress is not None and not self.done:
             self._progress(progress)
 
     def check_deadline(self) -> None:
-        """End it where its time is up."""
+        """End the job if its deadline has passed."""
         if self.deadline is not None and not self.done and time.monotonic() >= self.deadline:
             self.cancel(deadline_passed())
 
     def cancel(self, error: MagicFaceError) -> None:
-        """End it with that error; nothing where it has ended."""
+        """End the job with this error; does nothing if it has ended."""
         self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """The outcome is an error, unless there is one already."""
+        """Set an error as the outcome, unless there is one already."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
 
     def succeed(self, result: Result | Any, batch: int) -> None:
-        """The outcome is a result, unless there is an outcome already."""
+        """Set a result as the outcome, unless there is one already."""
         with suppress(InvalidStateError):
             self.future.set_result(Done(result, self.begun - self.enqueued, batch))
 
     def forget(self) -> None:
-        """Let go of what was to be done: images and keys are in it."""
+        """Release the work, which holds images and keys."""
         self._work = None
         self._progress = None
 
 
 def deadline_passed() -> DeadlineError:
-    """To raise when a request's time is up."""
+    """Make the error for a request whose deadline has passed."""
     return DeadlineError(
         "the deadline passed before the request was done. Allow more time, or ask for fewer steps or pictures."
     )

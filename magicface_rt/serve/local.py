@@ -1,4 +1,6 @@
-"""A service in this process: an Engine, a store of concepts, and a few threads for what is not computing."""
+"""The `Service` of a single server process: an Engine, a store of concepts, and a few threads for everything but
+computing.
+"""
 
 from __future__ import annotations
 
@@ -54,24 +56,26 @@ ERASE_ATTEMPTS = 20
 ERASE_PAUSE = 0.05
 
 LOOK_SECONDS = 10.0
-"""How often it looks whether another process has erased what is in memory here."""
+"""How often the service checks whether another process has erased a concept that is in memory here, and whether its
+bundle was written to.
+"""
 
 
 class Watcher:
-    """What is told about concepts and pictures; does nothing. Called in the event loop's thread."""
+    """Is notified about concepts and pictures; this base class does nothing. Called in the event loop's thread."""
 
     def looked_up(self, hit: bool) -> None:
-        """A concept was wanted by its id or its content, and was there or not."""
+        """Called when a concept was looked up by its id or its content; `hit`: whether it was there."""
 
     def prepared(self) -> None:
-        """A concept was prepared: its references went through the network."""
+        """Called when a concept was prepared, that is, its references went through the network."""
 
     def made(self, outcome: Outcome) -> None:
-        """A request has its pictures."""
+        """Called when the pictures of a request have been made."""
 
 
 class _Use:
-    """A request that wants concepts, from the moment it names them to the moment its answer is whole."""
+    """A request's use of concepts, from the moment it names them until its answer is complete."""
 
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids = frozenset(ids)
@@ -80,13 +84,14 @@ class _Use:
         self.over = asyncio.Event()
 
     def check(self) -> None:
-        """Raises where it was stopped."""
+        """Raise the error with which the request was stopped, if it was."""
         if self.error is not None:
             raise self.error
 
 
 class LocalService(Service):
-    """The Engine and the store of concepts are given, and are closed with the service; Sessions are the caller's.
+    """A service in this process. It takes over the Engine and the store of concepts, and closes both when it is closed;
+    the Sessions remain the caller's.
 
     All calls come from one event loop.
     """
@@ -98,13 +103,13 @@ class LocalService(Service):
         self._watcher = watcher or Watcher()
         self._session = engine.sessions[0]
         self._decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="magicface-decode")
-        # Finished pictures do not wait behind uploads.
+        # Separate, so that finished pictures do not wait behind uploads.
         self._encoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="magicface-encode")
-        # On a slow disk nobody who reads waits behind those who write, or erase.
+        # Separate, so that on a slow disk reads do not wait behind writes or erasures.
         self._files = ThreadPoolExecutor(2, thread_name_prefix="magicface-files")
         self._writers = ThreadPoolExecutor(2, thread_name_prefix="magicface-write")
         self._erasers = ThreadPoolExecutor(2, thread_name_prefix="magicface-erase")
-        # Of its own, since it may wait for a whole batch, and whatever shared its threads would wait as well.
+        # Separate, since it may wait for a whole batch, and whatever shared its thread would wait as well.
         self._alone = ThreadPoolExecutor(1, thread_name_prefix="magicface-alone")
         self._uses: set[_Use] = set()
         self._erasures = Erasures(self.settings.queue)
@@ -135,7 +140,7 @@ class LocalService(Service):
         return None if self.engine.warm else "the service is warming up."
 
     async def drain(self, seconds: float) -> int:
-        # A thread for each: a second call ends what the first one waits for.
+        # A thread for each call, since a second call ends what the first one waits for.
         return await _in_own_thread("magicface-drain", lambda: self.engine.drain(seconds))
 
     async def close(self) -> None:
@@ -163,7 +168,7 @@ class LocalService(Service):
                 )
                 kept.clear()
             request, alone = replace(request, record_regions=order.record_regions), order.alone
-            del order  # with the files of its images
+            del order  # and with it the files of its images
             use.check()
             with self._holding(pixels):
                 job = Job(request, owner=owner, deadline=end, alone=alone, progress=_relay(listener))
@@ -213,7 +218,7 @@ class LocalService(Service):
             concept, bare, origin = await self._by(
                 end, self._decoders, read_upload, upload, self._session, self.settings
             )
-            del upload  # with the files of its images
+            del upload  # and with it the files of its images
             held.enter_context(self._holding(pixels_of(concept)))
 
             def keys() -> list[str]:
@@ -239,7 +244,7 @@ class LocalService(Service):
                 room = asyncio.ensure_future(
                     self._in(self._files, self.store.reserve, id, kept_bytes(origin, bare, storage))
                 )
-                held.callback(_give_back, room)  # also where nobody waits for it any more
+                held.callback(_give_back, room)  # even if nobody waits for it any more
                 await _to_its_end(room)
                 with self._using([]) as use:
                     done = await self._done(Job(prepare, owner=owner, deadline=end), use, None, place)
@@ -280,7 +285,9 @@ class LocalService(Service):
     # ----------------------------------------------------------------------------------------------------------- inside
 
     async def _erase_once(self, id: str, end: float) -> tuple[int, int]:
-        """How many files went, and how many requests were ended. Another process may have put it again since."""
+        """Return how many files were removed, and how many requests were ended. Another process may have put the
+        concept again since.
+        """
         found = await self._found(id)
         trace = self._unfinished.get(id) if found is None else Trace(found.concept)
         del found
@@ -304,10 +311,10 @@ class LocalService(Service):
 
     @contextmanager
     def _taken(self) -> Iterator[None]:
-        """A place in the queue for the block, in which a request's images are decoded: the Engine has not got it yet.
+        """Hold a place in the queue while the block decodes a request's images, before the Engine has the request.
 
         Raises:
-            QueueFullError: as many wait as may.
+            QueueFullError: the queue is full.
             DrainingError: no more work is taken.
         """
         if self.engine.draining:
@@ -325,11 +332,11 @@ class LocalService(Service):
             self._arriving -= 1
 
     async def _by(self, end: float, pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
-        """The result of a call in a thread of a pool. One that has not begun when the deadline passes, or when nobody
-        waits any more, is not made.
+        """Return the result of a call in a thread of a pool. A call that has not begun when the deadline passes, or
+        when its awaiter is cancelled, is not made.
 
         Raises:
-            DeadlineError: it has passed.
+            DeadlineError: the deadline has passed.
         """
         task = asyncio.ensure_future(self._in(pool, call, *arguments))
         try:
@@ -355,14 +362,16 @@ class LocalService(Service):
         return found.concept
 
     async def _found(self, id: str) -> StoredConcept | None:
-        """What is kept under an id; None where nothing is, or what is there is damaged."""
+        """Return the concept with this id, or None if there is none or it is damaged."""
         try:
             return await self._in(self._files, self.store.get, id)
         except UnknownConceptError:
             return None
 
     async def _done(self, job: Job, use: _Use, listener: Listener | None, place: ExitStack | None = None) -> Done:
-        """Queue a job and wait for it. Whatever ends the wait ends the job. `place`: the one that it had so far."""
+        """Queue a job and wait for it; whatever ends the wait ends the job. place: the place in the queue that the
+        request has held so far.
+        """
         if place is not None:
             place.close()
         before = self.engine.waiting
@@ -374,7 +383,7 @@ class LocalService(Service):
         future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may be left to ask
         assert job.deadline is not None
         try:
-            while not future.done():  # the loop's clock may ring a little early
+            while not future.done():  # the loop's timer may fire a little early
                 await asyncio.wait({future}, timeout=max(0.001, job.deadline - time.monotonic()))
                 job.check_deadline()
             return future.result()
@@ -383,8 +392,8 @@ class LocalService(Service):
             use.job = None
 
     async def _look(self) -> None:
-        """Notice what happens to files though nobody asks for them: concepts that other processes erase are let go of,
-        and a bundle that was written to, with which no request can be done any more, is a failure.
+        """Regularly check files, even when no request does: release concepts that other processes have erased, and fail
+        the service once its bundle was written to, since no request can be done any more then.
         """
         while True:
             await asyncio.sleep(LOOK_SECONDS)
@@ -392,7 +401,7 @@ class LocalService(Service):
                 await self._in(self._files, self.store.used)
                 if self.store.take_vanished():
                     await self._scrubbed()
-            except Exception as error:  # such as a folder that cannot be read now; it looks again
+            except Exception as error:  # such as a folder that cannot be read now; try again next time
                 logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
             try:
                 said = await self._in(self._files, self._session.bundle.written_to)
@@ -402,7 +411,8 @@ class LocalService(Service):
                 logger.warning("%s", error)
 
     async def _scrubbed(self, end: float = math.inf) -> str | None:
-        """Have the Sessions let go of what nobody keeps any more, when what runs has ended. Where something is left.
+        """Once the running batches have ended, make the Sessions drop what is no longer kept. Returns where something
+        is left.
 
         Raises:
             DeadlineError: `end` came before that.
@@ -410,8 +420,8 @@ class LocalService(Service):
         return await self._by(end, self._alone, self.engine.exclusive, scrub)
 
     async def _let_go(self, id: str, traces: Sequence[Trace], end: float) -> tuple[int, str | None]:
-        """End every request that uses a concept which nobody finds any more, wait until it has, and have the memory
-        let go of it. How many requests there were, and where something is left, in words.
+        """End every request that uses a concept that can no longer be found, wait for them to end, and release its
+        memory. Returns how many requests there were, and where something is left, in words, or None.
         """
         using = [use for use in self._uses if id in use.ids]
         for use in using:
@@ -432,7 +442,9 @@ class LocalService(Service):
 
     @staticmethod
     async def _still_in_memory(trace: Trace) -> str | None:
-        """Where keys of an erased concept are, in words. Answers that are being sent may hold them for a moment."""
+        """Return where keys of an erased concept still are, in words, or None. Looks several times, since answers that
+        are being sent may hold them for a moment.
+        """
         for _ in range(ERASE_ATTEMPTS):
             alive = await asyncio.to_thread(trace.alive)
             if not alive:
@@ -442,7 +454,7 @@ class LocalService(Service):
 
     @asynccontextmanager
     async def _making_alone(self, id: str, end: float = math.inf) -> AsyncIterator[None]:
-        """Nobody else makes or erases the concept of that id meanwhile.
+        """While the block runs, nobody else in this service makes or erases the concept with this id.
 
         Raises:
             DeadlineError: `end` came before that.
@@ -483,15 +495,15 @@ class LocalService(Service):
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
         if self._closed:
             raise DrainingError("the service has ended.", retry_after=1.0)
-        context = contextvars.copy_context()  # what is warned of there is collected here
+        context = contextvars.copy_context()  # so that warnings raised there are collected here
         return await asyncio.get_running_loop().run_in_executor(pool, context.run, call, *arguments)
 
 
 async def until(event: asyncio.Event, end: float) -> None:
-    """Waits for it.
+    """Wait for an event.
 
     Raises:
-        DeadlineError: `end`, of time.monotonic(), came before.
+        DeadlineError: `end`, in time.monotonic()'s seconds, came first.
     """
     try:
         await asyncio.wait_for(event.wait(), _left(end))
@@ -500,13 +512,13 @@ async def until(event: asyncio.Event, end: float) -> None:
 
 
 def _left(end: float) -> float | None:
-    """Seconds until then; None for ever."""
+    """Return the seconds left until `end`, or None for no limit."""
     return None if end == math.inf else max(0.0, end - time.monotonic())
 
 
 async def _in_own_thread(name: str, work: Callable[[], T]) -> T:
-    """What it returns. Where no thread can be started, for want of memory, it is done in this one and all else waits:
-    else a service that is told to end would never.
+    """Return the result of `work`, run in a new thread. If no thread can be started, for lack of memory, run it in this
+    one, which holds up everything else: otherwise a service that is told to end never would.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix=name)
     try:
@@ -519,8 +531,8 @@ async def _in_own_thread(name: str, work: Callable[[], T]) -> T:
 
 
 async def _to_its_end(task: asyncio.Future[T]) -> T:
-    """Waits for what cannot be stopped, such as a thread that writes, also where nobody wants it any more: whoever
-    comes after would find it as it goes on.
+    """Wait for something that cannot be stopped, such as a thread that writes, even if this call is cancelled: the next
+    caller would otherwise find it still running.
     """
     try:
         return await asyncio.shield(task)
@@ -532,13 +544,13 @@ async def _to_its_end(task: asyncio.Future[T]) -> T:
 
 
 def _give_back(room: asyncio.Future[Callable[[], object]]) -> None:
-    """The room that was held in a store, if it was."""
+    """Give back the room that was reserved in a store, if it was reserved."""
     if not room.cancelled() and room.exception() is None:
         room.result()()
 
 
 def _relay(listener: Listener | None) -> Callable[[Progress], object] | None:
-    """The listener, called in this event loop from another thread."""
+    """Wrap a listener so that, called from another thread, it runs in this event loop."""
     if listener is None:
         return None
     loop = asyncio.get_running_loop()
@@ -552,7 +564,7 @@ def _relay(listener: Listener | None) -> Callable[[Progress], object] | None:
 
 
 def _told(warned: Sequence[MagicFaceWarning]) -> list[Warned]:
-    """For the answer. The log has the kinds alone, since the rest quotes the request."""
+    """Return the warnings for the answer. The log gets only their kinds, since the rest quotes the request."""
     if warned:
         logger.warning("a request was warned of: %s", ", ".join(sorted({one.kind for one in warned})))
     return Warned.all_of(warned)
@@ -563,7 +575,7 @@ def _put(stored: StoredConcept, warned: Sequence[MagicFaceWarning]) -> ConceptPu
 
 
 def _warn_of_word(concept: KeptConcept, word: str | None) -> None:
-    """Where what was kept already has another word than the upload: the first one's stays."""
+    """Warn if a concept that was already kept has another word than the upload: the first one's word stays."""
     if word in (None, concept.word):
         return
     found = "without a word" if concept.word == NO_WORD else f"with the word {shown(concept.word)}"

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics. Labels are few and fixed: nothing of a request's content is one."""
+"""The server's metrics, read by Prometheus at /metrics. Labels are few and fixed, and hold no content of a request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STAGES = ("queued", "loading", "text_encoding", "image_encoding", "reference_pa
 
 
 class Metrics(Observer, Watcher):
-    """One service's metrics, in a registry of their own."""
+    """The metrics of one service, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -63,7 +63,7 @@ class Metrics(Observer, Watcher):
             self.stages.labels(stage)
 
     def watch(self, engine: Engine, store: ConceptStore) -> None:
-        """Show an Engine's queue, what its Sessions keep, and what a store holds."""
+        """Add gauges of an Engine's queue, of what its Sessions keep, and of what a store holds."""
 
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(name, text, registry=self.registry)
@@ -80,11 +80,11 @@ class Metrics(Observer, Watcher):
         gauge("magicface_concept_kept_bytes", "Bytes of kept concepts.").set_function(lambda: known_use(store)[1])
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
-        """A request has its answer. `route`: the path's pattern, not the path."""
+        """Record that a request has been answered. `route`: the path's pattern, not the path."""
         self.requests.labels(route, method, str(status)).observe(seconds)
 
     def problem(self, kind: str) -> None:
-        """An answer was a problem."""
+        """Count an answer that was a problem."""
         self.errors.labels(kind).inc()
 
     def batch(self, jobs: Sequence[Job], seconds: float) -> None:
@@ -104,5 +104,5 @@ class Metrics(Observer, Watcher):
             self.stages.labels(stage).observe(float(outcome.timings.get(stage, 0.0)))
 
     def text(self) -> bytes:
-        """All of them, in Prometheus' text format. May block while a folder is looked at."""
+        """Return all metrics in Prometheus' text format. May block while a folder is looked at."""
         return generate_latest(self.registry)

@@ -1,4 +1,6 @@
-"""multipart/form-data, read in memory. (Starlette's form parser spools larger files to disk, which must not be.)"""
+"""Reads multipart/form-data in memory, on the server. (Starlette's form parser writes larger files to disk, which must
+not happen.)
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ __all__ = ["Form", "read_form"]
 
 MOST_PARTS = 64
 MOST_HEADER_BYTES = 4096
-"""Of all headers of one part together."""
+"""The most bytes that all headers of one part may have together."""
 
 _AS_IT_IS = ("binary", "8bit", "7bit", "")
 _UTF_8 = ("utf-8", "utf8", "us-ascii", "")
@@ -22,19 +24,19 @@ _UTF_8 = ("utf-8", "utf8", "us-ascii", "")
 
 @dataclass(frozen=True)
 class Form:
-    """The parts by name, in their order."""
+    """The parts of a form by name, each name's in their order."""
 
     parts: dict[str, list[bytes]]
 
     def files(self, name: str) -> list[bytes]:
-        """The bytes of every part of that name."""
+        """Return the bytes of every part with this name."""
         return self.parts.get(name, [])
 
     def texts(self, name: str) -> list[str]:
-        """The text of every part of that name.
+        """Return the text of every part with this name.
 
         Raises:
-            AnswerError: 422, it is no UTF-8.
+            AnswerError: 422, a part is not UTF-8.
         """
         try:
             return [part.decode("utf-8") for part in self.parts.get(name, [])]
@@ -42,10 +44,10 @@ class Form:
             raise refused(422, "form", f"the part {name!r} is no UTF-8 text.", name) from error
 
     def text(self, name: str) -> str | None:
-        """The text of the one part of that name, None where there is none.
+        """Return the text of the one part with this name, or None if there is none.
 
         Raises:
-            AnswerError: 422, it stands twice, or is no UTF-8.
+            AnswerError: 422, there are several such parts, or it is not UTF-8.
         """
         found = self.texts(name)
         if len(found) > 1:
@@ -54,11 +56,11 @@ class Form:
 
 
 def read_form(content_type: str | None, body: bytes, known: Sequence[str]) -> Form:
-    """The parts of a body.
+    """Parse a body into its parts.
 
     Raises:
-        AnswerError: 415, another Content-Type; 400, a body that is cut short or malformed; 422, a part that is not
-            known, or encoded in a way that is not undone here, or too many parts.
+        AnswerError: 415, another Content-Type; 400, a body that is cut short or malformed; 422, a part that is unknown,
+            a part in an encoding that is not decoded here, or too many parts.
     """
     kind, options = parse_options_header(content_type or "")
     boundary = options.get(b"boundary")
@@ -67,7 +69,7 @@ def read_form(content_type: str | None, body: bytes, known: Sequence[str]) -> Fo
             415, "content-type", "expected Content-Type: multipart/form-data with a boundary.", "Content-Type"
         )
     reader = _Reader()
-    if not body.startswith(b"--" + boundary):  # what stands before the first part is nothing (RFC 2046)
+    if not body.startswith(b"--" + boundary):  # text before the first part is ignored (RFC 2046)
         body = body[max(0, body.find(b"\r\n--" + boundary)) :]
     try:
         parser = MultipartParser(boundary, reader.callbacks())  # type: ignore[arg-type]  # a TypedDict of callables
@@ -86,7 +88,7 @@ def read_form(content_type: str | None, body: bytes, known: Sequence[str]) -> Fo
 
 
 class _Reader:
-    """Gathers what the parser finds."""
+    """Collects what the parser finds."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[str, bytes]] = []

@@ -1,4 +1,4 @@
-"""The OpenAPI document: every answer with its schema, problems as problem details."""
+"""The server's OpenAPI document: every answer with its schema, problems as problem details."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ORDER_BODY = {
     "required": True,
     "content": {"application/json": {"schema": {"$ref": _REF.format(model=PictureOrder.__name__)}}},
 }
-"""Of the route that reads its body itself."""
+"""The request body of the route that parses its JSON itself."""
 
 FORM_BODY = {
     "required": True,
@@ -48,13 +48,15 @@ FORM_BODY = {
         }
     },
 }
-"""The same of a form."""
+"""The request body of the route that parses its form itself."""
 
 _FRAMEWORKS = ("HTTPValidationError", "ValidationError")
-"""FastAPI's own form of refusals, which no route here has."""
+"""Schemas of FastAPI's own refusals, which no route here answers with."""
 
 _EVERYWHERE = (401, 403, 408, 413, 503)
-"""What any route may answer: no token, another machine's name, a body that is late or too large, too many."""
+"""Statuses that any route may answer with: no token, another machine's name, a body that is late or too large, or too
+many bodies at once.
+"""
 
 
 def documented(
@@ -62,7 +64,7 @@ def documented(
     *refusals: int,
     more: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route. more: other media types of an answer, with their schemas."""
+    """Build the `responses` of a route. more: other media types of an answer, with their schemas."""
     found: dict[int | str, dict[str, Any]] = {}
     for status, (model, text) in answers.items():
         content: dict[str, Any] = {"application/json": {"schema": _ref(model)}}
@@ -82,7 +84,7 @@ def documented(
 
 
 def describe(app: FastAPI, *, protected: bool) -> None:
-    """Give the application its document. protected: it asks for tokens."""
+    """Give the application its OpenAPI document. protected: whether it requires tokens."""
 
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:

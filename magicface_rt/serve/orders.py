@@ -1,4 +1,4 @@
-"""From what a client sent to what a Session takes, every part checked and named where it is at fault."""
+"""Server side: turns what a client sent into what a Session takes, checking every part and naming the one at fault."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OF_A_CONCEPT = ("weight", "token_index", "name", "word")
 
 
 def check_named(order: PictureOrder) -> None:
-    """Raises AnswerError, 422, for a concept that has not exactly one of id and references."""
+    """Raise AnswerError, 422, for a concept that does not have exactly one of id and references."""
     for k, use in enumerate(order.concepts):
         if (use.id is None) == (use.references is None):
             found = "neither id nor references" if use.id is None else "both id and references"
@@ -42,9 +42,10 @@ def check_named(order: PictureOrder) -> None:
 def request_of(
     order: PictureOrder, kept: Callable[[str], KeptConcept], session: Session, settings: ServeSettings
 ) -> tuple[Request, int]:
-    """The request, and the pixels of the images that were decoded for it. Blocks: run it in a thread.
+    """Return the request, and the number of pixels that were decoded for it. Blocks: run it in a thread.
 
-    order: `check_named` has let it pass; kept: gives a kept concept by its id.
+    order  one that `check_named` has accepted
+    kept   returns a kept concept by its id
 
     Raises:
         AnswerError: 422, with the field at fault.
@@ -94,7 +95,7 @@ def request_of(
 def read_upload(
     upload: ConceptUpload, session: Session, settings: ServeSettings
 ) -> tuple[Concept, list[BareReference], Origin]:
-    """The concept, its references as they were read, and what its keys are to be made for. Blocks.
+    """Return the concept, its references as loaded, and the origin that its keys are to be made for. Blocks.
 
     Raises:
         AnswerError: 422, with the part at fault.
@@ -138,13 +139,13 @@ def read_upload(
 
 
 def pixels_of(concept: Concept) -> int:
-    """Pixels of the decoded images and masks of an upload."""
+    """Return the number of pixels of an upload's decoded images and masks."""
     files = [file for reference in concept.references for file in (reference.image, reference.mask)]
     return sum(file.width * file.height for file in files if isinstance(file, Image.Image))
 
 
 def kept_bytes(origin: Origin, bare: Sequence[BareReference], storage: Storage) -> int:
-    """Bytes of the keys of references, as they will be kept."""
+    """Return how many bytes the keys of references will take once they are kept."""
     itemsize, of_channel = (1, 8) if storage == "8-bit" else (host_dtype(origin.dtype).itemsize, 0)
     return sum(
         origin.steps * width * (one.tokens[factor] * itemsize + of_channel)
@@ -191,13 +192,13 @@ def _concept(
 
 
 def _standing_at(index: int | Sequence[int], tokens: Sequence[str]) -> str:
-    """What a concept that has no word stands on, by the tokens of the prompt."""
+    """Return the prompt's text at the tokens that a concept without a word stands for."""
     positions = [index] if isinstance(index, int) else index
     return " ".join(tokens[k] for k in positions if 0 < k < len(tokens) - 1) or "concept"
 
 
 def _options(order: PictureOrder, concepts: Sequence[NamedConcept], bundle: Bundle, settings: ServeSettings) -> Options:
-    """The settings; what is not said is as the kept concepts have it."""
+    """Return the order's settings; missing steps and reference_seed come from the kept concepts or the defaults."""
     kept = [concept for concept in concepts if isinstance(concept, KeptConcept)]
     steps, seed = order.steps, order.reference_seed
     if steps is None:
@@ -232,7 +233,7 @@ def _check_references(concept: Concept, field: str, session: Session, origin: Or
 
 
 def _loaded(concept: Concept, reference: Reference, session: Session, image: str, mask: str) -> list[BareReference]:
-    """A reference, read and checked; an error names the image or the mask."""
+    """Load and check a reference; an error names the image or the mask."""
     one = Concept(concept.word, reference, name=concept.name)
     try:
         with at(mask):

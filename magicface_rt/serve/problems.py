@@ -1,4 +1,4 @@
-"""Errors as problem details (RFC 9457): which status each kind of error is, and what its body says."""
+"""The server's errors as problem details (RFC 9457): which status each kind of error has, and what its body says."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (Cancelled, 499, "client-gone"),
     (MemoryError, 503, "out-of-memory"),
 )
-"""The first class that fits; those of `ServiceError` say it themselves."""
+"""The status and kind of an error: those of the first class that fits. A `ServiceError` has its own."""
 
 _TITLES = {
     400: "The request cannot be read",
@@ -84,7 +84,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """An answer that is no success. `errors`: (field, message), where several parts of the request are at fault."""
+    """An answer that reports a failure. `errors`: (field, message), where several parts of the request are at fault."""
 
     status: int
     kind: str
@@ -95,7 +95,9 @@ class Problem:
 
     @classmethod
     def of(cls, error: BaseException) -> Problem:
-        """The problem of an error. What the service is to blame for is told in general: its text may hold paths."""
+        """Make the problem of an error. If the service is to blame, the detail is only general, since the error's text
+        may hold paths.
+        """
         if isinstance(error, ServiceError):
             return cls(error.status or 500, error.kind, str(error), error.field, error.retry_after)
         for kind, status, name in _STATUS:
@@ -106,7 +108,7 @@ class Problem:
         return cls(500, "internal", f"An unexpected {type(error).__name__}; the service's log says more.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The members of the body."""
+        """Return the members of the body."""
         found: dict[str, Any] = {
             "type": f"urn:magicface-rt:problem:{self.kind}",
             "title": title(self.status),
@@ -122,12 +124,12 @@ class Problem:
 
     @property
     def body(self) -> bytes:
-        """As JSON in ASCII: a detail may quote text that has no UTF-8."""
+        """The body: JSON in ASCII, since a detail may quote text that UTF-8 cannot encode."""
         return json.dumps(self.to_dict(), ensure_ascii=True, allow_nan=False).encode("ascii")
 
     @property
     def headers(self) -> dict[str, str]:
-        """Content-Type, and what the status asks for."""
+        """Content-Type, and the headers that the status calls for."""
         headers = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store"}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
@@ -138,9 +140,10 @@ class Problem:
 
 @contextmanager
 def at(field: str, *parts: str) -> Iterator[None]:
-    """What the block refuses, or warns of, is the fault of that part of the request, unless it names a part itself.
+    """Attribute what the block refuses, or warns of, to this part of the request, unless the error names a part itself.
 
-    parts: of the field; one that the message says something of ("weight is nan") is added to it.
+    parts  names of the field's own parts; if the message is about one ("weight is nan"), that one is appended to the
+           field
 
     Raises:
         AnswerError: in place of an InputError, with its status and kind, and the field.
@@ -160,10 +163,10 @@ def at(field: str, *parts: str) -> Iterator[None]:
 
 
 def title(status: int) -> str:
-    """What all problems of a status have in common."""
+    """Return the title that all problems of a status share."""
     return _TITLES.get(status, "The request failed")
 
 
 def refused(status: int, kind: str, detail: str, field: str | None = None) -> AnswerError:
-    """A problem to raise."""
+    """Make the error for a refused request."""
     return AnswerError(detail, status=status, kind=kind, field=field)

@@ -1,4 +1,4 @@
-"""Reading what a client sent: forms, refused bodies, the Accept header."""
+"""Server side: reads what a client sent, that is, forms, JSON bodies and the Accept header."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FORM_PARTS = tuple(FORM_SCHEMA["properties"])
 
 _FIELDS = {*PictureOrder.model_fields, *ConceptUse.model_fields, *InlineReference.model_fields}
 _MOST_ERRORS = 20
-_MOST_RANGES = 100  # of an Accept header; browsers send ten
+_MOST_RANGES = 100  # the most ranges that an Accept header may have; browsers send ten
 
 
 def upload_of(form: Form) -> ConceptUpload:
-    """The concept of a form.
+    """Read a concept from a form.
 
     Raises:
-        AnswerError: 422, a part that is missing, stands too often, or is no number where one is expected.
+        AnswerError: 422, a part is missing, occurs too often, or is no number where one is expected.
     """
     images, masks, prompts = form.files("image"), form.files("mask"), form.texts("prompt")
     if not images:
@@ -65,7 +65,7 @@ def upload_of(form: Form) -> ConceptUpload:
 
 
 def wants_png(order: PictureOrder, accept: str | None) -> bool:
-    """Whether the answer is a PNG; else it is JSON.
+    """Return whether the answer is to be a PNG; otherwise it is JSON.
 
     Raises:
         AnswerError: 406, the Accept header allows neither, or is too long; 422, a PNG of several pictures.
@@ -88,7 +88,7 @@ def wants_png(order: PictureOrder, accept: str | None) -> bool:
 
 
 class NoOrderError(Exception):
-    """A JSON body that is no order. problem: what is wrong with it, field by field."""
+    """The JSON body is no valid order. problem: what is wrong with it, field by field."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.detail)
@@ -96,11 +96,12 @@ class NoOrderError(Exception):
 
 
 def read_order(content_type: str | None, body: bytes) -> PictureOrder:
-    """The order in a body. May take as long as there is much of it: run it in a thread.
+    """Read the order from a body. This takes time in proportion to the body: run it in a thread.
 
     Raises:
-        AnswerError: 415, another Content-Type; 400, no JSON; 422, more than anything here takes, or a key twice.
-        NoOrderError: 422, what is not as it should be in it.
+        AnswerError: 415, another Content-Type; 400, not JSON; 422, more values than anything here takes, or a key given
+            twice.
+        NoOrderError: 422, fields of it are not as they should be.
     """
     kind = (content_type or "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
@@ -116,7 +117,7 @@ def read_order(content_type: str | None, body: bytes) -> PictureOrder:
 
 
 def _problem(error: ValidationError) -> Problem:
-    """The values that were found are not repeated: they may be photographs."""
+    """Make a problem that does not repeat the values that were found: they may be photographs."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[:_MOST_ERRORS]
     errors = tuple((_field(one["loc"], one["type"]), _said(one["type"], str(one["msg"]))) for one in found)
     field, detail = errors[0]
@@ -128,7 +129,7 @@ def _said(kind: str, message: str) -> str:
 
 
 def _field(loc: Iterable[int | str], kind: str) -> str:
-    """A place such as concepts[0].weight; names of alternatives that pydantic tried are left out."""
+    """Format a location such as concepts[0].weight, leaving out the names of alternatives that pydantic tried."""
     parts = list(loc)
     text = ""
     for position, part in enumerate(parts):
@@ -149,7 +150,7 @@ def _whole(form: Form, name: str) -> int | None:
 
 
 def _quality(accept: str, kind: str, subtype: str) -> float:
-    """How much an Accept header wants a media type: the quality of the most specific range that holds it."""
+    """Return how much an Accept header wants a media type: the quality of the most specific range that includes it."""
     best = (-3, 0.0)
     for part in accept.split(","):
         media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))

@@ -1,6 +1,7 @@
-"""The bodies of requests and answers. Ranges that depend on the bundle or service are checked where these are known.
+"""The bodies of requests and answers, as the server checks and documents them. Ranges that depend on the bundle or the
+service are checked where these are known.
 
-Numbers are taken as they are: no text for a number, no true for 1, no NaN.
+Types are strict: no text for a number, no true for 1, no NaN.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class ConceptInfo(BaseModel):
 
     @classmethod
     def of(cls, stored: StoredConcept) -> ConceptInfo:
-        """Of what a store has."""
+        """Describe a concept from a store."""
         concept = stored.concept
         return cls(
             id=stored.id,
@@ -164,7 +165,7 @@ class Warned(BaseModel):
 
     @classmethod
     def all_of(cls, warnings: Iterable[MagicFaceWarning]) -> list[Warned]:
-        """Of what was collected."""
+        """Convert collected warnings."""
         return [cls(kind=one.kind, field=one.field, detail=str(one)) for one in warnings]
 
 
@@ -290,4 +291,4 @@ FORM_SCHEMA: dict[str, Any] = {
         "resample": {"type": "string", "enum": ["lanczos", "nearest"]},
     },
 }
-"""Of the parts of PUT /v1/concepts."""
+"""The schema of the parts of PUT /v1/concepts."""

@@ -1,4 +1,4 @@
-"""uvicorn around the application: a socket of our own, warm-up, and an orderly end."""
+"""Runs the application in uvicorn, with a socket of our own, a warm-up, and an orderly end."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ __all__ = ["Server", "listen", "local_service", "serve", "warm_up"]
 logger = logging.getLogger("magicface_rt.serve")
 
 CLOSE_SECONDS = 10
-"""What connections have left, when all requests are done, before they are cut."""
+"""How long connections may stay open once all requests are done, before they are cut."""
 
 WATCH_SECONDS = 1.0
-"""How often a service that is ready is asked whether it still computes."""
+"""How often a service that is ready is checked for whether it can still compute."""
 
 
 def serve(
@@ -57,16 +57,16 @@ def serve(
     page: bool = False,
     told: Callable[[str], object] = logger.info,
 ) -> int:
-    """Serve until SIGTERM, SIGINT or Ctrl-C, and then until the requests that are being done have their answers, or
-    `settings.drain` seconds have passed. Returns how many were cut off.
+    """Serve until SIGTERM, SIGINT or Ctrl-C, and then until the running requests have their answers or `settings.drain`
+    seconds have passed. Returns how many requests were cut off.
 
     workers  execution contexts of each Session, which must have been opened with as many
-    port     0 for any that is free
-    page     with the page of `magicface_rt.ui` at /ui
-    told     what is going on, line by line
+    port     0 for any free port
+    page     whether to serve the page of `magicface_rt.ui` at /ui
+    told     called with what is going on, line by line
 
     Raises:
-        OptionError: the port is in use, or the address is none of this machine's.
+        OptionError: the port is in use, or the address does not belong to this machine.
         BackendMissingError: the page needs an extra that is not installed.
         BundleError: a file of the bundle was written to, so no request can be done any more.
         MagicFaceError: the warm-up failed, or a thread that computes has ended.
@@ -105,7 +105,7 @@ def local_service(
     metrics: Metrics | None = None,
     warm: bool = True,
 ) -> LocalService:
-    """A service in this process, with everything that it needs."""
+    """Build a service in this process, with everything that it needs."""
     settings = settings or ServeSettings()
     store = store or MemoryConcepts(most=settings.concepts, most_bytes=settings.concept_bytes)
     engine = Engine(
@@ -121,9 +121,9 @@ def local_service(
 
 
 def warm_up(session: Session, settings: ServeSettings) -> None:
-    """Load every graph and run a few steps, so that the first request does not wait for that.
+    """Load every graph and run a few steps, so the first request does not have to wait for that.
 
-    On a GPU also a full batch, for whose shapes things are compiled and captured.
+    On a GPU, also run a full batch, since some things are compiled and captured for its shapes.
 
     Raises what `Session.generate` raises.
     """
@@ -138,10 +138,10 @@ def warm_up(session: Session, settings: ServeSettings) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Return a listening socket.
 
     Raises:
-        OptionError: the port is in use, needs privileges, or is none; the host is none of this machine's.
+        OptionError: the port is in use, needs privileges, or is no port number; the host is no address of this machine.
     """
     if not 0 <= port <= 65535:
         raise OptionError(f"--port is {port}, expected 0 to 65535.")
@@ -177,14 +177,14 @@ def _why_not_bound(host: str, port: int, error: OSError) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, but a signal first drains the service, while /readyz and /healthz still answer; a second one cuts the
-    requests off. Runs in any thread; signals reach it in the main thread only.
+    """A uvicorn server in which a first signal drains the service, while /readyz and /healthz still answer, and a
+    second one cuts the requests off. It runs in any thread; signals reach it in the main thread only.
 
-    config   of uvicorn.Config. Without `proxy_headers=True` a client's address is that of its connection: by a header
-             anyone could be whoever they like, in the fair order
+    config   options of uvicorn.Config. Without `proxy_headers=True` a client's address is that of its connection: with
+             a header, anyone could pose as any client in the fair order
 
-    at_end   called when the requests are done, in the event loop: lets go of connections that would stay open
-    cut_off  how many requests had no time left, when all is over
+    at_end   called in the event loop when the requests are done, to release connections that would otherwise stay open
+    cut_off  how many requests had no time left, once the server has ended
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=CLOSE_SECONDS,
                 **{
                     "proxy_headers": False,
-                    "http": Connection,  # else another parser, without limits, where one is installed
+                    "http": Connection,  # else uvicorn uses another parser, without limits, if one is installed
                     "h11_max_incomplete_event_size": HEAD_BYTES,
                     **config,
                 },
@@ -223,7 +223,7 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """As a signal does; from any thread. Nothing where it has ended."""
+        """Act as on a signal; may be called from any thread. Does nothing once the server has ended."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 self._loop.call_soon_threadsafe(self._stop, number)
@@ -240,7 +240,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """In place of uvicorn's, which would raise the signals again in the end."""
+        """Replaces uvicorn's, which would raise the signals again at the end."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -273,7 +273,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def _watch(self) -> None:
-        """Say when the service is warm; end where it cannot be, or computes no more."""
+        """Report when the service is warm; exit if it cannot become so, or can no longer compute."""
         while not self.started:
             await asyncio.sleep(0.05)
         ready = False

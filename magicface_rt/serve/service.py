@@ -1,6 +1,7 @@
-"""What the HTTP application needs of whatever makes the pictures: this process, or replicas elsewhere.
+"""The interface between the server's HTTP application and whatever makes the pictures: this process, or replicas
+elsewhere.
 
-Everything that goes through can be pickled. To stop a call, cancel the task that awaits it.
+Everything that passes through it can be pickled. To stop a call, cancel the task that awaits it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ __all__ = ["Accepted", "ConceptUpload", "Listener", "Outcome", "Service", "Uploa
 
 @dataclass(frozen=True)
 class Accepted:
-    """A request has a place in the queue; so many are before it."""
+    """A request has a place in the queue, behind `waiting` others."""
 
     waiting: int
 
 
 Listener = Callable[[Accepted | Progress], object]
-"""Told how a request gets on, in the event loop's thread."""
+"""Called with a request's progress, in the event loop's thread."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A reference as it came: the bytes of its files."""
+    """A reference as it was uploaded: the bytes of its files."""
 
     image: bytes = field(repr=False)
     mask: bytes | None = field(default=None, repr=False)
@@ -56,14 +57,14 @@ class ConceptUpload:
 class Outcome:
     """The pictures of a request.
 
-    pngs     the files' bytes, as `Result.images[k].save` writes them
-    regions  int64 [B,h/2,w/2]
-    names    of the regions
-    timings  seconds by stage, and `queued`
-    batch    pictures that were made together
-    settings what run.json of a saved result holds
-    regions_per_step    uint8 [T,B,h/2,w/2], None where the order did not ask for them
-    warnings what was done to the request that may not have been meant
+    pngs      the files' bytes, as `Result.images[k].save` writes them
+    regions   int64 [B,h/2,w/2]
+    names     of the regions
+    timings   seconds by stage, and `queued`
+    batch     pictures that were made together
+    settings  what run.json of a saved result holds
+    regions_per_step    uint8 [T,B,h/2,w/2], None if the order did not ask for them
+    warnings  what was done to the request that may not have been meant
     """
 
     pngs: Sequence[bytes]
@@ -77,29 +78,29 @@ class Outcome:
 
 
 class Service(ABC):
-    """Errors are of the family `MagicFaceError`; `problems.Problem.of` says which status each is."""
+    """Makes pictures and keeps concepts. It raises `MagicFaceError`s; `problems.Problem.of` gives each one's status."""
 
     async def start(self) -> None:  # noqa: B027 - a service may be ready as it is
-        """Begin to work; called once, in the event loop that all other calls come from."""
+        """Begin to work. Called once, in the event loop that all other calls come from."""
 
     async def drain(self, seconds: float) -> int:
-        """Take no more work, and wait so long for what there is. Returns how many requests were then cut off."""
+        """Take no more work, and wait up to `seconds` for the requests there are. Returns how many were cut off."""
         return 0
 
     async def close(self) -> None:  # noqa: B027 - not every service holds something
         """Free everything."""
 
     def failure(self) -> BaseException | None:
-        """Why it will never be ready, or never again; None where it may be, or is."""
+        """Return why the service will never be ready, or never again; None if it is, or may still become so."""
         return None
 
     @abstractmethod
     def not_ready(self) -> str | None:
-        """Why it should get no requests for now; None where it should."""
+        """Return why the service should get no requests for now; None if it should."""
 
     @abstractmethod
     async def bundle(self) -> BundleInfo:
-        """What is served."""
+        """Return what is served."""
 
     @abstractmethod
     async def generate(self, order: PictureOrder, *, owner: str, listener: Listener | None = None) -> Outcome:
@@ -107,16 +108,16 @@ class Service(ABC):
 
     @abstractmethod
     async def put_concept(self, upload: ConceptUpload, *, owner: str) -> tuple[ConceptPut, bool]:
-        """Prepare a concept and keep it; and whether it was not kept already."""
+        """Prepare a concept and keep it. Returns it, and whether it was new, that is, not kept already."""
 
     @abstractmethod
     async def concepts(self) -> list[ConceptInfo]:
-        """All kept concepts, the oldest first."""
+        """Return all kept concepts, oldest first."""
 
     @abstractmethod
     async def concept(self, id: str) -> ConceptInfo:
-        """One of them."""
+        """Return the kept concept with this id."""
 
     @abstractmethod
     async def erase(self, id: str) -> Erasure:
-        """Remove a concept from memory, disk and device; returns when it is gone."""
+        """Remove a concept from memory, disk and device; returns once it is gone."""

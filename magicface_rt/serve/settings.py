@@ -1,4 +1,4 @@
-"""What a service allows, and how it shares out its time."""
+"""What a server allows, and how it divides its time among requests."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class ServeSettings:
     """Limits of a service.
 
     queue           requests that may wait; one more is answered 429
-    batch           pictures that are made together at most, of requests with the same number of steps; 1 for none
+    batch           the most pictures made together, of requests with the same number of steps; 1 for no batches
     batch_wait      seconds that a request waits for others to be made together with, counted from its arrival
-    deadline        seconds that a request may take at most, and takes where it does not say
+    deadline        the most seconds that a request may take, and the default for requests that give no deadline
     drain           seconds that requests have left when the service is told to end
     body_bytes      bytes of one request's body
     bodies_bytes    bytes of all bodies that are being read or used; over that, 503
-    body_seconds    seconds in which a body must have come; over that, 408
-    pixels          pixels of one uploaded image, seen in its header before it is decoded
+    body_seconds    seconds within which a body must have arrived; over that, 408
+    pixels          pixels of one uploaded image, read from its header before it is decoded
     held_pixels     pixels of all decoded images of requests that wait or run; over that, 429
     decoders        threads that decode uploads, and as many that encode pictures
-    steps           denoising steps of a request
-    default_steps   where a request has no kept concept and does not say
-    images          pictures of a request
-    concepts        kept concepts
-    concept_bytes   bytes of all kept concepts
+    steps           the most denoising steps of a request
+    default_steps   steps of a request that has no kept concept and does not give them
+    images          the most pictures of a request
+    concepts        the most kept concepts
+    concept_bytes   the most bytes of all kept concepts
 
     Raises OptionError, naming the setting, for what cannot be used.
     """
@@ -75,5 +75,5 @@ class ServeSettings:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """By name, as JSON can hold it."""
+        """Return the settings by name, as JSON can hold them."""
         return asdict(self)

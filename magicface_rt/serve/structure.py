@@ -1,4 +1,4 @@
-"""JSON bodies of clients: how much there is in one, seen before it is parsed, and what it holds."""
+"""JSON bodies on the server: counts the values of a body before it is parsed, and parses it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from .problems import refused
 __all__ = ["MOST_VALUES", "read_body"]
 
 MOST_VALUES = 100_000
-"""Values in one body, and commas and brackets in its texts. The largest order that a schema allows, with texts in plain
-words, has fewer; parsing so many takes some hundredths of a second.
+"""The most values in one body; commas and brackets inside its texts count as well. The largest order that the schema
+allows, with texts in plain words, has fewer; parsing this many takes a few hundredths of a second.
 """
 
-_CHUNK = 2**20  # other threads get a turn between
+_CHUNK = 2**20  # other threads get a turn between chunks
 
 
 def read_body(body: bytes) -> Any:
-    """What a body holds. Parsing holds up every thread of the process, so nothing that is too much is parsed. Run it in
-    a thread.
+    """Parse a JSON body. Parsing holds up every thread of the process, so a body that has too many values is not
+    parsed. Run this in a thread.
 
     Raises:
-        AnswerError: 400, no JSON; 422, more values than anything here takes, or a key twice in one object.
+        AnswerError: 400, not JSON; 422, more values than anything here takes, or a key given twice in one object.
     """
     _check_structure(body)
     try:
         return read_json(body)
-    except DoubledKeyError as error:  # a key may be long, and anything: it is the client's own
+    except DoubledKeyError as error:  # quoted in part: the key is the client's, and may be anything
         raise refused(422, "body", f"the key {error.key[:80]!a} stands twice in one object. Leave one out.") from None
     except ValueError as error:
         raise refused(400, "json", _why_not(error)) from None

@@ -1,4 +1,4 @@
-"""The last resort: what fails without having been foreseen is answered, and the connection goes on."""
+"""The server's last resort: answers errors that were not foreseen, and keeps the connection open."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Unexpected"]
 
 
 class Unexpected:
-    """An ASGI application around another. Starlette's own last resort raises the error once more when it has answered,
-    upon which the server writes another traceback and cuts the connection.
+    """ASGI middleware. Starlette's own last resort raises the error again after it has answered, upon which uvicorn
+    writes another traceback and cuts the connection.
 
-    problem_of  what is answered to an error
+    problem_of  returns the problem to answer an error with
     """
 
     def __init__(self, app: App, problem_of: Callable[[BaseException], Problem]) -> None:

@@ -1,4 +1,4 @@
-"""Uploaded images: bytes to pictures, with their size seen before anything is decoded. Nothing is written."""
+"""Decodes uploaded images on the server; their size is checked before anything is decoded, and nothing is written."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..interrupts import let_through
 __all__ = ["FORMATS", "from_base64", "open_image"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-"""What is decoded. Few formats: each decoder that strangers can reach is a risk."""
+"""The formats that are decoded. They are few, since each decoder that strangers can reach is a risk."""
 
 
 def open_image(data: bytes, *, pixels: int, name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
-    """A decoded image of at most so many pixels, as its file has it; `Reference` takes it from there.
+    """Decode an image of at most so many pixels, unchanged from its file; `Reference` processes it further.
 
-    Raises `error`: another format, damaged, cut short, or too many pixels, which is seen before it is decoded.
+    Raises `error` for another format, a damaged or cut short file, or too many pixels, which are seen before decoding.
     """
     if not data:
         raise error(f"{name} is empty, expected the bytes of a {' or '.join(FORMATS)} file.")
@@ -45,8 +45,8 @@ def open_image(data: bytes, *, pixels: int, name: str, error: type[ImageError] |
 
 
 def _without_file(image: Image.Image) -> Image.Image:
-    """Its pixels, and what says how they are to be seen. Pillow's images go on holding the file, which may be much
-    larger.
+    """Copy an image with its pixels and what determines how they are shown. Pillow's images go on holding their file,
+    which may be much larger.
     """
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     bare = image.copy()
@@ -59,7 +59,7 @@ def _without_file(image: Image.Image) -> Image.Image:
 
 
 def from_base64(text: str, *, name: str, error: type[ImageError] | type[MaskError]) -> bytes:
-    """The bytes of base64 text, or of a data URL of it.
+    """Decode base64 text, or a data URL of it.
 
     Raises `error` for what is not base64.
     """

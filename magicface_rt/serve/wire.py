@@ -1,4 +1,4 @@
-"""What the client sends and what it makes of the answers; no connection in here."""
+"""Client side: what the client sends, and how it reads the answers. Nothing here opens a connection."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ __all__ = [
 ]
 
 MOST_DETAIL, MOST_WORD = 2000, 100
-"""Characters of a problem that an error repeats, whoever sent it."""
+"""The most characters of a problem's texts that an error repeats, whoever sent them."""
 MOST_BITS, MOST_DEPTH = 4096, 16
-"""Of an integer, which Python may refuse to write, and of lists in lists."""
+"""Limits on what is sent: bits of an integer, which Python may refuse to print, and depth of nested lists."""
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 MAX_PIXELS_TOGETHER = 4 * MAX_PIXELS
-"""Of the pictures of an answer: a service makes four of a request unless told otherwise."""
+"""The most pixels of all pictures of an answer: a service makes at most four a request unless told otherwise."""
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
-"""What reading an answer raises where it is none of the service's."""
+"""What reading an answer may raise if it is not one of the service's."""
 
 T = TypeVar("T")
 
@@ -90,7 +90,9 @@ _KINDS: dict[str, type[ServiceError]] = {
 
 @dataclass(frozen=True)
 class Warned:
-    """What the service did to a request and may not have been meant. `field`: the part of it, None where it is none."""
+    """Something that the service did to a request and that may not have been meant. `field`: the part of the request,
+    or None.
+    """
 
     kind: str
     detail: str
@@ -98,7 +100,7 @@ class Warned:
 
     @classmethod
     def all_of(cls, content: Mapping[str, Any]) -> tuple[Warned, ...]:
-        """Those of an answer; services of earlier releases say none."""
+        """Return the warnings of an answer; services of earlier releases send none."""
         return tuple(
             cls(
                 _typed(str, one["kind"]),
@@ -113,12 +115,13 @@ class Warned:
 class KeptId:
     """A concept that a service keeps.
 
-    word    what requests use unless they say otherwise; None where it was put without one
-    new     whether it was prepared now, and had not been kept already
-    info    all that the service says of it
-    warnings    what was done to the upload and may not have been meant; none where it was not just put
-    weight, token_index, name   what `use` takes unless it is told otherwise: those of the `Concept` that was put. The
-            service does not keep them, so they are the usual ones where its list or an id was asked for
+    word    the word that requests use unless they name another; None if the concept was put without one
+    new     whether it was prepared now, rather than kept already
+    info    all that the service says about it
+    warnings    what was done to the upload that may not have been meant; none unless the concept was just put
+    weight, token_index, name   what `use` takes unless told otherwise: those of the `Concept` that was put. The service
+            does not keep them, so they are the defaults where the concept comes from the service's list or was asked
+            for by its id
     """
 
     id: str
@@ -141,9 +144,9 @@ class KeptId:
         token_index: int | Sequence[int] | None = None,
         name: str | None = None,
     ) -> dict[str, Any]:
-        """The concept in a picture, for `generate`."""
+        """Return the concept as `generate` takes it for a picture."""
         index = token_index
-        if index is None and word in (None, self.word):  # another word has tokens of its own
+        if index is None and word in (None, self.word):  # another word would have other tokens
             index = self.token_index
         return {
             "id": self.id,
@@ -154,13 +157,13 @@ class KeptId:
         }
 
     def put_as(self, concept: Concept) -> KeptId:
-        """This one, used as that concept is unless told otherwise."""
+        """Return a copy whose `use` has this concept's weight, token_index and name by default."""
         name = None if concept.name == concept.word else concept.name
         return replace(self, weight=concept.weight, token_index=concept.token_index, name=name)
 
     @classmethod
     def of(cls, info: Mapping[str, Any], new: bool = False) -> KeptId:
-        """From what the service says of it."""
+        """Read a concept from the service's description of it."""
         word = info["word"]
         if word is not None:
             _typed(str, word)
@@ -182,11 +185,11 @@ class Made:
 
     pngs      their files, byte for byte
     regions   int64 [B,h/2,w/2]: 0 where no concept is, k where `region_names[k - 1]` is
-    timings   seconds by stage, of the batch that it was made in, and `queued`
+    timings   seconds by stage, of the batch that the request was made in, and `queued`
     batch     pictures that were made together
     settings  what run.json of a saved result holds
-    regions_per_step    uint8 [T,B,h/2,w/2] after every step; None where `record_regions` was not asked for
-    warnings  what was done to the request and may not have been meant
+    regions_per_step    uint8 [T,B,h/2,w/2] after every step; None if `record_regions` was not asked for
+    warnings  what was done to the request that may not have been meant
     """
 
     pngs: tuple[bytes, ...] = field(repr=False)
@@ -200,10 +203,10 @@ class Made:
 
     @ComputedOnce
     def images(self) -> tuple[Image.Image, ...]:
-        """The pictures, RGB; a PNG's own text is in their `info`.
+        """The pictures, RGB; the text in a PNG is in the picture's `info`.
 
         Raises:
-            AnswerError: what came as one is no PNG, is damaged, or has more pixels than are read.
+            AnswerError: a picture is no PNG, is damaged, or has more pixels than are read.
         """
         try:
             opened = tuple(Image.open(io.BytesIO(png), formats=["PNG"]) for png in self.pngs)
@@ -221,7 +224,7 @@ class Made:
 
 
 def _check_pixels(pixels: Sequence[int]) -> None:
-    """Raises ValueError where a picture has more than are read, or all have more than are held at once."""
+    """Raise ValueError if one picture, or all together, have more pixels than are read."""
     if max(pixels, default=0) > MAX_PIXELS:
         raise ValueError(f"it has {max(pixels):,} pixels, more than the {MAX_PIXELS:,} that are read")
     if sum(pixels) > MAX_PIXELS_TOGETHER:
@@ -231,18 +234,18 @@ def _check_pixels(pixels: Sequence[int]) -> None:
 
 
 Given = Concept | KeptId | Mapping[str, Any] | str
-"""A concept of a request as the client takes it."""
+"""A concept of a request in any form that the client takes."""
 
 
 def _typed(kind: type[T], value: Any) -> T:
-    """Raises TypeError where it is of another kind."""
-    if type(value) is not kind:  # which true, a whole number to Python, is not either
+    """Return the value. Raises TypeError if it is not exactly of this type."""
+    if type(value) is not kind:  # not isinstance: to Python, True is an int
         raise TypeError(f"{type(value).__name__}, expected {kind.__name__}")
     return value
 
 
 def listed(concepts: Iterable[Given]) -> tuple[Given, ...]:
-    """The concepts of a request as they are now, whatever becomes of what they were given in.
+    """Return the concepts of a request as they are now, so later changes to the caller's objects do not matter.
 
     Raises:
         ConceptError: a single concept, or something that holds none.
@@ -255,11 +258,12 @@ def listed(concepts: Iterable[Given]) -> tuple[Given, ...]:
 
 
 def order_of(prompt: str, concepts: Sequence[Given], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What POST /v1/images is sent. What is None is left to the service; numbers of numpy are sent as what they are.
+    """Build the content of POST /v1/images. Settings that are None are left to the service; numpy's numbers are sent as
+    plain ones.
 
     Raises:
         OptionError: a setting that is not known, or that JSON cannot hold.
-        PromptError: likewise the prompt.
+        PromptError: a prompt that JSON cannot hold.
         ConceptError, ImageError, MaskError: a concept that cannot be sent.
     """
     unknown = sorted(set(settings) - _OPTIONS - _OF_SERVICE)
@@ -273,14 +277,14 @@ def order_of(prompt: str, concepts: Sequence[Given], settings: Mapping[str, Any]
 
 
 def body_of(order: Mapping[str, Any]) -> bytes:
-    """An order of `order_of` as it is sent."""
+    """Encode an order from `order_of` as it is sent."""
     return json.dumps(order, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
 
 
 def form_of(
     concept: Concept, steps: int | None, reference_seed: int, storage: str
 ) -> tuple[dict[str, Any], list[tuple[str, tuple[str, bytes, str]]]]:
-    """The texts and the files of PUT /v1/concepts.
+    """Build the texts and the files of PUT /v1/concepts.
 
     Raises:
         ConceptError, ImageError, MaskError: a concept that cannot be sent.
@@ -308,7 +312,7 @@ def form_of(
 
 
 def made_of(content: Mapping[str, Any]) -> Made:
-    """The pictures of a JSON answer."""
+    """Read the pictures from a JSON answer."""
     steps = content.get("regions_per_step")
     return Made(
         pngs=tuple(base64.b64decode(text) for text in content["pictures"]),
@@ -323,12 +327,12 @@ def made_of(content: Mapping[str, Any]) -> Made:
 
 
 def error_of(status: int, body: bytes | bytearray, retry_after: str | None = None) -> ServiceError:
-    """The error of an answer that is no success."""
+    """Make the error for an answer that reports a failure."""
     try:
         found = read_json(body)
     except ValueError:
         found = None
-    # Anything but our problem's texts is from something on the way, which has answered in place of the service.
+    # Keep only texts, as in our problems: something on the way may have answered in place of the service.
     problem = {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
     kind, field = problem.get("kind", "no-problem-details")[:MOST_WORD], problem.get("field", "")[:MOST_WORD]
     where = f"{field}: " if field else ""
@@ -343,10 +347,10 @@ def error_of(status: int, body: bytes | bytearray, retry_after: str | None = Non
 
 
 def pause(error: ServiceError, attempt: int, retries: int, most: float = math.inf) -> float | None:
-    """Seconds before the request is sent again; None where it is not.
+    """Return the seconds to wait before the request is sent again, or None if it is not.
 
     attempt  0 for the first
-    most     where the service asks for more, the request is not sent again: it would be refused again before that
+    most     if the service asks for a longer wait, the request is not sent again: it would be refused before that
     """
     if attempt >= retries:
         return None
@@ -358,7 +362,7 @@ def pause(error: ServiceError, attempt: int, retries: int, most: float = math.in
 
 
 def _seconds(retry_after: str) -> float:
-    """Of a Retry-After header, which has seconds or a date (RFC 9110); a second where it has neither."""
+    """Parse a Retry-After header, which has seconds or a date (RFC 9110); 1 second if it has neither."""
     try:
         seconds = float(retry_after)
     except ValueError:
@@ -372,7 +376,7 @@ def _seconds(retry_after: str) -> float:
 
 
 class Events:
-    """Reads server-sent events line by line. `content`: of the last, when it has come."""
+    """Reads server-sent events line by line. `content`: what the last event, `pictures`, held, once it has arrived."""
 
     def __init__(self) -> None:
         self.content: Mapping[str, Any] | None = None
@@ -380,7 +384,7 @@ class Events:
         self._data: list[str] = []
 
     def line(self, line: str) -> Progress | None:
-        """A line without its end; gives a step's progress where that is what it ends.
+        """Take a line without its line end. Returns a step's progress if the line ends such an event.
 
         Raises:
             ServiceError: the request failed.
@@ -409,10 +413,10 @@ class Events:
         return None
 
     def made(self) -> Made:
-        """The pictures.
+        """Return the pictures.
 
         Raises:
-            UnreachableError: the events ended before they came.
+            UnreachableError: the events ended before the pictures came.
         """
         if self.content is None:
             raise UnreachableError(
@@ -422,9 +426,9 @@ class Events:
 
 
 def _plain(value: Any, name: str, error: type[InputError], depth: int = 0) -> Any:
-    """The same without numpy's numbers, which JSON cannot hold.
+    """Return the value with numpy's numbers, which JSON cannot hold, replaced by plain ones.
 
-    Raises `error`: something else that it cannot hold.
+    Raises `error` for anything else that JSON cannot hold.
     """
     if isinstance(value, np.generic):
         value = as_float(value) if isinstance(value, np.floating) else value.item()
@@ -452,7 +456,9 @@ def _kind(value: Any) -> str:
 
 
 def _text(value: Any, name: str, error: type[InputError]) -> str:
-    """Raises `error` where it is no text, or none that UTF-8 has, such as half of a pair of surrogates."""
+    """Return the text. Raises `error` if it is no text, or has what UTF-8 cannot encode, such as half of a surrogate
+    pair.
+    """
     if not isinstance(value, str):
         raise error(f"{name} is a {type(value).__name__}, expected a text.")
     try:
@@ -463,7 +469,7 @@ def _text(value: Any, name: str, error: type[InputError]) -> str:
 
 
 def _number(value: Any, name: str) -> str:
-    """As a part of a form; whether it is a number, and which may be, the service says."""
+    """Format a number for a part of a form. Whether it is a number, and in range, is for the service to check."""
     if isinstance(value, int) and value.bit_length() > MOST_BITS:
         raise OptionError(f"{name} is {shown(value)}, more than any service takes.")
     return _text(str(value), name, OptionError)
@@ -504,7 +510,7 @@ def _use(one: Given) -> dict[str, Any]:
 
 
 def _image_bytes(reference: Reference, name: str) -> bytes:
-    """The file as it is where the service reads its format; else a PNG of its pixels."""
+    """Return the image's file unchanged if the service reads its format; otherwise a PNG of its pixels."""
     source = reference.image
     if isinstance(source, (str, os.PathLike)):
         try:
@@ -517,7 +523,7 @@ def _image_bytes(reference: Reference, name: str) -> bytes:
 
 
 def _mask_bytes(reference: Reference, name: str, *, explicit: bool) -> bytes:
-    """The mask, thresholded here, as a PNG of 0 and 255. explicit: made of the alpha channel where there is none."""
+    """Return the mask, or the alpha channel if there is none, thresholded here, as a PNG of 0 and 255."""
     threshold = reference.mask_threshold
     if reference.mask is None:
         mask = load_alpha_mask(reference.image, threshold=threshold, name=name)

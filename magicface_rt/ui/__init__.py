@@ -1,11 +1,11 @@
-"""The page: a `Service` in a browser. Photographs in, masks painted, pictures and their regions out.
+"""The page: a `Service` in a browser. Photographs go in and masks are painted; pictures and their regions come out.
 
     magicface-rt ui bundles/sd15-512            the page and the HTTP interface, on this machine
-    magicface-rt serve bundles/sd15-512 --ui    the same beside everything else that `serve` takes
+    magicface-rt serve bundles/sd15-512 --ui    the same, with all other options of `serve`
 
-`mounting.mount_page` puts it into the application of `magicface_rt.serve`, so that its requests stand in the same
-queue, under the same limits. Gradio lays the page out and carries its events; it gets no file. Needs the extra `ui`.
-What the page promises: docs/ui.md.
+`mounting.mount_page` adds the page to the application of `magicface_rt.serve`, so its requests wait in the same queue,
+under the same limits. Gradio lays the page out and carries its events; it is given no file. Needs the extra `ui`. What
+the page promises: docs/ui.md.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["module"]
 
 
 def module(name: str) -> Any:
-    """A module of this package.
+    """Import a module of this package.
 
     Raises:
         BackendMissingError: the extra is not installed.
     """
-    # Read when Gradio is imported: without them it asks for its newest version, and reports what is used.
+    # Gradio reads these on import; without them it checks for its newest version and sends usage statistics.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:

@@ -1,7 +1,7 @@
-"""What stands between the service and the page's framework: which paths there are, and what a browser may do with it.
+"""Stands between the service and the page's framework: which paths exist, and what a browser may do with the page.
 
-Gradio's application has routes that the page has no use for: files that are uploaded to its cache and served from it,
-proxies. They are not there for a caller. Nor is anything in an event that the page would not send (event.py).
+Gradio's application has routes that the page has no use for: an upload cache, whose files are served back, and proxies.
+They are closed to callers. So is anything in an event that the page would not send (event.py).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; base-uri 'self'; form-action 'self'; "
     "frame-ancestors 'none'"
 )
-"""Nothing from elsewhere, whatever the framework's scripts would like to load. They make functions out of text, which
-needs unsafe-eval.
+"""Lets the browser load nothing from elsewhere, whatever the framework's scripts would like to load. They make
+functions out of text, which requires unsafe-eval.
 """
 
 _HEADERS = (
@@ -41,9 +41,9 @@ _HEADERS = (
 )
 
 _NAMING = (b"host", b"x-forwarded-host")
-"""Of these the framework makes the page's address."""
+"""Headers from which the framework makes the page's address."""
 _OVERRIDE = b"x-gradio-server"
-"""Of this as well; nobody has to send it."""
+"""Another such header; nobody needs to send it."""
 _MACHINE = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?")
 _DOTTED = re.compile(r"[0-9.]+")
 
@@ -56,13 +56,13 @@ _HEAD = (
 
 
 class Door:
-    """An ASGI application around the framework's, mounted under a path.
+    """ASGI middleware around the framework's application, mounted under a path.
 
     events  those that the page has
-    left    told of each tab whose connection has ended, however it has. The framework hears of it by a task that ends
-            in its own way only, and not of one that the server cancels.
+    left    called with each tab whose connection has ended, for whatever reason. The framework itself only notices when
+            the connection's task ends normally, and not when the server cancels it
 
-    An event's photographs stand in `scope["state"]["parcel"]`, and the framework has none.
+    An event's photographs are put into `scope["state"]["parcel"]`; the framework does not get them.
     """
 
     def __init__(self, app: App, events: Events, left: Callable[[str], object]) -> None:
@@ -76,7 +76,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close"})  # there are none here
+            await send({"type": "websocket.close"})  # the page has no web sockets
             return
         path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
         scope["headers"] = [(name, value) for name, value in scope["headers"] if name != _OVERRIDE]
@@ -106,7 +106,7 @@ class Door:
             await self._app(scope, receive, _guarded(send))
 
     async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What a field or button sends, when it has been looked at. The limits of bodies stand before the page."""
+        """Check what a field or button sends, and pass it on. The limits on bodies apply before the page is reached."""
         try:
             if (header(scope, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
                 raise refused(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
@@ -124,7 +124,7 @@ class Door:
         await self._app(scope, replayed(event, receive), _guarded(send))
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The HTML, with this package's assets and without what points elsewhere."""
+        """Send the page's HTML, with this package's assets added and references to other sites removed."""
         plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
         start: Message = {}
         body = bytearray()
@@ -141,7 +141,7 @@ class Door:
 
 
 def _names_a_machine(value: str | None) -> bool:
-    """Whether a header names one, where it is there; of several the first counts."""
+    """Return whether a header's value is missing or names a machine; of several values the first counts."""
     if value is None:
         return True
     match = _MACHINE.fullmatch(value.partition(",")[0].strip())
@@ -158,9 +158,9 @@ def _names_a_machine(value: str | None) -> bool:
 
 
 def _same_origin(scope: Scope) -> bool:
-    """Whether what changes something comes from this page, or from no page at all.
+    """Return whether a request that changes something comes from this page, or from no page at all.
 
-    Browsers say so themselves over TLS and on this machine; elsewhere the page's address is compared.
+    Browsers say so themselves over TLS and on this machine; elsewhere the origin is compared with the page's address.
     """
     site = header(scope, b"sec-fetch-site")
     if site is not None:

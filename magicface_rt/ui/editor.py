@@ -1,4 +1,4 @@
-"""Where a photograph is dropped and its mask painted; assets/page.js brings it to life."""
+"""The HTML in which a photograph is dropped and its mask painted; assets/page.js makes it work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ACCEPTED = "image/png,image/jpeg,image/webp"
 
 
 def editor_html(slot: int, pixels: int) -> str:
-    """The editor of one concept. pixels: larger photographs are sent, but not drawn here."""
+    """Return the editor of one concept. pixels: larger photographs are sent, but not drawn in the browser."""
     return f"""\
 <div class="mf-editor" data-slot="{slot}" data-pixels="{pixels}">
   <div class="mf-drop">

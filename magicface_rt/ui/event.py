@@ -1,7 +1,7 @@
-"""What a field or button of the page sends: looked through, and handed on without its photographs.
+"""Checks what a field or button of the page sends, and passes it on without its photographs.
 
-The framework keeps what it is given for as long as an event lasts, and writes to the log what it does not understand.
-So it is given what it must have, and the photographs go around it.
+The framework keeps what it is given for as long as an event lasts, and logs what it does not understand. So it gets
+only what it needs, and the photographs bypass it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["Events", "Kind", "Parcel", "read_event"]
 Kind = Literal["photographs", "text", "number"]
 
 Events = Mapping[int, Sequence[Kind]]
-"""By the number that an event has: what each of its fields holds. One at most holds photographs."""
+"""What each field of an event holds, by the event's number. At most one field holds photographs."""
 
 _TAB = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Parcel:
-    """The photographs of an event, as the page's script sends them, and what they have of the bytes that all bodies may
-    have. That is given back when nobody has them any more.
+    """The photographs of an event, as the page's script sends them, together with their share of the bytes that all
+    bodies may have. The share is given back when the parcel is freed.
     """
 
     def __init__(self, content: bytes, share: Share) -> None:
@@ -37,22 +37,23 @@ class Parcel:
         share.lasts_as_long_as(self)
 
     def take(self) -> bytes:
-        """The photographs; nothing the second time."""
+        """Return the photographs; nothing on a second call."""
         content, self._content = self._content, b""
         return content
 
 
 def read_event(body: bytes, events: Events) -> tuple[bytes, bytes]:
-    """An event as the framework gets it, and its photographs. May take as long as there is much of it: run it in a
-    thread.
+    """Split an event into what the framework gets and the photographs. This takes time in proportion to the event: run
+    it in a thread.
 
-    A text that is longer than anything takes is cut to one character more than that: it is refused as well, and nobody
-    holds the rest.
+    A text that is longer than anything here takes is cut to one character more than that: it will still be refused, and
+    nobody holds the rest.
 
     Raises:
-        AnswerError: 400, no JSON; 422, a key twice (which of two is seen here and which by the framework need not be
-            the same), no event of this page, or another number or kind of fields than it has. To the framework an
-            object in a field may be a file, wherever that says that it is.
+        AnswerError: 400, not JSON; 422, a key given twice (this function and the framework need not take the same one
+            of the two), an event that this page does not have, or fields of another number or kind than the event has.
+            An object in a field is refused because the framework could take it for a file, wherever the object says
+            that the file is.
     """
     event = read_body(body) if body else None
     if not isinstance(event, dict):

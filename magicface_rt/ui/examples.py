@@ -1,4 +1,4 @@
-"""The gallery: requests that are ready to be made, from pictures that come with the package (pictures/SOURCES.md)."""
+"""The gallery: ready-made requests, from pictures that come with the package (pictures/SOURCES.md)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from PIL import Image
 __all__ = ["EXAMPLES", "Example", "ExampleConcept", "bridged", "thumbnail"]
 
 THUMBNAIL = 160
-"""Pixels of its side."""
+"""The side of a thumbnail, in pixels."""
 
 
 @dataclass(frozen=True)
 class ExampleConcept:
-    """A word of the example's prompt, and the pictures that it stands for."""
+    """A word of the example's prompt, with the picture and mask that it stands for."""
 
     word: str
     picture: str
@@ -30,7 +30,7 @@ class ExampleConcept:
 
 @dataclass(frozen=True)
 class Example:
-    """A whole request. `shows`: what is to be seen in it."""
+    """A complete request. `shows`: what one can see in it."""
 
     title: str
     shows: str
@@ -62,7 +62,7 @@ EXAMPLES = (
 
 
 def bridged(example: Example) -> str:
-    """The example's photographs and masks as the page's script takes them."""
+    """Return the example's photographs and masks in the form that the page's script takes."""
     return json.dumps(
         [
             {"slot": slot, "name": one.picture, "image": _encoded(one.picture), "mask": _encoded(one.mask)}
@@ -73,7 +73,7 @@ def bridged(example: Example) -> str:
 
 @cache
 def thumbnail(example: Example) -> str:
-    """A data URL of a small picture: the masked parts side by side on a plain ground."""
+    """Return a data URL of a small picture: the masked parts side by side on a plain background."""
     sheet = Image.new("RGB", (THUMBNAIL * len(example.concepts), THUMBNAIL), (236, 238, 240))
     for place, one in enumerate(example.concepts):
         with Image.open(io.BytesIO(_read(one.picture))) as picture, Image.open(io.BytesIO(_read(one.mask))) as mask:

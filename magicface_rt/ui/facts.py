@@ -1,4 +1,4 @@
-"""What the page knows of the service before anybody asks for a picture."""
+"""What the page knows about the service before any picture is requested."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ __all__ = ["Facts"]
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """The bundle and the limits that the page's controls have.
+    """The bundle, and the limits for the page's controls.
 
-    name           of the bundle's folder; the path to it is nobody's business
+    name           of the bundle's folder; the path to it is not shown
     backend        what makes the pictures, in words
-    concepts       most in a picture; the page gives each one photograph
-    steps          most of a request
-    body_bytes     most of a request's body
-    pixels         most of one photograph; larger ones are not drawn in the browser either
+    concepts       the most in a picture; the page gives each one photograph
+    steps          the most of a request
+    default_steps  steps that the page's slider starts at
+    body_bytes     the most bytes of a request's body
+    pixels         the most of one photograph; larger ones are not drawn in the browser either
     protected      whether callers need a token
     """
 
@@ -40,7 +41,7 @@ class Facts:
 
     @classmethod
     def of(cls, bundle: Bundle, settings: ServeSettings, *, backend: str, protected: bool = False) -> Facts:
-        """Of a service that makes pictures from that bundle."""
+        """Collect the facts of a service that makes pictures from this bundle."""
         return cls(
             name=Path(bundle.path).resolve().name,
             hash=bundle.hash,

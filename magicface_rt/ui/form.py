@@ -1,4 +1,4 @@
-"""What stands on the page when somebody asks for a picture, and the order that it makes."""
+"""The page's fields at the time a picture is requested, and the order that they make."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ __all__ = ["Form", "FormConcept", "Photograph", "photographs"]
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _FIELD = re.compile(r"concepts\[(\d+)\](?:\.references\[0\])?(?:\.(\w+))?")
 PICTURE = "out.png"
-"""What the calls shown write."""
+"""The file that the calls shown on the page write."""
 GONE = "gone"
-"""In place of a file that was there."""
+"""Stands for a file that has been removed from the form."""
 _MOST_PROBLEM = 500
-"""Characters of what the page's script says."""
+"""The most characters of a problem that the page's script reports."""
 _PARTS = {"image": "photograph", "mask": "mask", "prompt": "what the photograph shows", "word": "word"}
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """What the browser holds for one concept: base64 of the files' bytes, and the photograph's name there.
+    """What the browser holds for one concept: base64 of the files' bytes, and the photograph's file name.
 
-    image: empty where there is none; mask: None where the photograph could not be shown, so that nothing was painted.
+    image  empty if there is none
+    mask   None if the photograph could not be shown, so nothing was painted
     """
 
     slot: int
@@ -45,7 +46,7 @@ class Photograph:
 
 @dataclass(frozen=True)
 class FormConcept:
-    """A concept as it stands on the page, under the number that the page gives it."""
+    """A concept as it is filled in on the page, under the number that the page gives it."""
 
     photograph: Photograph
     word: str
@@ -58,7 +59,7 @@ class FormConcept:
 
     @property
     def untouched(self) -> bool:
-        """Whether nobody has begun to fill it in."""
+        """Whether nobody has begun to fill in this concept."""
         return not (self.photograph.image or self.word.strip())
 
 
@@ -72,11 +73,11 @@ class Form:
 
     @property
     def used(self) -> list[FormConcept]:
-        """The concepts of the request; those that nobody has begun to fill in are none."""
+        """The concepts of the request, without those that nobody has begun to fill in."""
         return [concept for concept in self.concepts if not concept.untouched]
 
     def order(self, tokenizer: Tokenizer) -> PictureOrder:
-        """The body of POST /v1/images that makes the picture.
+        """Build the body of POST /v1/images that makes the picture.
 
         Raises:
             OptionError: a field that is empty, or out of its range.
@@ -108,7 +109,9 @@ class Form:
             raise OptionError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
 
     def without_files(self) -> Form:
-        """The form as it was sent, for what is said and shown of it: photographs and masks are there by name only."""
+        """Return the form without the bytes of photographs and masks, only with their names, for what is reported and
+        shown about it.
+        """
 
         def named(one: Photograph) -> Photograph:
             return replace(one, image=GONE if one.image else "", mask=GONE if one.mask is not None else None)
@@ -116,7 +119,7 @@ class Form:
         return replace(self, concepts=[replace(one, photograph=named(one.photograph)) for one in self.concepts])
 
     def place(self, name: str | None) -> str:
-        """A field of the order in the page's words: concepts[0].references[0].mask is "Concept 1, mask"."""
+        """Return a field of the order in the page's words: concepts[0].references[0].mask is "Concept 1, mask"."""
         if name is None:
             return ""
         match = _FIELD.fullmatch(name)
@@ -128,8 +131,8 @@ class Form:
         return f"Concept {slot}" + (f", {_PARTS.get(part, part)}" if part else "")
 
     def files(self) -> list[tuple[str, str]]:
-        """For each concept used the names that its photograph and mask have in the calls shown: all different, also
-        where capital letters make no difference, and none that of the picture.
+        """Return, for each concept used, the names of its photograph and mask in the calls shown. All names differ,
+        even where case makes no difference, and none is that of the picture.
         """
         taken = {PICTURE}
         found = []
@@ -145,7 +148,7 @@ class Form:
 
 
 def _numbered(stem: str, slot: int) -> Iterator[str]:
-    """The stem, the same with the concept's number, and with further ones."""
+    """Yield the stem, then the stem with the concept's number, then with further numbers."""
     yield stem
     yield f"{stem}-{slot}"
     for number in count(2):
@@ -153,10 +156,11 @@ def _numbered(stem: str, slot: int) -> Iterator[str]:
 
 
 def photographs(sent: bytes) -> list[Photograph]:
-    """What the page's script sends: a JSON list of {slot, image, mask, name}, or {problem} where it could not.
+    """Parse what the page's script sends: a JSON list of {slot, image, mask, name}, or {problem} if it could not send
+    that.
 
     Raises:
-        OptionError: the problem; or something else than the script sends.
+        OptionError: the problem; or content that the script does not send.
     """
     try:
         content = read_body(sent) if sent else []

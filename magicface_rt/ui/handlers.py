@@ -1,4 +1,4 @@
-"""What happens when somebody does something on the page. Knows the fields, and nothing of how they look."""
+"""What happens when somebody uses the page. Knows the fields, but nothing of their looks."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ __all__ = ["Fields", "Handlers", "Slot", "Views"]
 logger = logging.getLogger("magicface_rt.ui")
 
 FORGET_SECONDS = 1.0
-"""What a request that was stopped needs to end: its last words would make the framework remember the tab again."""
+"""How long a stopped request needs to end. The tab is forgotten only after that, since the last messages of the request
+would make the framework remember it again.
+"""
 
 Updates = dict[Any, Any]
-"""New values or properties by component."""
+"""New values or properties, by component."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Fields:
-    """What is filled in. `bridge` carries what only the page's script has: the photographs and masks."""
+    """The page's inputs. `bridge` carries what only the page's script has: the photographs and masks."""
 
     bridge: gr.Textbox
     prompt: gr.Textbox
     slots: tuple[Slot, ...]
     settings: Mapping[str, Any]
-    """By the name that the order has for it."""
+    """The fields by the names of the order's settings."""
 
     @property
     def all(self) -> set[Any]:
@@ -66,7 +68,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Views:
-    """What is looked at."""
+    """The page's outputs."""
 
     status: gr.HTML
     result: gr.HTML
@@ -80,7 +82,7 @@ class Views:
 
 
 class Handlers:
-    """Over a service of this process or elsewhere; `fields` and `views` are set when the page has been laid out."""
+    """The page's event handlers, over any `Service`. `fields` and `views` are set when the page is laid out."""
 
     fields: Fields
     views: Views
@@ -93,9 +95,10 @@ class Handlers:
     # ------------------------------------------------------------------------------------------------------ pictures
 
     async def generate(self, given: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
-        """Make the picture, and say after every step where it stands. What is refused stands on the page; it goes on.
+        """Make the picture, and report the progress after every step. A request that is refused is reported on the
+        page, which stays usable.
 
-        The photographs are let go of when they are decoded; the page has them, and sends them again.
+        The photographs are released once they are decoded; the page has them, and sends them again.
         """
         tab, form = str(request.session_hash), None
         status = self.views.status
@@ -123,7 +126,7 @@ class Handlers:
             }
         except asyncio.CancelledError:
             if run is None or not run.stopped:
-                raise  # the page has gone
+                raise  # the tab was closed
             yield {status: saying.cancelled(last)}
         except Exception as error:
             if not isinstance(error, MagicFaceError) or Problem.of(error).status == 500:
@@ -134,29 +137,29 @@ class Handlers:
                 self.runs.over(tab, run)
 
     async def cancel(self, request: gr.Request) -> Any:
-        """Stop the tab's request; what it says then is for `generate` to say."""
+        """Stop the tab's request; `generate` then reports that."""
         if self.runs.stop(str(request.session_hash)):
             return gr.skip()
         return saying.note("There is nothing to cancel.")
 
     def left(self, tab: str) -> None:
-        """The tab was closed: stop its request, and forget what the page's framework holds of it."""
+        """Handle a closed tab: stop its request, and drop what the framework holds of it."""
         self.runs.stop(tab)
         asyncio.get_running_loop().call_later(FORGET_SECONDS, lambda: self.forget(tab))
 
     def forget(self, tab: str) -> None:
-        """Set by whoever mounts the page; nothing before."""
+        """Drop what the framework holds of a tab. Does nothing until `mount_page` replaces it."""
 
     # ------------------------------------------------------------------------------------------------------ the form
 
     async def words(self, prompt: str) -> list[Any]:
-        """Offer the words of the prompt to every concept. What was chosen stays."""
+        """Offer the words of the prompt to every concept. What was chosen stays chosen."""
         found = await asyncio.to_thread(words_of, self.tokenizer, prompt or "")
         labels = [word.label for word in found]
         return [gr.update(choices=labels) for _ in self.fields.slots]
 
     async def add(self, slot: str) -> list[Any]:
-        """Show the concept of that number; none where all are shown."""
+        """Show the concept with this number; nothing changes if all are shown."""
         return [gr.update(visible=True) if str(one.number) == slot else gr.skip() for one in self.fields.slots]
 
     async def remove(self) -> tuple[Any, ...]:
@@ -164,7 +167,7 @@ class Handlers:
         return gr.update(visible=False), gr.update(value=None), 3.0, ""
 
     async def load(self, example: Example) -> Updates:
-        """Fill the page with an example; the script takes the photographs and masks from the bridge."""
+        """Fill the page with an example; the script takes its photographs and masks from the bridge."""
         labels = [word.label for word in words_of(self.tokenizer, example.prompt)]
         updates: Updates = {
             self.fields.bridge: bridged(example),
@@ -185,7 +188,7 @@ class Handlers:
         return updates
 
     async def _read(self, given: Mapping[Any, Any], parcel: Parcel) -> tuple[PictureOrder, Form, PictureOrder]:
-        """The order; and the form, and once more the order, without the photographs."""
+        """Return the order, then the form and the order once more, both without the photographs."""
 
         def read() -> tuple[PictureOrder, Form, PictureOrder]:
             form = self._form(given, photographs(parcel.take()))
@@ -194,7 +197,7 @@ class Handlers:
 
         share = parcel.share.handed_on()
         try:
-            order, form, shown = await asyncio.to_thread(read)  # much of it would hold up all others here
+            order, form, shown = await asyncio.to_thread(read)  # a large form would block all other requests
         except BaseException:
             share.give_back()
             raise
@@ -220,16 +223,16 @@ class Handlers:
 
 
 def _number(value: Any) -> Any:
-    """20 for 20.0: a slider knows one kind of number only, an order does not take one for the other."""
+    """Turn 20.0 into 20: a slider gives floats, where an order may require an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _owner(request: gr.Request) -> str:
-    """Whose turn it is in the queue, as the gate has found it."""
+    """Return who the request belongs to in the queue, as determined by the gate."""
     return str(getattr(request.state, "owner", ""))
 
 
 def _address(request: gr.Request) -> str:
-    """Where the service is for who looks at the page."""
+    """Return the service's address as the browser sees it."""
     url = request.request.url  # type: ignore[union-attr]
     return f"{url.scheme}://{url.netloc}"

@@ -1,4 +1,4 @@
-"""How the page is laid out, and which handler each of its controls calls."""
+"""The layout of the page, and which handler each of its controls calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .words import words_of
 __all__ = ["lay_out", "theme"]
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
-"""Of every event: the service has a queue of its own, and the page says itself where a request stands."""
+"""Settings of every event: the service has a queue of its own, and the page itself shows the state of a request."""
 
 COLLECT = "(bridge, ...others) => [window.magicface.collect(), ...others]"
 
@@ -26,7 +26,7 @@ FIRST_PROMPT = "a man with a hat"
 
 
 def theme() -> gr.themes.Base:
-    """Fonts of the system only: nothing is loaded from elsewhere."""
+    """Return a theme that uses only the system's fonts, so nothing is loaded from elsewhere."""
     base = gr.themes.Base(
         primary_hue="blue",
         neutral_hue="gray",
@@ -57,7 +57,7 @@ def theme() -> gr.themes.Base:
 
 
 def lay_out(handlers: Handlers) -> gr.Blocks:
-    """The page. Sets `fields` and `views` of the handlers."""
+    """Build the page, and set the handlers' `fields` and `views`."""
     facts = handlers.facts
     page = gr.Blocks(title="MagicFace", analytics_enabled=False, fill_width=True)
     with page:

@@ -1,4 +1,4 @@
-"""The page in the application of `magicface_rt.serve`, under /ui."""
+"""Adds the page to the application of `magicface_rt.serve`, under /ui."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ from .layout import lay_out, theme
 __all__ = ["Mounted", "mount_page"]
 
 THREADS = 256
-"""Events that Gradio carries at a time: requests that wait in the service's queue among them, which holds fewer."""
+"""Events that Gradio carries at a time. Requests of the page that wait in the service's queue are among them; by
+default that queue holds fewer.
+"""
 
 TABS = 64
-"""Tabs whose last fields, picture included, Gradio holds at a time. It forgets a tab when that closes its connection,
-and would not forget one that never opened any. What was forgotten is not missed: the browser has what it shows.
+"""Tabs whose last field values, picture included, Gradio holds at a time. It forgets a tab when the tab closes its
+connection, and would never forget one that opened none. Nothing is lost by forgetting: the browser has what it shows.
 """
 
 
 class Mounted:
-    """A page that is in an application."""
+    """A page that has been added to an application."""
 
     def __init__(self, page: gr.Blocks) -> None:
         self.page = page
 
     def end(self) -> None:
-        """Let go of open tabs: each holds a connection, which would keep the server from ending."""
+        """Close the connections of open tabs, which would otherwise keep the server from ending."""
         self.page.app.stop_event.set()
 
 
 def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Facts) -> Mounted:
-    """Put the page into an application that `build_app` made of the same service.
+    """Add the page to an application that `build_app` made of the same service.
 
-    The application's gate and limits of bodies stand before it.
+    The application's gate and its limits on bodies apply to the page as well.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     handlers = Handlers(service, tokenizer, facts)
@@ -77,7 +79,7 @@ def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Fact
 
 
 def _events(page: gr.Blocks, handlers: Handlers) -> Events:
-    """Those that reach the service; a script in the browser has the others for itself."""
+    """Return the events that reach the service; all others are handled by scripts in the browser."""
 
     def kind(event: str, field: object) -> Kind:
         if field is handlers.fields.bridge and event == handlers.generate.__name__:

@@ -1,4 +1,4 @@
-"""A made picture on the page: the picture, its regions after every step, and where the time went."""
+"""Shows a finished picture on the page: the picture, its regions after every step, and where the time went."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..serve.service import Outcome
 __all__ = ["COLOURS", "NOTHING_YET", "result_html", "timings_html"]
 
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00")
-"""Okabe and Ito's palette, in the order of `images.region_overlay`: told apart by who does not see all colours. The
+"""Okabe and Ito's palette, which colour-blind people can tell apart, in the order of `images.region_overlay`. The
 regions carry their numbers as well.
 """
 
@@ -39,7 +39,7 @@ _STAGES = (
 
 
 def result_html(outcome: Outcome, order: PictureOrder) -> str:
-    """The first picture with its regions. The browser draws these, so that nothing is kept here for the slider."""
+    """Return the first picture with its regions. The browser draws these, so nothing is kept here for the slider."""
     picture = base64.b64encode(outcome.pngs[0]).decode("ascii")
     source = f"data:image/png;base64,{picture}"
     title = escape(f"Picture for the prompt: {order.prompt}")
@@ -52,7 +52,7 @@ def result_html(outcome: Outcome, order: PictureOrder) -> str:
 
 
 def timings_html(outcome: Outcome) -> str:
-    """Seconds by stage, as a table."""
+    """Return the seconds by stage, as a table."""
     timings = outcome.timings
     rows = [(name, f"{timings[key]:.2f} s") for key, name in _STAGES if key in timings]
     steps = [float(one) for one in timings.get("steps", ())]

@@ -1,4 +1,4 @@
-"""What each browser tab has under way: one request at a time, which it can stop."""
+"""The requests in progress, one per browser tab, which the tab can stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ __all__ = ["Run", "Runs"]
 
 
 class Run:
-    """A request on its way. `news` has what the service tells of it; `stopped` says that the tab wanted it to end."""
+    """A request in progress. `news` holds what the service has reported about it; `stopped` is set once the tab wanted
+    it to end.
+    """
 
     def __init__(self, service: Service, order: PictureOrder, owner: str) -> None:
         self.news: asyncio.Queue[Accepted | Progress] = asyncio.Queue()
@@ -21,7 +23,7 @@ class Run:
 
     @property
     def outcome(self) -> Outcome:
-        """When it is over; raises what ended it.
+        """The outcome, once the request is over.
 
         Raises:
             asyncio.CancelledError: it was stopped.
@@ -30,7 +32,7 @@ class Run:
         return self._task.result()
 
     async def next(self) -> Accepted | Progress | None:
-        """The next news; None when it is over."""
+        """Wait for the next news; None when the request is over."""
         while self.news.empty():
             if self._task.done():
                 return None
@@ -44,38 +46,38 @@ class Run:
         return self.news.get_nowait()
 
     def stop(self) -> None:
-        """End it; the work stops at its next step. Nothing where it is over."""
+        """Stop the request for the tab; the work ends at its next step. Does nothing if the request is over."""
         self.stopped = True
         self.end()
 
     def end(self) -> None:
-        """The same, for when nobody looks any more."""
+        """End the request without marking it as stopped, for when nobody follows it any more."""
         self._task.cancel()
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to ask
 
 
 class Runs:
-    """By tab. All calls come from one event loop."""
+    """The requests in progress, by tab. All calls come from one event loop."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._under_way: dict[str, Run] = {}
 
     def start(self, tab: str, order: PictureOrder, owner: str) -> Run:
-        """Begin a request; one that the tab has under way ends for it."""
+        """Begin a request, and stop the one that the tab has in progress, if any."""
         self.stop(tab)
         run = self._under_way[tab] = Run(self._service, order, owner)
         return run
 
     def stop(self, tab: str) -> bool:
-        """Stop what the tab has under way, and whether there was anything."""
+        """Stop what the tab has in progress; return whether there was anything."""
         run = self._under_way.pop(tab, None)
         if run is not None:
             run.stop()
         return run is not None
 
     def over(self, tab: str, run: Run) -> None:
-        """A request has ended, or nobody follows it any more."""
+        """Remove a request that has ended, or that nobody follows any more."""
         run.end()
         if self._under_way.get(tab) is run:
             del self._under_way[tab]

@@ -1,4 +1,4 @@
-"""What the page says while a request is on its way, and when it ends: HTML with everything escaped."""
+"""What the page says while a request is in progress, and when it ends: HTML with everything escaped."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ STAGES = {
 }
 
 MEANT = {"mask-stretched"}
-"""Kinds of warnings that say nothing here: the page paints masks smaller than a large photograph."""
+"""Kinds of warnings that are not shown: the page itself paints masks smaller than a large photograph, so they are
+expected.
+"""
 
 
 def note(text: str) -> str:
-    """A line that a screen reader reads out when it comes."""
+    """A line that a screen reader reads out when it appears."""
     return f'<div class="mf-status"><p role="status">{escape(text)}</p></div>'
 
 
 def done(outcome: Outcome) -> str:
-    """It was made; and what was done to the photographs and masks that may not have been meant."""
+    """The request succeeded; also says what was done to the photographs and masks that may not have been meant."""
     told = "".join(f"<li>{escape(one.detail)}</li>" for one in outcome.warnings if one.kind not in MEANT)
     text = f"Done in {outcome.timings['total']:.1f} seconds."
     if not told:
@@ -36,7 +38,7 @@ def done(outcome: Outcome) -> str:
 
 
 def waiting(before: int) -> str:
-    """The request has a place in the queue."""
+    """The request has a place in the queue, behind `before` others."""
     if before == 0:
         return note("Next in the queue: nothing waits before this request.")
     what = "1 request waits" if before == 1 else f"{before} requests wait"
@@ -44,12 +46,12 @@ def waiting(before: int) -> str:
 
 
 def started() -> str:
-    """It was sent, and has no place yet."""
+    """The request was sent, and has no place in the queue yet."""
     return note("Reading the photographs and masks.")
 
 
 def progressing(progress: Progress) -> str:
-    """A step is done. The bar has the words for screen readers; they are not read out at each step."""
+    """A step is done. The bar has a text for screen readers, which is not read out at each step."""
     step, steps = progress.step, progress.steps
     text = f"Step {step} of {steps}"
     if progress.stage == "prepare":
@@ -63,12 +65,12 @@ def progressing(progress: Progress) -> str:
 
 
 def cancelled(last: Progress | None) -> str:
-    """It was stopped by who asked for it."""
+    """The request was stopped by the tab."""
     return note(f"Cancelled after step {last.step} of {last.steps}." if last else "Cancelled before the first step.")
 
 
 def refused(error: BaseException, form: Form | None = None) -> str:
-    """The SDK's message, with the part of the page that is at fault before it."""
+    """The error's message, after the part of the page that is at fault."""
     problem = Problem.of(error)
     place = form.place(problem.field) if form is not None else ""
     where = f"<strong>{escape(place)}:</strong> " if place else ""

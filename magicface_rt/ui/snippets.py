@@ -1,4 +1,4 @@
-"""The calls that do what the page did: with the SDK, and over HTTP with curl."""
+"""The calls that do the same as the page: with the SDK, and over HTTP with curl."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SETTINGS = ("steps", "alpha", "seed", "guidance", "negative_prompt")
 
 
 def python_call(order: PictureOrder, files: Sequence[tuple[str, str]], facts: Facts) -> str:
-    """Python that makes the same picture, with the photographs and masks under these names."""
+    """Return Python code that makes the same picture from photographs and masks with these names."""
     imports = "Concept, Reference, Session" if order.concepts else "Session"
     lines = [f"from magicface_rt import {imports}", "", f"with Session({facts.name!r}) as session:"]
     names = []
@@ -46,7 +46,7 @@ def python_call(order: PictureOrder, files: Sequence[tuple[str, str]], facts: Fa
 
 
 def curl_call(order: PictureOrder, files: Sequence[tuple[str, str]], facts: Facts, url: str) -> str:
-    """Commands for a POSIX shell: each concept is put once, then the picture is made with their ids."""
+    """Return commands for a POSIX shell that put each concept once, and then make the picture with their ids."""
     lines = [f"service={shlex.quote(url)}"]
     token = ""
     if facts.protected:
@@ -78,7 +78,7 @@ def curl_call(order: PictureOrder, files: Sequence[tuple[str, str]], facts: Fact
 
 
 def _settings(order: PictureOrder) -> dict[str, Any]:
-    """What a call must say: the steps, the seed, and what is not as it is anyway."""
+    """Return the settings that a call must give: steps, alpha and seed, and what differs from the defaults."""
     usual = Options()
     return {
         name: value
@@ -95,5 +95,5 @@ def _parts(order: PictureOrder, number: int) -> list[tuple[str, Any]]:
 
 
 def _in_here_document(text: str) -> str:
-    """Text that the shell, which puts the ids in, leaves as it is."""
+    """Escape text so that the shell, which fills in the ids, leaves it unchanged."""
     return text.replace("\\", "\\\\").replace("$", "\\$").replace("`", "\\`")

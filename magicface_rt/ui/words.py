@@ -1,4 +1,4 @@
-"""The words of a prompt that a concept can stand for, found among its tokens."""
+"""Finds the words of a prompt that a concept can stand for, among the prompt's tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WORD = re.compile(r"\w+(?:[-'’]\w+)*")
 class Word:
     """A word at one place of a prompt.
 
-    label   what the page offers: the word, with a number where it has stood in the prompt before, "man (2)"
+    label   what the page offers: the word, with a number if it occurs earlier in the prompt, "man (2)"
     tokens  its positions; 1 is the first token of the prompt
     first   whether it is the one that the SDK finds by the word alone
     """
@@ -31,8 +31,8 @@ class Word:
 
 
 def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
-    """Every word of the prompt, in its order; none where it is longer than a request takes, or than fits the text
-    encoder.
+    """Return every word of the prompt, in order; none if the prompt is longer than a request may have, or than the text
+    encoder takes.
     """
     if len(prompt) > MOST_TEXT:
         return []
@@ -48,7 +48,7 @@ def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
         text = match.group()
         tokens = tuple(k for k, (start, end) in enumerate(spans, 1) if start < match.end() and end > match.start())
         if not tokens or prompt[spans[tokens[0] - 1][0] : spans[tokens[-1] - 1][1]].strip() != text:
-            continue  # a token of it goes on in what stands beside it
+            continue  # one of its tokens extends into the text beside it
         seen[text.lower()] += 1
         place = seen[text.lower()]
         label = text if place == 1 else f"{text} ({place})"
@@ -57,9 +57,9 @@ def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
 
 
 def chosen(words: list[Word], label: str) -> tuple[str, list[int] | None]:
-    """What a request says for a choice: the word, and its tokens where it is not the first of its kind.
+    """Return what a request says for a choice: the word, and its tokens if it is not the first of its kind.
 
-    What is no choice is taken as words of the prompt; whether they stand there is the SDK's to say.
+    A label that is not among the choices is taken as words of the prompt; the SDK checks whether they occur in it.
     """
     for word in words:
         if word.label == label and not word.first:

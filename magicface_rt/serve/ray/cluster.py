@@ -1,4 +1,4 @@
-"""Ray on this machine, for as long as the service runs: started, watched, updated and ended."""
+"""Ray on this machine, for as long as the service runs: starts, watches, updates and ends it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .signals import Signals
 
 __all__ = ["Running", "serve", "shared_memory_folder", "started", "system_config"]
 
-if importlib.util.find_spec("ray") is None:  # not imported yet: Ray reads its environment when it is
+if importlib.util.find_spec("ray") is None:  # do not import it yet: Ray reads its environment on import
     raise ModuleNotFoundError("No module named 'ray'", name="ray")
 
 logger = logging.getLogger("magicface_rt.serve")
@@ -38,21 +38,22 @@ logger = logging.getLogger("magicface_rt.serve")
 APPLICATION = "magicface"
 
 ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # as later versions of Ray do, and this one warns
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # in spite of its name: 0 has Ray use the loopback address everywhere
+    "RAY_USAGE_STATS_ENABLED": "0",  # send no usage statistics
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default of later versions; without it this one warns
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: 0 makes Ray use the loopback address on every system
 }
-"""What Ray's processes are started with, unless the environment says otherwise already."""
+"""What Ray's processes have in their environment, unless it is set already."""
 
 OBJECT_STORE_BYTES = 128 * 2**20
 START_SECONDS = 900.0
 
 
 def system_config(body_bytes: int) -> dict[str, Any]:
-    """Settings of a Ray cluster with which no request is written to a disk.
+    """Return settings of a Ray cluster under which no request is written to a disk.
 
-    Ray puts what is larger than 100 KB into shared memory, and when that is full, into files. Here whatever one
-    request may have goes from process to process in the call itself, and no file takes the place of memory.
+    By default Ray puts what is larger than 100 KB into shared memory and, when that is full, into files. With these
+    settings whatever one request may have goes from process to process in the call itself, and files never take the
+    place of memory.
     """
     most = 2 * body_bytes + 2**24
     return {
@@ -63,7 +64,7 @@ def system_config(body_bytes: int) -> dict[str, Any]:
 
 
 MOST_SAID = 500
-"""Characters of an error of Ray's, which may be pages."""
+"""The most characters of one of Ray's errors, which may be pages long, that are reported."""
 
 
 def serve(
@@ -73,15 +74,15 @@ def serve(
     port: int = 8000,
     told: Callable[[str], object] = logger.info,
 ) -> int:
-    """Serve until SIGTERM, SIGINT or Ctrl-C, and then until the requests that are being done have their answers, or
-    `settings.drain` seconds have passed. Returns how many were cut off. SIGHUP replaces the replicas, one after the
-    other, by ones with what is in the bundle's folder then.
+    """Serve until SIGTERM, SIGINT or Ctrl-C, and then until the running requests have their answers or `settings.drain`
+    seconds have passed. Returns how many requests were cut off. SIGHUP replaces the replicas, one after the other, by
+    new ones with what is then in the bundle's folder.
 
-    port  0 for any that is free
-    told  what is going on, line by line
+    port  0 for any free port
+    told  called with what is going on, line by line
 
     Raises:
-        OptionError: the port is in use, or the address is none of this machine's.
+        OptionError: the port is in use, or the address does not belong to this machine.
         BundleError: the folder is no intact bundle.
         DeviceError: there are fewer GPUs than replicas.
         MagicFaceError: a replica could not start.
@@ -91,7 +92,7 @@ def serve(
     _checked(plan)
     plan = replace(plan, hosts=names_of(str(address[0])))
     signals = Signals(told)
-    with signals.caught(), started(plan, told=told) as plan, signals.caught():  # Ray catches some when it starts
+    with signals.caught(), started(plan, told=told) as plan, signals.caught():  # again: Ray catches some at its start
         running = Running(plan, str(address[0]), int(address[1]), signals=signals)
         running.start()
         if signals.stops:
@@ -110,27 +111,27 @@ def serve(
 
 
 def shared_memory_folder() -> Path:
-    """A new folder that only its owner can read, in shared memory where there is such a place."""
+    """Create a folder that only its owner can read, in shared memory if the machine has such a place."""
     place = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="magicface-concepts-", dir=place if os.access(place, os.W_OK) else None))
 
 
 @contextlib.contextmanager
 def started(plan: RayPlan, *, told: Callable[[str], object] = logger.info) -> Iterator[RayPlan]:
-    """A Ray cluster of this machine for the block, reachable from this machine only and by whoever has its token.
+    """Run a Ray cluster on this machine for the block, reachable from this machine only and with its token only.
 
-    It is a new one at every start. Whatever other Ray runs here, or is named by RAY_ADDRESS, is neither used nor ended.
+    Every start makes a new cluster. Any other Ray that runs here, or that RAY_ADDRESS names, is neither used nor ended.
 
-    Gives the plan back, with GPUs for its replicas where the backend takes what is there. Ray's files, its logs among
-    them, are in a folder of their own, which goes when the block ends. `told` is told its name: the command lines of
-    Ray's daemons have it, and so they are found where this process was killed and could not end them.
+    Yields the plan, with GPUs for its replicas if the backend uses what is there. Ray's files, including its logs, are
+    in a folder of their own, which is removed when the block ends. The folder's name is reported to `told`. It is also
+    in the command lines of Ray's daemons, so these can be found if this process was killed and could not end them.
 
     Raises:
         OptionError: this process is connected to a Ray already.
         DeviceError: there are fewer GPUs than replicas.
     """
     plan = replace(plan, tokens=Tokens.read(plan.token_file) if plan.tokens is None else plan.tokens)
-    ray: Any = sys.modules.get("ray")  # imported not before its environment is there
+    ray: Any = sys.modules.get("ray")  # do not import it before its environment is set up
     if ray is not None and ray.is_initialized():
         raise OptionError(
             "this process is connected to a Ray already, and the service starts one of its own. Serve in another "
@@ -142,7 +143,9 @@ def started(plan: RayPlan, *, told: Callable[[str], object] = logger.info) -> It
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """What Ray's processes shall find in theirs, for the block: a token of Ray's own, and none of the service's."""
+    """Set up the environment that Ray's processes inherit, for the block: a token of Ray's own, and none of the
+    service's.
+    """
     before = dict(os.environ)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -161,7 +164,7 @@ def _environment() -> Iterator[None]:
 
 def _started(plan: RayPlan, told: Callable[[str], object]) -> Iterator[RayPlan]:
     ray: Any = importlib.import_module("ray")
-    folder = tempfile.mkdtemp(prefix="magicface-ray-", dir="/tmp")  # sockets are in it, whose paths must be short
+    folder = tempfile.mkdtemp(prefix="magicface-ray-", dir="/tmp")  # in /tmp: its sockets need short paths
     processors = max(os.cpu_count() or 1, round(plan.range[1] * plan.cpus + 0.5))
     try:
         with _no_other_cluster(told):
@@ -184,7 +187,7 @@ def _started(plan: RayPlan, told: Callable[[str], object]) -> Iterator[RayPlan]:
 
 
 def _with_gpus(plan: RayPlan, gpus: int) -> RayPlan:
-    """The plan with GPUs for its replicas, where its backend takes what is there.
+    """Return the plan, with GPUs for its replicas if its backend uses what is there.
 
     Raises:
         DeviceError: there are fewer GPUs than replicas.
@@ -202,7 +205,9 @@ def _with_gpus(plan: RayPlan, gpus: int) -> RayPlan:
 
 @contextlib.contextmanager
 def _no_other_cluster(told: Callable[[str], object]) -> Iterator[None]:
-    """For the block, no address of another Ray in the environment, which the processes started here would have."""
+    """Remove the address of another Ray from the environment, for the block, as processes started here would inherit
+    it.
+    """
     address = os.environ.pop("RAY_ADDRESS", None)
     if address:
         told(
@@ -217,10 +222,10 @@ def _no_other_cluster(told: Callable[[str], object]) -> Iterator[None]:
 
 
 def _set_token() -> None:
-    """Let Ray's processes ask each other for a token: whoever reaches their ports could run anything, else.
+    """Make Ray's processes require a token of each other: otherwise whoever reaches their ports could run anything.
 
-    Ray asks for one unless RAY_AUTH_MODE says otherwise. It would make it by itself, and leave it in a file in the home
-    folder; this one is in the environment of its processes only.
+    Ray requires one unless RAY_AUTH_MODE says otherwise. It would create the token by itself and leave it in a file in
+    the home folder; this one is only in the environment of its processes.
     """
     wanted = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
     if wanted and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
@@ -228,21 +233,22 @@ def _set_token() -> None:
 
 
 def _read_token_anew() -> None:
-    """Let Ray forget the token that it has read: it keeps the first one for as long as the process lives, and what this
-    process starts next has another.
+    """Make Ray forget the token that it has read. It would keep the first one as long as the process lives, and what
+    this process starts next has another.
 
-    That needs a part of Ray that Ray does not document. A Ray without it starts once in a process, as ever.
+    This needs a part of Ray that Ray does not document. With a Ray that lacks it, a process can start Ray only once, as
+    usual.
     """
     with contextlib.suppress(ImportError, AttributeError):
         part: Any = importlib.import_module("ray._raylet")
-        part.Config.initialize("")  # whether a token is asked for; first, as a thread of Ray's may read one at once
+        part.Config.initialize("")  # whether a token is required; first, as a thread of Ray's may read one at once
         part.AuthenticationTokenLoader.instance().reset_cache()
 
 
 class Running:
     """An application on the Ray that this process has started.
 
-    signals  whatever waits ends when one of them says stop
+    signals  waiting ends when one of them says stop
     """
 
     def __init__(self, plan: RayPlan, host: str, port: int, *, signals: Signals | None = None) -> None:
@@ -259,7 +265,7 @@ class Running:
         return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self._port}"
 
     def start(self) -> None:
-        """Returns when all replicas are warm, or a signal says stop.
+        """Start the application. Returns when all replicas are warm, or when a signal says stop.
 
         Raises:
             MagicFaceError: why a replica could not start.
@@ -275,8 +281,8 @@ class Running:
         self._deploy()
 
     def update(self, plan: RayPlan) -> None:
-        """Replace the replicas, one after the other, by those of another plan. Where these cannot start, the old ones
-        that are left go on.
+        """Replace the replicas, one after the other, by those of another plan. If these cannot start, the remaining old
+        ones continue.
 
         Raises:
             MagicFaceError: why a replica could not start.
@@ -285,18 +291,18 @@ class Running:
         self._deploy()
 
     def end(self) -> int:
-        """Finish what is being done, within `settings.drain` seconds or until a second signal. Returns how many
-        requests were cut off.
+        """Finish the running requests, within `settings.drain` seconds or until a second signal. Returns how many were
+        cut off.
         """
         from ray import serve
 
         gone: tuple[type[Exception], ...] = (TimeoutError, *_of_ray())
         try:
             cut_off = self._drained()
-        except gone:  # the front, or it does not answer, and what it had goes with it
+        except gone:  # the front is gone or does not answer, and its requests are lost with it
             cut_off = 0
         with contextlib.suppress(*gone):
-            serve.delete(APPLICATION)  # when the last answers are out
+            serve.delete(APPLICATION)  # returns once the last answers are out
         return cut_off
 
     def _drained(self) -> int:
@@ -310,7 +316,7 @@ class Running:
                     return int(self._handle.drain.remote(0.0).result(timeout_s=10))
 
     def _deploy(self) -> None:
-        from ray.serve import RunTarget, run_many  # `serve.run` would wait where no signal ends it
+        from ray.serve import RunTarget, run_many  # `serve.run` would wait without regard to signals
 
         application = module("ray.deployments").build(self._plan)
         target = RunTarget(application, name=APPLICATION, route_prefix="/")
@@ -341,7 +347,7 @@ class Running:
 
 
 def _checked(plan: RayPlan) -> Bundle:
-    """The bundle, looked at before Ray is; a replica opens its own."""
+    """Open the bundle to check it before Ray is started; each replica opens its own."""
     return Bundle.open(plan.bundle, check_hashes=bool(plan.session.get("check_hashes", True)))
 
 
@@ -358,7 +364,7 @@ def _update(running: Running, told: Callable[[str], object]) -> None:
 
 
 def _of_ray() -> tuple[type[Exception], ...]:
-    """What Ray raises where something of it fails."""
+    """Return the exceptions that Ray raises when something of it fails."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 

@@ -1,4 +1,4 @@
-"""The metrics of a front: those of a service in one process, counted from what its replicas tell."""
+"""The metrics of a front: those of a service in one process, counted from what its replicas report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["FrontMetrics"]
 
 
 class FrontMetrics(Metrics):
-    """One front's metrics; counters count what this front was told, by all replicas together."""
+    """One front's metrics; its counters add up what all replicas have reported to this front."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class FrontMetrics(Metrics):
         running: Callable[[], int],
         replicas: Callable[[], Collection[str]],
     ) -> None:
-        """Show what waits and runs, what replicas keep, and what the shared folder holds."""
+        """Add gauges of what waits and runs, what replicas keep, and what the shared folder holds."""
 
         def gauge(name: str, text: str, value: Callable[[], float]) -> None:
             Gauge(name, text, registry=self.registry).set_function(value)
 
         def kept(of: Callable[[Tally], int]) -> Callable[[], float]:
             def bytes_of(name: str) -> int:
-                tally = self._last.get(name)  # which another thread may be forgetting
+                tally = self._last.get(name)  # `get`, as another thread may be forgetting it
                 return 0 if tally is None else of(tally)
 
             return lambda: sum(bytes_of(name) for name in replicas())
@@ -53,7 +53,7 @@ class FrontMetrics(Metrics):
         gauge("magicface_concept_kept_bytes", "Bytes of kept concepts.", lambda: known_use(store)[1])
 
     def told(self, tally: Tally) -> None:
-        """A replica has answered."""
+        """Add the counts that came with a replica's answer."""
         self._last[tally.replica] = tally
         for pictures in tally.batches:
             self.batches.observe(pictures)
@@ -62,6 +62,6 @@ class FrontMetrics(Metrics):
         self.lookups.labels("miss").inc(tally.misses)
 
     def forget(self, living: Collection[str]) -> None:
-        """Replicas that are none of these have ended."""
+        """Drop what is known of replicas that are not in `living`: they have ended."""
         for name in self._last.keys() - set(living):
             del self._last[name]

@@ -1,4 +1,4 @@
-"""The application on Ray Serve: a front, which speaks HTTP, and the replicas, which make the pictures."""
+"""The deployments on Ray Serve: a front, which speaks HTTP, and the replicas, which make the pictures."""
 
 from __future__ import annotations
 
@@ -38,23 +38,27 @@ __all__ = ["RosterLink", "build"]
 
 logger = logging.getLogger("magicface_rt.serve")
 
-ray: Any = _ray  # Ray's types do not know all of its own options
+ray: Any = _ray  # Ray's type hints do not cover all of its own options
 serve: Any = _serve
 
 NAMESPACE = "magicface_rt"
 
 MOST_HELD = 1000
-"""Concepts that a replica is known to have. They are maps of files: address space, and no memory of its own."""
+"""The most concepts that Ray knows a replica to have. They are maps of files: address space, but no memory of their
+own.
+"""
 
 MOST_HTTP = 10_000
-"""HTTP requests that the front has at the same time; those for pictures are bounded by the queue."""
+"""The most HTTP requests that the front has at the same time; those for pictures are bounded by the queue."""
 
 SPARE_SECONDS = 30.0
-"""What a replica that is told to end has over a request's limit, so that it finishes whatever it was given."""
+"""Seconds, beyond a request's limit, that a replica has after it was told to end, so that it can finish whatever it was
+given.
+"""
 
 
 def build(plan: RayPlan) -> Any:
-    """The application of a plan, for `serve.run`, or to be returned by a builder."""
+    """Build the application of a plan, for `serve.run`, or for a builder to return."""
     patience = plan.settings.deadline + SPARE_SECONDS
     least, most = plan.range
     number: dict[str, Any] = {"num_replicas": least}
@@ -64,7 +68,7 @@ def build(plan: RayPlan) -> Any:
                 "min_replicas": least,
                 "max_replicas": most,
                 "initial_replicas": least,
-                "target_ongoing_requests": plan.at_once,  # twice as many fit: that the queue fills is seen by it
+                "target_ongoing_requests": plan.at_once,  # half of what fits, so that Ray sees when the queue fills
                 "upscale_delay_s": 10.0,
                 "downscale_delay_s": 300.0,
             }
@@ -91,7 +95,7 @@ def build(plan: RayPlan) -> Any:
         max_constructor_retry_count=3,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=patience,
-        max_surge_percent=100,  # the next one is there before this one ends
+        max_surge_percent=100,  # so that the next one is there before this one ends
         logging_config=quiet,
     )
     # A replica has no use for the tokens.
@@ -114,11 +118,11 @@ class _Roster(Roster):
 
 
 _RosterActor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=10_000)(_Roster)
-"""Detached: it belongs to no replica, as any of them may end."""
+"""Detached, so that it belongs to no replica: any of them may end."""
 
 
 class RosterLink:
-    """The way to an application's roster."""
+    """Finds the roster of an application."""
 
     def __init__(self, application: str) -> None:
         self._name = f"roster-of-{application}"
@@ -126,7 +130,7 @@ class RosterLink:
 
     @property
     def actor(self) -> Any:
-        """The roster's actor, which is made where there is none."""
+        """The roster's actor, which is created if there is none."""
         if self._handle is None:
             self._handle = _RosterActor.options(
                 name=self._name, namespace=NAMESPACE, get_if_exists=True, lifetime="detached"
@@ -134,7 +138,7 @@ class RosterLink:
         return self._handle
 
     def lost(self) -> None:
-        """It does not answer: look for it again the next time."""
+        """Forget the actor, which does not answer, so that it is looked for again next time."""
         self._handle = None
 
 
@@ -142,7 +146,7 @@ class Pictures:
     """A replica: one Session, its engine, and its map of the shared folder."""
 
     async def __init__(self, plan: RayPlan) -> None:  # type: ignore[misc]  # Ray awaits it
-        # Answers have them. They quote the names that clients give their concepts, so kinds alone are logged.
+        # Warnings go into answers. They quote the names that clients give their concepts, so only kinds are logged.
         warnings.simplefilter("ignore", MagicFaceWarning)
         context = serve.get_replica_context()
         self._plan = plan
@@ -194,7 +198,7 @@ class Pictures:
     # ---------------------------------------------------------------------------------------------- called by the front
 
     async def generate(self, order: PictureOrder, owner: str) -> AsyncIterator[Any]:
-        """What there is to say of the request, and `Ended` last."""
+        """Yield what happens to the request, and finally `Ended`."""
         service = self._ready()
         for use in order.concepts:
             if use.id is not None and await asyncio.to_thread(self._store.has, use.id):
@@ -207,7 +211,7 @@ class Pictures:
                 yield one
 
     async def put_concept(self, upload: ConceptUpload, owner: str) -> AsyncIterator[Any]:
-        """`Ended`, with what `Service.put_concept` gives."""
+        """Yield `Ended`, with what `Service.put_concept` returns."""
         service = self._ready()
         async with contextlib.aclosing(
             said(lambda _: service.put_concept(upload, owner=owner), self._counts)
@@ -218,13 +222,13 @@ class Pictures:
                 yield one
 
     async def check_health(self) -> None:
-        """Raises where it can make no pictures any more; Ray then puts another one in its place."""
+        """Raise if this replica can no longer make pictures; Ray then replaces it."""
         failure = None if self._service is None else self._service.failure()
         if failure is not None:
             raise failure
 
     async def __del__(self) -> None:
-        """Called by Ray when the replica ends and no request is left."""
+        """Close everything. Ray calls this when the replica ends and no request is left."""
         self._watching.cancel()
         if self._service is not None:
             await self._service.close()
@@ -241,11 +245,11 @@ class Pictures:
 
     @serve.multiplexed(max_num_models_per_replica=MOST_HELD)  # type: ignore[untyped-decorator]
     async def _held(self, id: str) -> _Held:
-        """From now on Ray knows that this replica has the concept, and sends requests for it here."""
+        """Let Ray know that this replica has the concept, so it sends requests for the concept here from now on."""
         return _Held(self._store, id)
 
     async def _watch(self) -> None:
-        """Do what the roster says, for as long as the replica lives."""
+        """Follow the roster for as long as the replica lives, and do what it says."""
         while True:
             try:
                 view = await self._roster.actor.watch.remote(self._name, self._seen)
@@ -270,7 +274,7 @@ class Pictures:
                 del self._erasing[id]
 
     async def _erase(self, id: str) -> None:
-        """Do this replica's part of an erasure. One that still starts has nothing in memory."""
+        """Do this replica's part of an erasure. A replica that is still starting has nothing in memory."""
         part = Part()
         if self._service is not None:
             try:
@@ -283,7 +287,7 @@ class Pictures:
 
 
 class _Held:
-    """What Ray takes for a loaded model: that the file of a concept is mapped. It holds no keys by itself."""
+    """What Ray takes for a loaded model: it stands for the map of a concept's file, and holds no keys itself."""
 
     def __init__(self, store: SharedConcepts, id: str) -> None:
         self._store, self._id = store, id
@@ -293,7 +297,7 @@ class _Held:
 
 
 class Front:
-    """The HTTP application, with the page where it is wanted, in a process that computes nothing."""
+    """The HTTP application, with the page if it is wanted, in a process that computes nothing."""
 
     def __init__(self, pictures: Any, plan: RayPlan) -> None:
         warnings.simplefilter("ignore", MagicFaceWarning)
@@ -317,7 +321,7 @@ class Front:
         hosts = None if self._tokens else plan.hosts
         app = build_app(self._service, settings=plan.settings, tokens=self._tokens, metrics=metrics, hosts=hosts)
         if plan.page:
-            bundle = Bundle.open(plan.bundle, check_hashes=False)  # of which it reads the tokenizer only
+            bundle = Bundle.open(plan.bundle, check_hashes=False)  # the front reads only its tokenizer
             facts = ui_module("facts").Facts.of(
                 bundle, plan.settings, backend="Ray Serve", protected=bool(self._tokens)
             )
@@ -326,7 +330,7 @@ class Front:
         return app
 
     async def drain(self, seconds: float) -> int:
-        """See `Service.drain`; called by whoever is about to end the application."""
+        """Does what `Service.drain` does; called before the application is ended."""
         cut_off = await self._service.drain(seconds)
         if self._page is not None:
             self._page.end()

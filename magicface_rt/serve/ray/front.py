@@ -1,4 +1,4 @@
-"""The service behind the HTTP application: it passes requests on to the replicas, and keeps nothing of them."""
+"""The front's `Service`, behind its HTTP application: passes requests on to the replicas, and keeps nothing of them."""
 
 from __future__ import annotations
 
@@ -35,22 +35,23 @@ logger = logging.getLogger("magicface_rt.serve")
 T = TypeVar("T")
 
 ATTEMPTS = 3
-"""How often a request is given to a replica, where replicas are lost while they make it."""
+"""How often a request is given to a replica, if replicas are lost while they make it."""
 
 LAST_WORDS = 1.0
-"""Seconds that an answer has to reach its client, when a front that is replaced has no request any more."""
+"""Seconds that the last answer has to reach its client, once a front that is replaced has no requests left."""
 
 ERASE_SPARE = 30.0
-"""Seconds that an erasure has over a request's limit: a batch that runs is waited for."""
+"""Seconds, beyond a request's limit, that an erasure has, since it waits for running batches."""
 
 
 @dataclass(eq=False)
 class _Call:
-    """A request on its way.
+    """A request in progress.
 
-    error   why it is ended from here; stopped: it is
-    begun   a replica is making it
-    waited  seconds until it was given to a replica
+    error    why this front ended it
+    stopped  whether this front ended it
+    begun    whether a replica is making it
+    waited   seconds until it was given to a replica
     """
 
     method: str
@@ -67,7 +68,7 @@ class _Call:
     task: asyncio.Task[Any] | None = None
 
     def told(self, waiting: int) -> None:
-        """It has a place in the queue; only the first time is news."""
+        """Report that the request has a place in the queue; only the first call reports it."""
         if self.listener is not None and not self.accepted:
             self.listener(Accepted(waiting))
         self.accepted = True
@@ -79,11 +80,12 @@ class _Call:
 
 
 class _LostError(Exception):
-    """The replica that made a request has ended."""
+    """The replica that was making a request has ended."""
 
 
 class RayService(Service):
-    """Requests go to a replica that has their concept already, where one has room; to any other that has, else.
+    """Sends each request to a replica that already has its concept, if one has room; otherwise to any replica that has
+    room.
 
     pictures  the handle of the replicas' deployment
     roster    the way to the roster, a `RosterLink`
@@ -91,8 +93,8 @@ class RayService(Service):
     workers   batches that one replica makes at the same time
     store     the shared folder
 
-    at_replaced  called when another front has taken this one's place and no request is left here: lets go of
-                 connections that would stay open, for which Ray would wait
+    at_replaced  called when another front has taken this one's place and no request is left here, to release
+                 connections that would otherwise stay open, and that Ray would wait for
 
     All calls come from one event loop.
     """
@@ -126,7 +128,7 @@ class RayService(Service):
         self.at_replaced: Callable[[], object] = lambda: None
         metrics.watch_front(
             store,
-            waiting=lambda: sum(not call.begun for call in list(self._calls)),  # called in another thread
+            waiting=lambda: sum(not call.begun for call in list(self._calls)),  # a copy: called in another thread
             running=lambda: sum(call.begun for call in list(self._calls)),
             replicas=lambda: self._view.ready,
         )
@@ -225,14 +227,16 @@ class RayService(Service):
     # ----------------------------------------------------------------------------------------------------------- inside
 
     async def _first_kept(self, order: PictureOrder) -> str:
-        """The concept after which the request is sent; Ray would look for one that is not kept for a second or two."""
+        """Return the id by which the request is routed: the first of its concepts that is kept, or "". For a concept
+        that is not kept, Ray would search for a second or two.
+        """
         for use in order.concepts:
             if use.id is not None and await self._in_thread(partial(self._store.has, use.id)):
                 return use.id
         return ""
 
     async def _do(self, call: _Call) -> Any:
-        """The result of a call, or its error. Whatever ends the wait ends the call."""
+        """Return the result of a call, or raise its error. Whatever ends the wait ends the call."""
         call.task = task = asyncio.ensure_future(self._placed(call, time.monotonic() + call.seconds))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
         self._calls.add(call)
@@ -274,18 +278,18 @@ class RayService(Service):
         raise gone
 
     async def _sent(self, call: _Call, seconds: float) -> Ended:
-        """What a replica answers.
+        """Send the request to a replica and return its answer.
 
         Raises:
-            _LostError: it has ended before it did.
+            _LostError: the replica ended before it answered.
         """
         handle = self._pictures.options(method_name=call.method, stream=True, multiplexed_model_id=call.model)
         subject = call.subject
         if isinstance(subject, PictureOrder):
             subject = subject.model_copy(update={"deadline": max(0.001, seconds)})
-            call.begun = False  # until it says that a step is done
+            call.begun = False  # until the replica reports a step
         else:
-            call.begun = True  # a preparation tells nothing
+            call.begun = True  # a preparation reports no steps
         answer = handle.remote(subject, call.owner)
         ended: Ended | None = None
         try:
@@ -299,11 +303,11 @@ class RayService(Service):
                     if call.listener is not None:
                         call.listener(one)
         except asyncio.CancelledError:
-            if not call.stopped:  # Ray tells in this way that the replica was stopped
+            if not call.stopped:  # Ray's way of saying that the replica was stopped
                 raise _LostError("it stopped the request") from None
             answer.cancel()
             raise
-        except RayTaskError as error:  # it lives, and could not read what it was sent, or the like
+        except RayTaskError as error:  # the replica lives, but could not read what it was sent, or the like
             logger.error("a replica failed: %s", type(error.cause).__name__)
             raise refused(500, "internal", "An unexpected error in a replica; the service's log says more.") from None
         except (RayError, RayServeException) as error:
@@ -311,12 +315,12 @@ class RayService(Service):
                 raise _LostError(type(error).__name__) from error
         if ended is None:
             raise _LostError("it stopped answering")
-        if isinstance(ended.error, (Cancelled, DrainingError, SessionClosedError)):  # and nothing here has ended it
+        if isinstance(ended.error, (Cancelled, DrainingError, SessionClosedError)):  # and this front did not end it
             raise _LostError("it is being ended")
         return ended
 
     async def _watch(self) -> None:
-        """Follow the roster: which replicas there are, and whether another front has come."""
+        """Follow the roster: which replicas there are, and whether another front has taken over."""
         while True:
             try:
                 self._view = await self._roster.actor.watch.remote(None, self._view.version)
@@ -333,7 +337,7 @@ class RayService(Service):
                 self._replaced = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
-        """The end of a front that is replaced: requests that it has are answered first."""
+        """End a front that is being replaced, once its requests have been answered."""
         while True:
             await self._idle.wait()
             await asyncio.sleep(LAST_WORDS)

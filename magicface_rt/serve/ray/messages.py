@@ -1,4 +1,4 @@
-"""What goes between the front, the replicas and the roster. Everything here can be pickled."""
+"""The messages between the front, the replicas and the roster. All of them can be pickled."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Tally:
     replica        its name
     batches        pictures of each batch that it made
     prepared       concepts that it prepared
-    hits, misses   concepts that were wanted, and were there or not
-    session_bytes  of references that its Session keeps by content, now
-    device_bytes   of keys in its device memory, now
+    hits, misses   concepts that were looked up, and were there or not
+    session_bytes  bytes of references that its Session keeps by content, now
+    device_bytes   bytes of keys in its device memory, now
     """
 
     replica: str
@@ -36,8 +36,8 @@ class Tally:
 class Ended:
     """The last message of a call: its result, or its error as a value.
 
-    An error that is raised through Ray would be wrapped, and written to Ray's log with its text, which may quote the
-    request.
+    If the error were raised through Ray, it would be wrapped, and written to Ray's log with its text, which may quote
+    the request.
     """
 
     result: Any = field(default=None, repr=False)
@@ -50,8 +50,8 @@ class Part:
     """A replica's part of an erasure.
 
     found    whether it ever had the concept in memory
-    stopped  requests that used it
-    place    where something of it is left, in words; None where nothing is
+    stopped  how many requests used it, and were ended
+    place    where something of it is left, in words; None if nothing is
     """
 
     found: bool = False
@@ -61,13 +61,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of an erasure.
+    """The result of an erasure.
 
-    files   that were removed
+    files   how many were removed
     parts   of the replicas that have answered, by their names
     silent  names of replicas that live, or may live, and have not answered in time
-    left    where something is in the shared folder, in words; None where nothing is
-    begun   whether another erasure of it was over in time
+    left    where something is left in the shared folder, in words; None if nothing is
+    begun   False if another erasure of the same concept did not end in time
     """
 
     files: int = 0
@@ -81,10 +81,10 @@ class Verdict:
 class View:
     """What the roster knows, at one version of it.
 
-    known      whether whoever asked is on the roster; a replica that is not must register again
-    condemned  ids that are being erased: no replica may take one into use
-    ready      replicas that are warm, the one that came last behind, with what they serve
-    front      when the newest front began, in seconds since 1970; 0 where none has said so
+    known      whether the caller is on the roster; a replica that is not must register again
+    condemned  ids that are being erased: no replica may start to use them
+    ready      replicas that are warm, with what they serve; the most recent one is last
+    front      when the newest front began, in seconds since 1970; 0 if none has reported
     """
 
     version: int

@@ -1,4 +1,4 @@
-"""Which requests are at the replicas, and which wait for that: bounded, and owners take turns."""
+"""The front's queue: how many requests are at the replicas, and which wait for a place. Bounded; owners take turns."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class _Ticket:
 class Places:
     """Lets as many requests through as the replicas have places; the others wait in fair order.
 
-    queue     requests that may wait, over those that the replicas make at once
-    replicas  how many there are; may change at any time
+    queue     requests that may wait, beyond those that the replicas make at once
+    replicas  how many replicas there are; may change at any time
     at_once   requests that one replica makes at once
-    ahead     more that are at a replica already and wait there, to be made together with others
+    ahead     further requests that are already at a replica and wait there, to be made together with others
 
     All calls come from one event loop.
     """
@@ -41,7 +41,7 @@ class Places:
 
     @property
     def admitted(self) -> int:
-        """Requests that wait or are at a replica."""
+        """The number of requests that wait or are at a replica."""
         return self._taken + len(self._queue)
 
     @property
@@ -54,16 +54,17 @@ class Places:
         self._let_in()
 
     def retry_after(self) -> float:
-        """Seconds after which a place is likely free, by how long requests took lately."""
+        """Return the seconds until a place is likely free, estimated from how long recent requests took."""
         width = max(1, self._replicas * self._at_once)
         return min(600.0, max(1.0, math.ceil(self.admitted * self._seconds / width)))
 
     @asynccontextmanager
     async def taken(self, owner: str, waits: Callable[[int], object]) -> AsyncIterator[None]:
-        """Have a place for the block, after a wait for it. waits: told how many are before it, where it has to wait.
+        """Hold a place for the block, after waiting for one. waits: called with the number of requests ahead, if it has
+        to wait.
 
         Raises:
-            QueueFullError: as many wait as may.
+            QueueFullError: the queue is full.
             DrainingError: no more work is taken.
         """
         if self.closed:
@@ -98,7 +99,7 @@ class Places:
         try:
             await ticket.turn
         except asyncio.CancelledError:
-            if not self._queue.remove(ticket):  # its turn had come in the same moment
+            if not self._queue.remove(ticket):  # its turn had come at the same moment
                 self._taken -= 1
                 self._let_in()
             raise

@@ -1,4 +1,6 @@
-"""What is deployed: a bundle, how many replicas of what size, and the limits of the service. No Ray here."""
+"""What is to be deployed: a bundle, the number and size of replicas, and the service's limits. Nothing here imports
+Ray.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,10 @@ SESSION_OPTIONS = (
     *("backend", "threads", "provenance", "store", "build_missing", "target", "keep", "memory", "budget", "storage"),
     *("check_hashes", "cuda_graphs", "pad_keys"),
 )
-"""Settings of `Session` that a plan may have; `device` is none: Ray gives each replica a GPU of its own."""
+"""The settings of `Session` that a plan may have. `device` is not one: Ray gives each replica a GPU of its own."""
 
 MOST_CONCEPTS = "most_concepts"
-"""The name of `ServeSettings.concepts` among the arguments of a config file; `concepts` is the folder there."""
+"""The name of `ServeSettings.concepts` among a config file's arguments, where `concepts` is the folder."""
 
 SIZES = ("body_bytes", "bodies_bytes", "concept_bytes")
 
@@ -42,15 +44,15 @@ class RayPlan:
     concepts  the folder of kept concepts, which all nodes share
     session   settings of every replica's Session, by name
     workers   batches that one replica makes at the same time
-    replicas  at least and at most; between them Ray follows the queue. None: one for each GPU of this machine, or one
-    gpus      of one replica; 0 for none
-    cpus      of one replica, as Ray counts them
-    page      with the page of `magicface_rt.ui` at /ui
+    replicas  the least and the most; between them Ray follows the queue. None: one for each GPU of this machine, or one
+    gpus      GPUs of one replica; 0 for none
+    cpus      CPUs of one replica, as Ray counts them
+    page      whether to serve the page of `magicface_rt.ui` at /ui
     settings  limits of the service
-    tokens    who may use it. None: those of `token_file`, or of the variable MAGICFACE_RT_TOKENS, as the front's
+    tokens    who may use it. None: the tokens of `token_file`, or of the variable MAGICFACE_RT_TOKENS, as the front's
               process finds them
-    hosts     names that clients may call the service by where there are no tokens, see `build_app`; None for any
-    revision  any text; another one replaces the replicas, also where nothing else is new
+    hosts     names that clients may call the service by if there are no tokens, see `build_app`; None for any
+    revision  any text; changing it replaces the replicas, even if nothing else is new
     opener    makes a replica's Session
 
     Raises OptionError, naming what cannot be used.
@@ -94,25 +96,27 @@ class RayPlan:
 
     @property
     def range(self) -> tuple[int, int]:
-        """Replicas at least and at most."""
+        """The least and the most replicas."""
         return (1, 1) if self.replicas is None else self.replicas
 
     @property
     def at_once(self) -> int:
-        """Requests that a replica makes at once, where they can be made together."""
+        """The most requests that a replica makes at once, if they can be made together."""
         return self.workers * self.settings.batch
 
     @property
     def threads(self) -> Any:
-        """Of one computation on a CPU: as given; else what a replica's `cpus` allow, or its share of this machine."""
+        """Threads of one computation on a CPU: as given, otherwise what a replica's `cpus` allow, or its share of this
+        machine.
+        """
         of_replica = int(self.cpus) // self.workers
         share = threads_of_each(0, self.workers * self.range[1])
         return self.session.get("threads") or (of_replica if of_replica > 1 else share)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> RayPlan:
-        """From the arguments of a Serve config file, which has the names of `ServeSettings`, of a Session's settings,
-        and of this class.
+        """Make a plan from the arguments of a Serve config file: fields of this class, of `ServeSettings` (`concepts`
+        as MOST_CONCEPTS) and settings of a Session, by their names, and `tokens`, the path of a file.
 
         Raises:
             OptionError: a name that is not known, one that is missing, or a value that cannot be used.
@@ -140,7 +144,7 @@ class RayPlan:
 
 
 def parse_replicas(given: object) -> tuple[int, int]:
-    """`2`, or `1-4` for at least one and at most four.
+    """Parse `2`, or `1-4` for at least one and at most four.
 
     Raises:
         OptionError: anything else.
@@ -153,7 +157,9 @@ def parse_replicas(given: object) -> tuple[int, int]:
 
 
 def wants_gpu(backend: str, there: bool) -> bool:
-    """Whether a replica with this backend needs a GPU. there: whether one is, for those that take what there is."""
+    """Return whether a replica with this backend needs a GPU. there: whether one exists, for backends that use what
+    there is.
+    """
     if backend not in BACKENDS:
         raise OptionError(f"backend {backend!r} is not known; there are {', '.join(BACKENDS)}.")
     return there if backend in ("auto", "onnxruntime") else backend != "onnxruntime-cpu"

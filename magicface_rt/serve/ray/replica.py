@@ -1,4 +1,4 @@
-"""One replica's service: a Session and its engine in this process, over the shared folder of concepts. No Ray here."""
+"""One replica's service: a Session and its engine in this process, over the shared folder. Nothing here imports Ray."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("magicface_rt.serve")
 
 
 class Counts(Observer, Watcher):
-    """What has been done since it was last asked. Told by the engine's threads and by the event loop."""
+    """Counts what was done since `take` was last called. Notified by the engine's threads and by the event loop."""
 
     def __init__(self, replica: str, session: Session) -> None:
         self._replica, self._session = replica, session
@@ -51,7 +51,7 @@ class Counts(Observer, Watcher):
             self._prepared += 1
 
     def take(self) -> Tally:
-        """What was counted; it counts from nothing again."""
+        """Return the counts, and start again from zero."""
         with self._lock:
             tally = Tally(
                 self._replica,
@@ -71,7 +71,7 @@ class Counts(Observer, Watcher):
 
 
 class ReplicaService(LocalService):
-    """A `LocalService` that does its part of erasures, which the roster orders."""
+    """A `LocalService` that does its part of the erasures that the roster orders."""
 
     def __init__(self, engine: Engine, store: SharedConcepts, *, watcher: Watcher | None = None) -> None:
         super().__init__(engine, store, watcher=watcher)
@@ -79,15 +79,15 @@ class ReplicaService(LocalService):
         self._pardoned = asyncio.Event()
 
     def condemn(self, ids: Iterable[str]) -> None:
-        """From now on these are being erased, and no others."""
+        """Set the ids that are being erased from now on; all others are not."""
         self._shared.condemn(frozenset(ids))
         pardoned, self._pardoned = self._pardoned, asyncio.Event()
         pardoned.set()
 
     async def erase_here(self, id: str) -> Part:
-        """Stop the requests that use a condemned concept, and let go of it; files are not looked at.
+        """End the requests that use a condemned concept, and release it. Files are not looked at.
 
-        A preparation of it that is going on here is waited for, as long as a request may take.
+        Waits for a preparation of the concept that is in progress here, for as long as a request may take.
         """
         end = time.monotonic() + self.settings.deadline
         try:
@@ -103,7 +103,7 @@ class ReplicaService(LocalService):
 
     @asynccontextmanager
     async def _making_alone(self, id: str, end: float = math.inf) -> AsyncIterator[None]:
-        """As for any service; and a concept that is being erased is made again when that is over everywhere."""
+        """Do what every service does; but first wait, if the concept is being erased, until that is over everywhere."""
         while True:
             if id in self._shared.condemned:
                 await until(self._pardoned, end)
@@ -116,7 +116,7 @@ class ReplicaService(LocalService):
 
 
 async def said(start: Callable[[Listener], Coroutine[Any, Any, Any]], counts: Counts) -> AsyncGenerator[Any, None]:
-    """What there is to say of a call, as it comes, and `Ended` last. Whoever stops listening cancels the call."""
+    """Yield what a call reports, as it arrives, and finally `Ended`. Closing the generator early cancels the call."""
     news: asyncio.Queue[Any] = asyncio.Queue()
     task = asyncio.ensure_future(start(news.put_nowait))
     over = object()

@@ -1,8 +1,9 @@
-"""Who the replicas are, and erasing a concept in all of them.
+"""Knows the replicas, and erases a concept in all of them.
 
-Ray Serve sends a request to one replica; an erasure has to reach every one, also those that are starting, or that are
-told to end and still finish requests. So each replica registers before it can hold anything, and from then on asks the
-roster again and again what is being erased. That is a state and not an event: what was missed is seen the next time.
+Ray Serve sends a request to one replica, but an erasure has to reach every one, including those that are starting, or
+that were told to end and still finish requests. So each replica registers before it can hold anything, and from then on
+keeps asking the roster what is being erased. The answer is a state and not an event: what a replica missed, it sees the
+next time.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ __all__ = ["Roster"]
 logger = logging.getLogger("magicface_rt.serve")
 
 WATCH_SECONDS = 5.0
-"""How long a watcher is kept waiting where nothing changes."""
+"""The longest that a watcher is kept waiting if nothing changes."""
 
 PING_SECONDS = 1.0
-"""How often replicas are looked at: while an answer is missing; otherwise ten times as rarely."""
+"""How often replicas are checked while an answer is missing; otherwise they are checked a tenth as often."""
 
 SETTLING_SECONDS = 5.0
-"""How long a new roster waits for replicas that it does not know. One that takes the place of a lost roster knows none
-until they have noticed, which takes them half a second where nothing holds them up."""
+"""How long a new roster waits for replicas that it does not know. A roster that replaces a lost one knows none until
+they have noticed, which takes half a second if nothing delays them.
+"""
 
 
 @dataclass
@@ -49,10 +51,10 @@ class _Condemned:
 
 
 class Roster:
-    """One for each application, in an actor of its own. All methods run in one event loop.
+    """The roster of one application, in an actor of its own. All methods run in one event loop.
 
-    gone  says of a replica's handle whether that replica is dead for certain. One that only does not answer is not:
-          its memory may still hold what is to be erased
+    gone  returns, for a replica's handle, whether that replica is dead for certain. One that merely does not answer is
+          not: its memory may still hold what is to be erased
     """
 
     def __init__(self, gone: Callable[[Any], Awaitable[bool]]) -> None:
@@ -69,33 +71,35 @@ class Roster:
     # ------------------------------------------------------------------------------------------------------- replicas
 
     async def register(self, name: str, handle: Any) -> None:
-        """A replica begins. From now on no erasure is done without it."""
+        """Add a replica that is starting. From now on no erasure ends without it."""
         self._members[name] = _Member(handle)
         for one in self._condemned.values():
             one.waiting.add(name)
         self._touch()
 
     async def ready(self, name: str, info: BundleInfo) -> None:
-        """A replica is warm."""
+        """Note that a replica is warm."""
         if name in self._members:
             self._members[name].info = info
             self._failure = None
             self._touch()
 
     async def leave(self, name: str) -> None:
-        """A replica ends, and holds nothing any more."""
+        """Remove a replica that ends and holds nothing any more."""
         self._drop(name)
 
     async def failed(self, error: Exception) -> None:
-        """A replica could not start, and why."""
+        """Note why a replica could not start."""
         self._failure = error
 
     async def failure(self) -> Exception | None:
-        """Why the replica that failed last could not start; None where none did."""
+        """Return why the last replica that failed could not start; None if none failed, or one became ready since."""
         return self._failure
 
     async def watch(self, name: str | None, seen: int) -> View:
-        """What is known, as soon as it is newer than `seen`, or after a while. name: None for whoever is no replica."""
+        """Return what is known, as soon as it is newer than `seen`, or after a while. name: of the replica that asks;
+        None for any other caller.
+        """
         end = time.monotonic() + WATCH_SECONDS
         while self._version == seen and (left := end - time.monotonic()) > 0:
             changed = self._changed
@@ -112,24 +116,24 @@ class Roster:
         )
 
     async def front(self, began: float) -> None:
-        """A front is there, since that time; one that began earlier is about to end."""
+        """Note that a front began at this time; fronts that began earlier are about to end."""
         if began > self._front:
             self._front = began
             self._touch()
 
     async def replicas(self) -> list[str]:
-        """Names of those that are registered, warm or not."""
+        """Return the names of the registered replicas, warm or not."""
         return list(self._members)
 
     # --------------------------------------------------------------------------------------------------------- erasing
 
     async def erase(self, id: str, folder: str, seconds: float) -> Verdict:
-        """Erase a concept: its file in the shared folder, and in every replica. Returns when all that live have done
-        their part, or after so many seconds.
+        """Erase a concept: its file in the shared folder, and what every replica holds. Returns when all living
+        replicas have done their part, or after `seconds`.
 
-        The file goes first, so that nobody finds it; and once more in the end, because a replica that was preparing
-        the concept may have written it meanwhile. A roster that has just been made gives replicas of an earlier one
-        the time to register.
+        The file is removed first, so that nobody finds it, and once more at the end, because a replica that was
+        preparing the concept may have written it meanwhile. A new roster first gives the replicas of an earlier one
+        time to register.
         """
         end = time.monotonic() + seconds
         while id in self._condemned:
@@ -155,7 +159,7 @@ class Roster:
             self._touch()
 
     async def done(self, name: str, id: str, part: Part) -> None:
-        """A replica has done its part."""
+        """Note that a replica has done its part of an erasure."""
         one = self._condemned.get(id)
         if one is not None and name in one.waiting:
             one.parts[name] = part
@@ -185,7 +189,7 @@ class Roster:
 
 
 def _remove(folder: str, id: str) -> tuple[int, str | None]:
-    """How many files went, and where one is left, in words."""
+    """Remove a concept's files. Returns how many were removed, and where one is left, in words, or None."""
     files = 0
     try:
         store = FolderConcepts(folder)

@@ -1,4 +1,4 @@
-"""A replica's view of the shared folder of concepts."""
+"""The shared folder of concepts, as the replicas and the front see it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["SharedConcepts"]
 
 
 class SharedConcepts(FolderConcepts):
-    """Maps files of the folder, and remembers of which concepts it ever had keys in memory.
+    """Maps files of the folder, and remembers which concepts' keys have been in memory.
 
-    A concept that is being erased is not there for anybody, whether its file still is or not.
+    A concept that is being erased appears not to exist, whether or not its file still does.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, most: int = 1000, most_bytes: int = 2**33) -> None:
@@ -28,11 +28,11 @@ class SharedConcepts(FolderConcepts):
 
     @property
     def condemned(self) -> frozenset[str]:
-        """Ids that are being erased."""
+        """The ids that are being erased."""
         return self._condemned
 
     def condemn(self, ids: Collection[str]) -> None:
-        """From now on these are being erased, and no others."""
+        """Set the ids that are being erased from now on; all others are not."""
         self._condemned = frozenset(ids)
 
     def get(self, id: str) -> StoredConcept:
@@ -40,27 +40,27 @@ class SharedConcepts(FolderConcepts):
             raise unknown(id)
         stored = super().get(id)
         self._watch(id, stored.concept)
-        if id in self._condemned:  # since this moment
+        if id in self._condemned:  # condemned in the meantime
             raise unknown(id)
         return stored
 
     def put(self, id: str, concept: KeptConcept) -> StoredConcept:
-        self._watch(id, concept)  # what was prepared is in memory, beside the file that is mapped then
+        self._watch(id, concept)  # the prepared keys are in memory, besides the file that is mapped below
         stored = super().put(id, concept)
         self._watch(id, stored.concept)
         return stored
 
     def has(self, id: str) -> bool:
-        """Whether there is a file of it; it may be damaged."""
+        """Return whether the concept has a file, which may be damaged."""
         path = self._path(id)
         return id not in self._condemned and path is not None and self._keeps(id)
 
     def is_id(self, id: str) -> bool:
-        """Whether it has the form of one."""
+        """Return whether a text has the form of an id."""
         return self._path(id) is not None
 
     def peek(self, id: str) -> StoredConcept:
-        """A concept as its file says it is, without reading its keys or remembering it.
+        """Return a concept as its file describes it, without reading its keys or remembering it.
 
         Raises:
             UnknownConceptError: there is none, or its file is damaged.
@@ -72,23 +72,23 @@ class SharedConcepts(FolderConcepts):
         return self._read(id, path, stamp, check_hashes=False)
 
     def unmap(self, id: str) -> None:
-        """Let go of a concept's map; who uses it goes on holding it, and the file stays."""
+        """Release this store's map of a concept. Callers that use the concept keep it, and the file stays."""
         with self._lock:
             self._mapped.pop(id, None)
 
     def traces(self, id: str) -> list[Trace]:
-        """Of everything of that id that was in memory since it was last forgotten."""
+        """Return the traces of everything under this id that was in memory since it was last forgotten."""
         with self._watching:
             return [trace for _, trace in self._traces.get(id, ())]
 
     def forget(self, id: str) -> None:
-        """Nothing of it is in memory."""
+        """Drop the traces of a concept: nothing of it is in memory."""
         with self._watching:
             self._traces.pop(id, None)
 
     def _watch(self, id: str, concept: KeptConcept) -> None:
-        """A trace for each map of it. The last one stays when its memory is free, because a Session may have copied
-        keys.
+        """Keep a trace of each map of a concept. The last one stays even after its memory is freed, because a Session
+        may have copied keys.
         """
         with self._watching:
             known = self._traces.get(id, [])

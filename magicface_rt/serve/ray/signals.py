@@ -1,4 +1,4 @@
-"""The signals that end and update a service, noted until somebody looks. No Ray here."""
+"""The signals that end and update a service, recorded until they are looked at. Nothing here imports Ray."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ logger = logging.getLogger("magicface_rt.serve")
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP as counts, for a loop that looks at them and calls `wait`.
+    """Counts SIGINT and SIGTERM as `stops` and SIGHUP as `updates`, for a loop that looks at them and calls `wait`.
 
-    A handler runs in the middle of anything, also of what it would call itself: it takes no lock and prints nothing.
+    A handler may interrupt any code, including code that it would call itself, so it takes no lock and prints nothing.
     """
 
     def __init__(self, told: Callable[[str], object] = logger.info) -> None:
         self.stops = 0
         self.updates = 0
         self._told = told
-        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()  # whose `put` may interrupt itself
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()  # its `put` is reentrant
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[Signals]:
-        """For the block, in the main thread."""
+        """Handle the signals for the block; only in the main thread."""
         before = {
             number: signal.signal(number, self._noted) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
@@ -39,7 +39,7 @@ class Signals:
                 signal.signal(number, handler)
 
     def wait(self, seconds: float) -> None:
-        """Until one comes, or so long; tells of those that have come."""
+        """Wait for a signal, but at most `seconds`, and report those that have arrived."""
         with contextlib.suppress(queue.Empty):
             self._tell(self._news.get(timeout=seconds))
             while True:
