@@ -2,9 +2,9 @@
 
     python -m benchmarks.ablation CHECKPOINT --out DIR [--job FILE] [--steps 20] [--clip DIR] [--dino DIR] [--face DIR]
 
-Computed with the PyTorch reference, so with any checkpoint, and slowly. One setting is changed at a time, and each is
-tried with every seed; the first pictures are the job's own. Writes ablation.csv and ablation.md (mean and standard
-deviation over the seeds), pictures.csv (each picture for itself), sheet.png, and the pictures.
+Pictures are computed with the PyTorch reference, so with any checkpoint, but slowly. One setting is changed at a time,
+and each is tried with every seed; the first pictures have the job's own settings. Writes ablation.csv and ablation.md
+(mean and standard deviation over the seeds), pictures.csv (each picture for itself), sheet.png, and the pictures.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Say = Callable[[str], object]
 
 
 def run(ablation: Ablation, variants: Sequence[Variant], encoders: Encoders, out: Path, say: Say) -> list[Row]:
-    """Every variant; writes what the module's head names.
+    """Compute every variant, write the files that the module's docstring names, and return the rows.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -68,8 +68,10 @@ def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def sheet(pictures: Sequence[Picture], names: Sequence[str], columns: int) -> Image.Image:
-    """Every picture with its regions drawn over it, and its setting under it; with a column for each seed, a row shows
-    one setting."""
+    """Draw a sheet of all pictures, each with its regions over it and its setting under it.
+
+    With a column for each seed, a row shows one setting.
+    """
     width, line = 256, 20
     font = ImageFont.load_default(13)
     tiles = []

@@ -1,4 +1,4 @@
-"""An ablation's rows over its seeds, as CSV cells and as Markdown: mean and standard deviation."""
+"""Summarise an ablation's rows over its seeds, by mean and standard deviation, as CSV cells and as Markdown."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ SETTINGS = ("changed", "alpha", "weight", "weight_mode", "semantic_guidance", "l
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one figure over the seeds. mean: None where no picture had it; deviation: of the sample, None of fewer than
-    two; count: pictures that had it, those in which the concept had a region."""
+    """The spread of one figure over the seeds.
+
+    mean: None if no picture had the figure; deviation: of the sample, None for fewer than two; count: pictures that had
+    it, those in which the concept had a region.
+    """
 
     mean: float | None
     deviation: float | None
@@ -32,8 +35,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Summary:
-    """One concept under one setting, over all seeds. first: the first seed's row, for what they have in common;
-    by_reference: attention mass on each of the concept's references."""
+    """One concept under one setting, over all seeds.
+
+    first: the first seed's row, for what all rows have in common; by_reference: attention mass on each of the concept's
+    references.
+    """
 
     first: Row
     seeds: int
@@ -41,7 +47,7 @@ class Summary:
     by_reference: tuple[Spread, ...]
 
     def cells(self) -> dict[str, Any]:
-        """A figure has its mean under its name, and beside that `_sd` and `_n`, the pictures that it is of."""
+        """The CSV cells. A figure's mean has its name; with `_sd` that is its deviation, with `_n` its count."""
         settings = self.first.cells()
         cells: dict[str, Any] = {name: settings[name] for name in SETTINGS}
         cells |= {"seeds": self.seeds, "steps": self.first.steps, "mass_layers": settings["mass_layers"]}
@@ -54,7 +60,7 @@ class Summary:
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
-    """One for each setting and concept, in the order of their first rows."""
+    """Make a summary for each setting and concept, in the order of their first rows."""
     groups: dict[tuple[Variant, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((replace(row.variant, seed=0), row.concept), []).append(row)
@@ -70,7 +76,7 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
 
 
 def text(rows: Sequence[Row], missing: Sequence[str]) -> str:
-    """A Markdown table; says over which layers a figure is, which columns are missing, and what would fill them."""
+    """Format a Markdown table, with the layers that figures are of, the missing columns, and what would fill them."""
     head = ["changed", "concept", "coverage", "last coverage", "mass layers", "mass", "on each reference"]
     head += ["mass everywhere", "distance", "steps without region", *(name for name in COLUMNS if name not in missing)]
     found = summaries(rows)

@@ -45,8 +45,9 @@ def run(
     so_far: Callable[[Report], object] = lambda _: None,
     earlier: Earlier | None = None,
 ) -> Report:
-    """Everything that the settings name, and that an earlier report lacks. `so_far` is given the report after every
-    case: a long run may be cut short.
+    """Measure everything that the settings name and an earlier report lacks.
+
+    `so_far` is called with the report after every case, since a long run may be cut short.
 
     Raises:
         BundleError: a bundle cannot be opened.
@@ -78,18 +79,18 @@ def run(
 
 
 def _peaks(settings: Settings, dtypes: set[str]) -> dict[str, Any]:
-    """The processor's limits, and the GPU's in the precisions that it is used in; None where they cannot be measured.
+    """Measure the peaks of the processor, and of the GPU in the precisions used; None if they cannot be measured.
 
-    In a process of its own, so that no memory of the measuring stays.
+    This happens in a process of its own, so none of the memory that it takes stays in use.
 
     Raises:
-        BackendError: that process was ended.
+        BackendError: that process was killed.
     """
     wanted = ["cpu"]
     if settings.torch_device != "cpu" or any(not backend.endswith("cpu") for backend in settings.backends):
         wanted += [f"cuda {dtype}" for dtype in sorted(dtypes)]
     spawn = multiprocessing.get_context("spawn")
-    # Not multiprocessing's own pool: where its process is ended, it waits for ever.
+    # Not multiprocessing's own pool: it waits for ever if its process is killed.
     with _numpy_limited_to(settings.threads), ProcessPoolExecutor(1, mp_context=spawn) as pool:
         try:
             found = {name: pool.submit(peaks_of, name, settings.threads).result() for name in wanted}
@@ -103,7 +104,10 @@ def _peaks(settings: Settings, dtypes: set[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _numpy_limited_to(threads: int) -> Iterator[None]:
-    """Of processes that start meanwhile; 0 for its own choice. Its libraries read the number when they are loaded."""
+    """Limit numpy's threads in processes that start within this context; with 0 numpy chooses their number.
+
+    Its libraries read the number when they are loaded.
+    """
     before = dict(os.environ)
     if threads:
         os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)))
@@ -115,7 +119,7 @@ def _numpy_limited_to(threads: int) -> Iterator[None]:
 
 
 class _Bench:
-    """One case of one bundle."""
+    """The measurement of one case of one bundle."""
 
     def __init__(self, settings: Settings, path: str, bundle: Bundle, case: Case, folder: str, say: Say) -> None:
         self.settings, self.path, self.bundle, self.case, self.say = settings, Path(path), bundle, case, say
@@ -174,7 +178,7 @@ class _Bench:
             )
 
     def _prepare(self) -> None:
-        """Keys and values for "kept", by the first backend that has it: they are the same for all."""
+        """Prepare keys and values for "kept" with the first backend that can; they are the same for all backends."""
         forms = [e for e in self.entrants if e.contender.kind == "kept" and self.case.concepts]
         seconds = None
         for kept in forms:
@@ -195,7 +199,7 @@ class _Bench:
             entrant.notes += (f"made before, once: {said}",)
 
     def _start(self, entrant: Entrant, verdicts: Verdicts) -> None:
-        """Load it, take its first request, and compare its run with the oracle's."""
+        """Load a contender, time its first request, and compare its run with the oracle's."""
         if entrant.status != "measured":
             return
         need, (free, _) = memory_needed(entrant.contender.kind, self.bundle, self.case.concepts), memory()
@@ -224,8 +228,10 @@ class _Bench:
         self._compare_requests(entrant)
 
     def _compare_requests(self, entrant: Entrant) -> None:
-        """All were asked for the same pictures: those of a request against those of the first contender that made it.
-        Plain Stable Diffusion makes others."""
+        """Compare a contender's first request with that of the first contender that made one; the pictures must agree.
+
+        Plain Stable Diffusion is left out, because it makes other pictures.
+        """
         if entrant.latents is None or entrant.status != "measured" or entrant.contender.kind == "plain":
             return
         if self._first_request is None:
@@ -247,7 +253,7 @@ class _Bench:
         return entrant.contender.ours or self.settings.torch_device != "cuda"
 
     def _rounds(self, entrants: Sequence[Entrant]) -> None:
-        """All of them in turn, in another order each round: who follows whom must not decide."""
+        """Time all contenders in turn, in another order each round, so results do not depend on who follows whom."""
         for entrant in entrants:
             for stage in STAGES:
                 self._one(entrant, "step", stage)  # untimed: the first step of drawn regions allocates for them
@@ -260,10 +266,10 @@ class _Bench:
         self._requests_in_turn(entrants)
 
     def _alone(self, entrant: Entrant, ours: Sequence[Entrant], free: int | None) -> None:
-        """One that needs much memory, in turn with those of ours: what their ratio is taken from. `free`: host memory
-        before it was started.
+        """Time a contender that needs much memory in turn with ours, as the ratio between them requires.
 
-        What does not fit beside the peak of its steps is there for its own turns only.
+        `free`: host memory before it was started. Those of ours that do not fit beside the peak of its steps run for
+        their own turns only.
         """
         beside, visiting = [], []
         peak = self._one(entrant, "state").get("host") or 0
@@ -295,7 +301,7 @@ class _Bench:
         self._requests_in_turn([entrant])
 
     def _open(self, entrant: Entrant) -> None:
-        """Start its process again; its first steps are not timed."""
+        """Start a contender's process again; its first steps are not timed."""
         entrant.worker = Worker(entrant.task)
         for stage in STAGES:
             self._one(entrant, "step", stage)
@@ -316,7 +322,7 @@ class _Bench:
             entrant.state = self._one(entrant, "state")
 
     def _turns(self, entrants: Sequence[Entrant], *things: str) -> dict[str, Iterator[list[Entrant]]]:
-        """For each thing that is timed the orders of its rounds."""
+        """The orders of the rounds, for each thing that is timed."""
         return {thing: orders(entrants, f"{self.settings.seed} {thing}") for thing in things}
 
     @staticmethod
@@ -325,7 +331,7 @@ class _Bench:
             samples.setdefault(name, []).append(value)
 
     def _one(self, entrant: Entrant, what: str, *arguments: str) -> dict[str, Any]:
-        """What it answers; nothing where it does not run, or fails now."""
+        """Call a contender's worker and return its answer; {} if it is not running, or fails now."""
         if entrant.worker is None:
             return {}
         try:
@@ -336,12 +342,12 @@ class _Bench:
             return {}
 
     def outcome(self, entrant: Entrant) -> Outcome:
-        """What the report says of it."""
+        """The report's entry on a contender."""
         return outcome_of(entrant, self.bundle, self.workload, self.settings.alpha)
 
 
 def orders(entrants: Sequence[Entrant], seed: str) -> Iterator[list[Entrant]]:
-    """Drawn orders without end, none the same as the one before it."""
+    """Yield random orders without end, none the same as the one before it."""
     drawn, before = Random(seed), list[Entrant]()
     while True:
         order = drawn.sample(entrants, len(entrants))
@@ -351,10 +357,10 @@ def orders(entrants: Sequence[Entrant], seed: str) -> Iterator[list[Entrant]]:
 
 
 def memory_needed(kind: str, bundle: Bundle, concepts: int) -> int:
-    """A lower estimate in bytes of what a kind holds on the host, in float32; 0 where it is far from mattering.
+    """A lower estimate in bytes of what a kind holds on the host, in float32; 0 if it holds too little to matter.
 
-    (a) and the reference write attention out: 3 times the logits of all rows of the largest layer. (a) at full size was
-    seen to hold 6.7, 11.2, 14.6 and 17.7 GB for no to three concepts, and this says 6.6, 9.9, 13.1 and 16.3.
+    (a) and the reference write attention out: 3 times the logits of all rows of the largest layer. At full size (a) was
+    seen to hold 6.7, 11.2, 14.6 and 17.7 GB for zero to three concepts; the estimates are 6.6, 9.9, 13.1 and 16.3.
     """
     if kind not in ("authors", "reference"):
         return 0
@@ -367,7 +373,7 @@ def memory_needed(kind: str, bundle: Bundle, concepts: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`magicface-rt bench` by another name."""
+    """Run `magicface-rt bench`."""
     import sys
 
     from magicface_rt.cli import main as command_line

@@ -1,4 +1,4 @@
-"""What is said of a handful of timings."""
+"""Statistics of a handful of timings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIN_SAMPLES = 6
 
 
 def figures(samples: Sequence[float]) -> Figures:
-    """Raises ValueError for no samples."""
+    """Summarise samples. Raises ValueError if there are none."""
     if not samples:
         raise ValueError("no samples")
     values = np.asarray(samples, float)
@@ -34,16 +34,18 @@ def figures(samples: Sequence[float]) -> Figures:
 def ratio_of_medians(
     numerator: Sequence[float], denominator: Sequence[float], *, paired: bool, confidence: float, seed: int
 ) -> tuple[float, float | None, float | None]:
-    """The ratio and its bootstrap interval (percentiles). Where a side has fewer than MIN_SAMPLES, the range that was
-    seen instead: of the rounds' ratios if they are paired, else from the shortest over the longest to the longest over
-    the shortest; None for one round.
+    """Return the ratio and its bootstrap interval (percentiles).
 
-    paired: sample i of both was taken in round i, so that rounds are drawn anew, not samples: what slowed the machine
-    in a round slowed both.
+    If a side has fewer than MIN_SAMPLES, the observed range takes the interval's place: that of the rounds' ratios if
+    they are paired, else from the shortest over the longest to the longest over the shortest; None for one round.
 
-    How often an interval of 95 % holds the true ratio, of 2,000 drawn experiments: paired rounds, 20 % of slowness for
-    both and 5 % of their own: 94 % of six or seven rounds, 96 % of eight, 97 % of ten, 99 % of twenty (the median of so
-    few moves in jumps); 96 % of six that are not paired, with 10 % of their own. A test draws six paired rounds anew.
+    paired: sample i of both sides was taken in round i. Then whole rounds are resampled, not single samples, because
+    what slowed the machine in a round slowed both.
+
+    How often an interval of 95 % holds the true ratio, in 2,000 simulated experiments: for paired rounds, with 20 % of
+    noise in common and 5 % of each side's own, 94 % with six or seven rounds, 96 % with eight, 97 % with ten, 99 % with
+    twenty (the median of so few moves in jumps); 96 % with six unpaired rounds and 10 % of noise of their own. A test
+    repeats the simulation for six paired rounds.
     """
     a, b = np.asarray(numerator, float), np.asarray(denominator, float)
     ratio = float(np.median(a) / np.median(b))

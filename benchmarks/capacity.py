@@ -1,10 +1,10 @@
-"""From a measured report to a fleet, on paper: images a second, and concepts that fit beside them on each device.
+"""Estimate a fleet from a measured report: images a second, and concepts that fit beside them on each device.
 
     python -m benchmarks.capacity bench-out/bench.json --fleet h200=4:141 [--steps 50] [--reserve 4] [--busy 0.8]
 
-Everything that is timed comes out of the report; no figure of any device is written here. A part of the fleet gets what
-was measured on the GPU or the processor of that name. Others are refused, unless `--as-measured` says which of the two
-they are taken to be as fast as.
+All timings come from the report; no figure of any device is built in. A part of the fleet gets what was measured on the
+GPU or the processor of that name. Other parts are refused, unless `--as-measured` says which of the two they are
+assumed to be as fast as.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OF_A_PART = ["s an image", "images a second", "MB a concept", "concepts resident
 
 
 def text(report: Json, found: Sequence[Capacity], fleet: Sequence[Machines], assumed: Assumptions) -> str:
-    """Markdown: a table of the parts, one of the whole, under everything that they rest on."""
+    """Format as Markdown: the assumptions, a table of the parts, and one of the whole fleet."""
     machine = report["machine"]
     lines = [
         f"Measured {machine['started']}, commit {machine['commit'] or 'unknown'}, on {machine['processor']}, "

@@ -1,4 +1,4 @@
-"""What every contender does in its own process, whatever it computes with."""
+"""The interface that every contender implements in its own process, whatever it computes with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .workload import Workload
 
 @dataclass(frozen=True)
 class Task:
-    """Who runs what. `folder` is for files that processes hand each other."""
+    """A contender and what it is to run. `folder`: for files that the processes pass to each other."""
 
     contender: Contender
     bundle: str
@@ -35,8 +35,8 @@ class Task:
 class Run:
     """A whole run in a few steps: latents [B, 4, h, w], last regions [B, h/2, w/2], and what each stage's step cost.
 
-    rows, flops, bytes by stage, for one step; empty where it was not counted. sixteen_bit: whether it was computed so.
-    margin: of each cell's last region, [B, h/2, w/2], what it would take to become another; None where it is not known.
+    rows, flops, bytes: of one step, by stage; empty if they were not counted. sixteen_bit: whether it was computed in
+    16 bits. margin [B, h/2, w/2]: how far each cell's last region is from becoming another; None if not known.
     """
 
     latents: NDArray[np.float32]
@@ -49,8 +49,11 @@ class Run:
 
 
 class Runner(ABC):
-    """A contender. `notes`: what a reader of its figures should know; `on_device`: it computes on a GPU; `latents`
-    [B, 4, h, w]: of the last request."""
+    """A contender.
+
+    `notes`: what a reader of its figures should know; `on_device`: whether it computes on a GPU; `latents`
+    [B, 4, h, w]: of the last request.
+    """
 
     notes: tuple[str, ...] = ()
     on_device: bool = False
@@ -58,26 +61,26 @@ class Runner(ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Load all that a request needs, where that has not happened yet."""
+        """Load everything that a request needs, unless that has happened already."""
 
     @abstractmethod
     def run(self) -> Run:
-        """`Workload.run` for parity, which warms up as well. PyTorch's work is counted on the way."""
+        """Do `Workload.run` for parity, which also warms up. PyTorch's work is counted on the way."""
 
     @abstractmethod
     def step(self, stage: str) -> dict[str, float]:
-        """One step of `Workload.moment`. Seconds by name: the stage's, and "reference_pass" where there is one."""
+        """Do one step of `Workload.moment`; return seconds by name: the stage's, and "reference_pass" if it runs."""
 
     @abstractmethod
     def request(self) -> dict[str, float]:
-        """A whole request, from prompt and images to pictures. Seconds by stage, and "total"."""
+        """Make a whole request, from prompt and images to pictures; return seconds by stage, and "total"."""
 
     def kept_bytes(self) -> int:
-        """Of keys and values that a step reads and that were made before."""
+        """Bytes of the keys and values that a step reads and that were made before."""
         return 0
 
     def threads(self) -> int | None:
-        """Threads that it computes with on the CPU, where that can be told."""
+        """Number of CPU threads that it computes with; None if not known."""
         return None
 
     def close(self) -> None:  # noqa: B027 - not every contender holds something
@@ -85,7 +88,7 @@ class Runner(ABC):
 
 
 def load(task: Task) -> Runner:
-    """The contender of a task. Imports torch only for those that need it, which their memory shows."""
+    """Create the contender of a task. torch is imported only for those that need it, because it counts as memory."""
     if task.contender.ours:
         from .ours import Ours
 
@@ -96,7 +99,7 @@ def load(task: Task) -> Runner:
 
 
 def as_torch(array: NDArray[Any], like: Any) -> Any:
-    """To a tensor's device, and for floats to its dtype."""
+    """Convert an array to a tensor on the device of `like`, and for floats with its dtype."""
     import torch
 
     tensor = torch.from_numpy(np.ascontiguousarray(array))

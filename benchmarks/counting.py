@@ -1,9 +1,9 @@
 """Work that is counted, not timed: U-Net rows, floating point operations, bytes.
 
 PyTorch's contenders are counted as they run, operator by operator. A bundle's graphs are counted from their shapes:
-the ONNX file with the case's sizes put in for its symbols. On both sides matrix products and convolutions count, 2 for
-each multiply-add, and bytes are what every operator reads and writes, as if nothing stayed in a cache. Views, reshapes
-and new tensors that nobody has filled move nothing; a slice that is copied does.
+the ONNX file with the case's sizes put in for its symbols. On both sides FLOPs are those of matrix products and
+convolutions, 2 for each multiply-add, and bytes are what every operator reads and writes, as if nothing stayed in a
+cache. Views, reshapes and new tensors without content move nothing; a slice that is copied does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from magicface_rt import Bundle
 from magicface_rt.regions import MAX_CONCEPTS
 
 CODE_CHANNELS = MAX_CONCEPTS + 2
-"""That RegionAttention adds to each head of q and k: groups 0 to 6, and one for what rounding lost."""
+"""Channels that RegionAttention adds to each head of q and k: groups 0 to 6, and one for what rounding lost."""
 
 MOVES_NOTHING = {
     "Constant",
@@ -29,12 +29,15 @@ MOVES_NOTHING = {
     "Flatten",
 }
 COPIES_ITS_OUTPUT = {"Slice", "Split", "Expand", "Gather"}
-"""They read no more than they write, however large their input is."""
+"""Operators that read no more than they write, however large their input is."""
 
 
 def rows_of_theory(kind: str, concepts: int, *, steps: int = 1, images: int = 1) -> int:
-    """U-Net rows of a request with one reference for each concept. `bare` counts reference rows in full, though they
-    end at the last injection layer; they are shared by the images of a batch."""
+    """Number of U-Net rows of a request with one reference for each concept.
+
+    `bare` counts reference rows in full, though they end at the last injection layer; they are shared by the images of
+    a batch.
+    """
     n, t, b = concepts, steps, images
     return {
         "authors": 2 * (1 + n) * t * b,
@@ -56,10 +59,10 @@ class Cost:
 
 
 def graph_cost(bundle: Bundle, graph: str, sizes: Mapping[str, int]) -> Cost:
-    """One run of a graph with these values for its symbols. Needs the package `onnx`; raises ImportError without it.
+    """The cost of one run of a graph with these values for its symbols. Raises ImportError without the package `onnx`.
 
     Raises:
-        ValueError: a shape stays unknown, so the count would be too small.
+        ValueError: a shape cannot be inferred, so the count would be too small.
     """
     import onnx
 
@@ -84,8 +87,10 @@ def graph_cost(bundle: Bundle, graph: str, sizes: Mapping[str, int]) -> Cost:
 
 
 def graph_rows(bundle: Bundle, graph: str, sizes: Mapping[str, int]) -> int:
-    """Rows that one run of a U-Net's graph computes with these values for its symbols: those of its first convolution.
-    Needs the package `onnx`."""
+    """Number of rows that one run of a U-Net's graph computes with these values for its symbols.
+
+    It is read off the first convolution. Needs the package `onnx`.
+    """
     import onnx
 
     model = onnx.load(str(bundle.path / bundle.graph(graph).files["onnxruntime"]), load_external_data=False)
@@ -94,7 +99,7 @@ def graph_rows(bundle: Bundle, graph: str, sizes: Mapping[str, int]) -> int:
 
 
 def _inferred(model: Any, sizes: Mapping[str, int]) -> tuple[list[Any], dict[str, list[int]], dict[str, int]]:
-    """Nodes, each with the call of a function that it stands for or None; shapes and bytes an element by tensor."""
+    """Nodes, each with the function call that it stands for or None; shapes, and bytes per element, by tensor."""
     from onnx import TensorProto, helper, shape_inference
 
     for value in model.graph.input:
@@ -160,7 +165,7 @@ def _attribute(node: Any, name: str, otherwise: int) -> int:
 
 
 class TorchCounter:
-    """Counts what PyTorch runs inside of the context. `rows` is what the caller adds."""
+    """Counts FLOPs and bytes of what PyTorch runs inside the context."""
 
     def __init__(self) -> None:
         import torch
@@ -196,7 +201,7 @@ def _byte_counter() -> Any:
     from torch.utils._pytree import tree_leaves
 
     aten = torch.ops.aten
-    # A reshape after a product is no view to PyTorch, and moves nothing; nor does memory that is only asked for.
+    # To PyTorch a reshape after a product is no view, but it moves nothing; nor does memory that is only allocated.
     moves_nothing = {aten._unsafe_view.default, aten.empty_like.default, aten.empty.memory_format}
     moves_nothing |= {aten.new_empty.default, aten.empty_strided.default}
 

@@ -1,8 +1,8 @@
-"""Image and text encoders of the user's own, by folder, for CLIP-T, CLIP-I, DINO and face similarity.
+"""Image and text encoders from the user's own folders, for CLIP-T, CLIP-I, DINO and face similarity.
 
 A folder is one that transformers can load: config.json, safetensors weights, preprocessor_config.json, and for CLIP a
 tokenizer. Nothing is downloaded. Pictures are prepared here (shorter side to size, centre, mean and standard
-deviation), because transformers' own processors want torchvision.
+deviation), because transformers' own processors need torchvision.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from PIL import Image
 from magicface_rt.errors import InputError
 
 COLUMNS = {"clip_t": "clip", "clip_i": "clip", "dino": "dino", "face": "face"}
-"""Columns of an ablation's table that need an encoder, and which."""
+"""Columns of an ablation's table that need an encoder, and which one."""
 
 
 class Encoder:
-    """An image encoder; `text` works for CLIP alone. What it returns are unit vectors [D]: image features where the
-    model has such (CLIP), else its pooled output, else the state of its first token (the class's), else the mean over
-    its grid.
+    """An image encoder; `text` works for CLIP only.
+
+    It returns unit vectors [D]: image features if the model has them (CLIP), else its pooled output, else the state of
+    its first token (the class token), else the mean over its grid.
 
     Raises InputError for a folder that transformers cannot load, or that lacks weights.
     """
@@ -44,8 +45,8 @@ class Encoder:
             self.preparing = json.loads(prepared.read_text()) if prepared.is_file() else {}
         except (OSError, ValueError) as error:
             raise InputError(f"encoder {path}: transformers cannot load it: {error}") from error
-        # transformers fills in what a folder lacks with random weights. DINO's, and face embeddings that were trained
-        # as classifiers, lack the pooler alone; then the first token's state is what they were trained for.
+        # transformers fills in random weights for what a folder lacks. DINO's, and face embeddings that were trained
+        # as classifiers, lack the pooler only; then the first token's state is what they were trained for.
         lacking = {name for name in found["missing_keys"] if not name.endswith("mask_token")}  # for training only
         poolers = {name for name in lacking if "pooler" in name.split(".") and not hasattr(model, "get_image_features")}
         if others := sorted(lacking - poolers):
@@ -85,7 +86,7 @@ class Encoder:
         return _unit(self._vector(self.model.get_text_features(**tokens)))
 
     def _vector(self, output: Any) -> np.ndarray:
-        """[D] of whatever a model returns."""
+        """The vector [D] in whatever a model returns."""
         if isinstance(output, torch.Tensor):
             return output[0].numpy()
         pooled = getattr(output, "pooler_output", None)
@@ -101,7 +102,7 @@ class Encoder:
 
 
 def prepared_pixels(image: Image.Image, config: Mapping[str, Any]) -> np.ndarray:
-    """float32 [3, s, s] as a preprocessor_config.json says; 224 and ImageNet's mean where it does not."""
+    """Prepare a picture as float32 [3, s, s] by a preprocessor_config.json; defaults are 224 and ImageNet's mean."""
     size, crop = config.get("size", 224), config.get("crop_size")
     shortest = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height") or 224
     side = shortest if crop is None else crop if isinstance(crop, int) else crop["height"]
@@ -116,7 +117,7 @@ def prepared_pixels(image: Image.Image, config: Mapping[str, Any]) -> np.ndarray
 
 
 class Encoders:
-    """Those that the user named. `missing`: the columns that cannot be filled."""
+    """The encoders that the user named. `missing`: the columns that cannot be filled."""
 
     def __init__(self, folders: Mapping[str, str | Path | None]) -> None:
         self.by_name = {name: Encoder(folder) for name, folder in folders.items() if folder is not None}
@@ -132,9 +133,12 @@ class Encoders:
         regions: Mapping[str, Image.Image],
         references: Mapping[str, Image.Image],
     ) -> dict[str, dict[str, float]]:
-        """Cosines by concept's name: of the picture and its prompt, which is the same for all; and of a concept's part
-        of the picture and its reference's masked part, for those that have a region. regions and references: cut-outs
-        by concept's name."""
+        """Cosines by concept and column.
+
+        CLIP-T compares the picture with its prompt and is the same for all concepts. The others compare a concept's
+        part of the picture with its reference's masked part, for concepts that have a region. regions and references:
+        cut-outs by concept's name.
+        """
         whole: dict[str, float] = {}
         if "clip" in self.by_name:
             whole["clip_t"] = float(self.by_name["clip"].image(picture) @ self.by_name["clip"].text(prompt))

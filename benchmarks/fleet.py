@@ -1,4 +1,4 @@
-"""From a measured report to a fleet: what each part of it would do, and the whole. Only figures of the report count."""
+"""Estimate what each part of a fleet, and the whole, would do, using only the figures of a measured report."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .table import name, was_quiet
 
 Json = Mapping[str, Any]
 STAGES = {"text": "text encoder", "vae_encode": "VAE encoder", "decode": "decoder"}
-"""What a request costs besides its steps, by the report's names."""
+"""The stages of a request besides its steps: the report's names, and names for people."""
 
 
 @dataclass(frozen=True)
 class Machines:
-    """A part of the fleet: so many devices of one name, with so many bytes of memory each."""
+    """A part of the fleet: `count` devices of one name, with `memory_bytes` each."""
 
     name: str
     count: int
@@ -29,7 +29,7 @@ class Machines:
 
     @classmethod
     def parse(cls, text: str) -> Machines:
-        """`NAME=COUNT:GB`, such as `h200=4:141`. Raises InputError for another form."""
+        """Parse `NAME=COUNT:GB`, such as `h200=4:141`. Raises InputError for another form."""
         name, _, rest = text.partition("=")
         count, _, memory = rest.partition(":")
         try:
@@ -43,9 +43,12 @@ class Machines:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """steps: of a request; alpha: its part in RSA; reserve_bytes: memory left free; busy: part of the time in which a
-    device has work; as_measured: "gpu" or "cpu", for parts of the fleet that were not measured: they are taken to be
-    like the measured GPU, or the measured machine's processor."""
+    """What an estimate assumes.
+
+    steps: of a request; alpha: its part in RSA; reserve_bytes: memory left free; busy: part of the time in which a
+    device has work; as_measured: "gpu" or "cpu", whether parts of the fleet that were not measured are assumed to be
+    like the measured GPU or like the measured machine's processor.
+    """
 
     steps: int = 50
     alpha: float = 0.4
@@ -56,7 +59,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Shape:
-    """What was measured: of a report's case. steps: of the schedule whose middle step was timed."""
+    """What a report's case measured. steps: of the schedule whose middle step was timed."""
 
     bundle: str
     width: int
@@ -70,12 +73,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Of one part of the fleet, with one form of the SDK.
+    """The capacity of one part of the fleet, with one form of the SDK.
 
-    measured_on: the GPU or processor that the figures are of; title: the form's, for people; images_per_second: of the
-    whole part; 0 where the measured peak does not fit; bytes_per_concept: of the keys of one reference for all steps;
-    resident: how many such concepts fit on one device beside a request, at least and at most; both None where nothing
-    is kept, resident also where the peak is not known. notes: what holds for this row and not for all.
+    measured_on: the GPU or processor that the figures are of; title: of the form, for people; images_per_second: of the
+    whole part, 0 if the measured peak does not fit; bytes_per_concept: of the keys of one reference for all steps;
+    resident: how many such concepts fit on one device beside a request, at least and at most. Both are None if nothing
+    is kept, resident also if the peak is not known. notes: what holds for this row and not for all.
     """
 
     machines: Machines
@@ -92,8 +95,11 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Total:
-    """Of the whole fleet, with one kind of the SDK's forms: every part with its fastest. resident: distinct concepts,
-    each on one device. without: the parts that add nothing, for none of it was measured there or fits."""
+    """The capacity of the whole fleet with one kind of the SDK's forms, where every part uses its fastest.
+
+    resident: distinct concepts, each on one device. without: the parts that add nothing, because no form of the kind
+    was measured there or fits.
+    """
 
     shape: Shape
     kind: str
@@ -103,10 +109,10 @@ class Total:
 
 
 def capacity(report: Json, fleet: Sequence[Machines], assumed: Assumptions) -> list[Capacity]:
-    """For every part of the fleet every case of every form of the SDK that was measured on such a device.
+    """Estimate, for every part of the fleet, every case of every form of the SDK that was measured on such a device.
 
     Raises:
-        InputError: the file is no report; nothing of the SDK was measured on a part's device.
+        InputError: the file is no report, or nothing of the SDK was measured on a part's device.
     """
     wrong = problems(report)
     if not wrong and not isinstance(report["settings"].get("parity_steps"), int):
@@ -133,7 +139,7 @@ def capacity(report: Json, fleet: Sequence[Machines], assumed: Assumptions) -> l
 
 
 def totals(found: Sequence[Capacity], fleet: Sequence[Machines]) -> list[Total]:
-    """One for each shape and kind that was found."""
+    """Make a total for each shape and kind that was found."""
     made = []
     for shape, kind in dict.fromkeys((one.shape, one.kind) for one in found):
         speed, fewest, most, without, known = 0.0, 0, 0, [], True
@@ -195,7 +201,7 @@ def _one(report: Json, case: Json, outcome: Json, machines: Machines, assumed: A
 
 
 def _seconds(outcome: Json, assumed: Assumptions) -> tuple[float, list[str]]:
-    """Of a request of all its images, and the stages that are not in it because nobody measured them."""
+    """Seconds of a request for all its images, and the stages that they lack because these were not measured."""
     rba = sum(is_region_step(i, assumed.steps, assumed.alpha) for i in range(assumed.steps))
     seconds = (assumed.steps - rba) * outcome["steps"]["rsa"]["median"] + rba * outcome["steps"]["rba"]["median"]
     measured = outcome["requests"]["stages"] if outcome["requests"] else {}
@@ -208,14 +214,16 @@ def _seconds(outcome: Json, assumed: Assumptions) -> tuple[float, list[str]]:
 
 
 def _steps_held(report: Json, case: Json, outcome: Json) -> int:
-    """Of how many steps the keys may have been in memory at the peak: those of a request, and those that the single
-    steps and the compared run read, which stay on the host."""
+    """For how many steps keys may have been in memory at the peak.
+
+    They are those of a request, and those that the single steps and the compared run read, which stay on the host.
+    """
     single = 1 if outcome["on_device"] else 1 + int(report["settings"]["parity_steps"])
     return single + (case["steps"] if outcome["requests"] else 0)
 
 
 def _is_gpu(report: Json, machines: Machines, assumed: Assumptions) -> bool:
-    """Whether a part of the fleet is like the report's GPU; else it is like its processor."""
+    """Whether a part of the fleet is taken to be like the report's GPU; if not, it is like its processor."""
     matches = [gpu for gpu in (True, False) if bears(_where(report, gpu), machines.name)]
     if len(matches) == 2:
         raise InputError(f"fleet: {machines.name!r} is in the GPU's name and in the processor's. Name one of the two.")
@@ -231,7 +239,7 @@ def _is_gpu(report: Json, machines: Machines, assumed: Assumptions) -> bool:
 
 
 def bears(device: str, name: str) -> bool:
-    """Whether a device's full name has these words in it."""
+    """Whether a device's full name contains these words."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", device, re.IGNORECASE) is not None
 
 

@@ -1,4 +1,4 @@
-"""Parity before speed: is a contender's run that of the oracle? docs/parity.md, "Benchmarks", has the tolerances."""
+"""Parity before speed: compare a contender's run with the oracle's. docs/parity.md, "Benchmarks", has tolerances."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from .worker import JUDGE, Worker
 END_TO_END = 1e-4
 """Relative 2-norm of the latents after a free run in float32 in which no cell changed its region."""
 AFTER_A_FLIP = 2e-2
-"""Where cells did, because near-ties flipped: that moves the latents far more than the arithmetic that flipped them."""
+"""The same if cells did, because near-ties flipped: that moves the latents far more than what flipped them."""
 NEAR_TIE = 1e-3
-"""The oracle's margin under which a cell may."""
+"""A cell may flip if the oracle's margin is under this."""
 LARGEST_FLIP = 0.02
-"""Part of the cells that may where the oracle has no margins, and in 16 bits, which move them far."""
+"""Part of the cells that may flip if the oracle has no margins, or in 16 bits, which move them far."""
 SAME_REQUEST = 0.05
-"""Relative 2-norm between the latents of two contenders' whole requests: near-ties flip in many steps one after
-another. It is there for what is another request, not for arithmetic, which the compared run has judged."""
+"""Relative 2-norm between the latents of two contenders' whole requests, in which near-ties flip in many steps one
+after another. It is there to notice another request, not for arithmetic, which the compared run has judged."""
 SAME_REQUEST_IN_16_BITS = 0.5
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The oracle's runs. plain: for plain Stable Diffusion, where it takes part. floors: what rounding every layer's
-    output to the bundle's 16 bits costs, as a relative error of the latents; 0 in float32."""
+    """The oracle's runs, with which contenders are compared.
+
+    plain: the run for plain Stable Diffusion, if that takes part. floors: what rounding every layer's output to the
+    bundle's 16 bits costs in `run` and in `plain`, as a relative error of the latents; 0 in float32.
+    """
 
     oracle: str
     kind: str
@@ -58,7 +61,7 @@ class Verdicts:
 
     @property
     def empty(self) -> tuple[int, ...]:
-        """Concepts, from 1, that have no region when the oracle's run ends: of their RBA the run says nothing."""
+        """Concepts, from 1, without a region when the oracle's run ends; the run says nothing about their RBA."""
         return tuple(k for k in range(1, self.concepts + 1) if not (self.run.regions == k).any())
 
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.kept_concepts BUNDLE [--checkpoint DIR] [--steps 4] [--rounds 3] [--concepts 1 2 3]
 
-For each number N of concepts, in turn and round after round, so that whatever else the machine does meets all of them:
+For each number N of concepts, in turn and round after round, so whatever else the machine does affects all of them:
 
     first      a Session that knows none of the N concepts: references prepared, then the picture
     second     the same request again: everything about the references is kept
@@ -14,12 +14,13 @@ For each number N of concepts, in turn and round after round, so that whatever e
                others have ended, since it needs 20 GB at full size with N = 3; --authors-steps and --authors-rounds
                say how long. `magicface-rt bench` has it with parity checked first
 
-The ways of one request, 8 bits apart, must make the same latents as the first that made them, or nothing is timed;
+All ways of making one request, except `8-bit`, must give the same latents as the first of them, or nothing is timed;
 `plain`, `diffusers` and `authors` make other pictures than those, and are compared with nothing here.
 
-Seconds are of the steps, divided by their number, the preparation of references included, encoding and decoding not;
-and of whole requests of ours. Graphs are loaded before. Peaks are of the process in that very request. Before `second`,
-`plain` and `8-bit` the graphs that only preparing needs are unloaded, as a service does that has its concepts.
+Seconds a step are those of the steps divided by their number, including the preparation of references but not encoding
+and decoding; ours are given for whole requests as well. Graphs are loaded before. Peaks are of the process during that
+very request. Before `second`, `plain` and `8-bit` the graphs that only preparing needs are unloaded, as in a service
+that has its concepts.
 """
 
 from __future__ import annotations
@@ -53,14 +54,17 @@ RATIOS = (
 )
 
 ALONE = ("authors",)
-"""Who runs when the others have ended."""
+"""Contenders that run when the others have ended."""
 
 
 @dataclass
 class Told:
-    """Of one request. seconds: a step's; request: the whole request's; peak: bytes of host memory; error: how far its
-    latents are from those that the first way made, None where there is nothing to compare them with, as they are of
-    another picture; the rest as said."""
+    """What was measured of one request.
+
+    seconds: of a step; request: of the whole request; peak: bytes of host memory; error: how far its latents are from
+    those that the first way made, None if they are of another picture, so there is nothing to compare them with;
+    notes: further figures by name.
+    """
 
     seconds: float
     request: float | None = None
@@ -192,7 +196,7 @@ def _serve(pipe: Connection, measure: Measure) -> None:
 
 
 class Contender:
-    """A function in a process of its own."""
+    """A function that runs in a process of its own."""
 
     def __init__(self, target: Any, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -254,7 +258,7 @@ def main() -> None:
 
 
 def print_table(found: dict[tuple[str, int], list[Told]]) -> None:
-    """As Markdown."""
+    """Print the measurements and their ratios as Markdown."""
     print(
         "\n| N | | seconds a step, median (fastest to slowest) | request | peak GB | | error of the latents |"
         "\n|---|---|---|---|---|---|---|"
@@ -286,7 +290,7 @@ def _parity(told: list[Told]) -> str:
 
 
 def _ratio(upper: list[Told], lower: list[Told], above: str) -> str:
-    """Rounds are pairs only where the two took turns."""
+    """The ratio of seconds a step. Rounds are pairs only if the two took turns."""
     a, b = ([one.seconds for one in side] for side in (upper, lower))
     ratio, low, high = ratio_of_medians(a, b, paired=above not in ALONE, confidence=0.95, seed=0)
     said = f"{ratio:.2f}" if low is None else f"{ratio:.2f} ({low:.2f} to {high:.2f})"

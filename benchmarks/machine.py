@@ -1,4 +1,4 @@
-"""What a benchmark ran on: the machine in words, how busy it was, and the memory that a process has held."""
+"""What a benchmark ran on: a description of the machine, how busy it was, and the memory that a process has held."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUIET_LOAD = 0.3
 
 
 def describe() -> dict[str, Any]:
-    """Machine, versions, commit. Call it before anything runs: the load average is of that moment."""
+    """Describe machine, versions and commit. Call it before anything runs: the load average is that of the moment."""
     load = list(os.getloadavg()) if hasattr(os, "getloadavg") else []
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -49,7 +49,7 @@ def describe() -> dict[str, Any]:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Bytes of host memory that are free for a new process, and in all; None where the system does not say."""
+    """Bytes of host memory that are free for a new process, and in total; None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -59,7 +59,7 @@ def memory() -> tuple[int | None, int | None]:
 
 
 def peak_host_bytes() -> int | None:
-    """The most host memory that this process has held; None where the system does not say.
+    """The most bytes of host memory that this process has held; None if the system does not say.
 
     Not `getrusage`: on Linux its maximum is inherited from the process that started this one.
     """
@@ -73,22 +73,24 @@ def peak_host_bytes() -> int | None:
 
 
 def reset_peak_host_bytes() -> None:
-    """Let the peak start anew from what the process holds now, where the system can."""
+    """Reset the peak to what the process holds now, if the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 class DevicePeak:
-    """The most device memory that this process was seen to hold, by what the driver says of it: contexts, plans and
-    pools included, and the same for every library. `bytes`: None before the first look, and where it cannot be told,
-    as in a container whose process numbers are not the driver's."""
+    """The most device memory that this process was seen to hold, as the driver reports it.
+
+    Contexts, plans and pools are included, whatever the library. `bytes`: None before the first look, and if it is not
+    known, as in a container whose process numbers are not the driver's.
+    """
 
     def __init__(self, on_device: bool) -> None:
         self.bytes: int | None = None
         self._on_device = on_device
 
     def look(self) -> None:
-        """To be called between measurements: asking takes a tenth of a second."""
+        """Ask the driver. Call it between measurements: asking takes a tenth of a second."""
         if self._on_device and (found := _device_bytes(os.getpid())):
             self.bytes = max(self.bytes or 0, found)
 
@@ -118,7 +120,7 @@ def _processor() -> str:
 
 
 def _vector_instructions() -> list[str]:
-    """Those that matrix products are written for; a library that does not know the best of them is slow here."""
+    """The ones that matrix products are written for; a library that does not know the best of them is slow here."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("flags"):
@@ -140,8 +142,10 @@ class Busy:
         return cls(*_busy_seconds(), perf_counter())
 
     def share(self) -> float | None:
-        """Processor seconds of processes that are neither this one nor ended children of it, for each core's second;
-        None where the system does not say."""
+        """Processor seconds of processes other than this one and its ended children, for each second of each core.
+
+        None if the system does not say.
+        """
         everyone, own = _busy_seconds()
         passed = (perf_counter() - self.since) * (os.cpu_count() or 1)
         if not everyone or passed <= 0:
@@ -150,7 +154,7 @@ class Busy:
 
 
 def _busy_seconds() -> tuple[float, float]:
-    """Since the start: of all processors, and of this process with its children that have ended."""
+    """Processor seconds used so far: on all processors, and by this process with its children that have ended."""
     times = os.times()
     own = times.user + times.system + times.children_user + times.children_system
     try:
@@ -162,7 +166,7 @@ def _busy_seconds() -> tuple[float, float]:
 
 
 def _gpu() -> str | None:
-    """What the driver says of the first GPU; None where there is none that can be asked."""
+    """What the driver reports about the first GPU: name, driver version, memory. None if there is none to be asked."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -172,8 +176,10 @@ def _gpu() -> str | None:
 
 
 def _commit() -> str | None:
-    """The repository's commit, with "+changes" where the tree differs from it. Outside a repository what the variable
-    MAGICFACE_RT_COMMIT says, which is for a copy without its history; None where it says nothing."""
+    """The commit that MAGICFACE_RT_COMMIT names, for a copy without its history, else that of the repository.
+
+    The latter gets "+changes" if the tree differs from it. None if there is neither.
+    """
     if named := os.environ.get("MAGICFACE_RT_COMMIT"):
         return named
     folder = Path(__file__).resolve().parent

@@ -24,7 +24,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class Ours(Runner):
-    """Kind "bare": the reference pass at each step; "kept": keys that `prepare` left in the task's folder."""
+    """The SDK as a contender: "bare" runs the reference pass at each step, "kept" reads keys that `prepare` wrote."""
 
     def __init__(self, task: Task) -> None:
         self.settings, self.case = task.settings, task.case
@@ -35,7 +35,7 @@ class Ours(Runner):
         self.folder = Path(task.folder)
         self.kept = task.contender.kind == "kept"
         self.with_references = bool(task.case.concepts)
-        # With requests the Session's graphs are used for steps as well, so that none is loaded twice.
+        # If there are requests, the Session's graphs are used for steps as well, so none is loaded twice.
         self.session = Session(self.bundle, backend=self.backend) if task.settings.request_rounds else None
         self._runners: dict[str, GraphRunner] = {}
         self._bindings: tuple[Binding, Binding | None] | None = None
@@ -134,7 +134,7 @@ class Ours(Runner):
         return self._runners[graph]
 
     def _bound(self) -> tuple[Binding, Binding | None]:
-        """`denoise_step` and, where it runs, `reference_kv`, with what stays the same from step to step."""
+        """Bind `denoise_step` and, if it runs, `reference_kv`, and set what stays the same from step to step."""
         if self._bindings is not None:
             return self._bindings
         step = self._runner("denoise_step").bind(STATE)
@@ -193,8 +193,10 @@ class Ours(Runner):
 
 
 def prepare(task: Task) -> dict[str, float]:
-    """What the kind "kept" finds: keys and values of the steps that are compared and timed, and for requests those of
-    `Session.prepare`. In a process of its own, because it is done once for a concept and not for a request.
+    """Write what the kind "kept" reads: keys and values of the steps that are compared and timed, and for requests
+    those of `Session.prepare`.
+
+    This runs in a process of its own, because it is done once for a concept and not for each request.
 
     Returns seconds: "reference_pass" of one step with all references (median of a few), "prepare" of all concepts for
     all steps, without the loading of graphs and the writing of files.
@@ -233,12 +235,12 @@ def _load_prepared(folder: Path, concepts: Any) -> list[Any]:
 
 
 def as_bundle_dtype(array: NDArray[np.float32], bundle: Bundle) -> NDArray[Any]:
-    """Rounded to the bundle's dtype, as a host array holds it."""
+    """Round an array to the bundle's dtype, as a host array holds it."""
     return to_bfloat16(array) if bundle.dtype == "bfloat16" else array.astype(bundle.dtype)
 
 
 def _no_keys(bundle: Bundle) -> Arrays:
-    """One padding key a layer, which nobody sees."""
+    """One padding key for each layer, which no token sees."""
     return {
         f"{kind}_ref_{layer.index}": np.zeros((1, 1, layer.width), host_dtype(bundle.dtype))
         for layer in bundle.injection_layers

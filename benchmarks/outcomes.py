@@ -1,4 +1,4 @@
-"""A contender on its way through a case, and what a report says of it in the end."""
+"""A contender on its way through a case, and the report's entry on it in the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Entrant:
     ready: float = 0.0
     cold_start: float = 0.0
     steps: dict[str, list[float]] = field(default_factory=dict)
-    # Of the SDK's forms that took turns with it after all others had ended, by name.
+    # Steps of the SDK's forms that took turns with it after all others had ended, by name.
     beside: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     requests: list[dict[str, float]] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Entrant:
 
     @property
     def on_device(self) -> bool:
-        """Whether it computed on a GPU, by what its process said when it had ended."""
+        """Whether it computed on a GPU, as its process reported in the end."""
         return bool(self.state.get("on_device"))
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Entrant:
 
 
 def outcome_of(entrant: Entrant, bundle: Bundle, workload: Workload, alpha: float) -> Outcome:
-    """What a report says of it."""
+    """The report's entry on an entrant."""
     if entrant.status != "measured":
         return Outcome(entrant.contender, entrant.status, entrant.reason, not entrant.alone, entrant.parity)
     return Outcome(
@@ -127,8 +127,10 @@ def _graphs_cost(kind: str, bundle: Bundle, workload: Workload) -> Cost:
 
 
 def ratios_of(entrants: Sequence[Entrant], settings: Settings) -> list[Ratio]:
-    """Every baseline of PyTorch's over every form of ours, and ours without kept keys over ours with them. Between a
-    GPU and a processor there is none: it would say what the devices are, and not what runs on them."""
+    """The ratios of every PyTorch baseline to every form of ours, and of ours without kept keys to ours with them.
+
+    There is none between a GPU and a processor: it would compare the devices and not what runs on them.
+    """
     return [
         ratio
         for baseline, candidate in _pairs(entrants)
@@ -138,7 +140,7 @@ def ratios_of(entrants: Sequence[Entrant], settings: Settings) -> list[Ratio]:
 
 
 def left_out(entrants: Sequence[Entrant]) -> tuple[str, ...]:
-    """For the report: baselines and forms of ours that have no ratio because they ran on different devices."""
+    """Notes for the report on baselines and forms of ours without a ratio, because they ran on different devices."""
     notes = []
     for on_device, where, elsewhere in ((True, "a GPU", "a processor"), (False, "a processor", "a GPU")):
         apart = [(b, c) for b, c in _pairs(entrants) if (b.on_device, c.on_device) == (on_device, not on_device)]

@@ -19,7 +19,7 @@ JSON, TABLE = "bench.json", "bench.md"
 
 
 def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = True) -> list[Path]:
-    """Write what a report holds; returns the files. Without matplotlib there are no plots, and the table says so.
+    """Write what a report holds; return the files. Without matplotlib there are no plots, and the table says so.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -28,8 +28,8 @@ def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = Tru
     content = json.loads(json.dumps(content))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Before anything is asked of it: hours of measuring are not to be lost to a mistake in their report.
-        # The earlier one stays until this is there: with `--resume` it holds what is not measured again.
+        # Written before it is checked: a mistake in the report must not cost hours of measuring. The earlier file
+        # stays until this one is complete: with `--resume` it holds what is not measured again.
         _write(folder / JSON, json.dumps(content, indent=1) + "\n")
         wrong = problems(content)
         if wrong:

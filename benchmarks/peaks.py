@@ -1,4 +1,4 @@
-"""A machine's limits, measured: multiply-adds of a large matrix product, bytes of a large copy."""
+"""Measure a machine's peaks: multiply-adds of a large matrix product, bytes of a large copy."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from magicface_rt.cores import cores
 
 @dataclass(frozen=True)
 class Peaks:
-    """flops: float32 multiply-adds by a large matrix product, 2 for each, per second; bytes_per_second: of a copy much
-    larger than the caches, what is read and what is written counted; where: the device that was measured; by_library:
-    the same flops by each library that was tried."""
+    """What a device can do.
+
+    flops: multiply-adds of a large matrix product, 2 for each, per second; bytes_per_second: read and written by a copy
+    much larger than the caches; where: the device and dtype that were measured; by_library: the flops of each library
+    that was tried.
+    """
 
     flops: float
     bytes_per_second: float
@@ -27,8 +30,10 @@ class Peaks:
 
 
 def peaks_of(name: str, threads: int = 0) -> Peaks | None:
-    """Of "cpu" with so many threads (0 for one on each core), or "cuda DTYPE"; None where torch is not there, or sees
-    no GPU."""
+    """Measure "cpu", with `threads` threads (0 for one on each core), or "cuda DTYPE".
+
+    Returns None for the latter if torch is not installed or sees no GPU.
+    """
     if name == "cpu":
         return measure_peaks(threads=threads)
     try:
@@ -38,11 +43,10 @@ def peaks_of(name: str, threads: int = 0) -> Peaks | None:
 
 
 def measure_peaks(size: int = 2048, megabytes: int = 256, threads: int = 0) -> Peaks:
-    """Of the CPU, the best of a few: what the machine can do, not what it did on average. Takes seconds. numpy's own
-    threads are set by the environment that the process starts with.
+    """Measure the CPU, by the best of a few tries: what the machine can do, not what it did on average.
 
-    The matrix product is that of the fastest library here: one whose kernels do not know the processor would set a
-    limit that others pass.
+    Takes seconds. numpy's own threads are set by the environment that the process starts with. The matrix product is
+    that of the fastest library here: one whose kernels do not know the processor would set a limit that others exceed.
     """
     found = {name: _best(work, 4) for name, work in _products(size, threads).items()}
     fastest = min(found, key=found.__getitem__)
@@ -53,18 +57,18 @@ def measure_peaks(size: int = 2048, megabytes: int = 256, threads: int = 0) -> P
 
 
 def _copied_per_second(megabytes: int, threads: int) -> float:
-    """Bytes read and written, each thread copying its part: one alone may not fill the memory's channels."""
+    """Bytes read and written per second, each thread copying its part: one alone may not fill the memory's channels."""
     source = np.ones(megabytes << 18, np.float32)
     target = np.empty_like(source)
     parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
     with ThreadPoolExecutor(threads) as pool:
-        # numpy lets go of the interpreter's lock while it copies.
+        # numpy releases the interpreter's lock while it copies.
         seconds = _best(lambda: list(pool.map(lambda part: np.copyto(*part), parts)), 4)
     return 2 * source.nbytes / seconds
 
 
 def _products(size: int, threads: int) -> dict[str, Callable[[], object]]:
-    """A product of two float32 matrices of that size, by each library that is installed. threads: 0 for its choice."""
+    """Functions that multiply two float32 matrices, by each installed library. threads: 0 for the library's choice."""
     a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
     b, out = a.T.copy(), np.empty_like(a)
     found: dict[str, Callable[[], object]] = {"numpy": lambda: np.matmul(a, b, out=out)}

@@ -1,4 +1,4 @@
-"""A report as pictures, PNG and SVG, from its JSON. Needs matplotlib, the extra `bench`."""
+"""Plot a report from its JSON, as PNG and SVG. Needs matplotlib, the extra `bench`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STAGE_COLOURS = ("#bdbdbd", "#fdae61", "#fee090", "#92c5de", "#4575b4", "#313695
 
 
 def draw(report: Json, folder: Path) -> list[Path]:
-    """Every plot that the report has the numbers for; returns the files.
+    """Draw every plot that the report has the numbers for; return the files.
 
     Raises:
         BackendMissingError: matplotlib is not installed.
@@ -49,7 +49,7 @@ def draw(report: Json, folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Axis:
-    """What cases differ in: their key, its label, and what a value is multiplied with to be shown."""
+    """What cases differ in: their key, its label, and the factor by which a value is multiplied to be shown."""
 
     key: str
     label: str
@@ -73,7 +73,7 @@ def latency_by_mask(report: Json) -> Any:
 
 
 def latency_by_batch(report: Json) -> Any:
-    """Seconds of an RBA step for each image against the batch, where it was varied."""
+    """Seconds of an RBA step per image against the batch size, where it was varied."""
 
     def for_each_image(case: Json, outcome: Json) -> tuple[float, float, float] | None:
         found = _step_seconds(case, outcome)
@@ -84,7 +84,7 @@ def latency_by_batch(report: Json) -> Any:
 
 
 def latency_by_size(report: Json) -> Any:
-    """Seconds of an RBA step against the picture's width, where there are bundles of several."""
+    """Seconds of an RBA step against the picture's width, where there are bundles of several widths."""
     return _against(report, SIZE, _step_seconds, "seconds for one RBA step", whiskers=True, several=True)
 
 
@@ -103,7 +103,7 @@ def memory(report: Json) -> Any:
 
 
 def _step_seconds(case: Json, outcome: Json) -> tuple[float, float, float] | None:
-    """Median, fastest, slowest."""
+    """Median, fastest and slowest seconds of an RBA step."""
     found = outcome["steps"].get("rba")
     return None if found is None else (found["median"], found["fastest"], found["slowest"])
 
@@ -117,8 +117,11 @@ def _against(
     whiskers: bool = False,
     several: bool = False,
 ) -> Any:
-    """A line for each contender. whiskers: times, on a logarithmic axis, with fastest and slowest; several: no plot
-    where the cases do not differ in it."""
+    """Plot a line for each contender.
+
+    whiskers: the values are times, drawn on a logarithmic axis with fastest and slowest; several: return None if the
+    cases do not differ along the axis.
+    """
     cases = comparable(report, axis.key)
     ticks = sorted({case[axis.key] * axis.scale for case in cases})
     if several and len(ticks) < 2:
@@ -137,7 +140,7 @@ def _against(
     figure, axes = pyplot().subplots(figsize=(WIDTH, HEIGHT))
     for number, (title, points) in enumerate(lines.items()):
         x, y, low, high = zip(*sorted(points), strict=True)
-        shift = (number - (len(lines) - 1) / 2) * 0.06 * room  # so that whiskers do not hide each other
+        shift = (number - (len(lines) - 1) / 2) * 0.06 * room  # so whiskers do not hide each other
         bars = [[b - a for a, b in zip(low, y, strict=True)], [max(0.0, c - b) for b, c in zip(y, high, strict=True)]]
         axes.errorbar(
             [v + shift for v in x],
@@ -171,7 +174,7 @@ def _against(
 
 
 def stages(report: Json) -> Any:
-    """Where a request's seconds go, for the case with most concepts; a step's, where no requests were made."""
+    """Where a request's seconds go, in the case with the most concepts; or a step's, if no requests were made."""
     case = max(comparable(report), key=lambda case: case["concepts"], default=None)
     if case is None:
         return None
@@ -185,7 +188,7 @@ def stages(report: Json) -> Any:
         label = "seconds of one RSA step and one RBA step, medians"
         for outcome in measured:
             found = {k: v["median"] for k, v in outcome["steps"].items()}
-            if outcome["kind"] == "plain":  # the two are the same to it
+            if outcome["kind"] == "plain":  # both stages are the same to it
                 bars[name(outcome)] = {"steps": found["rsa"] + found["rba"]}
                 continue
             apart = found.get("reference_pass", 0.0)

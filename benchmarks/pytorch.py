@@ -29,8 +29,11 @@ KINDS = {"authors": Authors, "strong": Strong, "compiled": Compiled, "reference"
 
 
 class PyTorch(Runner):
-    """Plain Stable Diffusion makes the images of a batch together. The baselines' step is that of one image, so theirs
-    are made one after another."""
+    """A contender of PyTorch's.
+
+    Plain Stable Diffusion makes the images of a batch together. The baselines' step is that of one image, so theirs are
+    made one after another.
+    """
 
     def __init__(self, task: Task) -> None:
         settings = task.settings
@@ -41,7 +44,7 @@ class PyTorch(Runner):
         self.bundle, self.workload = task.open()
         self.device = _device(settings.torch_device)
         self.on_device = self.device == "cuda"
-        # On a GPU in the bundle's precision, as one would serve; a CPU computes fast in float32 only.
+        # A GPU computes in the bundle's precision, as it would when serving; a CPU is fast in float32 only.
         self.dtype = getattr(torch, self.bundle.dtype) if self.device == "cuda" else torch.float32
         assert settings.checkpoint is not None
         self.checkpoint = Checkpoint.open(settings.checkpoint)
@@ -114,7 +117,7 @@ class PyTorch(Runner):
     def _step(
         self, moment: Moment, latents: Tensor, regions: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Latents, regions, and how far each cell is from another region."""
+        """Do a step; return latents, regions, and how far each cell is from another region."""
         work = self.workload
         if self.kind == "plain":
             return self.network.step(moment.index, latents, self._tensor(work.text[:2]), GUIDANCE), None, None
@@ -173,7 +176,7 @@ class PyTorch(Runner):
         return seconds
 
     def _steps(self, x: Tensor, text: Tensor, z0: Tensor, loaded: Any, stages: Any, tokenizer: Any) -> Iterator[Any]:
-        """One function for each step, to be called in turn; each returns the latents after it."""
+        """Yield a function for each step, to be called in turn; it returns the latents after the step."""
         steps = self.workload.case.steps
         if self.kind == "plain":
             latents = x
@@ -240,10 +243,10 @@ class PyTorch(Runner):
 
 
 class Judge(PyTorch):
-    """The oracle of parity. For a 16-bit bundle it also says what rounding to 16 bits costs."""
+    """The oracle of parity. For a 16-bit bundle it also shows what rounding to 16 bits costs."""
 
     def become_plain(self) -> None:
-        """From now on without concepts, segmentation and semantic guidance: what plain Stable Diffusion shall do."""
+        """From now on leave out concepts, segmentation and semantic guidance, as plain Stable Diffusion must."""
         self.network, self.kind = _PlainByReference(self.network, self.bundle.schedule), "plain"
 
     def rounded(self) -> contextlib.AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""What a benchmark found. `Report.to_json` is the JSON file, whose form is `schema.json` in this folder."""
+"""What a benchmark found. `Report.to_json` gives the JSON file, whose form is `schema.json` in this folder."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from .settings import Case, Contender
 
 FORMAT = 2
-"""Since 2 a ratio holds the samples that it is of."""
+"""Since format 2 a ratio holds the samples that it was made of."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of samples in seconds. spread: from the first to the third quartile, over the median."""
+    """Statistics of samples in seconds. spread: from the first to the third quartile, over the median."""
 
     median: float
     p95: float
@@ -28,7 +28,7 @@ class Figures:
 class Parity:
     """How far a contender's run was from the oracle's.
 
-    error: relative 2-norm of the latents; other_cells: cells that end in another region; note: how the tolerance came.
+    error: relative 2-norm of the latents; other_cells: cells that end in another region; note: explains the tolerance.
     """
 
     oracle: str
@@ -45,11 +45,11 @@ class Parity:
 
 @dataclass(frozen=True)
 class Counts:
-    """Counted, not timed. By stage ("rsa", "rba"), for one step of all images.
+    """Work that is counted, not timed: by stage ("rsa", "rba"), for one step of all images.
 
-    rows: of the U-Net; flops: 2 for each multiply and add; bytes: what all operators read and write, as if nothing
-    stayed in a cache; reference_rows: of those rows, how many are references through `reference_kv`, which ends early;
-    kept_bytes: keys and values that a step reads. What could not be counted is absent, and `note` says why.
+    rows: of the U-Net; flops: 2 for each multiply-add; bytes: what all operators read and write, as if nothing stayed
+    in a cache; reference_rows: how many of those rows are references in `reference_kv`, which ends early; kept_bytes:
+    of keys and values that a step reads. What could not be counted is absent, and `note` says why.
     """
 
     rows: Mapping[str, int] = field(default_factory=dict)
@@ -64,11 +64,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Requests:
-    """Whole requests, seconds.
+    """Seconds of whole requests.
 
     ready: from the start of the process until everything is loaded; cold_start: until its first picture; first: that
-    request alone; next: those after; stages: of those after, by name. Files were read before, by the oracle at least,
-    so the system had them in memory.
+    request alone; next: the later ones; stages: of the later ones, by name. Files were read before, by the oracle at
+    least, so the system had them in memory.
     """
 
     ready: float
@@ -80,9 +80,12 @@ class Requests:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One contender in one case. `status`: measured, skipped, failed, or wrong picture; then `reason` says why, and no
-    time is given. steps: by stage, and "reference_pass" where that is a part of its own (included in the stages);
-    on_device: on a GPU; threads: on the CPU; interleaved: whether it took turns with all others."""
+    """One contender in one case.
+
+    status: measured, or skipped, failed or wrong picture, for which `reason` says why and no time is given. steps: by
+    stage, and "reference_pass" if that is a part of its own (included in the stages); on_device: on a GPU; threads: on
+    the CPU; interleaved: whether it took turns with all others.
+    """
 
     contender: Contender
     status: str
@@ -108,10 +111,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer the baseline takes than the candidate: medians. low, high: a bootstrap interval of the
-    rounds, or the range that they span where they are too few for one (`interval`: "bootstrap", "range", "none").
-    interleaved: whether the two took turns. The samples are those that the ratio is of: beside a contender that runs
-    when the others have ended the candidate is timed once more, and the ratio is of those rounds."""
+    """How many times longer the baseline takes than the candidate, by medians.
+
+    low, high: a bootstrap interval of the rounds, or the range that they span if they are too few for one (`interval`:
+    "bootstrap", "range", "none"). interleaved: whether the two took turns. The samples are those that the ratio was
+    made of: beside a contender that runs when the others have ended, the candidate is timed once more, and the ratio is
+    of those rounds.
+    """
 
     baseline: str
     candidate: str
@@ -128,8 +134,11 @@ class Ratio:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """foreign_load: the part of the processors' time that other processes took meanwhile; None if it is not known.
-    started, commit: of the run that it is from, as a report may be made in several."""
+    """What was found in one case.
+
+    foreign_load: the part of the processors' time that other processes took meanwhile; None if it is not known.
+    started, commit: of the run that measured it, as a report may be made in several.
+    """
 
     bundle: str
     height: int
@@ -144,7 +153,7 @@ class CaseResult:
     commit: str | None = None
 
     def outcome(self, kind: str) -> Outcome | None:
-        """The first measured one of a kind."""
+        """The first measured outcome of a kind."""
         return next((o for o in self.outcomes if o.contender.kind == kind and o.status == "measured"), None)
 
     def to_json(self) -> dict[str, Any]:
@@ -165,8 +174,11 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Report:
-    """machine: what it ran on, see `machine.describe`; peaks: the machine's measured limits, see `peaks.Peaks`;
-    earlier: cases of a report that this one goes on with, as they stand there."""
+    """All that a benchmark found.
+
+    machine: what it ran on, see `machine.describe`; peaks: the machine's measured limits, see `peaks.Peaks`; earlier:
+    cases of the report that this one continues, as they are there.
+    """
 
     machine: Mapping[str, Any]
     peaks: Mapping[str, Any]

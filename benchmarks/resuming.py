@@ -1,4 +1,4 @@
-"""Going on with a report: what it has is kept, what it lacks is measured. For runs that take hours."""
+"""Resume a report, for runs that take hours: what it has is kept, what it lacks is measured."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .settings import Case, Settings
 
 SAME_MACHINE = ("system", "processor", "cores", "memory_bytes", "gpu", "python", "versions")
 MAY_DIFFER = ("bundles", "checkpoint", "concepts", "mask_shares", "images", "steps", "one_at_a_time", "limit")
-"""Settings that say which cases there are, or that no figure depends on; the checkpoint is the bundle's in any case."""
+"""Settings that only select the cases, or that no figure depends on; the checkpoint is the bundle's in any case."""
 
 
 class Earlier:
-    """The cases of a report, without those in which a contender failed: they are measured anew.
+    """The cases of a report, without those in which a contender failed, which are measured again.
 
-    Raises InputError: the file is no report, is one of an older format, or was measured on another machine, with other
-    packages or settings, so that its figures could not stand beside new ones.
+    Raises InputError: the file is no report, is of an older format, or was measured on another machine or with other
+    packages or settings, so its figures could not be compared with new ones.
     """
 
     def __init__(self, file: Path, settings: Settings) -> None:
@@ -44,7 +44,7 @@ class Earlier:
         self.peaks: Mapping[str, Any] = content["peaks"]
 
     def has(self, bundle: str, case: Case) -> bool:
-        """Whether a case of the bundle in that folder was measured."""
+        """Whether a case was measured with the bundle in that folder."""
         wanted = (bundle, case.concepts, case.mask_share, case.images, case.steps)
         return any(_identity(case) == wanted for case in self.cases)
 

@@ -1,4 +1,4 @@
-"""The roofline: how fast a step is against what the machine can do at its FLOP per byte."""
+"""The roofline: how fast a step is, compared with what the machine can do at its FLOP per byte."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The report's form, `schema.json`, and a check against it that needs no package.
 
-Of JSON Schema it understands what that file uses: type, enum, const, required, properties, additionalProperties,
-items, minimum, $ref into $defs.
+The check understands the part of JSON Schema that the file uses: type, enum, const, required, properties,
+additionalProperties, items, minimum, $ref into $defs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from magicface_rt.shown import shown
 from magicface_rt.strict_json import read_json
 
 MOST_BYTES = 64 << 20
-"""Of a report that is read; one of 25 cases has 1 MB."""
+"""Largest size of a report that is read; one of 25 cases has 1 MB."""
 SCHEMA = Path(__file__).with_name("schema.json")
 SINCE_THE_SECOND = ("baseline_samples", "candidate_samples")
-"""Of a ratio, which reports of the first format lack."""
+"""Fields of a ratio that reports of the first format lack."""
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -42,7 +42,7 @@ def load_schema() -> dict[str, Any]:
 
 
 def read_report(file: Path) -> Any:
-    """A report's JSON, whatever is in it. Raises InputError where it cannot be read."""
+    """Read a report's JSON, whatever is in it. Raises InputError if it cannot be read."""
     try:
         return read_json(read_plain(file, MOST_BYTES))
     except (OSError, ValueError) as error:
@@ -52,8 +52,10 @@ def read_report(file: Path) -> Any:
 
 
 def problems(content: Any, schema: Mapping[str, Any] | None = None) -> list[str]:
-    """What in a report's JSON is not as the schema says, each with its place; empty where all is. A report of the first
-    format is compared with that."""
+    """List what in a report's JSON does not fit the schema, each with its place; the list is empty if all fits.
+
+    A report of the first format is compared with the schema of that format.
+    """
     root = load_schema() if schema is None else schema
     if schema is None and isinstance(content, dict) and content.get("format") == 1:
         root = _first_format(root)
@@ -63,7 +65,7 @@ def problems(content: Any, schema: Mapping[str, Any] | None = None) -> list[str]
 
 
 def _first_format(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """In which a ratio did not hold its samples."""
+    """The schema of the first format, in which a ratio did not hold its samples."""
     older = deepcopy(dict(schema))
     older["properties"]["format"] = {"const": 1}
     ratio = older["$defs"]["ratio"]

@@ -3,10 +3,10 @@
     python -m benchmarks.serve_load BUNDLE --out DIR [--replicas 0,2] [--workers 1,2] [--batches 1,4] [--steps 4]
 
 Each form of service is started as its users would start it, and driven with the client from this process, on the same
-cores. First what one process without batching can do is measured with a closed loop; the offered loads are parts of
-that, equal for all forms. `warm`: every request uses a concept that is kept and was used before. `cold`: every request
-first puts a concept that nobody has seen, and then asks for its picture; the latency is that of both. At the end, so
-many requests as `--memory-requests` says go to each form, and its memory is followed.
+cores. First a closed loop measures what one process without batching can do; the offered loads are parts of that, equal
+for all forms. `warm`: every request uses a concept that is kept and was used before. `cold`: every request first puts a
+concept that nobody has seen, and then asks for its picture; the latency is that of both. At the end each form gets
+`--memory-requests` requests while its memory is followed.
 
 Writes serve_load.json, serve_load.md, and as PNG and SVG latency, throughput, memory. Ends by itself: every loop is
 bounded in time and in requests, and all of them go to 127.0.0.1.
@@ -39,7 +39,7 @@ from .workload import mask_of_share
 
 PROMPT = "a man in the rain"
 CLIENTS = 8
-"""Of a closed loop: enough that the service never waits for the next request."""
+"""Clients of a closed loop: enough that the service never waits for the next request."""
 CALIBRATION = Form(batch=1)
 
 Say = Callable[[str], object]
@@ -47,7 +47,8 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Settings:
-    """loads: parts of what one process without batching can do; seconds: of each; queue: requests that may wait."""
+    """What is run. loads: parts of what one process without batching can do; seconds: of each load; queue: requests
+    that may wait."""
 
     bundle: str
     forms: tuple[Form, ...]
@@ -61,7 +62,7 @@ class Settings:
 
 
 def concept(number: int, share: float) -> Concept:
-    """A drawn reference that differs from all others."""
+    """Draw a concept whose reference differs from those of all other numbers."""
     rng = np.random.default_rng([17, number])
     picture = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize(
         (128, 128), Image.Resampling.BICUBIC
@@ -70,11 +71,11 @@ def concept(number: int, share: float) -> Concept:
 
 
 def run(settings: Settings, say: Say, so_far: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """All loads on all forms of service; returns the report. `so_far`: called with it after each form.
+    """Put all loads on all forms of service; return the report. `so_far`: called with it after each form.
 
     Raises:
         BackendError: a service does not start.
-        InputError: a load would be of more requests than are sent.
+        InputError: no picture was made in time, or a load would need more requests than are ever sent.
     """
     report: dict[str, Any] = {"machine": describe(), "settings": asdict(settings), "bundle": _bundle(settings.bundle)}
     options = ["--queue", str(settings.queue)]
@@ -92,14 +93,14 @@ def run(settings: Settings, say: Say, so_far: Callable[[dict[str, Any]], object]
         found: dict[str, Any] = {**asdict(form), "name": form.name, "warm": [], "cold": [], "memory": None}
         report["forms"].append(found)
         for kind in ("warm", "cold"):
-            # A service of its own for each kind, so that what the cold ones left behind slows no warm one.
+            # Each kind has a service of its own, so what cold requests leave behind does not slow warm ones.
             with served(Path(settings.bundle), form, options) as service:
                 for load in settings.loads:
                     point = asyncio.run(_point(service, settings, kind, load * capacity, len(found[kind])))
                     found[kind].append(asdict(point))
                     say(f"{form.name}, {kind}: {_in_words(point)}")
         so_far(report)
-    # Last, since they need no quiet machine: of these requests no time is taken.
+    # Last, since they need no quiet machine: these requests are not timed.
     for form, found in zip(settings.forms, report["forms"], strict=True):
         if settings.memory_requests:
             with served(Path(settings.bundle), form, options) as service:
@@ -138,7 +139,7 @@ async def _memory(service: Service, settings: Settings) -> tuple[Flatness, dict[
 
 
 def _client(service: Service) -> AsyncClient:
-    # No retries: what is refused is counted. As many connections as requests, or the client would be the queue.
+    # No retries: refusals are counted. As many connections as requests, or the client itself would queue them.
     import httpx
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
@@ -178,12 +179,12 @@ def _in_words(point: Point) -> str:
 
 
 def dump(report: dict[str, Any], out: Path) -> None:
-    """The report as JSON. Raises OSError."""
+    """Write the report as JSON. Raises OSError."""
     (out / "serve_load.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write(report: dict[str, Any], out: Path) -> list[Path]:
-    """Raises OutputError where the folder cannot be written."""
+    """Write the report as JSON, as Markdown and as plots; return the files. Raises OutputError if that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         dump(report, out)

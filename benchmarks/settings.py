@@ -26,7 +26,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Contender:
-    """One that is timed: a kind, and for the SDK the backend it runs on."""
+    """What is timed: a kind and, for the SDK, the backend it runs on."""
 
     kind: str
     backend: str = ""
@@ -40,14 +40,14 @@ class Contender:
 
     @property
     def title(self) -> str:
-        """For people; the backend where it is another than the CPU."""
+        """A name for people, with the backend unless that is the CPU's."""
         shown = "" if self.backend in ("", "onnxruntime-cpu") else f", {self.backend}"
         return TITLES[self.kind] + shown
 
 
 @dataclass(frozen=True)
 class Case:
-    """One request's shape. `mask_share`: part of each reference that its mask covers, above 0, up to 1."""
+    """The shape of a request. `mask_share`: part of each reference that its mask covers, above 0, up to 1."""
 
     concepts: int
     mask_share: float
@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All combinations of the tuples are run, for each bundle; or one thing is varied at a time.
+    """What is run: all combinations of the tuples, for each bundle; or variations of one thing at a time.
 
     one_at_a_time   each tuple is gone through with the first value of all others; so are the bundles
     bundles         folders; one for each size, as a bundle has one
@@ -69,13 +69,13 @@ class Settings:
     backends        for the SDK's kinds
     step_rounds     single steps, of each stage, by each contender in turn
     request_rounds  whole requests by each contender in turn, after the first; 0: no requests at all
-    parity_steps    a run of so many steps is compared before anything is reported: one RSA step, then RBA
-    oracle          whom parity is judged by: "reference" (PyTorch written for clarity), "strong" (less memory; replays
-                    the recordings as well), "bare" (the SDK itself, where there is no checkpoint)
-    alone           kinds that run when the others have ended, for they need the memory
+    parity_steps    length of the run that is compared before anything is reported: one RSA step, then RBA
+    oracle          what parity is judged by: "reference" (PyTorch written for clarity), "strong" (less memory; replays
+                    the recordings as well), "bare" (the SDK itself, if there is no checkpoint)
+    alone           kinds that run when the others have ended, because they need the memory
     alone_rounds    rounds for those
     alpha           part of the steps that a request spends in RSA
-    threads         of each contender, 0 for their own choice
+    threads         of each contender; 0 for its own choice
     limit           seconds that a contender may take for one step, request or compared run
     torch_device    "cpu", "cuda", or "auto": cuda where torch finds it
     seed            of drawn inputs and of the bootstrap
@@ -148,7 +148,7 @@ class Settings:
         return "bare" if self.checkpoint is None else "reference"
 
     def cases(self) -> list[Case]:
-        """In order, each once; without concepts the mask's share means nothing."""
+        """The cases in order, each once; without concepts the mask's share means nothing."""
         axes = (self.concepts, self.mask_shares, self.images, self.steps)
         combinations = list(product(*axes))
         if self.one_at_a_time:
@@ -162,12 +162,12 @@ class Settings:
         return found
 
     def cases_of(self, bundle: str) -> list[Case]:
-        """Those that a bundle is measured in: of one thing at a time, another bundle is the one thing."""
+        """The cases that a bundle is measured in; with one thing at a time, another bundle is already that thing."""
         every = self.cases()
         return every[:1] if self.one_at_a_time and bundle != self.bundles[0] else every
 
     def contenders(self, case: Case) -> list[Contender]:
-        """Those who run in a case. Without concepts there is nothing to keep, and the two forms of ours are one."""
+        """The contenders in a case. Without concepts there is nothing to keep, and the two forms of ours are one."""
         found = [Contender(kind) for kind in TORCH_KINDS if kind in self.kinds]
         ours = [kind for kind in OURS_KINDS if kind in self.kinds]
         if not case.concepts:

@@ -12,7 +12,7 @@ from .table import device, was_quiet
 Json = Mapping[str, Any]
 
 WIDTH, HEIGHT = 7.0, 4.2
-"""Inches: read at the width of a page."""
+"""Inches, to be read at the width of a page."""
 COLOURS = {
     "authors": "#b2182b",
     "strong": "#ef8a62",
@@ -25,7 +25,7 @@ MARKERS = {"authors": "o", "strong": "s", "compiled": "D", "plain": "x", "bare":
 
 
 def pyplot() -> Any:
-    """matplotlib's, set up for files.
+    """Return matplotlib's pyplot, set up for files.
 
     Raises:
         BackendMissingError: it is not installed.
@@ -44,7 +44,7 @@ def pyplot() -> Any:
 
 
 def comparable(report: Json, key: str = "concepts") -> list[Json]:
-    """Cases that differ from the first one with concepts in that key alone; another width is another bundle."""
+    """Cases that differ from the first one with concepts in that key only; another width means another bundle."""
     cases = report["cases"]
     first = next((c for c in cases if c["concepts"]), cases[0]) if cases else None
     others = [one for one in ("bundle", "concepts", "mask_share", "images", "steps") if one != key]
@@ -56,7 +56,7 @@ def comparable(report: Json, key: str = "concepts") -> list[Json]:
 
 
 def subject(report: Json, case: Json, concepts: bool = False, size: bool = True) -> str:
-    """What was measured, and where, in a line."""
+    """Describe what was measured, and where, in one line."""
     measured = [o for o in case["outcomes"] if o["status"] == "measured"]
     where = " and ".join(dict.fromkeys(device(report["machine"], o) for o in measured)) or "nothing measured"
     count = f"N = {case['concepts']}, " if concepts else ""
@@ -68,7 +68,7 @@ def subject(report: Json, case: Json, concepts: bool = False, size: bool = True)
 
 
 def plain_numbers(axis: Any) -> None:
-    """Numbers as people write them on a logarithmic axis, between the powers of ten too where it is short."""
+    """Label a logarithmic axis with plain numbers, also between the powers of ten if it is short."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
@@ -78,7 +78,7 @@ def plain_numbers(axis: Any) -> None:
 
 
 def legend_below(figure: Any, axes: Any) -> None:
-    """The legend where it hides nothing."""
+    """Put the legend below the plot, where it hides nothing."""
     figure.set_layout_engine("constrained")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)

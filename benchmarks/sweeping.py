@@ -28,15 +28,15 @@ from .encoders import COLUMNS
 from .watching import DISTANCE_LAYERS, Seen, WatchedReference
 
 SEEDS = (0, 1, 2, 3)
-"""Pictures of each variant, without others being named: one picture says little of a setting."""
+"""Default seeds of each variant's pictures; there are several, because one picture says little about a setting."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One setting of everything that is swept. weight: of every concept, None for the job's own.
+    """One setting of everything that is swept. weight: of every concept, None for the job's own weights.
 
     Raises:
-        OptionError: a value that `Options` does not take either.
+        OptionError: a value that `Options` refuses, or a weight that is not finite.
     """
 
     alpha: float
@@ -64,7 +64,7 @@ class Sweeps:
     layers: tuple[tuple[int, ...], ...] = (DEFAULT_INJECTION_LAYERS, (13, 14, 15), (10, 11, 12), tuple(range(16)))
 
     def variants(self, base: Variant, seeds: Sequence[int]) -> list[Variant]:
-        """The job's own, then one change at a time, each once; each of these for every seed, before the next."""
+        """The job's own settings, then one change at a time, each once; each comes with every seed before the next."""
         changes: list[tuple[str, dict[str, Any]]] = [("as given", {})]
         changes += [(f"alpha {value:g}", {"alpha": value}) for value in self.alphas]
         changes += [(f"weight {value:g}", {"weight": value}) for value in self.weights]
@@ -83,13 +83,13 @@ class Sweeps:
 
 @dataclass(frozen=True)
 class Row:
-    """What one concept was in one picture. None: it had no region, or an encoder is missing.
+    """Figures of one concept in one picture. None: it had no region, or an encoder is missing.
 
-    coverage: its part of the cells, mean over the RBA steps; last_coverage: after the last step; mass: of attention on
-    its references, in its region, mean over steps and the variant's injection layers; mass_by_reference: on each of
-    them; mass_everywhere: of all tokens; distance: of features, mean over steps and `watching.DISTANCE_LAYERS`, which
-    are the same for all variants, see `watching.Seen`; steps_without_region: of the run's steps, those after which it
-    had none.
+    coverage: its part of the cells, mean over the RBA steps; last_coverage: the same after the last step; mass:
+    attention on its references in its region, mean over steps and the variant's injection layers; mass_by_reference: on
+    each of them; mass_everywhere: of all tokens; distance: of features, mean over steps and `watching.DISTANCE_LAYERS`,
+    which are the same for all variants, see `watching.Seen`; steps_without_region: number of the run's steps after
+    which it had no region.
     """
 
     variant: Variant
@@ -170,7 +170,7 @@ class Ablation:
             self.z0 = VaeEncoder(vae, self.form).eval()(torch.from_numpy(pixels))
 
     def picture(self, variant: Variant) -> tuple[Picture, list[Row]]:
-        """One picture and a row for each concept, without scores."""
+        """Make one picture, and a row for each concept, without scores."""
         reference = WatchedReference(self.unet, injection_layers=variant.layers)
         steps, options = self.options.steps, self.options
         noise = [
@@ -234,7 +234,10 @@ class Ablation:
         return rows
 
     def cut_outs(self, picture: Picture) -> tuple[dict[str, Image.Image], dict[str, Image.Image]]:
-        """By concept: its region's bounding box in the picture, and its first reference's mask's. No region: absent."""
+        """Cut-outs by concept: the box around its region in the picture, and the box around its first reference's mask.
+
+        A concept is absent if its region, or the mask, is empty.
+        """
         mine, theirs = {}, {}
         for k, concept in enumerate(self.concepts):
             box = _box(picture.regions == k + 1, picture.image.size)

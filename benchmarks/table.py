@@ -1,4 +1,4 @@
-"""A report as Markdown, from its JSON."""
+"""Format a report as Markdown, from its JSON."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .settings import Contender
 Json = Mapping[str, Any]
 
 QUIET_SHARE = 0.05
-"""Of the processors' time, that others may take of a quiet machine."""
+"""Part of the processors' time that other processes may take on a quiet machine."""
 ENOUGH_FOR_P95 = 20
-"""Of fewer samples a 95th percentile is the slowest, or a guess between the two slowest."""
+"""With fewer samples a 95th percentile is the slowest, or a guess between the two slowest."""
 
 
 def markdown(report: Json) -> str:
-    """Tables for each case. A contender that was not measured has its reason instead of times."""
+    """Format tables for each case. A contender that was not measured has the reason in place of times."""
     machine = report["machine"]
     memory = machine["memory_bytes"]
     lines = [
@@ -43,7 +43,7 @@ def markdown(report: Json) -> str:
 
 
 def _load(report: Json) -> str:
-    """What the load was at the start, and what others took while cases were measured, where that is known."""
+    """Describe the load at the start and, if known, what other processes took while cases were measured."""
     machine = report["machine"]
     at_start = f"load average {machine['load_average'][0]} at the start, {'' if machine['quiet'] else 'NOT '}quiet"
     too_long = "NOT quiet: other work ran, so absolute times are too long"
@@ -56,7 +56,7 @@ def _load(report: Json) -> str:
 
 
 def was_quiet(report: Json, case: Json) -> bool:
-    """Whether nothing else ran to speak of: by what others took of the processors, else by the load at the start."""
+    """Whether little else ran: by the other processes' part of the processors' time, else by the load at the start."""
     share = case["foreign_load"]
     return bool(report["machine"]["quiet"]) if share is None else share < QUIET_SHARE
 
@@ -147,7 +147,7 @@ def _stage_row(outcome: Json, stages: Sequence[str]) -> list[str]:
 
 
 def _words(stage: str) -> str:
-    """Of a stage's name, such as `rba_steps`."""
+    """A stage's name, such as `rba_steps`, in words."""
     return stage.replace("rsa", "RSA").replace("rba", "RBA").replace("vae", "VAE").replace("_", " ")
 
 
@@ -173,8 +173,10 @@ def _ratio(ratio: Json | None) -> str:
 
 
 def _medians(ratio: Json) -> str:
-    """That the ratio is of. Beside a contender that ran alone ours was timed once more, so the steps' table has another
-    one; a report of the first format does not hold those samples."""
+    """The two medians that the ratio is of, or "" for a report of the first format, which does not hold the samples.
+
+    Beside a contender that ran alone ours was timed once more, so the steps' table has another median.
+    """
     if "candidate_samples" not in ratio:
         return ""
     theirs, ours = median(ratio["baseline_samples"]), median(ratio["candidate_samples"])
@@ -206,7 +208,7 @@ def name(outcome: Json) -> str:
 
 
 def title(contender: str) -> str:
-    """Of a contender's name in a ratio, such as `kept@onnxruntime-cpu`."""
+    """The title of a contender, from its name in a ratio, such as `kept@onnxruntime-cpu`."""
     kind, _, backend = contender.partition("@")
     return Contender(kind, backend).title
 

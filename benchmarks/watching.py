@@ -1,7 +1,7 @@
-"""The PyTorch reference, watched: how much attention goes to each reference, and how near the features come.
+"""Watch the PyTorch reference: how much attention goes to each reference, and how near the features come.
 
-Attention goes to references in the layers that inject, whichever they are. Features are compared in the same layers
-whichever inject, `DISTANCE_LAYERS`: so their distance can be compared between sets of injection layers.
+Attention goes to references in the layers that inject, whichever they are. Features are always compared in the same
+layers, `DISTANCE_LAYERS`, so their distance can be compared between sets of injection layers.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ DISTANCE_LAYERS = DEFAULT_INJECTION_LAYERS
 
 @dataclass
 class Seen:
-    """Of one step. A list for each layer, with a value for each reference; None where its concept had no region there.
+    """What was seen in one step: a list for each layer, with a value for each reference.
 
     mass: attention on the reference's keys, of the tokens in its concept's region; mass_everywhere: of all tokens; both
-    of the layers that inject. distance: of the features of the tokens in the region from the nearest feature in the
-    reference's mask, as 1 minus the cosine; of `DISTANCE_LAYERS`.
+    in the layers that inject. distance: of the features of the tokens in the region from the nearest feature in the
+    reference's mask, as 1 minus the cosine; in `DISTANCE_LAYERS`. A value is None if the concept had no region there,
+    or, for distance, if the mask is empty there.
     """
 
     mass: list[list[float | None]] = field(default_factory=list)
@@ -45,9 +46,9 @@ class Seen:
 
 
 class WatchedReference(MagicFaceReference):
-    """Computes what `MagicFaceReference` computes; `seen` holds what the last step looked like inside.
+    """Computes what `MagicFaceReference` computes; `seen` holds what was seen inside the last step.
 
-    The region of a step is the one that its attention used, that of the step before; in the first step there is none.
+    The regions of a step are those that its attention used, from the step before; in the first step there are none.
     """
 
     def __init__(
@@ -67,12 +68,12 @@ class WatchedReference(MagicFaceReference):
         return outputs
 
     def restart(self) -> None:
-        """Forget the regions of the run before."""
+        """Forget the regions of the previous run."""
         self._regions = None
 
     @torch.no_grad()
     def look(self, attn: nn.Module, layer: int, hidden: Tensor) -> None:
-        """hidden [2+R, n, C]: what enters the layer's self-attention."""
+        """Add a layer's values to `seen`. hidden [2+R, n, C]: what enters the layer's self-attention."""
         inputs = self._pass.inputs
         if inputs is None or not len(inputs.weights) or inputs.stage == "off":
             return
@@ -91,7 +92,7 @@ class WatchedReference(MagicFaceReference):
             )
 
     def _region(self, concept: int, rows: int, cols: int) -> Tensor | None:
-        """bool [n]; None where it is empty."""
+        """A concept's region on a layer's grid, bool [n]; None if it is empty."""
         if self._regions is None or concept < 0:
             return None
         region = nearest_grid(self._regions, rows, cols)[concept].flatten()

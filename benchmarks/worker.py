@@ -1,6 +1,7 @@
-"""A process for each contender, so that its memory can be told and none has what another left in caches.
+"""Run each contender in a process of its own, so its memory can be measured and none profits from another's caches.
 
-The parent says what to do, one thing at a time, so contenders take turns: while one computes, the others wait.
+The parent tells each process what to do, one thing at a time, so contenders take turns: while one computes, the others
+wait.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class ContenderError(MagicFaceError):
 
 
 class Worker:
-    """A contender in a process of its own. `started`: when the process was, by `perf_counter`."""
+    """A contender in a process of its own. `started`: when the process was started, by `perf_counter`."""
 
     def __init__(self, task: Task, role: str = "") -> None:
         context = multiprocessing.get_context("spawn")
@@ -42,10 +43,10 @@ class Worker:
         far.close()
 
     def call(self, what: str, *arguments: Any) -> Any:
-        """Have it do something and wait for what it returns.
+        """Have the process do something, and return its result.
 
         Raises:
-            ContenderError: it could not, or not in time; after that the process is of no more use.
+            ContenderError: it could not, or not in time; after that the process is not to be used any more.
         """
         try:
             self._pipe.send((what, arguments))

@@ -28,7 +28,7 @@ STAGES = ("rsa", "rba")
 
 @dataclass(frozen=True)
 class Workload:
-    """A case for a bundle. Steps take drawn text and latents, so that they need neither text encoder nor VAE.
+    """A case for a bundle. Steps take drawn text and latents, so they need neither text encoder nor VAE.
 
     text: float32 [2 + N, 77, D], rows negative prompt, prompt, references; z0: float32 [N, 4, h, w].
     """
@@ -81,16 +81,19 @@ class Workload:
         return label
 
     def noise(self) -> Float32Array:
-        """[B, 4, h, w]"""
+        """The images' starting noise, [B, 4, h, w]."""
         return np.concatenate([target_noise(self.seed, k, self.shape) for k in range(self.case.images)])
 
     def run(self, steps: int) -> list[Moment]:
-        """A whole run in a few steps, for parity: RSA in the first, RBA after. Few and large steps: what is wrong in
-        a prediction is seen in the latents, which it would hardly move in a small one."""
+        """The steps of a whole run, for parity: RSA in the first, RBA after.
+
+        They are few and large, so an error in a prediction shows in the latents; in a small step it would hardly move
+        them.
+        """
         return [self._moment(i, steps, "rba" if i else "rsa") for i in range(steps)]
 
     def moment(self, stage: str) -> Moment:
-        """The step that is timed: from the middle of the case's schedule."""
+        """The step that is timed, from the middle of the case's schedule."""
         return self._moment(self.case.steps // 2, self.case.steps, stage)
 
     def _moment(self, index: int, steps: int, stage: str) -> Moment:
@@ -99,7 +102,7 @@ class Workload:
         return Moment(index, steps, stage, timestep, self.schedule.step_coefficients(steps)[index], noised)
 
     def concepts(self) -> list[Concept]:
-        """For a whole request: drawn pictures with masks of the case's share."""
+        """The concepts of a whole request: drawn pictures with masks of the case's share."""
         return drawn_concepts(self.case.concepts, self.case.mask_share)
 
     def options(self, alpha: float) -> Options:
@@ -123,19 +126,19 @@ class Moment:
 
     @property
     def name(self) -> str:
-        """Of the file that holds its reference keys and values."""
+        """The name of the file that holds its reference keys and values, without suffix."""
         return f"step-{self.index}-of-{self.steps}"
 
 
 def mask_of_share(share: float) -> NDArray[np.uint8]:
-    """[128, 128], its upper rows set, as many as meet the share best."""
+    """A mask [128, 128] in which the upper rows are set, as many as come closest to the share."""
     mask = np.zeros((MASK_GRID, MASK_GRID), np.uint8)
     mask[: max(1, round(MASK_GRID * share))] = 1
     return mask
 
 
 def bands(count: int, rows: int, columns: int) -> NDArray[np.bool_]:
-    """Upright bands of equal width: one for each concept, and the last for none."""
+    """Divide the grid into upright bands of equal width, one for each concept and the last for none: bool [N, h, w]."""
     owner = np.arange(columns) * (count + 1) // columns
     return (
         np.stack([np.tile(owner == k, (rows, 1)) for k in range(count)])
@@ -145,7 +148,7 @@ def bands(count: int, rows: int, columns: int) -> NDArray[np.bool_]:
 
 
 def drawn_concepts(count: int, share: float) -> list[Concept]:
-    """Soft random colours and a rectangular mask: nothing is learnt from them."""
+    """Draw concepts of soft random colours with a rectangular mask; nothing is learnt from them."""
     rng = np.random.default_rng(3)
     mask = np.repeat(np.repeat(mask_of_share(share), 2, 0), 2, 1) * np.uint8(255)
     concepts = []

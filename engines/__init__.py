@@ -1,1 +1,1 @@
-"""Plans from bundles. Not built yet: bundles already hold graph files with TensorRT's bodies (docs/design.md)."""
+"""Plans from bundles: targets, the builder, its gate, and the store (docs/design.md, "Engines and their store")."""

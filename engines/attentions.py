@@ -25,8 +25,8 @@ LARGE_LOGITS_BYTES = 4 << 20
 """An attention whose logits take less than this may be decomposed without harm."""
 
 LARGE_CHANNELS = 128
-"""An attention over fewer channels, all heads together, occurs in test models only. Some of their heads are narrower
-than any fused kernel, so no fusion is asked of them."""
+"""Attentions over fewer channels (all heads together) occur in test models only. Some of their heads are too narrow for
+any fused kernel, so they need not be fused."""
 
 FUSED_WIDTHS = range(9, 257)
 """Head widths with a fused kernel (measured with TensorRT-RTX 1.7.1). The VAE's one head of 512 has none."""
@@ -68,8 +68,8 @@ class Attention:
     def expected(self) -> bool:
         """Whether it must be fused: it is large, and of a form for which there is a fused kernel in 16 bits.
 
-        Its precision doesn't count, so an fp32 attention that would be fused in 16 bits is expected, and missed. Nor
-        does a head that is too narrow, if its channels are those of a real model: that is a lost head count.
+        Its precision does not matter: an fp32 attention that would be fused in 16 bits is expected, and found missing.
+        Nor does a head that is too narrow, if all channels together are a real model's: then the head count was lost.
         """
         return (
             self.logits_bytes >= LARGE_LOGITS_BYTES
@@ -88,15 +88,15 @@ class Attention:
 def find_attentions(
     network: Any, largest: Mapping[str, Sequence[int]], graph: str, region_attentions: int | None = None
 ) -> tuple[Attention, ...]:
-    """The attention calls of a parsed network, in network order.
+    """Find the attention calls of a parsed network, in network order.
 
     `network`: an INetworkDefinition of either flavour. `largest`: for each input of dynamic shape the profile's largest
-    shape; the inputs have these shapes while their consequences are read, and their own again afterwards.
-    `region_attentions`: how many calls of RegionAttention the graph has, where the caller knows.
+    shape; the inputs are given these shapes while the network is read, and their own again afterwards.
+    `region_attentions`: how many calls of RegionAttention the graph has, if the caller knows.
 
     Raises:
-        BuildError: an attention call has no softmax between two matrix products, or the calls are not those that the
-            caller knows of: then the gate would watch the wrong thing.
+        BuildError: an attention call has no softmax between two matrix products, or the number of RegionAttention calls
+            is not the expected one; either way the gate would watch the wrong thing.
     """
     with _shapes(network, largest):
         layers = _Layers(network)
@@ -111,7 +111,7 @@ def find_attentions(
 
 @contextmanager
 def _shapes(network: Any, largest: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """TensorRT's own shape inference at the largest shapes: with static inputs every shape downstream is static."""
+    """Set the inputs to their largest shapes for a while, so TensorRT infers a static shape for every tensor."""
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     kept = [(tensor, tuple(tensor.shape)) for tensor in inputs if -1 in tuple(tensor.shape)]
     try:
@@ -124,7 +124,7 @@ def _shapes(network: Any, largest: Mapping[str, Sequence[int]]) -> Iterator[None
 
 
 class _Layers:
-    """A network's layers, with who makes and who reads each tensor."""
+    """A network's layers, with the producer and the consumers of each tensor."""
 
     def __init__(self, network: Any) -> None:
         self.all = [network.get_layer(i) for i in range(network.num_layers)]
@@ -147,7 +147,7 @@ class _Layers:
 
 
 def _calls(layer: Any) -> list[tuple[str, str]]:
-    """(call, function) around a layer, innermost first; none for a layer of the graph itself."""
+    """The (call, function) pairs around a layer, innermost first; empty for a layer of the graph itself."""
     match = _METADATA.fullmatch(layer.metadata)
     return _CALL.findall(match.group(2)) if match else []
 
@@ -194,13 +194,13 @@ def _attention(layers: _Layers, index: int, function: str, call: str) -> Attenti
 
 
 def _other(tensor: Any, size: int) -> int:
-    """The one of a matrix' two dimensions that is not `size`."""
+    """The dimension of a matrix that is not `size`."""
     rows, columns = tuple(tensor.shape)[-2:]
     return int(columns if rows == size else rows)
 
 
 def _logits_product(layers: _Layers, tensor: Any) -> tuple[Any | None, tuple[str, ...]]:
-    """The matrix product behind a softmax' input, and what was added on the way."""
+    """Find the matrix product that a softmax's input comes from, and describe the masks that were added on the way."""
     masks: list[str] = []
     while (layer := layers.producer.get(tensor.name)) is not None:
         kind = layers.kind(layer)
@@ -224,7 +224,7 @@ def _logits_product(layers: _Layers, tensor: Any) -> tuple[Any | None, tuple[str
 
 
 def _from_product(layers: _Layers, tensor: Any) -> bool:
-    """Whether a tensor is a matrix product, through elementwise layers, casts and reshapes."""
+    """Whether a tensor comes from a matrix product by way of elementwise layers, casts and reshapes only."""
     for _ in range(8):
         layer = layers.producer.get(tensor.name)
         if layer is None or layers.kind(layer) == "MATRIX_MULTIPLY":
@@ -240,7 +240,7 @@ def _volume(tensor: Any) -> int:
 
 
 def _values_product(layers: _Layers, tensor: Any) -> Any | None:
-    """The matrix product that reads the probabilities."""
+    """Find the matrix product that reads the probabilities."""
     for layer in layers.consumers.get(tensor.name, []):
         kind = layers.kind(layer)
         if kind == "MATRIX_MULTIPLY":
@@ -275,7 +275,7 @@ def _obstacles(dtype: str, width: int, value_width: int) -> tuple[str, ...]:
 
 
 def _flattened(layers: _Layers, operands: Sequence[Any], call: str) -> tuple[str, ...]:
-    """Reshapes from four dimensions to three on the way to the products, inside the same call."""
+    """Describe reshapes from four dimensions to three on the way to the products, inside the same call."""
     found: list[str] = []
     seen: set[str] = set()
     waiting = list(operands)

@@ -33,7 +33,7 @@ _COMPATIBILITY = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME
 
 
 def plan_key(bundle: Bundle, graph: str, flavour: Flavour, target: Target) -> PlanKey:
-    """What the plan of a graph must have been made from and for.
+    """Return the key of a graph's plan: what it must have been made from and for.
 
     Raises:
         BundleError: the bundle does not hold that graph.
@@ -67,9 +67,9 @@ def build(
     report: Report = lambda _: None,
     advance: Advance | None = None,
 ) -> list[Plan]:
-    """A plan for each graph of the bundle, or of `graphs`; those that the store has already are left alone.
+    """Build a plan for each graph of the bundle, or of `graphs`, unless the store has it already.
 
-    Raises: as `build_plan`. Plans that were built before an error stay.
+    Raises: as `build_plan`. Plans that were built before the error stay in the store.
     """
     names = list(bundle.graphs) if graphs is None else list(graphs)
     return [
@@ -89,16 +89,16 @@ def build_plan(
     report: Report = lambda _: None,
     advance: Advance | None = None,
 ) -> Plan:
-    """The plan of a graph: the store's if it has it, else a new one.
+    """Return the plan of a graph: the store's if it has one, else a newly built one.
 
     `device`: ordinal of the GPU that `tensorrt` builds on and that the gate asks, where there is one.
-    `report` is told in words what is being done. `advance` is called with phase, steps done and steps of it, from a
-    thread of TensorRT's; when it returns False the build ends with `Cancelled`.
+    `report` is called with a description of what is being done. `advance` is called from one of TensorRT's threads with
+    a phase's name, the steps done and its number of steps; if it returns False the build ends with `Cancelled`.
 
     Raises:
         BuildError: the graph could not be parsed or built; GateError: the plan was not fit to be kept.
         TargetError: the target is for another flavour, precision or GPU.
-        BundleError: a file of the bundle was replaced meanwhile.
+        BundleError: a file of the bundle was replaced during the build.
         StoreError: the store cannot be written.
     """
     key = plan_key(bundle, graph, flavour, target)
@@ -113,7 +113,11 @@ def build_plan(
 
 
 def _check_scratch(plan: Plan, target: Target) -> None:
-    """Limits are no part of a key, so a plan may have been built under another one."""
+    """Check the scratch limit of a stored plan: limits are not part of a key, so it may have been built under another.
+
+    Raises:
+        GateError: the plan needs more scratch than the target allows.
+    """
     graph, scratch = plan.key.graph, plan.facts.get("gate", {}).get("scratch_bytes")
     if scratch is not None and scratch > target.scratch_limit(graph):
         raise GateError(
@@ -163,7 +167,7 @@ class _Build:
         self.attentions: tuple[Attention, ...] = ()
 
     def start(self) -> None:
-        """A builder, on the GPU that it needs."""
+        """Check the GPU, then create the builder and an empty network."""
         gpu.check_target(self.flavour, self.target, self.device)
         self.builder = self.trt.Builder(self.logger)
         if self.builder is None:
@@ -176,7 +180,7 @@ class _Build:
         self.config = self.network = self.builder = None
 
     def parse(self) -> None:
-        """The network of the graph file, with the outputs that are wanted."""
+        """Parse the graph file into the network, keep only the wanted outputs, and find the attentions."""
         contract = self.bundle.graph(self.graph)
         path = self.bundle.path / contract.files[GRAPH_RUNTIME]
         parser = self.trt.OnnxParser(self.network, self.logger)
@@ -255,10 +259,10 @@ class _Build:
             )
 
     def judge(self, path: Path) -> GateReport:
-        """The gate over the written plan; with a GPU that can load it, over the engine too.
+        """Run the gate on the written plan, and on the loaded engine too where there is a GPU that can load it.
 
         Raises:
-            GateError: it is closed.
+            GateError: the verdict is closed.
         """
         limit = self.target.scratch_limit(self.graph)
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as plan:
@@ -279,7 +283,7 @@ class _Build:
 
 
 def _network_flags(trt: Any) -> int:
-    """Strongly typed, where that is a choice: TensorRT-RTX and TensorRT 11 know nothing else."""
+    """Flags that make a network strongly typed, where there is a choice: TensorRT-RTX and TensorRT 11 have no other."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 

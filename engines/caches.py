@@ -1,4 +1,4 @@
-"""Caches that stand in a store beside the plans: compiled kernels and measurements. All of it can be made again.
+"""Caches that a store holds beside its plans: compiled kernels and measurements. All of it can be made again.
 
 DIR/runtime-cache/       what TensorRT-RTX compiled on a GPU, a file for each plan (backends/runtime_cache.py)
 DIR/timing-caches/       what TensorRT measured while it built (engines/timing_cache.py)
@@ -18,18 +18,18 @@ RUNTIME = "runtime-cache"
 OURS = (RUNTIME, "timing-caches")
 FOLDERS = (*OURS, "onnxruntime-*")
 DIGEST_CHARACTERS = 32
-"""Of a plan's digest, with which the name of its runtime cache begins."""
+"""How many leading characters of a plan's digest begin the name of its runtime cache."""
 
 
 def clear_unfinished(root: Path) -> None:
-    """Remove what killed processes left; what a live one writes stays."""
+    """Remove unfinished files that killed processes left; those that a live process is writing stay."""
     for name in OURS:
         if not (root / name).is_symlink():
             unfinished.clear(root / name, lambda _: True)
 
 
 def cache_files(root: Path) -> list[Path]:
-    """Every file of a cache that is written, least recently written first."""
+    """Every finished cache file, least recently written first."""
     files = [
         path
         for pattern in FOLDERS
@@ -71,7 +71,7 @@ def remove(path: Path) -> None:
 
 
 def _below(top: Path) -> Iterator[Path]:
-    """The files below a folder, however deep; links are not followed, and what cannot be listed has none."""
+    """Yield the files below a folder at any depth. Links are not followed; unreadable folders are skipped."""
     folders = [str(top)]
     while folders:
         with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:

@@ -23,9 +23,10 @@ def target_with_plans(
     *,
     parity: bool = False,
 ) -> Target:
-    """The target `name`; without one, the narrowest that serves this GPU and has all plans of the bundle in the store.
+    """Return the target `name`, or, without a name, the narrowest one for this GPU with all the bundle's plans stored.
 
-    If none has, the one to build for: the narrowest that serves the GPU. `parity`: plans with the outputs for `verify`.
+    If there is no such target, return the one to build for: the narrowest that serves the GPU. `parity`: look for plans
+    that keep the outputs for `verify`.
 
     Raises:
         TargetError: no such target, or none for this GPU.
@@ -47,7 +48,7 @@ def target_with_plans(
 
 
 def build_command(bundle: Bundle, target: Target, root: Path) -> str:
-    """What to type for the plans of a bundle that a target needs."""
+    """The command line that builds a bundle's plans for a target."""
     parts = ["magicface-rt", "build", str(bundle.path), "--flavour", target.flavour, "--target", target.name]
     parts += ["--store", str(root), *(["--parity"] if target.builder.parity_outputs else [])]
     return shlex.join(parts)

@@ -1,7 +1,7 @@
 """The two flavours of TensorRT, which share one Python API: `tensorrt` and `tensorrt-rtx`.
 
-`tensorrt` builds for the GPU it runs on. `tensorrt-rtx` builds portable plans without a GPU, whose compilation ends on
-the user's GPU when they are first loaded.
+`tensorrt` builds for the GPU it runs on. `tensorrt-rtx` builds portable plans without a GPU; their compilation is
+finished on the user's GPU when they are first loaded.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The gate that every built plan passes: are the large attentions fused, and does it fit the memory?
 
-One attention that TensorRT decomposes stores its logits: gigabytes, where a fused one needs megabytes, and nothing else
-says so before a GPU runs out of memory. `check_plan` judges by the plan's own text, which works without a GPU; where
+An attention that TensorRT decomposes stores its logits: gigabytes, where a fused one needs megabytes, and nothing else
+shows this before a GPU runs out of memory. `check_plan` judges by the plan's own text, which works without a GPU; where
 there is one, `inspect_engine` asks the library, and `agree` demands that both say the same.
 
-A verdict is `fine`, `closed` (the plan must not be kept), or `unknown`: what was read does not suffice for either.
-What is not understood is never called fine.
+A verdict is `fine`, `closed` (the plan must not be kept), or `unknown` (what was read does not suffice for either).
+A plan that is not understood is never called fine.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _METADATA_ENTRY = re.compile(r"\[ONNX Layer: [^\]]*\]")
 class GateReport:
     """What the gate saw of one graph's plan.
 
-    `expected`: attentions that must be fused; `fused`: those of them that are; `decomposed`: those of them that are
-    not, named with their sizes; `unseen`: those of which the kernels do not tell. `attentions` and
-    `attentions_fused` count all calls, small ones too. `scratch_bytes` is None where it could not be read.
-    `causes`: why the gate is not fine, most likely first.
+    `expected` counts the attentions that must be fused, and `fused` those of them that are; `decomposed` names those
+    that are not, with their sizes, and `unseen` those whose state the kernels do not show. `attentions` and
+    `attentions_fused` count all calls, small ones included. `scratch_bytes` is None if it could not be read.
+    `causes`: why the verdict is not fine, most likely first.
     """
 
     graph: str
@@ -59,7 +59,7 @@ class GateReport:
     inspected: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """For manifests and `--json`: plain types only."""
+        """The report as plain types, for manifests and `--json`."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class GateReport:
         return f"{self.graph}: {self.verdict}, {self.fused} of {self.expected} large attentions fused, {scratch}"
 
     def raise_if_closed(self) -> None:
-        """Raises GateError, naming the graph, its attentions, the likely cause and what to do."""
+        """Raise GateError if the verdict is closed, naming graph, attentions, the likely cause and what to do."""
         if self.verdict != "closed":
             return
         parts = [f"graph {self.graph}: the plan is refused."]
@@ -91,7 +91,7 @@ class GateReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the library says of an engine on a GPU. `problem` is empty when its answer was understood."""
+    """What the library reports about an engine on a GPU. `problem` is empty if its answer was understood."""
 
     scratch_bytes: int
     kernels: tuple[Kernel, ...]
@@ -101,7 +101,7 @@ class Inspection:
 def check_plan(graph: str, plan: Buffer, attentions: Sequence[Attention], scratch_limit: int) -> GateReport:
     """Judge a plan by its own text; needs no GPU.
 
-    `attentions`: what `find_attentions` saw in the network that the plan was built of. `scratch_limit`: bytes.
+    `attentions`: what `find_attentions` found in the network that the plan was built from. `scratch_limit`: bytes.
     """
     facts = read_plan(plan)
     if not facts.understood:
@@ -136,8 +136,8 @@ def _judge(
     over = scratch_bytes > scratch_limit
     causes: list[str] = []
     if decomposed or over:
-        # A scratch that is too large without a lost attention may come from a mask, or from attentions too small or
-        # too odd to be expected; so every attention's obstacles are told then.
+        # If the scratch is too large although no expected attention was decomposed, the reason may be a mask, or
+        # attentions too small or too odd to be expected; so the obstacles of all attentions are reported then.
         suspects = decomposed or list(attentions)
         causes += [f"{a.name}: {text}" for a in suspects for text in a.obstacles]
         if not causes:
@@ -164,11 +164,11 @@ def _judge(
 
 
 def _states(kernels: Sequence[Kernel], attentions: Sequence[Attention]) -> list[str]:
-    """For each attention `fused`, `decomposed` or `unseen`.
+    """Classify each attention as `fused`, `decomposed` or `unseen`.
 
-    An attention is fused if in every program that mentions its softmax a fused kernel does. It is unseen if nothing
-    mentions its softmax, or if a single kernel computes all of it but has a name that is not known: a library of
-    another version may have renamed its kernels, and that is no proof in either direction.
+    An attention is fused if every program that mentions its softmax does so in a fused kernel. It is unseen if nothing
+    mentions its softmax, or if a single kernel of unknown name computes all of it: another version of the library may
+    have renamed its kernels, which proves nothing either way.
     """
     citing: dict[str, list[Kernel]] = {}
     for kernel in kernels:
@@ -195,8 +195,8 @@ def _memory_causes(facts: PlanFacts) -> list[str]:
 def inspect_engine(engine: Any, trt: Any) -> Inspection:
     """Ask a deserialised engine (on a GPU) for its kernels and its scratch.
 
-    `trt`: the flavour's module. The plan must have been built with ProfilingVerbosity.DETAILED, or its layers carry no
-    metadata and the answer is not understood.
+    `trt`: the flavour's module. The plan must have been built with ProfilingVerbosity.DETAILED; otherwise its layers
+    carry no metadata and the answer is not understood.
     """
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     kernels, problem = _inspected_kernels(text)
@@ -226,10 +226,10 @@ def _inspected_kernels(text: str) -> tuple[tuple[Kernel, ...], str]:
 
 
 def agree(report: GateReport, inspection: Inspection, attentions: Sequence[Attention]) -> GateReport:
-    """The verdict of plan text and inspector together.
+    """Combine the verdicts of the plan's text and of the inspector.
 
-    What either calls closed stays closed. It is fine only if both are, with the same attentions fused and the scratch
-    equal within SCRATCH_TOLERANCE or SCRATCH_SLACK_BYTES; otherwise unknown, with the disagreement among the causes.
+    The result is closed if either is. It is fine only if both are, with as many attentions fused and the scratch equal
+    within SCRATCH_TOLERANCE or SCRATCH_SLACK_BYTES; otherwise unknown, with the disagreement among the causes.
     """
     if inspection.problem:
         verdict: Verdict = "closed" if report.verdict == "closed" else "unknown"

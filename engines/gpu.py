@@ -12,7 +12,7 @@ from .targets import Target
 
 
 def capability_here(device: int = 0) -> str | None:
-    """The compute capability of a GPU by its ordinal, such as "8.9"; None without one that can be used."""
+    """The compute capability, such as "8.9", of the GPU with this ordinal; None if there is none that can be used."""
     try:
         return Device(device).compute_capability
     except (BackendMissingError, DeviceError):
@@ -25,11 +25,13 @@ def can_load(capabilities: Sequence[str], device: int = 0) -> bool:
 
 
 def check_target(flavour: Flavour, target: Target, device: int = 0) -> None:
-    """`tensorrt` tries out kernels while it builds, so it builds on the GPU that will serve.
+    """Check that a flavour can build for a target here.
+
+    `tensorrt` tries out kernels while it builds, so it must build on the GPU that will serve.
 
     Raises:
         DeviceError, BackendMissingError: no GPU can be used, and the flavour needs one.
-        TargetError: the GPU is another one than the target's.
+        TargetError: the target is not for the GPU that is here.
     """
     if flavour.builds_without_gpu:
         return

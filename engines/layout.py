@@ -1,11 +1,11 @@
-"""Places in an engine store, and what may be done to them without knowing what a plan is.
+"""Paths in an engine store, and the operations on them that do not depend on what a plan is.
 
     DIR/<flavour>/<first two digits>/<digest of the key>/    a plan and its manifest (engines/manifest.py)
                                      .<digest>.<id>.part/    a plan being written, or being removed
-                                     .<digest>.lock          held while a plan is built or removed, else not there
+                                     .<digest>.lock          held while a plan is built or removed, absent otherwise
 
-A `.part` folder belongs to the holder of its plan's lock; whoever gets the lock removes what it finds. A plan's last
-use is the modification time of its folder.
+A `.part` folder belongs to the holder of its plan's lock; the next holder removes any that it finds. A plan's time of
+last use is the modification time of its folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def lock_path(folder: Path) -> Path:
 
 
 def new_part(folder: Path) -> Path:
-    """A temporary place beside a plan's folder, not made yet."""
+    """A new temporary path beside a plan's folder; nothing is created."""
     return folder.parent / f".{folder.name}.{uuid.uuid4().hex}.part"
 
 
@@ -46,8 +46,8 @@ def make_parents(root: Path, folder: Path) -> None:
     """Make the folders above a plan's, for their owner only; those that exist keep their permissions.
 
     Raises:
-        OSError: that failed.
-        StoreError: something else stands there.
+        OSError: a folder could not be made.
+        StoreError: something other than a folder of the store's own is in the way.
     """
     unfinished.make_folder(root.parent)
     for above in (root, folder.parent.parent, folder.parent):
@@ -58,7 +58,7 @@ def make_parents(root: Path, folder: Path) -> None:
 
 
 def linked_parent(folder: Path) -> Path | None:
-    """A folder of the store above a plan's that is a symbolic link, if there is one."""
+    """The closest folder above a plan's, below the root, that is a symbolic link; None if there is none."""
     return next((above for above in (folder.parent, folder.parent.parent) if os.path.islink(above)), None)
 
 
@@ -68,7 +68,7 @@ def plan_folders(root: Path) -> list[Path]:
 
 
 def leftovers(root: Path) -> list[Path]:
-    """The plan folders beside which there are temporary folders or a lock file, owned by a live process or not."""
+    """Plan folders with temporary folders or a lock file beside them, whether a live process owns those or not."""
     return sorted(
         {
             shard / match[1]
@@ -93,14 +93,14 @@ def keep_only(folder: Path, name: str) -> None:
 
 
 def bytes_of(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 for what is no folder."""
+    """Bytes of the files in a folder; 0 if it is not a folder."""
     if os.path.islink(folder):
         return 0
     return sum(size for path in _listed(folder, links=True) if (size := _size(path)))
 
 
 def mark_used(folder: Path) -> None:
-    """Set the time of last use to now; nothing of the plan is rewritten. A read-only store stays as it is."""
+    """Set the time of last use to now, without rewriting the plan. A read-only store stays as it is."""
     now = time.time_ns()
     with contextlib.suppress(OSError):
         os.utime(folder, ns=(now, now))
@@ -122,7 +122,7 @@ def _shards(root: Path) -> Iterator[Path]:
 
 
 def _listed(folder: Path, *, links: bool = False) -> list[Path]:
-    """What a folder holds, by name; without symbolic links unless asked, so that no walk leaves the store."""
+    """A folder's entries, sorted by name; symbolic links are left out unless asked for, so no walk leaves the store."""
     try:
         found = sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):

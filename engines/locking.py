@@ -1,7 +1,7 @@
-"""File locks that die with their process, so that a killed holder never blocks anybody.
+"""File locks that end with their process, so a killed holder never blocks anybody.
 
-The locks are those of flock(2): the kernel drops them when the holder's last descriptor closes, however it ended. They
-hold between processes and between threads. A child forked by the holder without exec shares its lock.
+They are flock(2) locks: the kernel drops them when the holder's last descriptor closes, however the process ended. They
+work between processes and between threads. A child forked by the holder without exec shares its lock.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ except ImportError:  # Windows
 
 _POLL_SECONDS = 0.05
 OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-"""For os.open: refuse symbolic links, and change no bytes, where the system has a flag for it."""
+"""Flags for os.open, where the system has them: refuse symbolic links, and do not translate bytes."""
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}  # nothing that anybody could have a lease on
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class FileLock:
-    """An exclusive lock that is held, on a file of its own; releasing it removes the file."""
+    """A held exclusive lock on a file of its own; releasing it removes the file."""
 
     def __init__(self, path: Path, stream: FileIO) -> None:
         self._path = path
@@ -40,7 +40,7 @@ class FileLock:
     def acquire(
         cls, path: Path, *, timeout: float | None = None, on_wait: Callable[[], object] | None = None
     ) -> FileLock | None:
-        """Take the lock, waiting at most `timeout` seconds (None: as long as it takes); None when that was too short.
+        """Take the lock, waiting at most `timeout` seconds (None: as long as it takes); return None after that time.
 
         `on_wait` is called once, before the first wait.
 
@@ -61,7 +61,7 @@ class FileLock:
                 raise
             stream.close()
             if free:
-                continue  # the holder before us removed this file with its release: the lock that counts is at the path
+                continue  # the previous holder removed this file on release; the lock that counts is that of the path
             if deadline is not None and time.monotonic() >= deadline:
                 return None
             if not waited and on_wait is not None:
@@ -70,7 +70,7 @@ class FileLock:
             time.sleep(_POLL_SECONDS)
 
     def release(self) -> None:
-        """Remove the file, then let go: whoever gets the removed file's lock sees that it stands nowhere."""
+        """Remove the file, then unlock it: a waiter that locks the removed file sees that it has no path any more."""
         if self._stream.closed:
             return
         if _stands_at(self._stream, self._path):
@@ -86,16 +86,16 @@ class FileLock:
 
 
 class Lease:
-    """A shared lock on a file in use, held until `close`; it keeps `unused` from being true."""
+    """A shared lock on a file in use, held until `close`; meanwhile `unused` yields False."""
 
     def __init__(self, stream: FileIO) -> None:
         self._stream = stream
 
     @classmethod
     def take(cls, path: Path) -> Lease | None:
-        """A lease on a file; None when the file is gone, or went while the lease was taken.
+        """Take a lease on a file; return None if the file is gone, or disappears meanwhile.
 
-        Needs no write access. Where there are no locks it holds nothing: nothing can be pruned there either.
+        Needs no write access. On a system without locks it holds nothing, but nothing can be pruned there either.
 
         Raises:
             OSError: the file cannot be opened.
@@ -125,7 +125,7 @@ class Lease:
 
 @contextlib.contextmanager
 def unused(path: Path) -> Iterator[bool]:
-    """Whether nobody has a lease on a file; if so, nobody gets one inside the context.
+    """Yield whether nobody has a lease on a file; if so, none can be taken inside the context.
 
     Raises:
         OSError: the file cannot be opened.

@@ -1,4 +1,4 @@
-"""What TensorRT says, in Python's logging; and how far a build is, for a progress bar."""
+"""Pass TensorRT's messages to Python's logging, and a build's progress to a progress bar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEPT_ERRORS = 8
 
 
 def trt_logger(trt: Any) -> Any:
-    """An ILogger of a flavour that writes to LOGGER; `errors` holds its last error messages."""
+    """Return an ILogger of a flavour that writes to LOGGER; its `errors` holds the last error messages."""
     levels = {
         trt.ILogger.INTERNAL_ERROR: logging.CRITICAL,
         trt.ILogger.ERROR: logging.ERROR,
@@ -37,7 +37,7 @@ def trt_logger(trt: Any) -> Any:
             level = levels.get(severity, logging.INFO)
             if level >= logging.ERROR:
                 self.errors = [*self.errors, message][-_KEPT_ERRORS:]
-                level = logging.DEBUG  # it becomes an exception, which the caller sees
+                level = logging.DEBUG  # the caller sees it as an exception
             elif any(part in message for part in _NOISE):
                 level = logging.DEBUG
             LOGGER.log(level, "%s", message)
@@ -46,11 +46,11 @@ def trt_logger(trt: Any) -> Any:
 
 
 Advance = Callable[[str, int, int], object]
-"""Called with a phase's name, steps done, and steps of it; returning False cancels the build."""
+"""Called with a phase's name, the steps done, and its number of steps; returning False cancels the build."""
 
 
 def progress_monitor(trt: Any, advance: Advance) -> Any:
-    """An IProgressMonitor that reports the outermost phases. TensorRT calls it from threads of its own."""
+    """Return an IProgressMonitor that reports the outermost phases. TensorRT calls it from threads of its own."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

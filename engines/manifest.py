@@ -1,10 +1,10 @@
-"""A plan's folder: the plan, and a manifest that says what it is. What is checked of them, and how they are written.
+"""A plan's folder: the plan and the manifest that describes it, and how both are checked and written.
 
     plan            the serialized engine
     manifest.json   key, size and SHA-256 of the plan, the builder's facts, and a checksum over all of these
 
-The manifest has one text for its content, and any other is refused. So a change of any byte of either file is seen,
-even one that JSON does not care about.
+Each content has exactly one text as a manifest, and any other is refused. So a change to any byte of either file is
+detected, even one that makes no difference in JSON.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that stands in a store, as its manifest has it; the plan file's content is not checked before `read`.
+    """A plan in a store, as its manifest describes it; the plan file's content has not been checked.
 
-    `bytes`, `sha256` (hex): of the plan file. `facts`: what the builder said of it, values that JSON can hold.
+    `bytes`, `sha256` (hex): of the plan file. `facts`: what the builder reported, as values that JSON can hold.
     """
 
     key: PlanKey
@@ -53,7 +53,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Damaged:
-    """A folder that stands in a plan's place and is none. `reason`: what was found and what was expected."""
+    """Something in a plan's place that is not a valid plan. `reason`: what was found and what was expected."""
 
     folder: Path
     reason: str
@@ -65,10 +65,10 @@ class Damaged:
 
 
 def load(folder: Path) -> Plan | Damaged | None:
-    """What stands in a plan's place, by its manifest and the plan file's size; None when nothing does.
+    """Load what is in a plan's place, checking its manifest and the plan file's size; return None if nothing is there.
 
     Raises:
-        StoreError: the place cannot be looked at.
+        StoreError: the place cannot be read.
     """
     try:
         mode = os.lstat(folder).st_mode
@@ -93,13 +93,13 @@ def load(folder: Path) -> Plan | Damaged | None:
 
 
 def read_checked(plan: Plan) -> bytes:
-    """The plan's bytes, which have the SHA-256 of the manifest.
+    """Read the plan's bytes and check them against the SHA-256 of the manifest.
 
     Raises:
-        PlanError: they have not, or cannot be read.
+        PlanError: they differ, or cannot be read.
     """
-    # A serialized engine holds native code, which the library runs without looking for tampering. So nothing of it is
-    # handed out before all of it was hashed, and what is handed out is what was hashed: a copy in memory, not a
+    # A serialized engine holds native code, which the library runs without checking for tampering. So nothing is
+    # returned before all of it has been hashed, and what is returned is what was hashed: a copy in memory, not a
     # mapping of a file that may change afterwards.
     data = _read(plan.path, plan.bytes)
     _compare(plan, len(data), hashlib.sha256(data).hexdigest())
@@ -116,7 +116,7 @@ def check(plan: Plan) -> None:
 
 
 def write_manifest(folder: Path, key: PlanKey, facts: Mapping[str, Any]) -> None:
-    """Describe the plan file that stands in a folder, and put both on the disk for certain.
+    """Write the manifest of the plan file in a folder, and flush both to the disk.
 
     Raises:
         StoreError: there is no plan, or JSON cannot hold the facts.
@@ -126,7 +126,7 @@ def write_manifest(folder: Path, key: PlanKey, facts: Mapping[str, Any]) -> None
     if path.is_symlink() or not path.is_file() or path.stat().st_size == 0:
         raise StoreError(f"engine store: the builder of graph {key.graph} wrote no plan into {path}.")
     try:
-        plain = json.loads(_text(dict(facts)))  # as it will be read back, so that its text is the same then
+        plain = json.loads(_text(dict(facts)))  # as it will be read back, so its text will be the same then
         content = {"key": key.to_dict(), "bytes": path.stat().st_size, "sha256": _sha256(path), "facts": plain}
         text = _text({**content, "checksum": _checksum(content)})
     except (TypeError, ValueError, RecursionError) as error:
@@ -146,7 +146,7 @@ def write_manifest(folder: Path, key: PlanKey, facts: Mapping[str, Any]) -> None
 
 
 def sync(path: Path) -> None:
-    """Put a file, or a folder's list of names, on the disk for certain."""
+    """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -184,7 +184,7 @@ def _parse(folder: Path, raw: bytes) -> Plan:
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
-    """Of what the builder says, the part that is computed with."""
+    """Check the part of the builder's facts that is computed with."""
     gate = facts.get("gate", {})
     scratch = gate.get("scratch_bytes") if isinstance(gate, dict) else "none"
     if scratch is not None and (type(scratch) is not int or scratch < 0):

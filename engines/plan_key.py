@@ -1,4 +1,4 @@
-"""What a plan was made from and for: every field by which it can be stale, and the digest that names its folder."""
+"""A plan's key, what it was made from and for: every field by which it can be stale, and the digest of its folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from magicface_rt.errors import PlanError
 from magicface_rt.shown import shown
 
 SCHEMA = 1
-"""Raised when plans of an earlier release of this package must not be used although every other field agrees."""
+"""Incremented when plans of an earlier release of this package must not be used even if every other field agrees."""
 
 Shape = tuple[int, ...]
 ShapeRange = tuple[Shape, Shape, Shape]
@@ -56,7 +56,7 @@ def canonical_json(value: object) -> bytes:
 
 @dataclass(frozen=True)
 class FieldDifference:
-    """A field in which two keys differ. A value of None: the field is not there at all."""
+    """A field in which two keys differ. A value of None means that the key lacks the field."""
 
     field: str
     found: object
@@ -73,17 +73,17 @@ class FieldDifference:
 
 @dataclass(frozen=True, eq=False)
 class PlanKey:
-    """What names a plan. Two keys are equal when their digests are.
+    """The key that names a plan. Two keys are equal when their digests are.
 
     graph                 name in the bundle
     graph_hash            of the graph file and the weights file, see `graph_hash`
     flavour               `tensorrt` or `tensorrt-rtx`
     flavour_version       of the flavour's library
-    precision             such as `fp16`
+    precision             such as `float16`
     compute_capabilities  GPUs that the plan runs on, such as ("8.6", "8.9"); order and repeats do not count
-    profile               for each input its smallest, best and largest shape
+    profile               the smallest, best and largest shape of each dynamic input
     builder_options       plain JSON values by name
-    schema                `SCHEMA` of the release that made it
+    schema                the `SCHEMA` of the release that made it
 
     Raises:
         PlanError: a field does not have the form above.
@@ -122,7 +122,7 @@ class PlanKey:
         return hash(self.digest)
 
     def to_dict(self) -> dict[str, Any]:
-        """The key as JSON can hold it; `from_dict` reads it back."""
+        """The key as values that JSON can hold; `from_dict` reads them back."""
         return {
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "compute_capabilities": list(self.compute_capabilities),
@@ -134,7 +134,7 @@ class PlanKey:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PlanKey:
-        """Read what `to_dict` gave.
+        """Make a key from what `to_dict` returned.
 
         Raises:
             PlanError: a field is missing, unknown or of another form.
@@ -150,9 +150,10 @@ class PlanKey:
         return cls(**{**values, "profile": profile})
 
     def differences(self, expected: PlanKey) -> list[FieldDifference]:
-        """Every field in which this key (found) differs from another (expected), nested ones by their dotted name.
+        """List every field in which this key (found) differs from another (expected).
 
-        A name such as `profile.k_ref_13.max` or `builder_options.tf32`. Empty exactly when the keys are equal.
+        Nested fields have dotted names such as `profile.k_ref_13.max` or `builder_options.tf32`. The list is empty
+        exactly when the keys are equal.
         """
         mine, other = dict(_leaves(self.to_dict())), dict(_leaves(expected.to_dict()))
         return [
@@ -184,7 +185,7 @@ def _range(name: str, shapes: object) -> ShapeRange:
 
 
 def _plain(name: str, values: object) -> dict[str, Any]:
-    """A copy as JSON gives it back, so that a key read from disk has the same values."""
+    """Copy the values through JSON, so a key read from disk has the same values."""
     try:
         plain = json.loads(canonical_json(dict(values)))  # type: ignore[call-overload]
     except (TypeError, ValueError, RecursionError) as error:
@@ -194,7 +195,7 @@ def _plain(name: str, values: object) -> dict[str, Any]:
 
 
 def _leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Innermost values by their path. An empty mapping is a value: it tells `{"a": {}}` from `{}`."""
+    """Yield the innermost values with their paths. An empty mapping is a value, to tell `{"a": {}}` from `{}`."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, (*path, name))

@@ -1,16 +1,16 @@
 """What a plan's own bytes say about its memory and its kernels, without a GPU.
 
-A plan can be deserialised, and asked by an inspector, only where a GPU is. But it holds its compiled programs as text:
+A plan can only be deserialised and inspected where there is a GPU. But it holds its compiled programs as text:
 
     NLYM <u32> <u64 length> header { version = 5 ... region = { name=... size=... } ... }
     descriptors { tensor={ ... region="..." } ... } main { function={ name=... layers="..." } ... } shape_main { ... }
 
 Each program begins with that signature, and the length counts the text after it. A plan has one program for each
 optimisation profile, which owns the memory regions, and a small one for every piece that is compiled at first load,
-which owns none but constants. The text is there at every profiling verbosity (seen with TensorRT-RTX 1.7.1).
+which owns constants only. The text is there at every profiling verbosity (seen with TensorRT-RTX 1.7.1).
 
-The form is not documented and may change. So the reader checks that what it took for regions and kernels is complete
-and consistent, and says in `PlanFacts.problem` when it is not; facts with a problem must not be trusted.
+The format is not documented and may change. So the reader checks that what it took for regions and kernels is complete
+and consistent, and reports in `PlanFacts.problem` if it is not; facts with a problem must not be trusted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 MAX_TEXT_BYTES = 256 << 20
-"""A program longer than this is not read. Stable Diffusion's largest graph has 3 MB."""
+"""A program's text longer than this is not read. That of Stable Diffusion's largest graph has 3 MB."""
 
 _SIGNATURE = re.compile(rb"NLYM.{4}(.{8})header \{\n", re.DOTALL)
 _SIGNATURE_BYTES = 16
@@ -69,7 +69,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """What was read of a plan. `problem` says why it was not understood; it is empty for one that was."""
+    """What was read from a plan. `problem` says why the plan was not understood, and is empty if it was."""
 
     plan_bytes: int
     programs: int
@@ -107,10 +107,10 @@ def read_plan(plan: Buffer) -> PlanFacts:
     """Read the programs in a plan's bytes.
 
     The plan is searched in place, and only the programs' text is copied, one program at a time: a plan of 1.8 GB takes
-    a second or two and a few megabytes. Never raises because of what the bytes are; look at `problem`.
+    a second or two and a few megabytes. No content makes it raise; look at `problem`.
     """
     if isinstance(plan, memoryview):
-        plan = plan.cast("B")  # the library's own buffer calls its bytes floats
+        plan = plan.cast("B")  # the library's own buffer declares its items as floats
     regions: list[Region] = []
     kernels: list[Kernel] = []
     programs = 0
@@ -133,7 +133,7 @@ def read_plan(plan: Buffer) -> PlanFacts:
 
 
 def _programs(plan: Buffer) -> Iterator[tuple[bytes, str]]:
-    """Text of each program, and what is wrong with it or an empty string."""
+    """Yield the text of each program with what is wrong with it, or an empty string."""
     end_of_last = 0
     for match in _SIGNATURE.finditer(plan):
         start = match.start() + _SIGNATURE_BYTES
@@ -158,7 +158,7 @@ def _regions(text: bytes) -> list[Region]:
 
 
 def _check_regions(text: bytes, found: list[Region]) -> str:
-    """A region line that was not understood, or a tensor in a region that is not listed: then bytes are missing."""
+    """Describe a region line that was not understood, or a region used but not listed: either way bytes are missing."""
     lines = len(_REGION_START.findall(_header(text)))
     if lines != len(found):
         return f"{lines} lines look like memory regions, {len(found)} of them were understood"

@@ -1,4 +1,4 @@
-"""Optimisation profiles: from a graph's contract and a target to the range of every dynamic input."""
+"""Optimisation profiles: derive the range of every dynamic input from a graph's contract and a target."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .targets import Target
 Range = tuple[int, int, int]
 
 ONE_AT_A_TIME = ("vae_encoder", "vae_decoder")
-"""Session gives these one picture a call: a second one would cost as much memory again and save nothing."""
+"""Graphs that Session calls with one picture at a time: a second would cost as much memory again and save nothing."""
 
 
 def profile(bundle: Bundle, contract: GraphContract, target: Target) -> dict[str, ShapeRange]:
     """Smallest, best and largest shape of every input with a symbol in its shape.
 
     Raises:
-        TargetError: a symbol of which nothing is known here.
+        TargetError: a shape has an unknown symbol.
     """
     ranges = symbol_ranges(bundle, target, contract.name)
     shapes: dict[str, ShapeRange] = {}
@@ -40,15 +40,15 @@ def profile(bundle: Bundle, contract: GraphContract, target: Target) -> dict[str
 def symbol_ranges(bundle: Bundle, target: Target, graph: str) -> Mapping[str, Range]:
     """Smallest, best and largest value of the contracts' symbols B, R, K and M1..M8 in a graph.
 
-    Kept tokens: at most the cells of the target's `full_masks`; best is what its usual number of references needs with
-    masks of the bundle's expected share. Nothing goes over the bundle's own limits.
+    Kept tokens (M1..M8) are at most the cells of the target's `full_masks`; best is what its usual number of references
+    needs with masks of the bundle's expected share. Nothing exceeds the bundle's own limits.
     """
     images = min(target.images.maximum, bundle.limits.images)
     references = min(target.references.maximum, bundle.limits.references)
     ranges: dict[str, Range] = {
         "B": _range(target.images.optimum, images),
         "R": _range(target.references.optimum, references),
-        "K": (1, 1, images),  # one row of reference keys for the whole batch is what a request of its own has
+        "K": (1, 1, images),  # a single request has one row of reference keys for its whole batch
     }
     for factor in bundle.factors:
         rows, columns = bundle.grid(factor)

@@ -1,6 +1,6 @@
-"""The engine store: plans by what they were made from and for. Its folders are drawn in engines/layout.py.
+"""The engine store: finds plans by what they were made from and for. Its folders are drawn in engines/layout.py.
 
-A plan appears by one rename and goes by one rename, so a reader finds it whole or not at all and needs no lock.
+A plan appears and disappears by one rename, so a reader finds it whole or not at all and needs no lock.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _OF_WRITING = _FULL | {errno.EFBIG, errno.EROFS}
 
 
 class EngineStore:
-    """A folder of plans. Making the object touches nothing; safe to use from several threads and processes.
+    """A folder of plans. Constructing it touches no file; it is safe to use from several threads and processes.
 
-    `size_limit`: bytes of all plans and caches together, kept after each build by removing the least recently used.
+    `size_limit`: bytes of all plans and caches together, enforced after each build by removing the least recently used.
     """
 
     def __init__(self, root: Path | str, *, size_limit: int | None = None) -> None:
@@ -44,20 +44,20 @@ class EngineStore:
     # Finding and reading
 
     def find(self, key: PlanKey) -> Plan | None:
-        """The plan of a key, or None when there is none that can be used. The plan file itself is not read.
+        """Return the plan of a key, or None if there is none that can be used. The plan file itself is not read.
 
         Raises:
-            StoreError: the store cannot be looked at.
+            StoreError: the store cannot be read.
         """
         found = self._load(key)
         return found if isinstance(found, Plan) else None
 
     def get(self, key: PlanKey, command: str | None = None) -> Plan:
-        """The plan of a key. `command`: what builds it, for the message.
+        """Return the plan of a key. `command`: the command that builds it, for the error message.
 
         Raises:
             PlanError: it is damaged or missing. The message names the fields by which the closest plan is stale.
-            StoreError: the store cannot be looked at.
+            StoreError: the store cannot be read.
         """
         found = self._load(key)
         if isinstance(found, Plan):
@@ -70,13 +70,13 @@ class EngineStore:
         )
 
     def read(self, plan: Plan) -> bytes:
-        """The bytes of a plan, after all of them were compared with the manifest. Marks the plan as used now.
+        """Read the bytes of a plan, all checked against the manifest, and mark the plan as used now.
 
         Raises:
             PlanError: the plan is gone, or a byte of it or of its manifest was changed.
-            StoreError: the store cannot be looked at.
+            StoreError: the store cannot be read.
         """
-        # Everything is looked at anew: the plan may have been found long ago.
+        # Everything is checked again: the plan may have been found long ago.
         found = self._load(plan.key)
         try:
             if found is None:
@@ -92,9 +92,9 @@ class EngineStore:
         return data
 
     def in_use(self, plan: Plan) -> Lease:
-        """A lease: as long as it is open, in this process or another, `prune` leaves the plan alone.
+        """Take a lease: as long as it is open, in this process or another, `prune` leaves the plan alone.
 
-        A context manager; or keep it and `close` it. It ends with its process in any case. Needs no write access.
+        Use it as a context manager, or `close` it. It ends with its process in any case. Needs no write access.
 
         Raises:
             PlanError: the plan is gone.
@@ -112,26 +112,26 @@ class EngineStore:
     # Listing and explaining
 
     def entries(self) -> list[Entry]:
-        """Everything that stands in a plan's place, by folder: plans, and what is damaged.
+        """List everything in a plan's place, sorted by folder: plans, and what is damaged.
 
         Raises:
-            StoreError: the store cannot be looked at.
+            StoreError: the store cannot be read.
         """
         found = [manifest.load(folder) for folder in layout.plan_folders(self.root)]
         return [self._placed(entry) for entry in found if entry is not None]
 
     def plans(self) -> list[Plan]:
-        """The plans that are not known to be damaged; their files are not read."""
+        """List the plans that are not known to be damaged; their files are not read."""
         return [entry for entry in self.entries() if isinstance(entry, Plan)]
 
     def why(self, key: PlanKey) -> list[tuple[Plan, list[FieldDifference]]]:
-        """Every plan of the same graph with the fields in which it differs from a key, the closest first."""
+        """List every plan of the same graph with the fields in which it differs from a key, the closest first."""
         candidates = [plan for plan in self.plans() if plan.key.graph == key.graph]
         pairs = [(plan, plan.key.differences(key)) for plan in candidates]
         return sorted(pairs, key=lambda pair: (len(pair[1]), -self.last_used(pair[0])))
 
     def verify(self) -> list[tuple[Entry, str | None]]:
-        """Every entry with what is wrong with it, None for a sound plan. Reads every plan once."""
+        """List every entry with what is wrong with it, or None for a sound plan. Reads every plan once."""
         checked = [(entry, _fault(entry)) for entry in self.entries()]
         # A plan may have been pruned while the others were read.
         return [(entry, fault) for entry, fault in checked if fault is None or os.path.lexists(entry.folder)]
@@ -141,7 +141,7 @@ class EngineStore:
         return layout.bytes_of(entry.folder)
 
     def last_used(self, entry: Entry) -> float:
-        """When an entry was built, read or leased last, in seconds since the epoch; 0 when it is gone."""
+        """When an entry was last built, read or leased, in seconds since the epoch; 0 if it is gone."""
         return layout.last_used(entry.folder)
 
     # Building
@@ -154,21 +154,21 @@ class EngineStore:
         timeout: float | None = None,
         on_wait: Callable[[], object] | None = None,
     ) -> Plan:
-        """The plan of a key: the one that stands there if it is sound, else a new one in its place.
+        """Return the plan of a key: the stored one if it is sound, else a new one that replaces it.
 
         `make(path)` writes the plan file to `path`, the only file that is kept, and returns facts for the manifest.
-        Of several callers, in any process, one makes the plan and the others wait for it: at most `timeout` seconds
-        (None: as long as it takes). `on_wait` is called once, before the first wait. Whatever ends `make`, nothing
-        half written is left. Then the store's size limit is applied, to other plans than this one.
+        If several callers, in any process, want the plan, one makes it and the others wait for at most `timeout`
+        seconds (None: as long as it takes). `on_wait` is called once, before the first wait. However `make` ends,
+        nothing half-written is left. After a build the store's size limit is applied to all plans but this one.
 
         Raises:
             StoreError: the store cannot be written, or the wait was too long.
-            whatever `make` raises.
+            Anything that `make` raises.
         """
         folder = self._folder(key)
         found = self._sound(key)
         if found is not None:
-            # What a process that was killed at the very end left; whether it goes or not, the plan is there.
+            # Clean up after a process that was killed at the very end; the plan is there whether this works or not.
             with contextlib.suppress(StoreError, OSError):
                 self._sweep([folder] if any(folder.parent.glob(f".{folder.name}.*")) else [])
             return found
@@ -183,7 +183,7 @@ class EngineStore:
         return found
 
     def _build(self, key: PlanKey, folder: Path, make: Make) -> Plan:
-        """Make, describe and place a plan; the caller holds its lock."""
+        """Make a plan, write its manifest and move both into place; the caller holds its lock."""
         part = layout.new_part(folder)
         try:
             with self._writing(folder):
@@ -199,7 +199,7 @@ class EngineStore:
                 try:
                     manifest.sync(folder.parent)
                 except OSError:
-                    # Whoever is told that it failed must not find it there.
+                    # A caller that gets this error must not find the plan there.
                     with contextlib.suppress(OSError):
                         os.rename(folder, part)
                     raise
@@ -215,7 +215,7 @@ class EngineStore:
         try:
             return make(path)
         except OSError as error:
-            # Only what is about the store's disk: `make` reads other files too.
+            # Only errors that concern the store's disk: `make` reads other files too.
             if error.errno in _OF_WRITING or str(error.filename or "").startswith(str(path.parent)):
                 raise self._unwritable(path, error) from error
             raise
@@ -223,11 +223,11 @@ class EngineStore:
     # Removing
 
     def prune(self, limit: int | None = None, keep: Iterable[PlanKey] = ()) -> list[Entry]:
-        """Remove what killed processes left, then entries until all take at most `limit` bytes; returns the removed.
+        """Remove what killed processes left, then entries until `limit` bytes remain; return the removed entries.
 
-        Caches go first (those of plans that are gone always), then damaged entries, then the least recently used
-        plans. Plans in use, plans being built and those of `keep`
-        stay, even over the limit. Without a limit here, that of the store counts; without any, no entry is removed.
+        Caches are removed first (those of plans that are gone always), then damaged entries, then the least recently
+        used plans. Plans in use, plans being built and those of `keep` stay, even over the limit. `limit` defaults to
+        the store's; without either, no entry is removed.
 
         Raises:
             StoreError: the store cannot be read or written.
@@ -264,7 +264,7 @@ class EngineStore:
                 caches.remove(files.pop(0))
 
     def remove(self, entry: Entry) -> bool:
-        """Remove an entry, unless it is in use, being built, repaired, or gone; says whether it was removed.
+        """Remove an entry unless it is in use, being built, repaired, or gone; return whether it was removed.
 
         Raises:
             StoreError: the store cannot be written.

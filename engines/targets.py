@@ -22,27 +22,27 @@ else:
 
 FOLDER = Path(__file__).parent / "targets"
 DEFAULT = {"tensorrt-rtx": "rtx-portable"}
-"""`tensorrt` has no default: it builds for the GPU that it runs on, and that GPU chooses the target."""
+"""`tensorrt` has no default: it builds for the GPU that it runs on, which determines the target."""
 
 PRECISIONS = ("float16", "bfloat16", "float32")
 GRAPHS = ("text_encoder", "vae_encoder", "vae_decoder", "reference_kv", "denoise_step")
 COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""What TensorRT-RTX 1.7 builds for."""
+"""The compute capabilities that TensorRT-RTX 1.7 builds for."""
 TURING = "7.5"
 
 MOST_BYTES = 100_000
-"""Of a target file."""
+"""Largest size of a target file."""
 MOST = 1 << 20
-"""Of anything that is counted, memory in MiB among it: a plan for more could not be built anywhere."""
+"""Largest value of any count, including memory in MiB: a plan for more could not be built anywhere."""
 
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 
 
 @dataclass(frozen=True)
 class Span:
-    """How many of something a plan is tuned for, and how many it takes at most; the least is 1."""
+    """How many of something a plan is tuned for, and how many it takes at most; the minimum is 1."""
 
     optimum: int
     maximum: int
@@ -50,13 +50,13 @@ class Span:
 
 @dataclass(frozen=True)
 class BuilderOptions:
-    """Part of a plan's key: another value makes another plan.
+    """Options of the builder. They are part of a plan's key: another value makes another plan.
 
     workspace_mib           memory that the builder may let one layer use, MiB
     optimization_level      0..5, how long the builder searches
-    tf32                    fp32 products in TF32; off, because they differ from PyTorch by 1e-3
+    tf32                    compute fp32 products in TF32; off, because they differ from PyTorch by 1e-3
     hardware_compatibility  `tensorrt` only: "none", "ampere_plus" or "same_compute_capability"
-    parity_outputs          the outputs that only `verify` reads stay in the plan
+    parity_outputs          keep the outputs that only `verify` reads
     """
 
     workspace_mib: int = 4096
@@ -72,9 +72,9 @@ class Target:
 
     `compute_capabilities`: of the GPUs that may load it, such as "8.9"; `precisions`: dtypes of bundles that it takes
     (float32 is for small models: the gate refuses a full-size one, because its attention is not fused);
-    `images` and `references`: of one request, within the bundle's own limits. `full_masks`: so many references may be
-    kept whole; more fit where their masks are smaller. `scratch_limits_mib`: by graph, and for `others`; a plan that
-    needs more is refused.
+    `images` and `references`: of one request, within the bundle's own limits. `full_masks`: how many references fit if
+    their masks keep everything; more fit if the masks are smaller. `scratch_limits_mib`: by graph, and for `others`; a
+    plan that needs more is refused.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Target:
         return self.scratch_limits_mib.get(graph, self.scratch_limits_mib["others"]) << 20
 
     def check_precision(self, dtype: str) -> None:
-        """Raises TargetError where a bundle's dtype is not one that this target serves."""
+        """Raise TargetError if this target does not serve a bundle's dtype."""
         if dtype not in self.precisions:
             raise TargetError(
                 f"target {self.name}: the bundle is in {dtype}, expected {' or '.join(self.precisions)}. "
@@ -105,17 +105,17 @@ class Target:
 
 
 def target_names() -> list[str]:
-    """The targets that come with the package."""
+    """The names of the targets that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load_target(name: str | Path, flavour: str | None = None) -> Target:
-    """A target by name, or from a TOML file of the user's own (anything that ends in .toml).
+    """Load a target by name, or from a TOML file of the user's own (anything that ends in .toml).
 
-    `flavour`: the one that is wanted, if it is to be checked.
+    `flavour`: the flavour that the target must be of, if given.
 
     Raises:
-        TargetError: no such target, a file of another form, or a target that its flavour cannot build for.
+        TargetError: no such target, an invalid file, a target of another flavour, or one that its flavour cannot build.
     """
     own = str(name).endswith(".toml")
     path = Path(name) if own else FOLDER / f"{name}.toml"
@@ -141,7 +141,7 @@ def targets_of(flavour: str) -> list[str]:
 
 
 def target_for(flavour: str, capability: str | None) -> Target:
-    """The target that serves a GPU of this compute capability, None for no GPU: the narrowest that names it.
+    """Return the narrowest target for a GPU of this compute capability, or, for None (no GPU), the flavour's default.
 
     Raises:
         TargetError: there is none.
@@ -163,7 +163,7 @@ def target_for(flavour: str, capability: str | None) -> Target:
 
 
 def targets_serving(flavour: str, capability: str) -> list[str]:
-    """The targets of a flavour that a GPU can load."""
+    """The names of a flavour's targets whose plans a GPU can load."""
     return [name for name in targets_of(flavour) if capability in load_target(name).compute_capabilities]
 
 

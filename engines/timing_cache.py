@@ -1,7 +1,7 @@
-"""What `tensorrt` measured of its kernels, kept between builds: the next build of a similar graph takes a fraction.
+"""Keep the kernel timings that `tensorrt` measured, so building a similar graph next takes a fraction of the time.
 
-A file of each store, for each version of the library and each GPU. It is a hint and no part of a plan, so whatever is
-wrong with it costs time and nothing else.
+A store has one file for each version of the library and each compute capability. It is a hint and not part of a plan,
+so a fault in it costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MOST_BYTES = 1 << 30
 
 
 def place(root: Path, flavour: Flavour, device: int) -> Path:
-    """The file for this library on this GPU."""
+    """The file for this library and this GPU's compute capability."""
     return root / "timing-caches" / f"{flavour.name}-{flavour.version}-{capability_here(device) or 'none'}.bin"
 
 
 def load(root: Path, flavour: Flavour, device: int, config: Any) -> None:
-    """Give a builder's configuration the kept cache, or an empty one."""
+    """Give a builder's configuration the saved cache, or an empty one."""
     path = place(root, flavour, device)
     kept = b""
     try:
@@ -41,7 +41,7 @@ def load(root: Path, flavour: Flavour, device: int, config: Any) -> None:
 
 
 def save(root: Path, flavour: Flavour, device: int, cache: Any) -> None:
-    """Keep a cache. Of two builds that end together one's measurements are kept."""
+    """Save a cache. If two builds end together, the measurements of only one are kept."""
     if cache is None:
         return
     path = place(root, flavour, device)

@@ -31,7 +31,7 @@ LAYERS_PER_BLOCK = 2
 class Architecture:
     """Everything in a checkpoint that is not a weight: one config per component, as their JSON files hold them.
 
-    `pad_token` is what the tokenizer fills a prompt up to 77 tokens with.
+    `pad_token`: the token with which the tokenizer pads a prompt to 77 tokens.
     """
 
     name: str
@@ -56,7 +56,7 @@ def architecture(name: str) -> Architecture:
 def _unet(
     *, channels: tuple[int, ...], heads: int | list[int], text_width: int, groups: int, side: int, linear: bool
 ) -> Config:
-    """`attention_head_dim` is, for historical reasons, the number of heads."""
+    """Return a U-Net's config, in which `attention_head_dim` is, for historical reasons, the number of heads."""
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",

@@ -1,7 +1,7 @@
 """The U-Net's attention processors in their exported form.
 
-Two families, one for each U-Net graph: `capture_reference_keys` collects the keys and values that a reference leaves
-in the injection layers, `inject_references` lets the picture see them and collects the maps for the segmentation.
+Two families, one for each U-Net graph: `capture_reference_keys` collects the keys and values that a reference leaves in
+the injection layers; `inject_references` lets the picture see them and collects the maps for the segmentation.
 Both replace diffusers' processors; the weights stay the U-Net's own.
 """
 
@@ -57,24 +57,24 @@ def attention_layers(unet: UNet2DConditionModel) -> list[AttentionLayer]:
 
 @dataclass
 class References:
-    """What one `denoise_step` reads and collects on its way through the layers; lives for one forward pass."""
+    """What one `denoise_step` reads and collects on its way through the layers; used for one forward pass."""
 
     keys: dict[int, tuple[torch.Tensor, torch.Tensor]]
-    """Per injection layer k and v [K, M, C]."""
+    """By injection layer: k and v, each [K, M, C]."""
     query_group: dict[int, torch.Tensor]
-    """Per factor int64 [B, n]."""
+    """By factor: int64 [B, n]."""
     key_group: dict[int, torch.Tensor]
-    """Per factor int64 [K, M]."""
+    """By factor: int64 [K, M]."""
     key_bias: dict[int, torch.Tensor]
-    """Per factor float32 [K, M]."""
+    """By factor: float32 [K, M]."""
     key_scale: dict[int, torch.Tensor]
-    """Per factor float32 [K, M]."""
+    """By factor: float32 [K, M]."""
     evidence: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
-    """Per factor one entry a layer, from `attention_evidence`."""
+    """By factor: one result of `attention_evidence` per layer."""
 
 
 class _Processor:
-    """Shared by both families: the current pass' state is looked up at the time of the call."""
+    """The base of both families. It looks up the state of the current pass when it is called."""
 
     def __init__(self, layer: AttentionLayer, state: _State) -> None:
         self.layer = layer

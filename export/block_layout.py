@@ -14,7 +14,7 @@ from .architectures import ARCHITECTURES, DOWN_BLOCKS, UP_BLOCKS
 __all__ = ["architecture_name", "check_configs", "check_unet"]
 
 _WIDTH = 2**16
-# component, key, the most it may be, whether it may be a list of such
+# component, key, largest value, whether it may be a list of such values
 _NUMBERS = (
     ("unet", "block_out_channels", _WIDTH, True),
     ("unet", "attention_head_dim", _WIDTH, True),
@@ -31,7 +31,10 @@ _NUMBERS = (
 
 
 def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse what is not Stable Diffusion 1.5's or 2.1-base's layout, naming what it is."""
+    """Refuse configs that are not of Stable Diffusion 1.5's or 2.1-base's layout, saying what they are.
+
+    Raises CheckpointError.
+    """
     unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
     where = f"checkpoint {path}: "
     check_unet(where, unet)
@@ -54,7 +57,7 @@ def check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_unet(where: str, unet: Mapping[str, Any]) -> None:
-    """Refuse a U-Net of another layout. where: what messages begin with, such as `checkpoint man: `."""
+    """Refuse a U-Net of another layout. where: how messages begin, such as `checkpoint man: `."""
     if unet.get("addition_embed_type") == "text_time":
         raise CheckpointError(f"{where}the U-Net is Stable Diffusion XL's; expected SD1.5's or SD2.1-base's layout")
     channels_in = unet.get("in_channels", 4)
@@ -108,7 +111,7 @@ def check_unet(where: str, unet: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(where: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse numbers that are none, or so large that no network would be built of them in an hour."""
+    """Refuse values that are not whole numbers, or so large that no network would be built in an hour."""
     for component, key, most, several in _NUMBERS:
         value = configs.get(component, {}).get(key)
         if value is None:

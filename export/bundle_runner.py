@@ -1,4 +1,4 @@
-"""A bundle in the place of an implementation that recordings are replayed with."""
+"""Replay recordings with a bundle in place of the PyTorch implementation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL_OUTPUTS = (
 
 
 class BundleStepRunner:
-    """A bundle as a `StepRunner`: the recorded inputs in, one `denoise_step` a call, fed as Session feeds it."""
+    """A bundle as a `StepRunner`: each call runs one `denoise_step` on recorded inputs, fed as Session feeds it."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class BundleStepRunner:
         weight_mode: WeightMode = "bias",
         runner: Callable[[str], GraphRunner] | None = None,
     ) -> None:
-        """`runner`: gives the bundle's graphs where they are loaded already, as `Session.runner` does."""
+        """`runner`: returns a graph of the bundle that is loaded already, as `Session.runner` does."""
         load = runner or (lambda graph: backend.load(bundle, graph))
         self.name = f"bundle on {backend.name}"
         self.recording = recording
@@ -68,7 +68,7 @@ class BundleStepRunner:
         self.coefficients = recording.schedule.step_coefficients(recording.steps)
 
     def run(self, step: int, latents: np.ndarray, regions: np.ndarray | None) -> RunnerOutputs:
-        """One step from `latents` [1,4,h,w] and the previous regions bool [N,h/2,w/2]."""
+        """Run one step from `latents` [1,4,h,w] and the previous regions bool [N,h/2,w/2]."""
         recording, timestep = self.recording, int(self.timesteps[step])
         noised = recording.schedule.add_noise(recording.inputs.ref_z0, recording.inputs.ref_noise[step], timestep)
         out = self.denoiser.step(
@@ -98,7 +98,7 @@ class BundleStepRunner:
         )
 
     def _label(self, regions: np.ndarray | None) -> np.ndarray:
-        """The region label; where two regions overlap the later concept has the cell."""
+        """The region label; where two regions overlap, the later concept gets the cell."""
         label = np.zeros((1, self.bundle.rows // 2, self.bundle.columns // 2), np.int64)
         for concept, region in enumerate(regions if regions is not None else ()):
             label[0][np.asarray(region, bool)] = concept + 1

@@ -39,7 +39,7 @@ class WeightsFile:
         self._places: dict[tuple[bytes, int], int] = {}
 
     def externalize(self, model: ir.Model) -> None:
-        """Move the model's large initializers into the file, in place; those that are there already stay."""
+        """Move the model's large initializers into the file, in place; those that are external already are skipped."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or tensor.nbytes < _INLINE_BYTES or isinstance(tensor, ir.ExternalTensor):
@@ -67,15 +67,15 @@ class WeightsFile:
         self._stream.flush()
 
     def close(self, *, keep: bool = True) -> None:
-        """Close the file. On a full disk only keeping it fails."""
+        """Close the file. A failure, such as a full disk, raises only if the file is to be kept."""
         with contextlib.suppress(OSError) if not keep else contextlib.nullcontext():
             self._stream.close()
 
 
 class BundleWriter:
-    """A context in which a bundle is written into a hidden folder beside its place; `finish` renames it.
+    """A context in which a bundle is written into a hidden folder beside its place; `finish` renames the folder.
 
-    Leaving the context without `finish` removes everything, and entering it what killed processes left of this place.
+    Entering the context removes what killed processes left there; leaving it without `finish` removes everything.
     """
 
     def __init__(self, out: Path) -> None:
@@ -110,9 +110,10 @@ class BundleWriter:
             raise OutputError(f"output folder {self.out} cannot be written: {unfinished.why(error)}") from error
 
     def add_graph(self, graph: Graph, model: ir.Model) -> Fused:
-        """Write a traced graph: its weights into the shared file, one graph file for each runtime's bodies.
+        """Write a traced graph: its weights into the shared file, and a graph file with each runtime's bodies.
 
-        Where the CUDA provider has better kernels for the graph there is a file for them as well; `model` ends as that.
+        If the CUDA provider has better kernels for the graph, a file for them is written too, and `model` is rewritten
+        to that form.
         """
         with self._writing():
             _strip_traces(model)
@@ -144,7 +145,7 @@ class BundleWriter:
         onnx.save_model(proto, str(self.folder / name))
 
     def drop_cuda_file(self, graph: str) -> None:
-        """Take back a graph's file for the CUDA provider, which then gets that of `onnxruntime`."""
+        """Remove a graph's file for the CUDA provider, which then gets that of `onnxruntime`."""
         with self._writing():
             (self.folder / self.graphs[graph]["files"].pop(CUDA_RUNTIME)).unlink()
 
@@ -154,7 +155,7 @@ class BundleWriter:
             (self.folder / name).write_text(text, encoding="utf-8")
 
     def write_manifest(self, manifest: dict[str, Any]) -> Bundle:
-        """Write bundle.json over the files that stand there now, and open the still hidden folder."""
+        """Write bundle.json, which lists the files that are there now, and open the still hidden folder."""
         with self._writing():
             self.weights.flush()
             files = {
@@ -169,9 +170,9 @@ class BundleWriter:
         return Bundle.open(self.folder, check_hashes=False)
 
     def finish(self) -> Bundle:
-        """Put the folder on the disk and rename it to its place.
+        """Flush the folder to the disk and rename it into place.
 
-        Raises ExportError without a manifest, OutputError where that fails.
+        Raises ExportError if there is no manifest, OutputError if writing fails.
         """
         if not (self.folder / MANIFEST).is_file():
             raise ExportError("the bundle has no manifest yet")
@@ -182,7 +183,7 @@ class BundleWriter:
 
 
 def _for_cpu(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose long sums are exact enough in ONNX Runtime's CPU kernels; others sum by themselves."""
+    """Return a copy whose long sums are exact enough in ONNX Runtime's CPU kernels; other runtimes need no help."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     split_long_sums(copy)
@@ -190,7 +191,7 @@ def _for_cpu(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _strip_traces(model: ir.Model) -> None:
-    """The exporter notes in every node where its Python source stood; that doubles the file and names local paths."""
+    """Remove the exporter's notes on every node's Python source, which double the file and name local paths."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:

@@ -1,8 +1,8 @@
 """Opening a checkpoint: a diffusers folder (Stable Diffusion 1.5 or 2.1-base layout) or a single-file SD1.5 checkpoint.
 
-Nothing is loaded by `Checkpoint.open`: it reads configs and the headers of the weight files and refuses what this
-package cannot run. Each component is then loaded by itself, so that no more than one need be in memory. Only
-safetensors are read, never a pickle, never the network.
+`Checkpoint.open` loads no weights: it reads configs and the headers of the weight files and refuses what this package
+cannot run. Each component is then loaded by itself, so no more than one need be in memory. Only safetensors are read,
+never a pickle, never the network.
 """
 
 from __future__ import annotations
@@ -106,12 +106,12 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def pad_token_id(self) -> int:
-        """What a prompt is filled up with: SD1.5 <|endoftext|>, SD2.1 "!"."""
+        """The token that prompts are padded with: SD1.5 <|endoftext|>, SD2.1 "!"."""
 
     @property
     @abstractmethod
     def max_length(self) -> int:
-        """Tokens of an encoded prompt, start and end included."""
+        """Number of tokens of an encoded prompt, start and end included."""
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -175,7 +175,7 @@ class Checkpoint(ABC):
         return self._load("text_encoder", lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)), dtype)
 
     def _load(self, component: str, build: Callable[[dict[str, Any]], Any], dtype: torch.dtype) -> Any:
-        """Build on the meta device and put the stored tensors in, so that the weights are in memory once."""
+        """Build a component on the meta device and assign the stored tensors, so the weights are in memory once."""
         try:
             with torch.device("meta"):
                 model = build(dict(self.configs[component]))
@@ -208,11 +208,19 @@ class Checkpoint(ABC):
 
 @contextlib.contextmanager
 def open_safetensors(file: Path, what: str) -> Iterator[Any]:
-    """A safetensors file whose header has been read. Raises CheckpointError, which begins with `what` it is to be."""
+    """Open a safetensors file and read its header. Raises CheckpointError, whose message begins with `what`."""
     try:
         if not file.is_file():  # opening a pipe would wait for ever
             raise CheckpointError(f"{what} {file}: it is missing, or not a file")
-        with safe_open(file, framework="pt") as stream:
+        try:
+            opened = safe_open(file, framework="pt")
+        except MemoryError as error:
+            size = file.stat().st_size
+            raise CheckpointError(
+                f"{what} {file}: its {size:,} bytes are more than this process may map. Is it another file? Else allow "
+                "more addresses (ulimit -v)."
+            ) from error
+        with opened as stream:
             yield stream
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
@@ -227,7 +235,7 @@ def read_safetensors(file: Path, keys: Sequence[str] | None = None) -> State:
 
 
 def read_text(file: Path) -> str:
-    """The text of a config or a vocabulary. Raises CheckpointError: missing, no file, too large, or not UTF-8."""
+    """Read the text of a config or a vocabulary. Raises CheckpointError: missing, not a file, too large, not UTF-8."""
     try:
         return read_plain(file, MAX_TEXT_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
@@ -235,7 +243,7 @@ def read_text(file: Path) -> str:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError."""
+    """Read the object in a JSON file. Raises CheckpointError."""
     text = read_text(file)
     try:
         content = read_json(text)
@@ -264,7 +272,7 @@ def _check_state(path: Path, component: str, state: State, wanted: Mapping[str, 
 
 
 def _as_module_names(state: State, wanted: Any) -> State:
-    """Rename to what the installed libraries call the tensors; the shapes and the numbers stay."""
+    """Rename tensors to the names that the installed libraries use; shapes and values stay."""
     attentions = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
     nested = any(name.startswith("text_model.") for name in wanted)
     renamed: State = {}

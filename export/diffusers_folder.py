@@ -76,7 +76,7 @@ class FolderCheckpoint(Checkpoint):
                 )
         vocabulary = read_config(folder / "vocab.json")
         for token, number in vocabulary.items():
-            # The tokenizers library ends the process where it has no memory for a list of all that are between.
+            # The tokenizers library ends the process if it has no memory for a list of all numbers in between.
             if type(number) is not int or not 0 <= number < MOST_TOKENS:
                 raise CheckpointError(
                     f"tokenizer {folder}: vocab.json gives {shown(token)} the number {shown(number)}; expected a whole "
@@ -117,7 +117,7 @@ class FolderCheckpoint(Checkpoint):
             ) from error
 
     def _check_tokens(self) -> None:
-        """Refuse a text encoder that has no place for what a prompt is encoded to."""
+        """Refuse a text encoder with too few tokens or positions for what the tokenizer makes of a prompt."""
         text = self.configs["text_encoder"]
         last = max(self._tokenizer.get_vocab().values(), default=0)
         if last >= text["vocab_size"]:
@@ -154,9 +154,9 @@ class FolderCheckpoint(Checkpoint):
 
 
 def find_weights(folder: Path, stem: str) -> tuple[Path, ...]:
-    """Return the safetensors files of a component: one file, or shards by their index.
+    """Return the safetensors files of a component: one file, or the shards that an index names.
 
-    `.fp16` variants are taken where only they exist.
+    `.fp16` variants are taken if only they exist.
 
     Raises CheckpointError if there are none, naming pickles if those are all there is.
     """
@@ -189,7 +189,7 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
             raise CheckpointError(f"checkpoint index {index}: shard {name[:100]!r} is not a plain file name")
         try:
             there = (folder / name).is_file()
-        except OSError as error:  # no file can be called so
+        except OSError as error:  # no file can have such a name
             raise CheckpointError(
                 f"checkpoint index {index}: shard {name[:100]!r} cannot be read: {error.strerror}"
             ) from error

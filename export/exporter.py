@@ -78,7 +78,7 @@ class ExportOptions:
 
 
 def exporter_versions() -> dict[str, str]:
-    """What a bundle is made with: releases, and a hash of the sources, which change between releases too."""
+    """The versions that a bundle is made with: releases, and a hash of the sources, which change between releases."""
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         sources.update(path.read_bytes())
@@ -121,7 +121,7 @@ def export_bundle(
 
 
 def graph_makers(checkpoint: Checkpoint, form: Form, layers: Sequence[int]) -> Iterator[Callable[[], Graph]]:
-    """The five graphs of a bundle, each loaded from the checkpoint when it is made, so that one is in memory."""
+    """Yield a maker of each of a bundle's five graphs; it loads the checkpoint when called, so one is in memory."""
     dtype = form.dtype
     yield lambda: TextEncoder(checkpoint.load_text_encoder(dtype), form)
     yield lambda: VaeEncoder(checkpoint.load_vae(dtype), form)
@@ -163,7 +163,7 @@ def export_unet_bundle(
 
 
 def _unet_graph_makers(unet: UNet2DConditionModel, form: Form, layers: Sequence[int]) -> Iterator[Callable[[], Graph]]:
-    """The two graphs of a U-Net, which is held no longer than they are made."""
+    """Yield a maker of each of a U-Net's two graphs; the U-Net is held only until both have been made."""
     yield lambda: ReferenceKV(unet.to(form.dtype), form, layers)
     yield lambda: DenoiseStep(unet.to(form.dtype), form, layers)
 

@@ -1,8 +1,9 @@
-"""Is a graph in a bundle what its PyTorch module is? Asked of every graph at the end of an export.
+"""Compare the graphs of a bundle with their PyTorch modules, as is done for every graph at the end of an export.
 
 The module runs in float32, with the weights as the bundle holds them; the graph runs on ONNX Runtime's CPU provider.
-For 16-bit bundles the yardstick is measured, not chosen: how far the same PyTorch module moves on the same inputs when
-the output of each of its layers is rounded to 16 bits. A graph passes within twice that distance (plus float32's own).
+For 16-bit bundles the yardstick is measured, not chosen: how far the same PyTorch module's outputs move on the same
+inputs when the output of each of its layers is rounded to 16 bits. A graph passes within twice that distance (plus
+float32's own).
 PyTorch's own 16-bit kernels are not the yardstick, because on a CPU they take minutes where float32 takes seconds.
 A bfloat16 graph is compared in float32 arithmetic, with the tolerance of 16 bits all the same: the constants in the
 file are rounded to bfloat16 (quick GELU's 1.702 is 1.703 there, which moves the text embeddings by 8e-4).
@@ -39,23 +40,23 @@ CPU = "onnxruntime-cpu"
 IN_FLOAT32 = "compared in float32 arithmetic: ONNX Runtime's CPU provider has no bfloat16 kernels"
 
 FLOAT32_TOLERANCE = 5e-5
-"""Relative 2-norm. Between float32 PyTorch and float32 ONNX Runtime 1e-6 to 6e-6 was seen on the recorded models."""
+"""Relative 2-norm. 1e-6 to 6e-6 was seen between float32 PyTorch and float32 ONNX Runtime on the recorded models."""
 
 MOST_ALLOWED = 0.1
-"""However much 16 bits cost: weights that lose more than this in them must not be served in them."""
+"""Upper bound of a tolerance, whatever 16 bits cost: weights that lose more in 16 bits must not be served in them."""
 
 SAME_STEP_TOLERANCE = 1e-5
-"""Guidance and the DDIM step, recomputed from the graph's own predictions and labels."""
+"""For guidance and the DDIM step, recomputed from the graph's own predictions and labels."""
 
 PARITY_SIZES = {"B": 3, "R": 3, "K": 1, "M1": 37, "M2": 23, "M4": 13, "M8": 6}
-"""Other sizes than the traced ones, so that nothing traced as a constant goes unseen."""
+"""Other sizes than the traced ones, so a size that was traced as a constant is noticed."""
 
 Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A module's outputs on seeded inputs in float32, and `floor`, how far rounding to 16 bits moves them."""
+    """A module's outputs on seeded inputs in float32. `floor`: how far rounding to 16 bits moves each of them."""
 
     graph: str
     inputs: Arrays
@@ -68,7 +69,7 @@ class Expected:
 class GraphParity:
     """How far a graph is from PyTorch.
 
-    `errors`: relative 2-norm for each output; `note`: what was done otherwise than for most graphs, and why.
+    `errors`: relative 2-norm of each output; `note`: what was done differently than for most graphs, and why.
     """
 
     graph: str
@@ -118,12 +119,12 @@ class GraphParity:
 def expected_outputs(graph: Graph, vocabulary: int, limits: Limits | None = None) -> Expected:
     """Run a module on seeded inputs. A 16-bit module is turned into float32 on the way and stays so.
 
-    `limits`: by input the shapes that the runtime takes, where it does not take any.
+    `limits`: the smallest and largest shape of each input, for a runtime that does not accept all shapes.
     """
     sizes = _sizes(graph, limits or {})
     inputs = sample_inputs(graph.inputs, sizes, seed=1, vocabulary=vocabulary)
     names = [tensor.name for tensor in graph.outputs]
-    # Inputs that enter in 16 bits are rounded first, so that both runs see the same.
+    # Inputs that enter in 16 bits are rounded first, so both runs see the same values.
     arguments = torch_inputs(graph, inputs)
     for tensor, value in zip(graph.inputs, _flat(arguments), strict=True):
         inputs[tensor.name] = _numpy(value)
@@ -148,7 +149,7 @@ def expected_outputs(graph: Graph, vocabulary: int, limits: Limits | None = None
 
 
 def _sizes(graph: Graph, limits: Limits) -> dict[str, int]:
-    """PARITY_SIZES, or the nearest that a runtime takes."""
+    """PARITY_SIZES, or the nearest sizes that a runtime accepts."""
     sizes = dict(PARITY_SIZES)
     for tensor in graph.inputs:
         if tensor.name in limits:
@@ -162,7 +163,7 @@ def _sizes(graph: Graph, limits: Limits) -> dict[str, int]:
 
 @contextmanager
 def _rounded_layers(graph: Graph, dtype: torch.dtype) -> Iterator[None]:
-    """Within this context every layer's output is rounded to `dtype`, as a 16-bit runtime stores it."""
+    """Round every layer's output to `dtype` within this context, as a 16-bit runtime stores it."""
 
     def rounded(_: torch.nn.Module, __: Any, output: Any) -> Any:
         is_float = isinstance(output, torch.Tensor) and output.is_floating_point()
@@ -185,11 +186,11 @@ def compare_graph(
     *,
     scratch: Path | None = None,
 ) -> GraphParity:
-    """Run a graph of a bundle (on ONNX Runtime's CPU provider unless told otherwise) and compare.
+    """Run a graph of a bundle (by default on ONNX Runtime's CPU provider) and compare its outputs.
 
-    runner   the graph, loaded already; it stays the caller's to close
-    scratch  the folder for what a bfloat16 graph is widened into, as large as its weights in float32; that of temporary
-             files unless given
+    runner   the graph, if it is loaded already; the caller still has to close it
+    scratch  folder for the float32 copy of a bfloat16 graph, as large as its weights in float32; by default that of
+             temporary files
 
     Raises:
         ParityError: an output is not finite; the message names the graph and the output.
@@ -224,7 +225,7 @@ def compare_graph(
 
 
 def check_graph(bundle: Bundle, graph: Graph, vocabulary: int, backend: Backend) -> GraphParity:
-    """`expected_outputs` and `compare_graph` in one."""
+    """Call `expected_outputs`, then `compare_graph`."""
     if bundle.dtype == BFLOAT16 and backend.name == CPU:
         return compare_graph(bundle, expected_outputs(graph, vocabulary), backend)
     with closing(backend.load(bundle, graph.name)) as runner:
@@ -237,7 +238,7 @@ def _judge(expected: Expected, outputs: Arrays) -> GraphParity:
 
 
 def _judge_step(expected: Expected, outputs: Arrays) -> GraphParity:
-    """`denoise_step`: predictions against PyTorch's, labels where they are no near-ties, the rest recomputed."""
+    """Judge `denoise_step`: predictions against PyTorch's, labels except at near-ties, the rest recomputed."""
     errors = {"eps": relative_error(outputs["eps"], expected.outputs["eps"])}
     tolerance = _tolerances(expected, errors)
     near = NEAR_TIE
@@ -258,7 +259,7 @@ def _judge_step(expected: Expected, outputs: Arrays) -> GraphParity:
 
 
 def _recomputed(expected: Expected, outputs: Arrays) -> Arrays:
-    """Rate, next latents and region labels from the graph's own predictions and token labels."""
+    """Compute rate, next latents and region labels from the graph's own predictions and token labels."""
     assert expected.step is not None
     t = {name: torch.from_numpy(array) for name, array in {**expected.inputs, **outputs}.items() if name != "text"}
     foreground = t["foreground_margin"] > 0

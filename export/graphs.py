@@ -1,12 +1,12 @@
 """One small module per graph of a bundle, with the names, dtypes and shapes of its inputs and outputs.
 
 A graph's contract is written beside its forward: `inputs` and `outputs` list (name, dtype, shape), in the order of the
-arguments, with symbols for what may differ from call to call:
+arguments, with symbols for sizes that may differ from call to call:
 
     B images, R reference rows, K = 1 (reference keys shared by the batch) or B, M1 M2 M4 M8 kept reference tokens on
     the grid of latents side / 1, / 2, / 4, / 8.
 
-Everything that a request sets enters per image, so that requests at different steps may stand in one batch.
+Everything that a request sets is an input per image, so requests at different steps can share a batch.
 Weights and activations have the bundle's dtype; latents, guidance, segmentation and the DDIM step are float32.
 """
 
@@ -83,7 +83,7 @@ class Graph(nn.Module):
     outputs: tuple[Tensor, ...]
 
     def arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """`values`, one for each of `inputs`, nested as `forward` takes them."""
+        """Nest `values`, one for each of `inputs`, as `forward` takes them."""
         return tuple(values)
 
 
@@ -103,7 +103,7 @@ class TextEncoder(Graph):
 
 
 class _VaeAttention:
-    """The VAE's attention, over [B, C, h, w] or [B, n, C], with TokenAttention for its core."""
+    """The VAE's attention over [B, C, h, w], with TokenAttention as its core."""
 
     def __call__(
         self,
@@ -173,14 +173,14 @@ def injected(unet: UNet2DConditionModel, injection_layers: Sequence[int]) -> lis
 
 
 def injected_factors(unet: UNet2DConditionModel, injection_layers: Sequence[int]) -> list[int]:
-    """The grids among the chosen layers, finest first: 1 for latents side, 2 for half of it, ..."""
+    """The factors of the chosen layers' grids, finest first: 1 for the latents' side, 2 for half of it, ..."""
     return sorted({layer.factor for layer in injected(unet, injection_layers)})
 
 
 class ReferenceKV(Graph):
-    """Noised reference latents to the keys and values that stay inside the masks, per injection layer.
+    """Noised reference latents to the keys and values of the kept tokens, for each injection layer.
 
-    Every row has its own timestep, so that rows of many steps may share one pass.
+    Every row has its own timestep, so rows of many steps can share one pass.
     """
 
     name = "reference_kv"
@@ -211,7 +211,7 @@ class ReferenceKV(Graph):
     def forward(
         self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """`kept`: per factor int64 [M] indices into the rows' tokens laid end to end, row-major in each row."""
+        """`kept`: for each factor int64 [M], indices into the tokens of all rows laid end to end, row-major in each."""
         self.state.captured = captured = {}
         # What comes after the last injection layer's keys has no use here; the exporter drops it from the graph.
         self.unet(latents.to(self.dtype), timestep, text, return_dict=False)

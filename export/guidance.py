@@ -10,7 +10,7 @@ from .segmentation import smoothing_matrix
 LOWEST_RATE = 0.8
 HIGHEST_RATE = 3.0
 HIGHEST_GUIDANCE = 15.0
-"""The rate is limited to HIGHEST_GUIDANCE / guidance scale, so that rate times scale never exceeds it."""
+"""The rate is limited to HIGHEST_GUIDANCE / guidance scale, so rate times scale never exceeds it."""
 
 
 class SemanticGuidance(nn.Module):
@@ -68,7 +68,7 @@ class SemanticGuidance(nn.Module):
         switch: torch.Tensor,
         tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """eps [B,4,h,w] and rate [B,h,w], both float32. Where `switch` [B] is 0 the rate is 1."""
+        """Return eps [B,4,h,w] and rate [B,h,w], both float32. Where `switch` [B] is 0, the rate is 1."""
         difference = eps_c - eps_u
         rate = self.rate(difference, token_label, labelled, foreground, guidance, tokens)
         rate = torch.where(switch[:, None, None] > 0, rate, torch.ones_like(rate))

@@ -1,8 +1,8 @@
 """Group normalisation of large images, in a form whose sums stay exact enough in ONNX Runtime on a CPU.
 
 ONNX Runtime's InstanceNormalization sums a whole group in float32, one element after another, and the VAE has groups
-of millions: its decoder was 2.2e-5 from PyTorch at 512 pixels and 7.2e-5 at 768 (one image, random weights). Where rows
-are summed first, and then their sums, there are as many roundings as both are long, not their product: 1.5e-6, 1.6e-6.
+of millions: its decoder was 2.2e-5 from PyTorch at 512 pixels and 7.2e-5 at 768 (one image, random weights). If rows
+are summed first, and then their sums, the roundings number the sum of both lengths, not their product: 1.5e-6, 1.6e-6.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import onnx
 from onnx import helper, numpy_helper
 
 LONG = 1 << 18
-"""Elements of a group from which on its sums are split; those of the U-Net are shorter at usual sizes."""
+"""Groups of at least this many elements have their sums split; those of the U-Net are shorter at usual sizes."""
 
 
 def split_long_sums(model: onnx.ModelProto) -> int:
-    """Replace the InstanceNormalizations of float32 groups of at least `LONG` elements, in place; returns how many.
+    """Replace the InstanceNormalizations of float32 groups of at least `LONG` elements, in place; return how many.
 
-    Those that scale or shift as well are left alone: a traced group normalisation does both afterwards.
+    Those that scale or shift as well are left alone: a traced group normalisation does both in later nodes.
     """
     graph = model.graph
     shapes = {info.name: info.type.tensor_type for info in (*graph.value_info, *graph.input)}
@@ -53,7 +53,7 @@ def _drop_unused_constants(graph: onnx.GraphProto) -> None:
 def _long_groups(
     node: onnx.NodeProto, shapes: dict[str, onnx.TypeProto.Tensor], constants: dict[str, onnx.TensorProto]
 ) -> tuple[int, int] | None:
-    """Groups and elements of each, where a node normalises long groups and does nothing else."""
+    """The number of groups and the elements of each, if a node normalises long groups and does nothing else."""
     if node.op_type != "InstanceNormalization" or node.domain:
         return None
     found = shapes.get(node.input[0])
@@ -70,7 +70,7 @@ def _long_groups(
 def _in_two_sums(
     node: onnx.NodeProto, groups: int, elements: int
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """(x - mean) / sqrt(mean of its squares + epsilon), over x as [rows, groups, n, m] with n m = elements."""
+    """Nodes and constants for (x - mean) / sqrt(variance + epsilon), over x as [rows, groups, n, m], n m = elements."""
     (source, *_), (target,) = node.input, node.output
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
     inner = _near_the_root(elements)
@@ -109,5 +109,5 @@ def _in_two_sums(
 
 
 def _near_the_root(elements: int) -> int:
-    """The divisor that is nearest to the square root, from below."""
+    """The largest divisor that is at most the square root."""
     return next(n for n in range(math.isqrt(elements), 0, -1) if elements % n == 0)

@@ -1,6 +1,6 @@
-"""Arrays of an `.npz` that somebody else may have made: nothing of one is read before its size is known and allowed.
+"""Read arrays from an `.npz` that somebody else may have made; none is read before its size is known and allowed.
 
-Of NumPy's format what `numpy.savez` and `savez_compressed` write for plain numbers, in a file under 4 GB. Objects,
+Supported is what `numpy.savez` and `savez_compressed` write for plain numbers, in a file under 4 GB. Objects,
 structures, other compressions and encryption are refused.
 """
 
@@ -28,7 +28,7 @@ Header = tuple[tuple[int, ...], np.dtype[Any]]
 """Shape and dtype."""
 
 _LIST_BYTES = 1 << 16
-"""What the zip's list of its members may take; one of 12 takes 700."""
+"""Largest size of the zip's list of its members; a list of 12 takes 700."""
 _END = struct.Struct("<4s4xHHIIH")
 _MAGIC = b"\x93NUMPY\x01\x00"
 _HEADER = re.compile(
@@ -37,23 +37,23 @@ _HEADER = re.compile(
 )
 _BLOCK = 1 << 20
 _UNREADABLE = (EOFError, LookupError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
-"""What zipfile raises of what it cannot read, besides OSError and ValueError: RuntimeError of what is encrypted, and an
-error derived from that of a version or a compression that it does not know."""
+"""What zipfile raises for files that it cannot read, besides OSError and ValueError. It raises RuntimeError for an
+encrypted member, and a subclass of that for a version or a compression that it does not know."""
 
 
 def read_npz(
     path: str | os.PathLike[str], names: Sequence[str], accept: Callable[[str, Header], object], most: int
 ) -> dict[str, Array]:
-    """The arrays of these names.
+    """Read the arrays of these names.
 
-    accept  called with each one's shape and dtype before its numbers are read; raises ValueError or an error of this
-            package to refuse it
-    most    bytes that the file may have, and that its arrays may take together
+    accept  called with each array's name, shape and dtype before its numbers are read; raises ValueError or an error of
+            this package to refuse it
+    most    most bytes that the file may have, and that its arrays may take together
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: there is none, or it is none of these, or it is damaged, or there is too much in it.
-        LookupError: an array is missing; the names of all that are.
+        ValueError: the file is missing, of another form or damaged, or it holds too much.
+        LookupError: arrays are missing; the message lists the names of all that are.
     """
     arrays: dict[str, Array] = {}
     with open_plain(path, most) as stream:
@@ -78,7 +78,7 @@ def read_npz(
 
 
 def _archive(stream: BinaryIO) -> zipfile.ZipFile:
-    """When it is known that its list of members is short."""
+    """Open the zip, after checking that its list of members is short."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - _END.size))
     end = stream.read(_END.size)
@@ -97,7 +97,7 @@ def _archive(stream: BinaryIO) -> zipfile.ZipFile:
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """By name."""
+    """The archive's members by name."""
     members = archive.infolist()
     found = {member.filename: member for member in members}
     if len(found) < len(members):
@@ -122,7 +122,7 @@ def _as_value_error() -> Iterator[None]:
 
 
 def _header(name: str, member: IO[bytes], nbytes: int) -> tuple[tuple[int, ...], np.dtype[Any], str]:
-    """Shape, dtype and order, which fit the member's size."""
+    """Read an array's shape, dtype and order, and check that they fit the member's size."""
     begin = member.read(len(_MAGIC) + 2)
     length = int.from_bytes(begin[len(_MAGIC) :], "little")
     match = _HEADER.fullmatch(member.read(length)) if begin.startswith(_MAGIC) else None
@@ -137,7 +137,7 @@ def _header(name: str, member: IO[bytes], nbytes: int) -> tuple[tuple[int, ...],
 
 
 def _numbers(name: str, member: IO[bytes], nbytes: int) -> npt.NDArray[np.uint8]:
-    """So many bytes, which are the last, with the zip's checksum."""
+    """Read the rest of a member, which must have this many bytes and fit the zip's checksum."""
     found, filled = np.empty(nbytes, np.uint8), 0
     while block := member.read(_BLOCK):
         found[filled : filled + len(block)] = np.frombuffer(block, np.uint8)

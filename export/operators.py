@@ -37,9 +37,9 @@ GROUPS = 7
 NEGATIVE_BIAS = -1000.0
 
 Runtime = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt", "select"]
-"""Whose body: the runtimes' own, or `select`, the exact masked form that the tests compare the others with.
+"""Names a body: those made for the runtimes, or `select`, the exact masked form that the tests compare the others with.
 
-`onnxruntime-cuda` is for 16 bits: flash attention, which ONNX Runtime's CUDA provider has in 16 bits only.
+`onnxruntime-cuda` is for 16 bits: it gets flash attention, which ONNX Runtime's CUDA provider has in 16 bits only.
 """
 
 _HEADER = f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}, "com.microsoft": 1, "{DOMAIN}": 1]>'
@@ -128,7 +128,7 @@ _REGION_ATTENTION = {
     out = com.microsoft.MultiHeadAttention<num_heads: int = @num_heads, scale: float = @scale>
         (q_joined, k_joined, v_all)
 }}""",
-    # v is padded to the width of q and k: the provider takes its flash attention only where both widths are one.
+    # v is padded to the width of q and k: the provider takes its flash attention only if both widths are equal.
     "onnxruntime-cuda": f"""{_HEADER} {_REGION_SIGNATURE} {{
     {_HEAD_SHAPES}
     {_CODES}
@@ -235,7 +235,7 @@ def functions(runtime: Runtime) -> list[onnx.FunctionProto]:
 
 
 def bind(model: onnx.ModelProto, runtime: Runtime) -> None:
-    """Write the bodies of `runtime` into `model`, in place, replacing any that stand there."""
+    """Write the bodies of `runtime` into `model`, in place, replacing any that it has."""
     used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
     del model.functions[:]
     model.functions.extend(f for f in functions(runtime) if f.name in used)

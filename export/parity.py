@@ -1,4 +1,4 @@
-"""`magicface-rt verify`: recordings replayed with PyTorch and with a bundle, and a bundle against its checkpoint."""
+"""`magicface-rt verify`: replay recordings with PyTorch and with a bundle, and compare a bundle with its checkpoint."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Verdict:
 def verify_case(case: str | Path, *, work: Path | None = None, report: Report = lambda _: None) -> Verdict:
     """Replay a recording with the PyTorch reference and with a bundle exported from the recording's own model.
 
-    Each step from the recorded latents and, where the case allows it, freely from the recorded noise. Both sides run
-    on one thread, as the recordings were made: another number of threads sums in another order, a free run drifts by
-    other 1e-5s, and which of its cells flip would depend on the machine. `work`: where the bundle is written, and found
-    again by a second call; a temporary folder otherwise.
+    Each step is replayed from the recorded latents and, if the case allows it, freely from the recorded noise. Both
+    sides run on one thread, as the recordings were made: another number of threads sums in another order, so a free run
+    would drift differently (by some 1e-5), and which cells flip would depend on the machine. `work`: where the bundle
+    is written, for a later call to find it; by default a temporary folder.
 
     Raises:
         RecordingError: the recording cannot be read.
@@ -106,14 +106,14 @@ def _case_bundle(recording: Recording, work: Path, report: Report) -> Bundle:
 
 
 def _kept_bundle(folder: Path) -> Bundle | None:
-    """The bundle of an earlier call, if this exporter made it and it is intact; else what stands there is removed."""
+    """Return the bundle of an earlier call, if this exporter made it and it is intact; remove any other bundle."""
     try:
         kept = Bundle.open(folder)
         if kept.exporter == exporter_versions():
             return kept
     except BundleError:
         if not (folder / "bundle.json").is_file():
-            return None  # nothing there, or nothing of ours
+            return None  # nothing is there, or no bundle of ours
     unfinished.remove(folder)
     return None
 

@@ -1,8 +1,8 @@
 """Random-weight checkpoints in diffusers' layout, for tests and benchmarks. They make no likeness.
 
-Plain random weights are useless for testing this method: attention is nearly uniform, so that no regions form, and the
-denoiser's output has nothing to do with noise, so that the latents run away. Therefore the query and key projections
-are enlarged, and each last convolution is fitted by ridge regression: the U-Net's as a poor noise predictor, the VAE
+Plain random weights are useless for testing this method: attention is nearly uniform, so no regions form, and the
+denoiser's output is unrelated to the noise, so the latents diverge. Therefore the query and key projections are
+enlarged, and each last convolution is fitted by ridge regression: the U-Net's as a poor noise predictor, the VAE
 decoder's as a poor inverse of the encoder. Every weight is representable in float16: both dtypes give the same model.
 """
 
@@ -38,8 +38,8 @@ from .tokenizer import (
 
 __all__ = ["write_checkpoint"]
 
-# On each of q and k, so its square on the logits. Default weights give logits of standard deviation 1/3, nearly
-# uniform. At a factor of 2 self-attention still has 97 % of the entropy of a uniform one, at 3 85 %.
+# Applied to q and to k, so its square applies to the logits. Default weights give logits of standard deviation 1/3,
+# nearly uniform. At a factor of 2 self-attention still has 97 % of the entropy of a uniform one, at 3 85 %.
 QUERY_KEY_SCALE = 3.0
 # The padding tokens must be alike, or each wins as many cells as a word does.
 POSITION_SCALE = 0.2
@@ -97,7 +97,7 @@ def write_checkpoint(
 
 
 def _write_components(chosen: Architecture, folder: Path, *, seed: int, dtype: torch.dtype) -> None:
-    """One component at a time, so that only one is in memory."""
+    """Make and write one component at a time, so only one is in memory."""
     write_tokenizer(chosen, folder / "tokenizer")
     (folder / "scheduler").mkdir()
     _write_json(folder / "scheduler" / "scheduler_config.json", chosen.scheduler)
@@ -199,7 +199,7 @@ def _fit_vae(vae: Any) -> None:
 class _Ridge:
     """Least squares for one 3 x 3 convolution, from what enters it in forward passes and what should leave it.
 
-    Accumulates the normal equations in float64, (9 C + 1) x (9 C + 1), so that rows are never kept.
+    Accumulates the normal equations in float64, (9 C + 1) x (9 C + 1), so no rows are kept.
     """
 
     def __init__(self, convolution: Any) -> None:
@@ -225,7 +225,7 @@ class _Ridge:
         self._rows += len(rows)
 
     def solve(self) -> None:
-        """Put the solution, rounded to float16, into the convolution."""
+        """Write the solution, rounded to float16, into the convolution."""
         self._handle.remove()
         penalty = RIDGE * self._gram.diagonal().mean() * torch.eye(len(self._gram), dtype=torch.float64)
         solution = torch.linalg.solve(self._gram + penalty, self._moment).T.float()  # (out, 9 C + 1)
@@ -248,7 +248,7 @@ def _round_to_float16(module: Any) -> None:
 
 
 def _published_text_key(name: str) -> str:
-    """Recent transformers have dropped the level `text_model`, which every published checkpoint has."""
+    """Add the level `text_model`, which every published checkpoint has but recent transformers have dropped."""
     return name if name.startswith("text_model.") else f"text_model.{name}"
 
 

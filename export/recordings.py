@@ -1,6 +1,6 @@
-"""Recordings of the authors' implementation: folders with `case.json`, `inputs.npz`, `steps.npz`, and a U-Net beside.
+"""Recordings of the authors' implementation: folders of `case.json`, `inputs.npz`, `steps.npz`, with a U-Net beside.
 
-Everything that is needed to compute the recorded steps anew is taken from the case itself. A file that cannot be read,
+Everything that is needed to compute the recorded steps again is taken from the case itself. A file that cannot be read,
 lacks something, or does not fit the others is refused with a `RecordingError` that names it.
 """
 
@@ -34,7 +34,7 @@ LAYERS = 16
 MOST_PATH = 1024
 MOST_JSON_BYTES = 1 << 22
 MOST_ARRAY_BYTES = 256 << 20
-"""Of inputs.npz or steps.npz, packed or not. Those of 50 steps at 512 px have 16 MB."""
+"""Largest size of inputs.npz or steps.npz, compressed or not. Those of 50 steps at 512 px have 16 MB."""
 
 _SCHEDULER = {  # what the schedule of this package does; a case that names another value was made by another sampler
     "type": "DDIM",
@@ -47,7 +47,7 @@ _SCHEDULER = {  # what the schedule of this package does; a case that names anot
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """The case's allowed relative errors (2-norm) of one step that starts from the recorded latents."""
+    """The relative errors (2-norm) that the case allows in one step that starts from the recorded latents."""
 
     eps_u: float
     eps_c: float
@@ -69,7 +69,7 @@ class RecordedInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedSteps:
-    """`steps.npz`: what the original computed at every step; float32 unless said."""
+    """`steps.npz`: what the original computed at every step; float32 unless stated otherwise."""
 
     timesteps: Array  # (T) int64
     latents_in: Array  # (T, 1, 4, h, w)
@@ -89,8 +89,8 @@ class RecordedSteps:
 class Recording:
     """One recorded case, checked.
 
-    A case whose arrays hold only the first steps of its run says so by a key `recorded_steps`. Reference r belongs to
-    concept r; references beyond the concepts are used in stage 1 only.
+    A case whose arrays hold only the first steps of its run gives their number as `recorded_steps`. Reference r belongs
+    to concept r; references beyond the concepts are used in stage 1 only.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Recording:
         return tuple(self.stage(step) for step in range(self.steps))
 
     def load_unet(self) -> UNet2DConditionModel:
-        """The case's own U-Net, in float32 on the CPU, from its safetensors file."""
+        """Load the case's own U-Net, in float32 on the CPU, from its safetensors file."""
         return load_unet(self.model)
 
     @classmethod
@@ -151,7 +151,7 @@ class Recording:
         folder = Path(folder)
         try:
             there = folder.is_dir()
-        except OSError:  # no folder can be called so
+        except OSError:  # no folder can have such a name
             there = False
         if not there:
             raise RecordingError(f"recording {folder}: no such folder. Give the folder that holds case.json.")
@@ -222,13 +222,13 @@ class Recording:
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
-    """A diffusers U-Net folder of Stable Diffusion's layout, in float32 on the CPU; safetensors only.
+    """Load a diffusers U-Net folder of Stable Diffusion's layout, in float32 on the CPU; safetensors only.
 
     Raises `RecordingError`.
     """
     config = _check_model(folder)
     try:
-        check_unet(f"model {folder}: ", config)  # a config of a billion layers would be built for ever
+        check_unet(f"model {folder}: ", config)  # building a network of a billion layers would take for ever
     except CheckpointError as error:
         raise RecordingError(str(error)) from error
     try:
@@ -241,7 +241,7 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
 
 
 class _Case:
-    """The object in case.json, whose every value is asked for by kind. Raises `RecordingError` naming the key."""
+    """The object in case.json, with a getter for each kind of value. Raises `RecordingError` naming the key."""
 
     def __init__(self, values: dict[str, Any], path: Path, prefix: str = "") -> None:
         self.values, self.path, self.prefix = values, path, prefix
@@ -307,7 +307,7 @@ class _Case:
 
 
 def _is_number(value: object) -> bool:
-    """Finite, also where it is a whole number that no float can be."""
+    """Whether a value is a finite float, or a whole number of at most 2**63 in magnitude."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) <= 2**63
@@ -326,7 +326,7 @@ def _schedule(config: _Case) -> Schedule:
 
 
 def _resolved(folder: Path, case: _Case) -> Path:
-    """The model's folder, should there be one of that name."""
+    """The path of the case's model folder, which need not exist."""
     if len(case.text("model")) > MOST_PATH:
         raise case.refused("model", case["model"], f"a folder's name of at most {MOST_PATH} characters")
     try:
@@ -336,8 +336,10 @@ def _resolved(folder: Path, case: _Case) -> Path:
 
 
 def _check_model(folder: Path, *, text_width: int | None = None) -> dict[str, Any]:
-    """That the folder holds a U-Net's config and its weights as safetensors, for prompts of the recorded width; gives
-    the config."""
+    """Check that the folder holds a U-Net's config, for text of the given width, and its weights as safetensors.
+
+    Returns the config.
+    """
     config = _read_json(folder / "config.json", of=_MODEL)
     weights = folder / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
@@ -377,7 +379,7 @@ _STEPS = {
 
 
 def _layers(case: _Case) -> tuple[int, ...]:
-    """The original silently ignores numbers beyond the last layer."""
+    """The injection layers, without numbers beyond the last layer, which the original silently ignores."""
     layers = {n for n in case.whole_numbers("layer_idx") if 0 <= n < LAYERS}
     if not layers:
         raise case.refused("layer_idx", case["layer_idx"], f"at least one number 0..{LAYERS - 1}")
@@ -399,7 +401,7 @@ def _read_json(path: Path, *, of: str = _RECORDING) -> dict[str, Any]:
 
 
 def _read_arrays(path: Path, wanted: Mapping[str, tuple[str, str]], sizes: dict[str, int]) -> dict[str, Array]:
-    """The arrays of an .npz, checked against shapes in letters; a letter not in `sizes` is learned at first use."""
+    """Read an .npz and check its arrays against shapes in letters; a letter not in `sizes` is learned at first use."""
 
     def accept(name: str, header: Header) -> None:
         _check_header(path, name, header, *wanted[name], sizes)
@@ -414,7 +416,7 @@ def _read_arrays(path: Path, wanted: Mapping[str, tuple[str, str]], sizes: dict[
 
 
 def _unreadable(path: Path, error: Exception, of: str) -> RecordingError:
-    """of: what its folder is to hold, told where it is missing."""
+    """of: what the file's folder should hold, for the message if the file is missing."""
     if isinstance(error, ValueError) and not _is_there(path):
         return RecordingError(f"{path}: missing. {of}")
     return RecordingError(f"{path}: cannot be read: {error}. Copy it again.")
@@ -423,12 +425,12 @@ def _unreadable(path: Path, error: Exception, of: str) -> RecordingError:
 def _is_there(path: Path) -> bool:
     try:
         return os.path.lexists(path)
-    except ValueError:  # no file can be called so
+    except ValueError:  # no file can have such a name
         return False
 
 
 def _check_header(path: Path, name: str, header: Header, letters_of: str, kind: str, sizes: dict[str, int]) -> None:
-    """Before any number is read: how many they are may be anything that somebody wrote."""
+    """Check an array's shape and dtype before its numbers are read: a file may claim any number of them."""
     shape, dtype = header
     letters = letters_of.split()
     if len(shape) != len(letters):

@@ -62,7 +62,7 @@ def smoothing_kernel() -> Tensor:
 
 
 def smooth(images: Tensor) -> Tensor:
-    """Smooth [C, rows, cols] with the 3x3 kernel, reflect padding; a size-1 side is repeated, as it has no inside."""
+    """Smooth [C, rows, cols] with the 3x3 kernel and reflect padding, or replicate padding if a side has size 1."""
     kernel = smoothing_kernel().to(images)[None, None]  # (1, 1, 3, 3)
     mode = "reflect" if min(images.shape[-2:]) > 1 else "replicate"
     padded = functional.pad(images[:, None], (1, 1, 1, 1), mode=mode)  # (C, 1, rows+2, cols+2)
@@ -327,7 +327,7 @@ class StepOutputs:
 
 @dataclass
 class _Pass:
-    """What the attention processors share during one pass of the U-Net: the step's inputs, and the maps they leave."""
+    """What the attention processors share during one pass of the U-Net: the step's inputs, and the maps they store."""
 
     inputs: StepInputs | None = None
     self_maps: dict[int, Tensor] | None = None
@@ -339,7 +339,7 @@ class _Pass:
 
 
 class SelfAttention:
-    """Processor of one self-attention: plain for every row, and injected for the conditional row where asked."""
+    """Processor of one self-attention: plain for every row, or injected for the conditional row if it `injects`."""
 
     def __init__(self, shared: _Pass, layer: int, injects: bool) -> None:
         self.shared, self.layer, self.injects = shared, layer, injects
@@ -367,7 +367,7 @@ class SelfAttention:
 
 
 class CrossAttention:
-    """Processor of one cross-attention: plain, leaving its map of the two target rows."""
+    """Processor of one cross-attention: plain; it stores its map of the two target rows."""
 
     def __init__(self, shared: _Pass, layer: int) -> None:
         self.shared, self.layer = shared, layer
@@ -421,7 +421,7 @@ class MagicFaceReference:
 
     The U-Net's attention processors are replaced. `injection_layers` are the self-attentions, of 0..15 in execution
     order, in which the conditional row sees the references. The config's `sample_size` does not matter: latents of any
-    size that is a multiple of 8 are taken. A U-Net belongs to the last one made of it. Not thread-safe.
+    size that is a multiple of 8 are accepted. A U-Net works only with the last reference made from it. Not thread-safe.
     """
 
     def __init__(
@@ -439,7 +439,7 @@ class MagicFaceReference:
 
     @torch.no_grad()
     def step(self, inputs: StepInputs) -> StepOutputs:
-        """One denoising step of one image."""
+        """Compute one denoising step of one image."""
         h, w = inputs.latents.shape[-2:]
         rows, cols = h // 2, w // 2
 
@@ -515,8 +515,8 @@ def generate_latents(
 ) -> Iterator[StepOutputs]:
     """Denoise one image from x_T [1, 4, h, w], yielding the outputs of every step; the last holds the final latents.
 
-    z0 [R, 4, h, w] are clean reference latents, noised afresh at every step with noise[i] of [T, R, 4, h, w], whose
-    first axis says how many steps there are. The rest as in `StepInputs`. `stages` overrides `alpha`.
+    z0 [R, 4, h, w] are clean reference latents, noised afresh at every step with noise[i] of [T, R, 4, h, w]; its first
+    axis gives the number of steps. The other arguments are as in `StepInputs`. `stages` overrides `alpha`.
     """
     steps = noise.shape[0]
     stages = stages_of(steps, alpha) if stages is None else stages

@@ -1,12 +1,13 @@
 """Replaying a recording with any implementation of a step, and judging the result.
 
-Two modes. `replay_steps` starts every step from the recorded latents; the regions come from the runner's own previous
-step. `replay_free` starts from x_T and never looks back; it is for cases whose trajectory is stable enough.
+There are two modes. `replay_steps` starts every step from the recorded latents; the regions come from the runner's own
+previous step. `replay_free` starts from x_T and uses the runner's own latents; it is for cases whose trajectory is
+stable enough.
 
 Trajectories are chaotic where labels flip. A cell whose recorded margin is under `NEAR_TIE` may flip under other
 arithmetic; such a flip is reported and does not fail. It changes the rate and the next latents of its step and the
-regions of the next one, so then this step's guidance is computed anew from the runner's own predictions and the
-recorded regions and judged instead, and the next step is given the recorded regions. A flip anywhere else fails.
+regions of the next one. So this step's guidance is then recomputed from the runner's own predictions and the recorded
+regions, and judged instead, and the next step is given the recorded regions. A flip anywhere else fails.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ CONSISTENCY_TOLERANCE = 1e-5  # between arrays of a recording that follow from o
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerOutputs:
-    """What an implementation computed at one step. The margins are judged where an implementation has them."""
+    """What an implementation computed at one step. The margins are judged if an implementation has them."""
 
     eps_u: Array  # (1, 4, h, w)
     eps_c: Array  # (1, 4, h, w)
@@ -65,7 +66,7 @@ class StepRunner(Protocol):
     name: str
 
     def run(self, step: int, latents: Array, regions: Array | None) -> RunnerOutputs:
-        """Loop step `step` from `latents` f32 [1,4,h,w] and the previous regions bool [N,h/2,w/2] (None at step 0)."""
+        """Run step `step` from `latents` f32 [1,4,h,w] and the previous regions bool [N,h/2,w/2] (None at step 0)."""
         ...
 
 
@@ -74,7 +75,7 @@ class StepRunner(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorCheck:
-    """One tensor of one step against the recording."""
+    """The comparison of one tensor of one step with the recording."""
 
     name: str
     error: float  # relative, 2-norm of the difference over the 2-norm of the recorded tensor
@@ -146,7 +147,7 @@ class ReplayReport:
         return tuple((step.step, flip) for step in self.steps for flip in step.flips if not flip.near_tie)
 
     def worst(self) -> dict[str, tuple[int, TensorCheck]]:
-        """For each tensor the step at which its error was largest in terms of its tolerance, and the check there."""
+        """For each tensor, the step at which its error was largest relative to its tolerance, and the check there."""
         found: dict[str, tuple[int, TensorCheck]] = {}
         for step in self.steps:
             for check in step.tensors:
@@ -211,7 +212,7 @@ def replay_steps(
 ) -> ReplayReport:
     """Run and judge each step from its recorded latents; `steps` picks a slice of the recorded ones.
 
-    A slice that does not begin at 0 begins with the recorded regions, as there are no own ones.
+    A slice that does not begin at 0 starts from the recorded regions, because the runner has none of its own yet.
     """
     recorded = recording.recorded
     steps = range(recording.recorded_steps) if steps is None else steps
@@ -243,12 +244,12 @@ def replay_steps(
 def replay_free(recording: Recording, runner: StepRunner, *, progress: Progress | None = None) -> ReplayReport:
     """Run from x_T with the runner's own latents and regions; the latents after every step are judged, labels are not.
 
-    Where nothing but near-ties flipped, the step's guidance and the next step's regions are the recorded ones, as in
-    `replay_steps`: one such cell moves the latents a thousand times further than the arithmetic that flipped it. The
+    If only near-ties flipped, the step's guidance and the next step's regions are taken from the recorded regions, as
+    in `replay_steps`: one such cell moves the latents a thousand times further than the arithmetic that flipped it. The
     runner's latents have drifted here, and its margins with them, so a near-tie is as wide as the margins of the cells
     that did not flip have moved in this very step, up to `WIDEST_NEAR_TIE`.
 
-    Raises `RecordingError` for a case that does not say how far a free run may go astray.
+    Raises `RecordingError` for a case that gives no tolerance for a free run.
     """
     if recording.free_run_latents is None:
         raise RecordingError(f"recording {recording.name}: free_run is false; its trajectory is not stable enough.")
@@ -289,7 +290,7 @@ def replay_free(recording: Recording, runner: StepRunner, *, progress: Progress 
 
 
 def contradictions(recording: Recording) -> tuple[str, ...]:
-    """What cannot all be true in a recording: its arrays follow from one another and from case.json."""
+    """List the contradictions in a recording, whose arrays must follow from one another and from case.json."""
     recorded, faults = recording.recorded, []
     expected = recording.schedule.timesteps(recording.steps)[: recording.recorded_steps]
     if not np.array_equal(recorded.timesteps, expected):
@@ -321,7 +322,7 @@ def relative_error(found: Array, expected: Array) -> float:
 
 
 def compare(name: str, found: Array, expected: Array, tolerance: float) -> TensorCheck:
-    """One tensor against the recorded one. Raises `RecordingError` for another shape."""
+    """Compare one tensor with the recorded one. Raises `RecordingError` for another shape."""
     found = np.asarray(found)
     if found.shape != expected.shape:
         raise RecordingError(
@@ -339,7 +340,7 @@ def compare(name: str, found: Array, expected: Array, tolerance: float) -> Tenso
 
 
 def _judge(recording: Recording, i: int, outputs: RunnerOutputs, *, recorded_regions_in: bool) -> StepReport:
-    """One step that started from the recorded latents."""
+    """Judge one step that started from the recorded latents."""
     recorded, tolerance = recording.recorded, recording.tolerance
     flips = _flips(recording, i, outputs)
     checks = [
@@ -372,10 +373,10 @@ def _judge(recording: Recording, i: int, outputs: RunnerOutputs, *, recorded_reg
 
 
 def _widths_after_drift(recording: Recording, i: int, outputs: RunnerOutputs) -> dict[str, float]:
-    """How small a margin, of labels and of the foreground, this step's drift explains a flip with.
+    """The margins, of labels and of the foreground, under which this step's drift explains a flip.
 
-    Only cells that agree with the recording are asked: what a flip did to its own cell must not excuse it. A runner
-    without margins, and margins that are not finite, widen nothing.
+    Only cells that agree with the recording count: what a flip did to its own cell must not excuse it. A runner without
+    margins, and margins that are not finite, widen nothing.
     """
     recorded = recording.recorded
     of = {
@@ -395,10 +396,10 @@ def _widths_after_drift(recording: Recording, i: int, outputs: RunnerOutputs) ->
 def _flips(
     recording: Recording, i: int, outputs: RunnerOutputs, *, width: float = NEAR_TIE, fore_width: float = NEAR_TIE
 ) -> tuple[Flip, ...]:
-    """The cells of label, regions and foreground that differ from the recorded ones, each with what excuses it.
+    """List the cells of label, regions and foreground that differ from the recording, and whether that is excused.
 
-    A label is excused by a margin under `width`, the foreground by its own under `fore_width`, a region by the first,
-    or by the second where the constraint is active.
+    A label is excused by a margin under `width`, the foreground by its own margin under `fore_width`, a region by the
+    first or, if the constraint is active, by the second as well.
     """
     recorded = recording.recorded
     margin, fore_margin = recorded.margin[i], recorded.fore_margin[i]
@@ -444,14 +445,15 @@ def _flips(
 def recorded_owners(recording: Recording, i: int) -> Array:
     """Which token owns which cell, bool [77, h/2, w/2], as far as it is recorded.
 
-    For the concepts' tokens their recorded masks count, for the others the label: on an exact tie it is one winner.
+    The concepts' tokens own their recorded masks; the other tokens own by the label, which on an exact tie is only one
+    of the winners.
     """
     recorded = recording.recorded
     return _owners(recording, recorded.label[i], recorded.concept_mask[i], recorded.fore_mask[i])
 
 
 def owners_of(recording: Recording, outputs: RunnerOutputs) -> Array:
-    """The same of a runner's own label, regions and foreground."""
+    """Which token owns which cell by a runner's own label, regions and foreground, bool [77, h/2, w/2]."""
     return _owners(recording, outputs.token_label, outputs.regions, outputs.foreground)
 
 
@@ -473,7 +475,7 @@ def guidance_of(
     *,
     latents: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Rate [h, w] and next latents [1, 4, h, w] of step i from the runner's predictions and the given regions.
+    """Compute rate [h, w] and next latents [1, 4, h, w] of step i from the runner's predictions and the given owners.
 
     `latents`: those that entered the step; the recorded ones if not given.
     """
@@ -521,7 +523,7 @@ def _check_json(check: TensorCheck) -> dict[str, Any]:
 
 
 class ReferenceStepRunner:
-    """The PyTorch reference as a `StepRunner`: the recorded inputs in, one `MagicFaceReference.step` a call."""
+    """The PyTorch reference as a `StepRunner`: each call runs one `MagicFaceReference.step` on recorded inputs."""
 
     name = "PyTorch reference"
 
@@ -532,7 +534,7 @@ class ReferenceStepRunner:
         *,
         weight_mode: WeightMode = "bias",
     ) -> None:
-        """`reference`: one of the recording's own model and injection layers; made from its folder if not given."""
+        """`reference`: one with the recording's own model and injection layers; made from its folder if not given."""
         self.recording = recording
         self.weight_mode: WeightMode = weight_mode
         if reference is None:
@@ -547,7 +549,7 @@ class ReferenceStepRunner:
         self.coefficients = recording.schedule.step_coefficients(recording.steps).tolist()
 
     def step_inputs(self, step: int, latents: Array, regions: Array | None) -> StepInputs:
-        """The inputs of one step in the reference's terms."""
+        """The inputs of one step as the reference takes them."""
         recording, inputs = self.recording, self.recording.inputs
         z0, noise = torch.from_numpy(inputs.ref_z0), torch.from_numpy(inputs.ref_noise[step])
         return StepInputs(

@@ -14,9 +14,9 @@ Array = np.ndarray
 def sample_inputs(
     inputs: Sequence[Tensor], sizes: Mapping[str, int], *, seed: int, vocabulary: int = 49408
 ) -> dict[str, Array]:
-    """One array for each input. `sizes` gives each symbol's value; 16-bit dtypes are returned as float32.
+    """Make one array for each input. `sizes` gives each symbol's value; 16-bit dtypes are returned as float32.
 
-    Values stay where the graphs work: timesteps 1..999, kept tokens distinct, three groups and some padding.
+    Values are such as the graphs get in use: timesteps 1..999, distinct kept tokens, three groups and some padding.
     """
     rng = np.random.default_rng(seed)
     arrays: dict[str, Array] = {}

@@ -1,4 +1,4 @@
-"""In-graph segmentation of the picture by its own attention maps (DESIGN of the method: docs/design.md, step 4).
+"""In-graph segmentation of the picture by its own attention maps (docs/design.md, step 4).
 
 Per layer the cross-attention C [n, 77] is spread by the self-attention S [n, n]: A = (S C + 3 S (S C)) / 4; S S is
 never formed. Each A is enlarged bilinearly to half the latents' side, smoothed and divided by its spatial mean, and
@@ -61,8 +61,8 @@ def enlarging_matrix(side: int, factor: int) -> torch.Tensor:
     return matrix.float()
 
 
-# onnxscript's optimiser takes an added constant of 1e-8 for zero and drops it (seen with 0.7.2), and the method's 1e-8
-# matters where a token is quiet. So the maps are multiplied by a power of two, which is exact, and so is the constant.
+# onnxscript's optimiser takes an added constant of 1e-8 for zero and drops it (seen with 0.7.2), but the method's 1e-8
+# matters where a token is quiet. So the maps and the constant are multiplied by a power of two, which is exact.
 _MAP_SCALE = 2.0**13
 _EPSILON = 1e-8 * _MAP_SCALE
 
@@ -70,7 +70,7 @@ _EPSILON = 1e-8 * _MAP_SCALE
 class Segmentation(nn.Module):
     """Label map and foreground from the layers' evidence.
 
-    `height`, `width`: the latents' sides. The grids are those of factor 2, 4 and 8; labels live at factor 2.
+    `height`, `width`: the latents' sides. The grids are those of factor 2, 4 and 8; labels are at factor 2.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -91,8 +91,8 @@ class Segmentation(nn.Module):
         """evidence per factor, `token_scale` [B, 77] -> (token label int64, token margin, foreground margin float32).
 
         All three [B, h/2, w/2]. The label is the arg max over the 77 tokens of the scaled score, the first on an
-        exact tie; its margin is the best scaled score minus the second best. The foreground margin is the score of
-        the prompt's tokens minus that of the start token: foreground where it is positive.
+        exact tie; its margin is the best scaled score minus the second best. The foreground margin is, in the
+        unconditional row, the score of all other tokens minus that of the start token: foreground where it is positive.
         """
         layers = sum(len(evidence[factor]) for factor in self.factors)
         score = ground = 0.0

@@ -1,9 +1,9 @@
-"""What a traced graph is rid of before anything else looks at it: constants to be folded, shapes that say nothing.
+"""Simplify a traced graph before anything else reads it: fold constants, remove operators that change nothing.
 
 onnxscript's own `optimize` does the same with 46 rules, tries each at each node, and took a large part of an export's
-time. These are the ones that fire on this network, and their neighbours; the graphs that come out are the same
-(`tests/export/test_simplification.py`). A rule that is missing costs an operator that ONNX Runtime or TensorRT removes
-when it loads the graph, never a wrong number.
+time. The rules here are those that fire on this network, and related ones; the resulting graphs are the same
+(`tests/export/test_simplification.py`). A missing rule costs an operator that ONNX Runtime or TensorRT removes when it
+loads the graph, never a wrong number.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ RULES = (
 )
 
 _ROUNDS = 2
-"""What a rule leaves can be folded, and what was folded can fit a rule."""
+"""More than one, because what a rule leaves can be folded, and what was folded can match a rule."""
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold, rewrite and deduplicate a traced model in place. Inputs, outputs and numbers stay."""
+    """Fold, rewrite and deduplicate a traced model in place. Inputs, outputs and computed values stay the same."""
     passes.InlinePass()(model)
     for _ in range(_ROUNDS):
         optimizer.fold_constants_ir(model, onnx_shape_inference=True)

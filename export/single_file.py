@@ -1,7 +1,7 @@
 """A single-file Stable Diffusion 1.5 checkpoint (`.safetensors` with the names of the original LDM code).
 
-The tensors are renamed by diffusers' own converters, one component at a time. The configs and the tokenizer, which such
-a file does not hold, are this package's.
+The tensors are renamed by diffusers' own converters, one component at a time. Such a file holds no configs and no
+tokenizer; those of this package are used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TEXT_KEY = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 class SingleFileCheckpoint(Checkpoint):
     """A single `.safetensors` file that holds U-Net, VAE and text encoder of Stable Diffusion 1.5.
 
-    `expected` says what the file is expected to hold; other than SD1.5's it serves tests.
+    `expected`: the architecture that the file must hold; others than SD1.5 are for tests.
     """
 
     def __init__(self, path: Path, *, expected: Architecture = ARCHITECTURES["sd15"]) -> None:

@@ -10,8 +10,11 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within this context PyTorch uses one thread: sums depend on how they are split among threads, so that what must
-    be the same on every machine may not depend on its number of cores."""
+    """Make PyTorch use one thread within this context.
+
+    Sums depend on how they are split among threads, so results that must be the same on every machine may not depend on
+    its number of cores.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

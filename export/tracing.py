@@ -1,4 +1,4 @@
-"""From a graph's module to an ONNX model."""
+"""Trace a graph's module into an ONNX model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def torch_inputs(graph: Graph, arrays: Mapping[str, object]) -> tuple[object, ...]:
-    """Arrays by name to the arguments of the graph's forward, in the contract's dtypes."""
+    """Turn arrays by name into the arguments of the graph's forward, in the contract's dtypes."""
     values = []
     for tensor in graph.inputs:
         value = torch.as_tensor(arrays[tensor.name])
@@ -86,7 +86,7 @@ def _restore_names(graph: Graph, model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns about itself; what matters is compared afterwards."""
+    """Silence the exporter's warnings about itself; what matters is compared afterwards."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,9 +1,9 @@
-"""A bundle beside the PyTorch reference over a whole request: step by step, and from noise to pixels.
+"""Compare a bundle with the PyTorch reference over a whole request: step by step, and from noise to pixels.
 
-The request is made a recording in memory (what PyTorch computes, from the bundle's own encodings), and replayed with
-the bundle as a recording of the original is. Then the bundle's free run is compared with what a Session made of the
-request: the same graphs by two ways, which must agree to the last bits, whatever labels do. So a graph that is wrong
-fails the replay, and a Session that drives it wrongly fails the comparison with the free run.
+PyTorch's computation of the request, from the bundle's own encodings, becomes a recording in memory, which is replayed
+with the bundle like a recording of the original. Then the bundle's free run is compared with what a Session made of the
+request: the same graphs driven in two ways, which must agree to the last bits, even where labels flip. So a graph that
+is wrong fails the replay, and a Session that drives it wrongly fails the comparison with the free run.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from .reference import MagicFaceReference, StepOutputs
 from .replay import ReferenceStepRunner, relative_error, replay_steps
 
 SAME_GRAPHS = 1e-5
-"""Between a Session and the plain loop over the same graphs. On one machine and backend the two were bit-equal."""
+"""For a Session and the plain loop over the same graphs. On one machine and backend the two were bit-equal."""
 
 END_TO_END_TOLERANCE = 1e-4
-"""Between a Session and PyTorch after a free run in which no cell changed hands; 2e-6 to 5e-6 was seen. Where one did,
-trajectories part by a thousand times that, and nothing is judged here. The picture's 8-bit values may round either
-way."""
+"""For a Session and PyTorch after a free run in which no cell changed its region; 2e-6 to 5e-6 was seen. If a cell did,
+trajectories part by a thousand times that, and nothing is judged here. The picture has a tolerance of its own, because
+its 8-bit values may round either way."""
 PICTURE_TOLERANCE = 2e-3
 
 OTHER_STEPS = 2
-"""Steps of the second request: one in each stage."""
+"""Steps of the second request: one in each stage, RSA and RBA."""
 
 PROMPT = "a man with a hat"
-"""Holds the words of `drawn_concepts`."""
+"""Contains the words of `drawn_concepts`."""
 
 
 @dataclass(frozen=True)
 class TrajectoryReport:
-    """`errors` and `tolerance` by name; a name without a tolerance is reported, not judged."""
+    """Errors and tolerances by name; an error without a tolerance is reported, not judged."""
 
     name: str
     errors: dict[str, float]
@@ -82,10 +82,10 @@ class TrajectoryReport:
 def compare_trajectory(
     bundle: Bundle, backend: Backend, reference: MagicFaceReference, checkpoint: Checkpoint, steps: int
 ) -> list[Any]:
-    """Two requests with two concepts: the usual one over `steps` steps, and a short one with the switches turned.
+    """Compare two requests with two concepts: a usual one over `steps` steps, and a short one with other settings.
 
-    A 16-bit bundle is judged graph by graph, where its yardstick is measured; here its distances from PyTorch are
-    reported. That a Session drives the graphs rightly is judged for every bundle.
+    A 16-bit bundle is judged graph by graph, where its yardstick is measured; here its distances from PyTorch are only
+    reported. Whether a Session drives the graphs correctly is judged for every bundle.
     """
     requests = {
         "usual request": Options(steps=steps, seed=7),
@@ -127,7 +127,7 @@ def _compare_request(
 
 
 def drawn_concepts() -> list[Concept]:
-    """Two drawn references: nothing is learnt from them, they only have to differ inside and outside their masks."""
+    """Draw two concepts. Nothing is learnt from them; they only have to differ inside and outside their masks."""
     rng = np.random.default_rng(3)
     concepts = []
     for word, box, weight in (("man", (60, 40, 200, 240), 2.5), ("hat", (30, 100, 220, 170), 2.0)):
@@ -146,11 +146,10 @@ def record(
     reference: MagicFaceReference,
     prompt: str = PROMPT,
 ) -> tuple[Recording, StepOutputs]:
-    """What PyTorch computes at every step of a request, as a recording; and its last step.
+    """Record what PyTorch computes at every step of a request; return the recording and the last step's outputs.
 
-    Every concept has one reference.
-
-    Text and images are encoded by the bundle: the encoders have been compared by themselves.
+    Every concept must have one reference. Text and images are encoded by the bundle: the encoders have been compared by
+    themselves.
     """
     bundle, tokenizer = session.bundle, session.tokenizer
     loaded = [load_reference(c.references[0], name=c.name) for c in concepts]
@@ -196,7 +195,7 @@ def record(
 
 
 def _encoded(session: Session, graph: str, inputs: dict[str, Any], output: str) -> np.ndarray:
-    """Float32, whatever the bundle holds."""
+    """Run one of the bundle's encoders; the output is float32, whatever the bundle's dtype."""
     runner = session.runner(graph)
     array = runner.run(inputs, [output])[output]
     dtype = next(t.dtype for t in runner.contract.outputs if t.name == output)
@@ -209,7 +208,7 @@ def _no_steps() -> RecordedSteps:
 
 
 def _with_steps(recording: Recording, runner: ReferenceStepRunner) -> tuple[Recording, StepOutputs]:
-    """The request run freely by the reference."""
+    """Run the request freely with the reference; return the recording with these steps, and the last step's outputs."""
     latents, regions = recording.inputs.x_T, None
     entered, outputs = [], []
     for i in range(recording.steps):
@@ -246,7 +245,7 @@ def _free_run(recording: Recording, runner: BundleStepRunner) -> tuple[np.ndarra
 
 
 def _steps_report(name: str, bundle: Bundle, recording: Recording, runner: BundleStepRunner) -> Any:
-    """Every step from PyTorch's latents; judged for a float32 bundle, reported for another."""
+    """Replay every step from PyTorch's latents; it is judged for a float32 bundle, reported for another."""
     replay = replay_steps(recording, runner)
     if bundle.dtype == "float32":
         return replay
@@ -264,7 +263,7 @@ def _end_to_end(
     regions: np.ndarray,
     picture: Image.Image,
 ) -> TrajectoryReport:
-    """From the noise to the 8-bit picture."""
+    """Compare the results of the free runs: the last latents, and the 8-bit picture."""
     with torch.no_grad():
         decoder = VaeDecoder(checkpoint.load_vae(torch.float32), Form.of(bundle, torch.float32)).eval()
         expected = pixels_to_images(decoder(final.latents).numpy())[0]
@@ -280,7 +279,7 @@ def _end_to_end(
 
 
 def _label(regions: np.ndarray) -> np.ndarray:
-    """Regions bool [N, h/2, w/2] as labels; where two overlap the later concept has the cell."""
+    """Regions bool [N, h/2, w/2] as labels; where two overlap, the later concept gets the cell."""
     label = np.zeros(regions.shape[1:], np.int64)
     for k, region in enumerate(regions):
         label[region] = k + 1

@@ -11,9 +11,9 @@ from torch import nn
 class Upsampling(nn.Module):
     """Twice the height and width by the nearest pixel, then the convolution of an `Upsample2D`.
 
-    `Upsample2D` copies its input where it has more elements than an old kernel of PyTorch could index. A graph has no
-    such kernel, but tracing meets the question, and no answer holds for every batch: at 768 pixels the decoder's turns
-    over at 256 / 9 images, which PyTorch cannot even note down as a bound.
+    `Upsample2D` copies its input if that has more elements than an old kernel of PyTorch could index. A graph has no
+    such kernel, but tracing evaluates the check, and no result holds for every batch: at 768 pixels the decoder's
+    changes at 256 / 9 images, which PyTorch cannot even express as a bound.
     """
 
     def __init__(self, conv: nn.Module) -> None:
@@ -21,12 +21,12 @@ class Upsampling(nn.Module):
         self.conv = conv
 
     def forward(self, hidden_states: torch.Tensor, output_size: None = None) -> torch.Tensor:
-        """[B, C, h, w] to [B, C, 2h, 2w]. No graph has sides that ask for an `output_size`."""
+        """[B, C, h, w] to [B, C, 2h, 2w]. No graph has sides that need an `output_size`."""
         return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
 
 
 def without_size_checks(network: nn.Module) -> None:
-    """Put `Upsampling` in the place of every `Upsample2D` that does just this, names of weights unchanged."""
+    """Replace every `Upsample2D` that does just this by an `Upsampling`; the names of weights stay the same."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child) is Upsample2D and _only_nearest_and_conv(child):

@@ -1,7 +1,7 @@
-"""A bfloat16 graph in float32, so that a machine without bfloat16 kernels can compare it with PyTorch.
+"""Convert a bfloat16 graph to float32, so a machine without bfloat16 kernels can compare it with PyTorch.
 
-Every bfloat16 type of the file becomes float32 and every weight keeps its value, so what is compared is the graph that
-was exported, its rounded constants included, in other arithmetic.
+Every bfloat16 type in the file becomes float32 and every weight keeps its value. So the graph that is compared is the
+exported one, its rounded constants included, in other arithmetic.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ RUNTIME = "onnxruntime"
 
 
 def widen(bundle: Bundle, graph: str, folder: Path) -> Bundle:
-    """Write a graph of a bfloat16 bundle into `folder` as float32; returns a bundle of that graph alone.
+    """Write a graph of a bfloat16 bundle into `folder` as float32; return a bundle of that graph alone.
 
-    The weights are converted one by one, so that memory holds one of them at a time.
+    The weights are converted one by one, so only one is in memory at a time.
     """
     contract = bundle.graph(graph)
     model = onnx.load_model(str(bundle.path / contract.files[RUNTIME]), load_external_data=False)

@@ -1,4 +1,4 @@
-"""What keeps the supply chain in order: lock files, their installation, licences, and the bill of materials.
+"""Tools for the supply chain (lock files, their installation, licences, the bill of materials) and mutation testing.
 
 Nothing here is in the wheel. Each module is run as `python -m tools.NAME` by a target of the Makefile.
 """

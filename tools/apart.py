@@ -1,4 +1,4 @@
-"""Packages of the locks that stand apart (`APART` of tools/wanted.py): not installed here, told as the index does."""
+"""Describe packages with locks of their own (`APART` of tools/wanted.py), not installed here, as the index does."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Described(Distribution):
 
 
 def described(extra: str) -> dict[str, Distribution]:
-    """By name, what is in the lock of this Python for an extra of `APART` and is not installed.
+    """The packages, by name, that this Python's lock for an extra of `APART` holds and that are not installed.
 
     Raises:
         SystemExit: there is no such lock.

@@ -1,4 +1,4 @@
-"""The packages that this project stands on, with what brings each: from the metadata of what is installed."""
+"""The packages that this project depends on, with what brings each, from the metadata of what is installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Package:
     Args:
         name: normalised as PEP 503 says.
         groups: what brings it: "base", an extra of pyproject.toml, or "build" for what builds the wheel.
-        needs: names of the packages that it requires here, with the extras by which it was asked for.
+        needs: names of the packages that it requires here, including those of the extras with which it was asked for.
     """
 
     name: str

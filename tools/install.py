@@ -1,9 +1,9 @@
 """`make venv`: install everything that the demo and the tests need into the Python that runs this.
 
-On Linux x86-64 with a Python and a build of PyTorch that there is a lock for, every archive must have the SHA-256 of
-the lock, or nothing of it is installed. Elsewhere the versions of constraints.txt are taken, without hashes, and a
-sentence says so. Which build of PyTorch it is depends on what pip is configured to see: the CPU build where that is
-offered, else the one of the default index.
+If there is a lock for this Python and build of PyTorch, on Linux x86-64, every archive must have the SHA-256 of the
+lock, or nothing of it is installed. Otherwise the versions of constraints.txt are installed, without hashes, and a
+message says so. The build of PyTorch depends on what pip is configured to see: it is the CPU build if that is offered,
+else that of the default index.
 
     python -m tools.install
 """
@@ -27,7 +27,7 @@ def pip(*arguments: str) -> None:
     """Run pip in this Python.
 
     Raises:
-        SystemExit: it failed; it has said why.
+        SystemExit: pip failed, and has printed why.
     """
     done = subprocess.run([sys.executable, "-m", "pip", *arguments], cwd=lockfile.ROOT, check=False)
     if done.returncode:
@@ -35,19 +35,19 @@ def pip(*arguments: str) -> None:
 
 
 def torch_on_offer() -> str:
-    """The version of torch that pip would find: the CPU build where an index or folder it is configured for has one."""
+    """The version of torch that pip would find: the CPU build if an index or folder that it is set up for has one."""
     version = lockfile.torch_version()
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "index", "versions", "torch"], capture_output=True, text=True, check=False
     ).stdout
-    # Another line names what is installed, which says nothing of what is offered.
+    # Another line names what is installed, which says nothing about what is offered.
     offered = re.search(r"^Available versions: (.*)$", listed, re.MULTILINE)
     cpu = f"{version}+cpu"
     return cpu if offered is not None and cpu in offered[1].split(", ") else version
 
 
 def usable_lock(torch: str) -> Path | None:
-    """The lock for this machine and this build of torch; None where there is none."""
+    """The lock for this machine and this build of torch; None if there is none."""
     machine = (sys.implementation.name, sys.platform, platform.machine(), platform.libc_ver()[0])
     path = lockfile.path_of(sys.version_info[:2], torch)
     return path if machine == ("cpython", "linux", "x86_64", "glibc") and path.is_file() else None

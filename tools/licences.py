@@ -1,8 +1,8 @@
 """The licence of each package as an SPDX expression, from the metadata of what is installed.
 
-A package says its licence in one of three places, and not always in SPDX's words; where it does not, or not exactly,
-`READ` has what its own licence file says. A package whose licence this cannot tell stops the command: it is read, and
-written into `READ`, before the package is taken in.
+A package states its licence in one of three places, and not always in SPDX's words; if it does not, or not exactly,
+`READ` has what its own licence file says. A package whose licence cannot be determined stops the command: its licence
+file must be read, and its licence added to `READ`, before the package is used.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def expression_of(installed: Distribution) -> str:
     """The SPDX expression of a package's licence.
 
     Raises:
-        SystemExit: it cannot be told from the metadata, and nobody has read the licence file yet.
+        SystemExit: the metadata does not say clearly, and nobody has read the licence file yet.
     """
     name = normal(installed.metadata["Name"])
     if name in READ:

@@ -1,8 +1,8 @@
 """`make lock`: write the lock files of one or more Pythons, from what the package index says.
 
-pip resolves, in an environment that is taken to be empty, what pyproject.toml asks for at the versions of
-constraints.txt, and reports each archive with its SHA-256; nothing is installed. Which index that is, and so which
-build of torch, is pip's own setting. Takes one to three minutes a Python.
+pip resolves what pyproject.toml asks for at the versions of constraints.txt, as if in an empty environment, and reports
+each archive with its SHA-256; nothing is installed. The index, and with it the build of torch, is pip's own setting.
+Takes one to three minutes for each Python.
 
     python -m tools.lock [python3.11 /opt/python3.12/bin/python ...]
 """
@@ -36,7 +36,7 @@ def report(python: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
     """pip's report of what it would install into `python`: one dictionary for each package.
 
     Raises:
-        SystemExit: pip could not resolve the requirements, or its report is of another version.
+        SystemExit: pip could not resolve the requirements, or its report has another format version.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
@@ -53,10 +53,10 @@ def report(python: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def sha256_of(download: Mapping[str, Any]) -> str:
-    """The SHA-256 of an archive in pip's report, which has none for a file of this machine.
+    """The SHA-256 of an archive in pip's report; computed for a file on this machine, for which the report has none.
 
     Raises:
-        SystemExit: it is no file and the index gave no SHA-256.
+        SystemExit: the index gave no SHA-256, and the archive is not a file on this machine.
     """
     given = download.get("archive_info", {}).get("hashes", {}).get("sha256")
     if given is not None:
@@ -71,7 +71,7 @@ def pin_of(item: Mapping[str, Any]) -> lockfile.Pin:
     """The pin of a package in pip's report.
 
     Raises:
-        SystemExit: it comes as sources and is not known to, or see `sha256_of`.
+        SystemExit: it comes as sources and is not in `SOURCES`; or see `sha256_of`.
     """
     name, download = lockfile.normal(item["metadata"]["name"]), item["download_info"]
     if not urlparse(download["url"]).path.endswith(".whl") and name not in SOURCES:

@@ -1,7 +1,7 @@
 """Lock files: every package that `make venv` installs, at one version, with the SHA-256 of the archive.
 
-They are requirement files of pip, so that `pip install --no-deps --require-hashes -r FILE` needs nothing of ours. One
-file stands for one Python, one build of PyTorch, and Linux on x86-64:
+They are requirement files of pip, so `pip install --no-deps --require-hashes -r FILE` needs nothing of ours. Each file
+is for one Python and one build of PyTorch, on Linux x86-64:
 
     requirements/linux-x86_64-py311-cpu.txt    Python 3.11, torch 2.13.0+cpu
     requirements/linux-x86_64-py312.txt        Python 3.12, torch 2.13.0 with CUDA
@@ -47,21 +47,21 @@ def normal(name: str) -> str:
 
 
 def path_of(python: tuple[int, int], torch: str) -> Path:
-    """Where the lock of this Python and this version of torch (2.13.0, 2.13.0+cpu) stands, if there is one."""
+    """The path of the lock for this Python and this version of torch (2.13.0, 2.13.0+cpu), if there is one."""
     build = torch.partition("+")[2]
     return FOLDER / f"linux-x86_64-py{python[0]}{python[1]}{'-' + build if build else ''}.txt"
 
 
 def path_apart(python: tuple[int, int], extra: str) -> Path:
-    """Where the lock of the package itself with an extra stands that cannot be installed beside the others."""
+    """The path of the lock for the package itself with an extra that cannot be installed beside the others."""
     return FOLDER / extra / f"linux-x86_64-py{python[0]}{python[1]}.txt"
 
 
 def read(path: Path) -> list[Pin]:
-    """The pins of a lock file.
+    """Read the pins of a lock file.
 
     Raises:
-        ValueError: a line is no pin with at least one SHA-256, or a package stands there twice.
+        ValueError: a line is no pin with at least one SHA-256, or a package is listed twice.
     """
     text = re.sub(r"\s*\\\n\s*", " ", path.read_text(encoding="utf-8"))
     pins: dict[str, Pin] = {}

@@ -4,9 +4,9 @@
     python -m tools.mutate magicface_rt/kept/memory.py --lines 150-200
     python -m tools.mutate magicface_rt/sizes.py --tests tests/runtime/test_kept_store.py
 
-Each mutant runs in a process of its own, forked with the packages loaded that do not change, until its first test
-fails. No file is written: the changed module is in that process only. What survives is printed; a survivor is a test
-that is missing, or a change that changes nothing.
+Each mutant runs in a process of its own, forked after the packages that do not change have been loaded, until its first
+test fails. No file is written: the changed module exists in that process only. Mutants that survive are printed; a
+survivor means a missing test, or a change that makes no difference.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ TESTS = {
     "magicface_rt/kept/reference.py": ["test_kept_numbers.py", "test_kept_files.py"],
     "magicface_rt/kept/store.py": ["test_kept_store.py", "test_kept_numbers.py"],
 }
-"""The tests of a module, the quickest first; in `UNIT`."""
+"""The tests of each module, the quickest first, as names in the folder `UNIT`."""
 
 UNCHANGING = ("hypothesis", "magicface_rt", "magicface_rt.export.exporter", "pytest", "safetensors")
-"""Loaded once, before forking, with all that they load; the package itself is dropped again."""
+"""Loaded once, before forking, with all that they import; modules of the package itself are dropped again."""
 
 MEMORY = 8 << 30
-"""Bytes that a mutant may allocate: some would never stop."""
+"""Bytes that a mutant may allocate: some would never stop allocating."""
 
 _SWAPPED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
@@ -104,9 +104,9 @@ class Mutant:
 
 
 def mutants(source: str, path: str) -> Iterator[Mutant]:
-    """Every change of a module that compiles, one at a time.
+    """Yield every mutant of a module, with one change each.
 
-    Not changed: annotations, docstrings, imports, and what a `raise` says; that it is raised is.
+    Annotations, docstrings, imports, f-strings and the arguments of a `raise` are not changed; the `raise` itself is.
     """
     tree = ast.parse(source, path)
     for holder, field, index, node in list(_places(tree)):
@@ -118,7 +118,7 @@ def mutants(source: str, path: str) -> Iterator[Mutant]:
 
 
 def _places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """Each node below with where it stands: the node that holds it, the field, the index where that is a list."""
+    """Yield each node below with its place: the node that holds it, the field, and the index if that is a list."""
     if isinstance(node, (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Raise)) or _is_literal_type(node):
         return
     for field, value in ast.iter_fields(node):
@@ -141,7 +141,7 @@ def _put(holder: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
 
 
 def _others(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in a node's place."""
+    """Yield what may replace a node."""
     if isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)):
         for kind in _SWAPPED.get(type(node.op), ()):
             yield _with(node, op=kind())
@@ -202,12 +202,12 @@ def _is_literal_type(node: ast.AST) -> bool:
 
 
 def _is_list_of_names(node: ast.AST) -> bool:
-    """`__all__ = [...]`"""
+    """Whether a node is `__all__ = [...]`."""
     return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
 
 
 def _text(node: ast.AST) -> str:
-    """A node as source, its first line."""
+    """The first line of a node's source."""
     lines = ast.unparse(ast.fix_missing_locations(copy.copy(node))).splitlines()
     return lines[0][:120] if lines else ""
 
@@ -216,7 +216,7 @@ def _text(node: ast.AST) -> str:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives one module with the code of a mutant."""
+    """Imports one module with the code of a mutant."""
 
     def __init__(self, name: str, path: Path, code: CodeType) -> None:
         self.name, self.path, self.code = name, path, code
@@ -243,19 +243,19 @@ class Trials:
         self.seconds = 600
 
     def baseline(self, code: CodeType) -> None:
-        """The tests on the module as it is, which says how long they may take.
+        """Run the tests on the unchanged module, to find how long they may take.
 
         Raises:
             SystemExit: they fail.
         """
-        self._passes(code)  # makes what is made once
+        self._passes(code)  # makes what is made only once
         start = time.monotonic()
         if not self._passes(code):
             raise SystemExit(f"{self.path}: its tests fail without any change: {' '.join(self.tests)}")
         self.seconds = 20 + round(5 * (time.monotonic() - start))
 
     def survives(self, mutant: Mutant) -> bool:
-        """Whether no test noticed. One that hangs or exhausts its memory was noticed."""
+        """Whether no test noticed the mutant. A mutant that hangs or exhausts its memory counts as noticed."""
         return self._passes(mutant.code)
 
     def _passes(self, code: CodeType) -> bool:
@@ -266,12 +266,12 @@ class Trials:
             finally:
                 os._exit(1)
         _, status = os.waitpid(child, 0)
-        with contextlib.suppress(ProcessLookupError):  # what it had started
+        with contextlib.suppress(ProcessLookupError):  # processes that it had started
             os.killpg(child, signal.SIGKILL)
         return status == 0
 
     def _test(self, code: CodeType) -> int:
-        """In the child: pytest's exit status."""
+        """Run the tests, in the child; return pytest's exit status."""
         import hypothesis
         import pytest
 
@@ -281,7 +281,7 @@ class Trials:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
-        # As a process of pytest-xdist: these share what is made once (tests/conftest.py), in the folder above.
+        # Pose as a worker of pytest-xdist: workers share what is made once (tests/conftest.py), in the folder above.
         os.environ["PYTEST_XDIST_WORKER"] = "mutant"
         hypothesis.settings.register_profile("mutants", database=None, derandomize=True, max_examples=30)
         hypothesis.settings.load_profile("mutants")
@@ -297,11 +297,11 @@ def _load_what_does_not_change() -> None:
             importlib.import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] == "magicface_rt"]:
         del sys.modules[name]
-    gc.freeze()  # or each child would look through all of it, and copy it
+    gc.freeze()  # or each child's collector would go through all of it, and so copy it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns 1 where a mutant survives."""
+    """Run the command; return 1 if a mutant survives."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], prog="python -m tools.mutate")
     parser.add_argument("module", type=Path, help=f"one of {', '.join(TESTS)}, or another with --tests")
     parser.add_argument("--tests", nargs="+", help="in place of the module's own")

@@ -89,7 +89,7 @@ def _second_look(found: dict[str, Package]) -> str:
 
 
 def _others(found: dict[str, Package]) -> str:
-    """The packages of all locks that are not installed here, by licence."""
+    """List the packages of all locks that are not installed here, by licence."""
     locked = {pin.name for path in lockfile.FOLDER.rglob("*.txt") for pin in lockfile.read(path)}
     by_licence: dict[str, list[str]] = {}
     for name in sorted(locked - set(found)):

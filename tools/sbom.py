@@ -1,11 +1,11 @@
 """`make sbom`: the bill of materials, CycloneDX 1.6 in JSON, from what is installed and the lock it was installed by.
 
-Each package has its version, licence, SHA-256 and what it needs. Its scope is `required` where the wheel cannot do
-without it, `optional` where an extra brings it, `excluded` where only development needs it; the property
+Each package is listed with its version, licence, SHA-256 and what it needs. Its scope is `required` if the wheel cannot
+do without it, `optional` if an extra brings it, `excluded` if only development needs it; the property
 `magicface_rt:brought-by` names the extras. The same environment and wheel give the same bytes.
 
 An extra that cannot be installed beside the others (`APART` of tools/wanted.py) has a bill of its own, of the package
-with that extra alone, by its lock: `magicface_rt-gpu.cdx.json` beside the other.
+with that extra only, by its lock: `magicface_rt-gpu.cdx.json` beside the other.
 
     python -m tools.sbom dist/magicface_rt-0.1.0-py3-none-any.whl dist/magicface_rt.cdx.json
 """
@@ -58,18 +58,18 @@ def _component(package: Package, sha256: tuple[str, ...]) -> Component:
 
 
 def _locked(apart: str | None) -> dict[tuple[str, str], tuple[str, ...]]:
-    """SHA-256 by name and version, from the lock of this Python and this build of torch; empty where there is none."""
+    """SHA-256 by name and version, from the lock of this Python and this build of torch; empty if there is none."""
     python = sys.version_info[:2]
     path = lockfile.path_of(python, version("torch")) if apart is None else lockfile.path_apart(python, apart)
     return {(pin.name, pin.version): pin.sha256 for pin in lockfile.read(path)} if path.is_file() else {}
 
 
 def bill(wheel: Path, apart: str | None = None) -> str:
-    """The bill of materials of `wheel` and everything that it or its development stands on, as JSON.
+    """The bill of materials of `wheel` and everything that it or its development depends on, as JSON.
 
     Args:
-        wheel: ours, whose name says its version.
-        apart: one of `APART`: of the wheel with that extra alone.
+        wheel: ours, whose file name has its version.
+        apart: one of `APART`, for a bill of the wheel with that extra only.
 
     Raises:
         SystemExit: a package is missing or its licence unknown.

@@ -7,14 +7,14 @@ from typing import Any
 
 from tools.lockfile import ROOT
 
-# The extras that are installed. Not gpu, whose package overwrites cpu's, nor tensorrt, of which the default index has
-# sources only, whose build would run and was not read (requirements/README.md).
+# The extras that are installed. Not gpu, whose package overwrites cpu's, nor tensorrt: the default index has it as
+# sources only, whose build would run and has not been read (requirements/README.md).
 EXTRAS = ("cpu", "export", "tensorrt-rtx", "bench", "serve", "ray", "ui", "dev")
-# The extras that have a lock of their own, with the base, as they cannot be installed beside the others.
+# The extras that have a lock of their own, with the base, because they cannot be installed beside the others.
 APART = ("gpu",)
 # What comes as sources; everything else must be a wheel, so that nothing foreign runs while it is installed.
 SOURCES = ("tensorrt-rtx", "tensorrt-rtx-cu13")
-# setuptools packs those sources; and pip, so that one version of it does the rest.
+# setuptools builds those sources; pip is pinned so that one version of it does the rest.
 BUILD_TOOLS = ("pip", "setuptools")
 # scikit-build-core asks for these where the machine has none; a lock is for all machines.
 NATIVE_TOOLS = ("cmake", "ninja")
@@ -24,7 +24,7 @@ def asked_for(apart: str | None = None) -> dict[str, list[str]]:
     """Requirements by group: "base", each of `EXTRAS`, and "build" for what builds the wheel and installs it.
 
     Args:
-        apart: one of `APART`: the base and that extra, and nothing else.
+        apart: one of `APART`, for the base and that extra only.
     """
     if sys.version_info >= (3, 11):
         import tomllib

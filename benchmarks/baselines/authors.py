@@ -1,11 +1,11 @@
 """Baseline (a): the authors' algorithm in eager PyTorch, with all the work that their code does.
 
-2 (1 + R) U-Net rows a step: the references under the negative prompt as well, whose results nothing reads. Attention is
-written out in every layer and row, logits and probabilities both kept until its end; the heads' mean of every map is
-taken for all rows, of which two are used. Stage 1 attends for the unconditional target twice. Stage 2 computes each
-region by gathering its tokens with a boolean mask, after all of them were computed without. Every step forms S S, the
-square of each self-attention map, three times. What they compute is described in docs/design.md, "The algorithm"; the
-code is ours.
+A step has 2 (1 + R) U-Net rows: the references run under the negative prompt as well, although nothing reads the
+results. Attention is written out in every layer and row, with logits and probabilities both kept until its end; the
+heads' mean of every map is taken for all rows, of which two are used. Stage 1 attends for the unconditional target
+twice. Stage 2 computes each region by gathering its tokens with a boolean mask, after all tokens have been computed
+without references. Every step forms S S, the square of each self-attention map, three times. docs/design.md, "The
+algorithm", describes what the authors' code computes; the code here is ours.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Authors(Baseline):
 
 
 class _Squared(LayerMaps):
-    """Maps whose evidence is computed by way of S S."""
+    """Maps whose evidence is computed by forming S S."""
 
     def evidence(self, row: int) -> Tensor:
         s = self.self_map[row]  # (n, n)
@@ -83,7 +83,7 @@ class _SelfAttention:
         return attn.to_out[0](join_heads(out))
 
     def _injected(self, q: Tensor, k: Tensor, v: Tensor, plain: Tensor, row: int, scale: float) -> Tensor:
-        """[heads, n, d] of the conditional target."""
+        """The injected attention of the conditional target, [heads, n, d]."""
         inputs = self.state.step
         rows, cols = self.state.grid(self.layer)
         masks = nearest_grid(inputs.reference_masks.bool(), rows, cols).flatten(1)  # (R, n)

@@ -20,7 +20,7 @@ class Plain:
 
     @torch.no_grad()
     def step(self, index: int, latents: Tensor, text: Tensor, guidance: float) -> Tensor:
-        """The latents [B, 4, h, w] after step `index`; text [2, 77, D]: negative prompt, prompt."""
+        """Return the latents [B, 4, h, w] after step `index`. text [2, 77, D]: negative prompt, prompt."""
         timestep = self.scheduler.timesteps[index]
         both = text.repeat_interleave(len(latents), 0)
         eps_u, eps_c = self.unet(torch.cat([latents, latents]), timestep, both).sample.chunk(2)

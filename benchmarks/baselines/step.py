@@ -1,4 +1,4 @@
-"""What the two PyTorch baselines share: the parts of a step that are the same in both and cost next to nothing."""
+"""The parts of a step that both PyTorch baselines share, and that cost next to nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Pass:
     """What the attention processors share during one pass of the U-Net."""
 
     inputs: StepInputs | None = None
-    size: tuple[int, int] = (0, 0)  # of the latents: numbers, as a compiler would watch the tensor
+    size: tuple[int, int] = (0, 0)  # of the latents; plain numbers, since a compiler would guard the tensor itself
 
     def __init__(self) -> None:
         self.self_maps: dict[int, Tensor] = {}
@@ -44,7 +44,7 @@ class Pass:
         return h // LAYER_DIVISORS[layer], w // LAYER_DIVISORS[layer]
 
     def layers(self) -> list[LayerMaps]:
-        """The maps that were left, in execution order."""
+        """The maps that the processors stored, in execution order."""
         return [LayerMaps(self.self_maps[i], self.cross_maps[i], *self.grid(i)) for i in sorted(self.self_maps)]
 
 
@@ -65,18 +65,18 @@ class Baseline(ABC):
 
     @abstractmethod
     def install(self) -> None:
-        """Put the attention processors into the U-Net."""
+        """Install the attention processors in the U-Net."""
 
     @abstractmethod
     def batch(self, inputs: StepInputs) -> tuple[Tensor, Tensor, int]:
         """Latents and text of all rows, and the row of the conditional target; the unconditional one is row 0."""
 
     def prepare(self, inputs: StepInputs) -> None:  # noqa: B027 - not every baseline has something to prepare
-        """Whatever is the same for all layers of a step."""
+        """Compute what is the same for all layers of a step."""
 
     @abstractmethod
     def segment(self, inputs: StepInputs) -> Segmentation:
-        """The regions, from the maps that the pass left."""
+        """Compute the regions from the maps that the pass stored."""
 
     def predict(self, latents: Tensor, timestep: int, text: Tensor) -> Tensor:
         """The U-Net's noise predictions for all rows."""
@@ -84,7 +84,7 @@ class Baseline(ABC):
 
     @torch.no_grad()
     def step(self, inputs: StepInputs) -> StepOutputs:
-        """One denoising step of one image."""
+        """Compute one denoising step of one image."""
         latents, text, conditional = self.batch(inputs)
         self.state.inputs, self.state.size = inputs, (inputs.latents.shape[-2], inputs.latents.shape[-1])
         self.state.self_maps.clear()

@@ -1,8 +1,9 @@
 """Baseline (b): the same pictures by the best eager PyTorch that we know. Baseline (c) is torch.compile of it.
 
-Conditional reference rows only, 2 + R of them. scaled_dot_product_attention wherever no map is read; the maps of the
-segmentation for the target's rows only, and S (S C) instead of S S. The injected row sees the kept tokens alone; in
-stage 2 each region is gathered and attends once, over its own and its concept's keys.
+The references have conditional rows only, so a step has 2 + R rows. scaled_dot_product_attention is used wherever no
+map is read; the segmentation's maps are formed for the target's rows only, and S (S C) replaces S S. The injected row
+sees only kept tokens of the references; in stage 2 each region is gathered and attends once, over the row's own keys
+and its concept's.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Strong(Baseline):
         return latents, torch.cat([inputs.text, inputs.reference_text]), CONDITIONAL
 
     def prepare(self, inputs: StepInputs) -> None:
-        """Which tokens are kept, and who sees them: the same for all layers of a grid, so found once a step."""
+        """Find which tokens are kept and who sees them, once a step: it is the same for all layers of a grid."""
         self.state.tokens.clear()
         if inputs.stage == "off" or not len(inputs.weights):
             return
@@ -61,10 +62,10 @@ class Strong(Baseline):
 
 
 class Compiled(Strong):
-    """The same under torch.compile: the whole U-Net as one graph, for both stages.
+    """`Strong` under torch.compile: the whole U-Net as one graph, for both stages.
 
-    How many tokens a region has is known when it is there, and a compiler breaks its graph where Python asks. So the
-    injected row's attention is one operator to it (`injected_attention`), as it would be if it were a kernel.
+    How many tokens a region has is known only at run time, and the compiler breaks its graph where Python asks for such
+    a number. So the injected row's attention is a single operator to it (`injected_attention`), as a kernel would be.
     """
 
     def install(self) -> None:
@@ -95,7 +96,7 @@ class _SelfAttention:
         return attn.to_out[0](join_heads(out))
 
     def _injected(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """[heads, n, d] of the conditional row."""
+        """The injected attention of the conditional row, [heads, n, d]."""
         inputs = self.state.step
         usable, access = self.state.tokens[self.state.grid(self.layer)]
         attend = injected_attention if torch.compiler.is_compiling() else _injected_attention
@@ -105,7 +106,7 @@ class _SelfAttention:
 def _injected_attention(
     q: Tensor, k: Tensor, v: Tensor, usable: Tensor, access: Tensor, weights: Tensor, adds: bool, scale: float
 ) -> Tensor:
-    """[heads, n, d] of the conditional row: tokens that see the same references attend together.
+    """The injected attention of the conditional row, [heads, n, d]; tokens that see the same references go together.
 
     q, k, v  [2 + R, heads, n, d]
     usable   bool [R, n]: a reference's tokens that may be seen
@@ -127,7 +128,7 @@ def _injected_attention(
             added = [weights[r].expand(len(kept[r])) for r in seen]
             bias = torch.cat([q.new_zeros(q.shape[2]), *added])  # (n + M)
             bias = bias.expand(len(here), -1)
-        # With a batch axis: the fused kernels take four dimensions, and anything less goes by written-out logits.
+        # With a batch axis: the fused kernels take four dimensions, and fewer dimensions use written-out logits.
         out[:, here] = _attend(q[CONDITIONAL, None][:, :, here], keys[None], values[None], scale, bias)[0]
     return out
 
@@ -165,7 +166,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None =
 
 
 def _attend_with_map(q: Tensor, k: Tensor, v: Tensor, scale: float, maps: dict[int, Tensor], layer: int) -> Tensor:
-    """The target's two rows, [2, heads, n, d], leaving their head-averaged map."""
+    """Attend for the target's two rows, [2, heads, n, d], and store their head-averaged map."""
     probabilities = (q[:REFERENCES] * scale @ k[:REFERENCES].transpose(-1, -2)).softmax(-1)
     maps[layer] = probabilities.mean(1)
     return probabilities @ v[:REFERENCES]

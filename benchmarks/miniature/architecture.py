@@ -1,5 +1,4 @@
-"""The miniature's networks: Stable Diffusion 1.5's block layout at a width that two CPU cores can train, in three
-sizes.
+"""The miniature's networks, in three sizes: Stable Diffusion 1.5's block layout, narrow enough to train on two cores.
 
 A `Miniature` holds the four parts of a diffusers folder; `write_checkpoint` writes that folder.
 """
@@ -69,7 +68,7 @@ def scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def _quiet(network: nn.Module) -> None:
-    """Makes every residual branch give 0 at first: the autoencoder then learns colours some five times sooner."""
+    """Make every residual branch return 0 at first: the autoencoder then learns colours some five times sooner."""
     for name, module in network.named_modules():
         if name.endswith((".conv2", ".proj_out")) or (
             name.endswith(".to_out.0") and ".transformer_blocks." not in name
@@ -161,7 +160,7 @@ class Miniature:
 
 
 def write_checkpoint(model: Miniature, folder: Path, *, provenance: dict[str, object]) -> int:
-    """Writes a diffusers folder with weights in fp16 and returns its size in bytes."""
+    """Write a diffusers folder with weights in fp16; return its size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     model.vae.half().save_pretrained(folder / "vae", safe_serialization=True)
     model.unet.half().save_pretrained(folder / "unet", safe_serialization=True)

@@ -1,6 +1,6 @@
 """Processes that train together on one machine: each takes its part of every batch, and their gradients are averaged.
 
-With one thread each: the layers are too small to be shared among threads.
+They are meant to have one thread each: the layers are too small to be shared among threads.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 PATIENCE = timedelta(minutes=30)
-"""That others wait for one which draws a sheet, or whose machine is busy."""
+"""How long processes wait for one that is drawing a sheet, or on a busy machine."""
 
 
 class Crew:
-    """One of `size` processes; `rank` 0 is the one that speaks, saves and decides. By itself: alone."""
+    """One of `size` processes, of which rank 0 reports, saves and decides. By default it is the only one."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
     def part(self, numbers: range) -> range:
-        """Its own of a batch's pictures.
+        """This process's part of a batch's pictures.
 
         Raises:
             ValueError: they cannot be shared out evenly.
@@ -40,7 +40,7 @@ class Crew:
         return numbers[self.rank * each : (self.rank + 1) * each]
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Put the mean over all processes into each, in place."""
+        """Replace each tensor, in place, by its mean over all processes."""
         if self.size == 1:
             return
         listed = list(tensors)
@@ -51,7 +51,7 @@ class Crew:
             tensor.copy_(mean.view_as(tensor))
 
     def agree(self, go_on: bool = True) -> bool:
-        """What the one that decides says, for all."""
+        """Return, in every process, what the deciding one passed."""
         if self.size == 1:
             return go_on
         word = torch.tensor([int(go_on)])
@@ -61,9 +61,9 @@ class Crew:
 
 @contextlib.contextmanager
 def crew_of(size: int, helper: Callable[..., object], *arguments: object) -> Iterator[Crew]:
-    """A crew for the block; `helper(crew, *arguments)` is what the others do, each in a process of its own.
+    """Yield a crew; `helper(crew, *arguments)` is what the others run, each in a process of its own.
 
-    They end when the block does, or when this process is no more.
+    They end with the block, or with this process.
     """
     if size == 1:
         yield Crew()
@@ -88,7 +88,7 @@ def crew_of(size: int, helper: Callable[..., object], *arguments: object) -> Ite
 
 def _help(rank: int, size: int, folder: str, helper: Callable[..., object], arguments: tuple[object, ...]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # rank 0 is told as well, and decides
+        signal.signal(number, signal.SIG_IGN)  # rank 0 gets it as well, and decides
     with _joined(rank, size, folder) as crew:
         helper(crew, *arguments)
 

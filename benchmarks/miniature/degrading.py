@@ -1,4 +1,4 @@
-"""Drawn pictures made to look like generated ones: through an autoencoder, blurred, noisy, recoloured."""
+"""Make drawn pictures look like generated ones: pass them through an autoencoder, blur, recolour, add noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Autoencoder:
 
     @classmethod
     def load(cls, checkpoint: Path) -> Autoencoder:
-        """From a diffusers folder. Raises InputError where there is none."""
+        """Load the autoencoder of a diffusers folder. Raises InputError if there is none."""
         try:
             return cls(
                 AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32, local_files_only=True)
@@ -32,9 +32,9 @@ class Autoencoder:
 
     @torch.no_grad()
     def pass_through(self, images: Tensor, generator: torch.Generator, *, noise: float = 0.35) -> Tensor:
-        """images float32 [n,3,h,w] in -1..1, encoded and decoded.
+        """Encode and decode images, float32 [n,3,h,w] in -1..1.
 
-        Latents get normal noise of 0 to `noise` of their unit deviation, another share for each picture.
+        Latents get normal noise of 0 to `noise` times their unit deviation, with another factor for each picture.
         """
         made = []
         for some in images.split(32):
@@ -46,7 +46,7 @@ class Autoencoder:
 
 
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
-    """images float32 [n,3,h,w] in -1..1, each blurred, recoloured and made noisy with a chance of its own."""
+    """Blur, recolour and add noise to images, float32 [n,3,h,w] in -1..1, each of these with a chance of its own."""
     n = len(images)
 
     def chance(probability: float) -> Tensor:
@@ -65,7 +65,7 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _blurred(images: Tensor) -> Tensor:
-    """Binomial smoothing, 3 x 3."""
+    """Smooth with the binomial 3 x 3 kernel."""
     line = torch.tensor([0.25, 0.5, 0.25])
     kernel = (line[:, None] * line)[None, None].expand(3, 1, 3, 3)
     return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)

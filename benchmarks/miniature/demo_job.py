@@ -1,4 +1,4 @@
-"""Writes one of the fixed requests as a job with its pictures and masks, as `magicface-rt run --job` reads them.
+"""Write one of the fixed requests as a job with its pictures and masks, as `magicface-rt run --job` reads them.
 
 python -m benchmarks.miniature.demo_job NUMBER --out demo/portrait
 """
@@ -22,7 +22,7 @@ from .variants import WEIGHT
 
 
 def write_job(case: Case, folder: Path, *, name: str = "job.json") -> Path:
-    """The job's file; its pictures go to image/ and mask/ beside it, named by part.
+    """Write the job, with its pictures in image/ and mask/ beside it, named by part; return the job's file.
 
     Raises:
         OutputError: something cannot be written.

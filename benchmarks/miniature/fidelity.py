@@ -1,7 +1,8 @@
-"""How like its references a picture is, by what a segmenter finds in it.
+"""Measure how similar a picture is to its references, by what a segmenter finds in it.
 
 Colours are compared in CIELAB, where a distance of 1 is just visible and two looks of the world lie tens apart.
-A concept's pixels in the picture are those in which the segmenter sees its part; in the reference the drawn truth.
+A concept's pixels in the picture are those in which the segmenter sees its part; in the reference they are the drawn
+truth.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .wordmaps import part_shares
 from .world import PARTS, PATTERNS
 
 LEAST_SHARE = 24 / 64**2
-"""Of the picture's pixels: a smaller part counts as not there. The world's smallest visible part has twice that."""
+"""Share of the picture's pixels below which a part counts as missing. The world's smallest visible part has twice
+that."""
 
 FAR = 50.0
 """The palette distance at which a look counts as another one altogether: fidelity 0."""
@@ -34,15 +36,15 @@ class ConceptScore:
     """One concept in one picture.
 
     found      the part is there at all
-    colour     distance of the mean colours; None where it was not found, as are the next two
+    colour     distance of the mean colours; this and the next two are None if the part was not found
     palette    distance of the colours' distributions: sliced Wasserstein, scaled so that a shift by d is d
     others     the smallest palette distance to another concept's reference; None with one concept
-    fidelity   1 - palette / FAR, not below 0; 0 where it was not found
+    fidelity   1 - palette / FAR, not below 0; 0 if the part was not found
     own        palette is the smallest among the request's references; None with one concept
-    spill      how much of the look other parts have, those that are no concept and found: the mean over them of
-               1 - distance / FAR, not below 0; None where there is no such part
+    spill      how much of the look is on parts that were found and are no concept: the mean over these parts of
+               1 - distance / FAR, not below 0; None if there is no such part
     pattern    the reference's pattern was recognised; None for a part without patterns
-    patterned  the same; None as well where the reference's pattern is plain
+    patterned  the same; None also if the reference's pattern is plain
     iou        of the method's region with the part, on the regions' grid; None without regions
     """
 
@@ -61,7 +63,7 @@ class ConceptScore:
 
 @dataclass(frozen=True)
 class Score:
-    """One picture. caption: F1 of the parts found against those that the caption names."""
+    """The scores of one picture. caption: F1 of the parts found against those that the caption names."""
 
     number: int
     concepts: tuple[ConceptScore, ...]
@@ -69,7 +71,11 @@ class Score:
 
 
 def score(case: Case, image: Tensor, parse: Parse, regions: Tensor | None = None) -> Score:
-    """image float32 [3,h,w] in -1..1; parse of it alone; regions int64 [r,c], k + 1 where concept k is, or None."""
+    """Score a picture.
+
+    image: float32 [3,h,w] in -1..1; parse: of this picture only; regions: int64 [r,c], k + 1 where concept k is, or
+    None.
+    """
     labels, patterns = parse.labels[0], parse.patterns[0]
     colours = lab(image)
     looks = [lab(case.references.images[k])[:, case.mask(k)].T for k in range(len(case.parts))]
@@ -101,7 +107,7 @@ def score(case: Case, image: Tensor, parse: Parse, regions: Tensor | None = None
 
 
 def _free_parts(case: Case, part: str) -> list[str]:
-    """The parts that should have nothing of a concept's look."""
+    """The parts that should show nothing of a concept's look."""
     bound = {name for concept in (*case.parts, part) for name in SAME_LOOK.get(concept, (concept,))}
     return [name for name in PARTS[1:] if name not in bound]
 
@@ -119,9 +125,10 @@ def caption_agreement(labels: Tensor, named: Sequence[str]) -> float:
 
 
 def region_iou(region: Tensor, labels: Tensor, part: str) -> float:
-    """Intersection over union of a region, bool [r,r], with the cells whose commonest part in labels [h,w] it is.
+    """Intersection over union of a region, bool [r,r], with the cells in which labels [h,w] are mostly the part's.
 
-    A part that is nowhere the commonest has the cell that holds most of it. 0 where one of both is empty or both are.
+    "Mostly": no other part has more of the cell. A part without such a cell gets the one that holds most of it. 0 if
+    the region, the part or both are empty.
     """
     side = region.shape[-1]
     shares = part_shares(labels[None], side)[0]  # [cells,parts]
@@ -148,9 +155,9 @@ def lab(images: Tensor) -> Tensor:
 
 
 def palette_distance(a: Tensor, b: Tensor) -> float:
-    """Sliced Wasserstein-1 distance of two sets of colours, float32 [n,3] and [m,3], of at least one each.
+    """Sliced Wasserstein-1 distance of two sets of colours, float32 [n,3] and [m,3], with at least one colour each.
 
-    The mean over directions of a shift's length along them is half its length in three dimensions; hence the 2.
+    In three dimensions the mean, over all directions, of a shift's length along them is half its length; hence the 2.
     """
     places = (torch.arange(_QUANTILES) + 0.5) / _QUANTILES
     first, second = (torch.quantile(x @ _directions(), places, dim=0) for x in (a, b))  # [quantiles,directions]

@@ -1,7 +1,7 @@
-"""From people to pixels: the parts in painter's order, and the four drawing styles.
+"""Paint people: the parts in painter's order, and the four drawing styles.
 
-Every part is one signed distance: its coverage paints it, its sign claims the pixel in the label map, its absolute
-value draws the outline.
+Every part is one signed distance: its coverage paints the part, its sign claims the pixel in the label map, its
+absolute value draws the outline.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SOFT = (1.0, 1.0, 1.0, 2.5)
 
 
 class Sheet:
-    """The paper: the grid, the styles of its pictures, and painting one distance over what is there."""
+    """The canvas: its grid, the styles of its pictures, and a method that paints one distance over what is there."""
 
     def __init__(self, size: int, style: Tensor) -> None:
         def table(rows: tuple[object, ...]) -> Tensor:
@@ -59,7 +59,7 @@ class Sheet:
         self.labels = torch.zeros(len(style), size, size, device=style.device, dtype=torch.uint8)
 
     def styled(self, colour: Tensor) -> Tensor:
-        """[n,3,...] bent by the style."""
+        """Bend a colour, [n,3,...], by the style."""
         return torch.lerp(self.mixed_with, colour, self.weight)
 
     def fill(self, look: Look) -> Tensor:
@@ -72,7 +72,7 @@ class Sheet:
         return torch.lerp(first, self.styled(look.second[:, :, None, None]), share[:, None])
 
     def paint(self, distance: Tensor, colour: Tensor, part: str | None = None, *, line: float = 1.0) -> None:
-        """Paints where `distance` is negative; claims the pixels for `part`; `line` 0 leaves the outline out."""
+        """Paint where `distance` is negative, and claim these pixels for `part`; with `line` 0 there is no outline."""
         self.images = torch.lerp(self.images, colour, coverage(distance, self.edge)[:, None])
         if line:
             stroke = coverage(distance.abs() - self.line_width / 2, self.pixel) * (self.line_opacity * line)
@@ -82,7 +82,7 @@ class Sheet:
 
 
 def paint(sheet: Sheet, people: People) -> tuple[Tensor, Tensor]:
-    """Images float32 [n,3,size,size] in -1..1 and labels uint8 [n,size,size]."""
+    """Paint people; return images float32 [n,3,size,size] in -1..1 and labels uint8 [n,size,size]."""
     at = {name: value.view(-1, 1, 1) for name, value in people.measures.items()}
     x, y = sheet.x - at["cx"], sheet.y - at["cy"]  # the head's own coordinates
     looks = people.looks
@@ -118,7 +118,7 @@ def _sides(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ground(sheet: Sheet, look: Look) -> None:
-    """From one colour at the top to a darker one at the bottom."""
+    """Paint the background, from one colour at the top to a darker one at the bottom."""
     first, second = look.first[:, :, None, None], look.second[:, :, None, None]
     colour = torch.lerp(first, second, (sheet.y * 0.5 + 0.5))
     sheet.images = torch.lerp(sheet.mixed_with, colour, sheet.ground_weight)
@@ -143,7 +143,7 @@ def _torso(sheet: Sheet, x: Tensor, at: dict[str, Tensor]) -> Tensor:
 
 
 def _hair(x: Tensor, y: Tensor, at: dict[str, Tensor], people: People, head: Tensor) -> tuple[Tensor, Tensor]:
-    """Hair behind the face and the fringe before it."""
+    """The hair behind the face, and the fringe in front of it."""
     zero = torch.zeros_like(at["cx"])
     wide, high = at["width"] * 1.3 * at["volume"], at["height"] * 1.2
     cap = ellipse(x, y, zero, zero - 0.06, wide, high)
@@ -174,7 +174,7 @@ def _beard(x: Tensor, y: Tensor, at: dict[str, Tensor], head: Tensor, people: Pe
 
 
 def _features(sheet: Sheet, x: Tensor, y: Tensor, at: dict[str, Tensor], people: People) -> None:
-    """Eyes, brows, nose and mouth: parts of the face."""
+    """Paint eyes, brows, nose and mouth, which count as the face."""
     zero = torch.zeros_like(at["cx"])
     n, device = len(people.style), x.device
 
@@ -202,7 +202,7 @@ def _features(sheet: Sheet, x: Tensor, y: Tensor, at: dict[str, Tensor], people:
 
 
 def _glasses(sheet: Sheet, x: Tensor, y: Tensor, at: dict[str, Tensor], people: People) -> None:
-    """Tinted lenses in a frame: one look on both sides of the nose."""
+    """Paint tinted lenses in a frame, with one look on both sides of the nose."""
     zero = torch.zeros_like(at["cx"])
     wear, look = people.glasses.view(-1, 1, 1), people.looks["glasses"]
     mirrored, middle = x.abs(), torch.maximum(at["width"] * 0.5, at["lens"] + 0.025)
@@ -239,7 +239,7 @@ def _hat(sheet: Sheet, x: Tensor, y: Tensor, at: dict[str, Tensor], people: Peop
 
 
 def _hand(sheet: Sheet, at: dict[str, Tensor], people: People, skin: Tensor, shirt: Tensor) -> None:
-    """A raised hand before the chest, in a sleeve that carries the shirt's look."""
+    """Paint a raised hand in front of the chest, in a sleeve that carries the shirt's look."""
     x, y, raised = sheet.x * at["side"], sheet.y, people.hand.view(-1, 1, 1)
     hx, hy = at["hand_x"], at["hand_y"]
     sleeve = capsule(x, y, hx + 0.12, torch.full_like(hx, 1.25), hx + 0.02, hy + 0.3, 0.16)

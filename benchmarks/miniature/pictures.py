@@ -1,7 +1,7 @@
-"""Making and keeping the pictures of the quality figures: one file for each variant and request.
+"""Make and keep the pictures of the quality figures: one file for each variant and request.
 
-A run that was stopped goes on where it was; what is measured is read from these files, so that another segmenter or
-another measure makes no picture anew.
+A run that was stopped continues where it was. What is measured is read from these files, so another segmenter or
+measure needs no new pictures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Say = Callable[[str], object]
 class PictureFolder:
     """Pictures uint8 [h,w,3] and regions int8 [h/2,w/2] by variant and request.
 
-    settings: everything but variant and request that a picture depends on. A folder of other settings is refused.
+    settings: everything besides variant and request that a picture depends on. A folder with other settings is refused.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class PictureFolder:
         return self._file(variant, number).is_file()
 
     def put(self, variant: str, number: int, result: Result) -> None:
-        """Stores the first picture of a result; its file appears whole or not at all."""
+        """Store the first picture of a result; its file appears whole or not at all."""
         file = self._file(variant, number)
         part = file.with_suffix(".part")
         try:
@@ -101,9 +101,9 @@ def make(
     say: Say,
     session_settings: dict[str, Any] | None = None,
 ) -> str | None:
-    """Every picture that the folder lacks of these variants, all of one bundle and backend.
+    """Make every picture of these variants that the folder lacks, all with one bundle and backend.
 
-    Returns why none could be made where the backend is not there or cannot serve the bundle; None otherwise.
+    Returns why none could be made, if the backend is missing or cannot serve the bundle; None otherwise.
     """
     missing = [(case, [v for v in variants if not folder.has(v.name, case.number)]) for case in cases]
     missing = [(case, lacking) for case, lacking in missing if lacking]
@@ -134,7 +134,7 @@ def concepts(case: Case) -> list[Concept]:
 
 
 def prepared(session: Session, case: Case, steps: int) -> list[KeptConcept]:
-    """The same, with their keys and values for all steps."""
+    """The concepts of a request, prepared: with their keys and values for all steps."""
     return [session.prepare(concept, steps=steps) for concept in concepts(case)]
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.miniature.privacy --out DIR
 
 The attacker has the bundle, draws pictures of their own, prepares them, and trains a small network that reads one kept
-token (keys and values of the layers with the finest grid) and says what its place in the picture looked like, and where
-that place was. It is then given kept concepts of people in looks that it has never seen. Nothing here is particular to
-the miniature but that such pictures can be drawn without end.
+token (keys and values of the layers with the finest grid) and predicts what its place in the picture looked like, and
+where that place was. The network is then given kept concepts of people in looks that it has never seen. Nothing here is
+specific to the miniature, except that such pictures can be drawn without end.
 
 Writes privacy.json, privacy.md and sheet.png. docs/privacy.md has the findings.
 """
@@ -35,7 +35,7 @@ from .sheets import eight_bits, tile
 from .shipping import WEIGHTS
 from .world import Pictures, World
 
-ATTACKER, VICTIM = 3_000_017, 3_000_029  # worlds that nothing else draws
+ATTACKER, VICTIM = 3_000_017, 3_000_029  # worlds that the miniature never saw
 STEPS = 10
 BATCH, WIDTH, EPOCHS, RATE = 1024, 512, 12, 1e-3
 SHOWN, TILE = 8, 96
@@ -45,7 +45,7 @@ SHOWN, TILE = 8, 96
 class Taken:
     """What was kept of one picture, and the truth about it.
 
-    keys     float16 [T, M, C]: of each step and kept token, the keys and values of the finest layers side by side
+    keys     float16 [T, M, C]: for each step and kept token, the keys and values of the finest layers side by side
     cells    int64 [M]: where the tokens lie on that grid, row by row
     patches  float32 [M, 3, p, p]: what the picture shows there, -1..1
     """
@@ -57,11 +57,11 @@ class Taken:
 
 @dataclass(frozen=True)
 class Row:
-    """An attack, or something to compare it with. Means over victims.
+    """An attack, or something to compare it with. Figures are means over victims.
 
     psnr      of the recovered pixels, dB (peak to peak 2)
     named     share of victims whose recovered picture is nearer to their own photograph than to any other victim's
-    distance  between a token's true place and the one that was said, cells
+    distance  between a token's true place and the predicted one, cells
     """
 
     name: str
@@ -89,12 +89,12 @@ def take(session: Session, pictures: Pictures, *, steps: int, storage: str = "ex
 
 
 def cut(image: Tensor, side: int) -> Tensor:
-    """[3, h, w] into patches [cells, 3, side, side], row by row."""
+    """Cut [3, h, w] into patches [cells, 3, side, side], row by row."""
     return image.unfold(1, side, side).unfold(2, side, side).permute(1, 2, 0, 3, 4).flatten(0, 1)
 
 
 class Attack(nn.Module):
-    """Reads the kept tokens of some steps; says their patches and places."""
+    """Predicts patches and places from the kept tokens of some steps."""
 
     def __init__(self, steps: Sequence[int], channels: int, grid: int, patch: int) -> None:
         super().__init__()
@@ -110,11 +110,11 @@ class Attack(nn.Module):
         )
 
     def read(self, one: Taken) -> Tensor:
-        """[M, len(steps) * C]."""
+        """The network's input, [M, len(steps) * C]."""
         return one.keys[self.steps].float().permute(1, 0, 2).flatten(1)
 
     def truth(self, one: Taken) -> Tensor:
-        """[M, 3 p p + 2]: patch and place, row and column in -1..1."""
+        """The wanted output, [M, 3 p p + 2]: patch and place, the latter as row and column in -1..1."""
         places = torch.stack([one.cells // self.grid, one.cells % self.grid], 1) / (self.grid - 1) * 2 - 1
         return torch.cat([one.patches.flatten(1), places], 1)
 
@@ -123,7 +123,7 @@ class Attack(nn.Module):
         return said
 
     def train_on(self, examples: Sequence[Taken]) -> None:
-        """Adam with a cosine schedule; the seed is fixed."""
+        """Train with AdamW and a cosine schedule; the seed is fixed."""
         inputs = torch.cat([self.read(one) for one in examples])
         wanted = torch.cat([self.truth(one) for one in examples])
         self.mean, self.spread = inputs.mean(0), inputs.std(0).clamp_min(1e-4)
@@ -141,14 +141,14 @@ class Attack(nn.Module):
 
     @torch.no_grad()
     def recover(self, one: Taken) -> tuple[Tensor, Tensor]:
-        """Patches [M, 3, p, p], and by how many cells each place is wrong [M]."""
+        """Recover patches [M, 3, p, p]; also return by how many cells each place is wrong [M]."""
         said = self(self.read(one))
         off = (said[:, -2:] - self.truth(one)[:, -2:]) * (self.grid - 1) / 2
         return said[:, :-2].unflatten(1, (3, self.patch, self.patch)).clamp(-1, 1), off.norm(dim=1)
 
 
 def judged(name: str, recovered: Sequence[Tensor], victims: Sequence[Taken], photographs: Tensor) -> Row:
-    """How near recovered patches are to the truth. photographs: [n, cells, 3, p, p], what each shows everywhere."""
+    """Judge how near recovered patches are to the truth. photographs: [n, cells, 3, p, p], all patches of each."""
     errors, named = [], 0
     for number, (found, one) in enumerate(zip(recovered, victims, strict=True)):
         everyone = (photographs[:, one.cells] - found).square().flatten(1).mean(1)
@@ -160,7 +160,7 @@ def judged(name: str, recovered: Sequence[Tensor], victims: Sequence[Taken], pho
 def attacks(
     session: Session, *, examples: int, victims: int, steps: int = STEPS, say: Callable[[str], object] = print
 ) -> tuple[list[Row], dict[str, list[Tensor]], list[Taken], Pictures]:
-    """Every attack's row, the patches that the shown ones recovered, and the truth."""
+    """Make every attack; return the rows of the table, the patches that each attack recovered, and the truth."""
     world = World(size=session.bundle.height, seed=ATTACKER)
     say(f"preparing {examples} pictures of the attacker's own")
     own = take(session, world.draw(range(examples)), steps=steps)
@@ -198,7 +198,7 @@ def attacks(
         row = judged(name, [patches for patches, _ in found], exact, photographs)
         rows.append(dataclasses.replace(row, distance=float(torch.stack([off.mean() for _, off in found]).mean())))
         shown[name] = [patches for patches, _ in found]
-    # The most that keys made of the latents could give back without guessing.
+    # The most that keys, which are made from the latents, could give back without guessing.
     passed = [
         cut(image, patch)[one.cells] for image, one in zip(autoencoded(session, pictures.images), exact, strict=True)
     ]
@@ -207,7 +207,7 @@ def attacks(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
+    """Format the rows as a Markdown table."""
     lines = [
         "| seen by the attacker | PSNR, dB | own photograph is the nearest | places off by, cells |",
         "|---|---|---|---|",
@@ -219,7 +219,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def sheet(shown: dict[str, list[Tensor]], victims: Sequence[Taken], pictures: Pictures) -> Image.Image:
-    """A row for each attack under the photographs: recovered patches at their true places, grey elsewhere."""
+    """Draw a row for each attack under the photographs: recovered patches at their true places, grey elsewhere."""
     size = pictures.images.shape[-1]
     font, line = ImageFont.load_default(13), 20
     rows = {"photographs, and what the mask keeps": [one.patches for one in victims], **shown}

@@ -5,8 +5,8 @@
 
 Every picture is made by `magicface_rt.Session` from an exported bundle; a checkpoint is exported first, into DIR.
 One setting is changed at a time (`variants.py`), and every variant makes the same requests from the same noise.
-Writes quality.json (every request), quality.md (tables), sheet.png. Pictures are kept in DIR, so that a run that was
-stopped goes on, and a further variant makes only its own.
+Writes quality.json (every request), quality.md (tables), sheet.png. Pictures are kept in DIR, so a run that was stopped
+can continue, and a further variant makes only its own.
 
 Three rows are drawn, not generated, and give the figures their scale: the target in the references' looks, the same
 through the model's autoencoder (about the best that can be reached), and the target in other looks (what chance gives).
@@ -54,7 +54,7 @@ ORACLES = {
 
 @dataclass(frozen=True)
 class Model:
-    """What is measured: bundles by dtype, and the checkpoint that they were made from where it is at hand."""
+    """What is measured: bundles by dtype, and the checkpoint that they were made from if it is at hand."""
 
     bundles: Mapping[str, Bundle]
     checkpoint: Checkpoint | None
@@ -66,10 +66,10 @@ class Model:
 
 
 def open_model(source: Path, out: Path, dtypes: Sequence[str], say: Callable[[str], object]) -> Model:
-    """A bundle as it is, or the bundles of a checkpoint, exported into `out` where they are not there yet.
+    """Open a bundle as it is, or the bundles of a checkpoint, which are exported into `out` if they are not there yet.
 
     Raises:
-        BundleError, CheckpointError: neither can be read, or shipped weights were changed.
+        BundleError, CheckpointError: `source` cannot be read as either, or shipped weights were changed.
         OutputError: `out` holds bundles of another checkpoint.
     """
     if (source / "bundle.json").is_file():
@@ -92,7 +92,7 @@ def open_model(source: Path, out: Path, dtypes: Sequence[str], say: Callable[[st
 def scored(
     cases: Sequence[Case], images: Sequence[Tensor], segmenter: Segmenter, regions: Sequence[Tensor] | None = None
 ) -> list[Score]:
-    """One picture float32 [3,h,w] for each request, and its regions where there are any."""
+    """Score one picture, float32 [3,h,w], for each request, with its regions if there are any."""
     parse = segmenter.parse(torch.stack(list(images)))
     return [
         score(
@@ -106,7 +106,7 @@ def scored(
 
 
 def oracle_images(model: Model, cases: Sequence[Case], threads: int) -> dict[str, list[Tensor]]:
-    """The drawn rows."""
+    """The pictures of the three drawn rows, by row."""
     again = [case.drawn_again().images[0] for case in cases]
     with Session(model.bundle, backend="onnxruntime-cpu", threads=threads) as session:
         passed = autoencoded(session, again)
@@ -142,7 +142,7 @@ def run(
     store: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, list[Score]]:
-    """Makes what is missing, measures, writes the report; returns the scores by row.
+    """Make missing pictures, measure, and write the report; return the scores by row.
 
     Raises:
         MagicFaceError: a picture could not be made.
@@ -161,7 +161,7 @@ def run(
     not_run: dict[str, str] = {}
     groups: dict[tuple[str, str], list[Variant]] = {}
     for variant in variants:
-        # A bundle that was named is taken for what it is; a checkpoint has one for each dtype.
+        # A bundle that was named is used whatever its dtype; a checkpoint has one for each dtype.
         dtype = variant.dtype if model.checkpoint or variant.dtype != "fp32" else model.bundle.dtype
         if dtype not in model.bundles:
             not_run[variant.name] = f"there is no {dtype} bundle; name a checkpoint, which is exported."
@@ -203,7 +203,11 @@ def run(
 def _words(
     model: Model, cases: Sequence[Case], folder: PictureFolder, segmenter: Segmenter
 ) -> dict[str, Interval | None]:
-    """By request the mean IoU of the default's regions, and of the words' alone, with the parts of its pictures."""
+    """Intervals, over requests, of the mean IoU with the parts of the default's pictures.
+
+    They are those of the default's regions, of the words' regions alone, and of the difference; empty without a
+    checkpoint.
+    """
     if model.checkpoint is None:
         return {}
     images = [folder.image(DEFAULT, case.number) for case in cases]

@@ -21,11 +21,11 @@ class Report:
     """What was measured.
 
     settings   what every picture depends on besides its variant
-    training   the checkpoint's training.json, empty where there is none
-    segmenter  the report of the segmenter about itself
-    scores     by row, a score for each request
+    training   the checkpoint's training.json; empty if there is none
+    segmenter  the segmenter's report about itself
+    scores     a score for each request, by row
     labels     what rows are called
-    not_run    why, by variant
+    not_run    reasons, by variant
     words      IoU of the method's regions and of the words' alone; empty without a checkpoint
     """
 
@@ -77,7 +77,7 @@ class Report:
         return "; ".join(found) or "it has no report"
 
     def write(self, folder: Path) -> None:
-        """Raises OutputError where the folder cannot be written."""
+        """Write both files. Raises OutputError if the folder cannot be written."""
         content = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)

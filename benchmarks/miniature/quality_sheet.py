@@ -21,7 +21,7 @@ MADE = ((PLAIN, "plain model"), (RSA, "RSA only"), (DEFAULT, "two-stage"))
 
 
 def sheet(cases: Sequence[Case], folder: PictureFolder) -> Image.Image:
-    """A row for each request, of those pictures that there are."""
+    """Draw a row for each request, with those of its pictures that exist."""
     columns = REFERENCES + len(MADE) + 1
     width = 2 * MARGIN + columns * TILE + (columns - 1) * GAP + GAP
     height = 2 * MARGIN + LINE + len(cases) * (LINE + TILE + GAP)
@@ -52,7 +52,7 @@ def sheet(cases: Sequence[Case], folder: PictureFolder) -> Image.Image:
 
 
 def _masked(image: Tensor, mask: Tensor, part: str) -> Image.Image:
-    """The reference, dimmed where the mask is not, with the mask's edge in the part's colour."""
+    """Draw the reference, dimmed outside its mask, with the mask's edge in the part's colour."""
     picture = np.asarray(tile(torch.where(mask, image, 0.35 * image + 0.65), TILE)).copy()
     enlarged = np.asarray(Image.fromarray(mask.numpy()).resize((TILE, TILE), Image.Resampling.NEAREST))
     edge = np.zeros_like(enlarged)
@@ -63,7 +63,7 @@ def _masked(image: Tensor, mask: Tensor, part: str) -> Image.Image:
 
 
 def _regions(image: Tensor, regions: Tensor, parts: Sequence[str]) -> Image.Image:
-    """The regions in the colours of their parts over the picture."""
+    """Draw the regions over the picture, in the colours of their parts."""
     numbers = torch.tensor([-1, *(PARTS.index(part) for part in parts)])[regions]
     side = image.shape[-1] // regions.shape[-1]
     fill = coloured(numbers[None])[0].repeat_interleave(side, 1).repeat_interleave(side, 2)

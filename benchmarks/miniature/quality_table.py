@@ -1,4 +1,4 @@
-"""From scores to what is said of them: means with intervals, paired differences, verdicts on claims, tables."""
+"""Summarise scores: means with intervals, paired differences, verdicts on claims, tables."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RESAMPLES, CONFIDENCE = 4000, 0.95
 AGAIN, AUTOENCODED, OTHERWISE = "drawn-again", "drawn-again-autoencoded", "drawn-otherwise"
 
 Values = NDArray[np.float64]
-"""One value a request; NaN where a request has none."""
+"""One value per request; NaN if a request has none."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a picture. better: 1 where more is better, -1 where less is."""
+    """A figure of a picture. better: 1 if more is better, -1 if less is."""
 
     key: str
     heading: str
@@ -83,13 +83,13 @@ class Interval:
 
 
 def values(scores: Sequence[Score], measure: Measure) -> Values:
-    """In the order of the scores."""
+    """A measure's values, in the order of the scores."""
     found = [measure.of(score) for score in scores]
     return np.array([np.nan if value is None else value for value in found], np.float64)
 
 
 def interval(samples: Values, seed: int = 0) -> Interval | None:
-    """Of the samples that are not NaN; None where there is none."""
+    """The interval of the samples that are not NaN; None if there are none."""
     there = samples[~np.isnan(samples)]
     if not len(there):
         return None
@@ -100,9 +100,9 @@ def interval(samples: Values, seed: int = 0) -> Interval | None:
 
 
 def difference(mine: Sequence[Score], others: Sequence[Score], measure: Measure) -> Interval | None:
-    """Of the means, request by request, over those in which both have a value.
+    """The interval of the paired differences, over the requests in which both have a value.
 
-    Raises ValueError where the two are not of the same requests.
+    Raises ValueError if the two are not of the same requests.
     """
     if [score.number for score in mine] != [score.number for score in others]:
         raise ValueError("the scores are of different requests")
@@ -110,7 +110,7 @@ def difference(mine: Sequence[Score], others: Sequence[Score], measure: Measure)
 
 
 def summary(scores: Mapping[str, Sequence[Score]]) -> dict[str, dict[str, Any]]:
-    """By row and measure: the interval, and those of the differences to the plain model and the default."""
+    """By row and measure, the interval and those of the differences to the plain model and to the default."""
     found: dict[str, dict[str, Any]] = {}
     for name, mine in scores.items():
         found[name] = {}
@@ -131,7 +131,7 @@ def markdown(
     not_run: Mapping[str, str],
     more: Sequence[str] = (),
 ) -> str:
-    """The tables. scores and labels by row's name, in the order of the rows."""
+    """Format the tables. scores and labels: by the row's name, in the order of the rows."""
     lines = ["# Quality of the miniature", "", *about, "", "Means over requests with bootstrap 95 % intervals.", ""]
     lines += [LEGEND, "## All variants", ""]
     lines += _table(scores, labels, lambda mine, m: interval(values(mine, m)))
@@ -149,7 +149,7 @@ def markdown(
 
 
 def verdicts(scores: Mapping[str, Sequence[Score]]) -> list[str]:
-    """What the intervals say of each claim: it holds, it does not, or it is open."""
+    """What the intervals say about each claim: it holds, it does not hold, or it is open."""
     fidelity, caption = _BY_KEY["fidelity"], _BY_KEY["caption"]
     found = []
     for better, worse, text in (

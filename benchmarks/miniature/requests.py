@@ -31,10 +31,10 @@ PATTERNED = ("hat", "shirt")
 
 TARGETS, REFERENCES = 2_000_003, 2_000_029  # worlds that neither training nor its sheets draw
 _SEVERAL = (*combinations(CONCEPTS, 2), *combinations(CONCEPTS, 3))
-_STRIDE = 7  # so that the first few requests have all kinds of combinations
+_STRIDE = 7  # so the first few requests have all kinds of combinations
 _KINDS = {"face": "person", "hair": "hair", "glasses": "glasses", "hat": "hat"}
 SAME_LOOK = {"face": ("face", "hand"), "hair": ("hair", "beard")}
-"""Where a look holds besides the concept's own part."""
+"""For a part whose look holds for another part as well: all parts with that look, its own included."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Case:
     number      also the seed of its noise
     caption     the prompt
     parts       the concepts, of `CONCEPTS`
-    words       for each the word of the caption that names it
+    words       for each of them, the word of the caption that names it
     named       every part that the caption names
     target      one row: the person that the caption describes, in a look of their own
-    references  a row for each part
+    references  a row for each concept
     """
 
     number: int
@@ -81,7 +81,7 @@ class Case:
         return self._draw(replace(self.target, looks=looks))
 
     def drawn_otherwise(self) -> Pictures:
-        """The target as the world draws it in looks that have nothing to do with the references."""
+        """The target as the world draws it in looks that are unrelated to the references."""
         return self._draw(self.target)
 
     def _draw(self, people: People) -> Pictures:
@@ -133,7 +133,7 @@ def draw_cases(numbers: Iterable[int], *, size: int = 64) -> list[Case]:
 
 
 def _with_parts(people: People, parts: list[tuple[str, ...]], numbers: list[int]) -> People:
-    """The people, with every part that is a concept."""
+    """Give the people every part that is a concept."""
 
     def wanted(part: str) -> Tensor:
         return torch.tensor([part in of_row for of_row in parts])
@@ -148,7 +148,7 @@ def _with_parts(people: People, parts: list[tuple[str, ...]], numbers: list[int]
 
 
 def _of_their_kind(people: People, parts: list[str], targets: People) -> People:
-    """The people of the references, each with its part, of the target's kind (a cap for a cap)."""
+    """Give each of the references' people its part, of the target's kind (a cap for a cap)."""
     changes: dict[str, Tensor] = {"style": torch.zeros_like(people.style)}
     for part, field in _KINDS.items():
         here = torch.tensor([one == part for one in parts])
@@ -157,7 +157,7 @@ def _of_their_kind(people: People, parts: list[str], targets: People) -> People:
 
 
 def _rows(value: Any, index: Tensor) -> Any:
-    """The rows of everything that has one row for each picture."""
+    """Select rows in a value, and in all that it holds, where each picture has one row."""
     if isinstance(value, Tensor):
         return value[index]
     if isinstance(value, dict):

@@ -1,14 +1,14 @@
-"""Finds the parts of a picture, and the pattern at each place: the measuring instrument of the quality figures.
+"""Find the parts of a picture, and the pattern at each place: the measuring instrument of the quality figures.
 
     python -m benchmarks.miniature.segmenter --checkpoint DIR --out FILE       # trains it, 5 to 10 minutes on two cores
     python -m benchmarks.miniature.segmenter --check FILE [--checkpoint DIR]   # says how good it is
 
     segmenter = Segmenter.load(FILE)
-    segmenter.parse(images).labels         # uint8 [n,h,w], counts of world.PARTS
+    segmenter.parse(images).labels         # uint8 [n,h,w], indices into world.PARTS
 
-A small convolutional network, trained on drawn pictures of all styles. With a checkpoint, half of them went through its
-autoencoder with noise on the latents, because that is how generated pictures look. It sees no held-out look while it is
-trained, and is judged on nothing else. Training has a fixed seed and no state: it is done anew or not at all.
+It is a small convolutional network, trained on drawn pictures of all styles. With a checkpoint, half of them went
+through its autoencoder with noise on the latents, because that is how generated pictures look. It sees no held-out look
+in training, and is judged on held-out looks only. Training has a fixed seed and saves no state: it cannot be resumed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .world import PARTS, PATTERNS, Pictures, World
 SIDE = 64  # pictures are brought to this side
 WIDTHS = (16, 32, 64, 96)
 MAX_BYTES = 1 << 20
-TRAINING, CHECKING = 3_000_017, 3_000_029  # worlds of its own
+TRAINING, CHECKING = 3_000_017, 3_000_029  # worlds that the miniature never saw
 POOL, BATCH, RATE = 4096, 32, 2e-3
 PATTERN_PARTS = (PARTS.index("hat"), PARTS.index("shirt"))
 # Small parts are worth more, or the few pixels of a pair of glasses are lost among the ground's.
@@ -46,7 +46,7 @@ PART_WEIGHTS = (0.5, 1.0, 1.0, 1.5, 2.0, 1.0, 1.0, 1.5)
 
 @dataclass(frozen=True)
 class Parse:
-    """What was found: labels uint8 [n,h,w]; logits of the patterns float32 [n,5,h,w], which count on hat and shirt."""
+    """What was found: labels uint8 [n,h,w]; logits of patterns float32 [n,5,h,w], for use on hat and shirt only."""
 
     labels: Tensor
     patterns: Tensor
@@ -92,7 +92,7 @@ class Segmenter:
 
     @torch.no_grad()
     def parse(self, images: Tensor, *, batch: int = 64) -> Parse:
-        """images: float32 [n,3,h,w] in -1..1, square, 64 or a multiple."""
+        """Find parts and patterns. images: float32 [n,3,h,w] in -1..1, square, with a side of 64 or a multiple."""
         side = images.shape[-1]
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != side or side % SIDE:
             raise InputError(f"images are {list(images.shape)}, expected [n,3,h,h] with h a multiple of {SIDE}.")
@@ -106,17 +106,17 @@ class Segmenter:
         return Parse(found, F.interpolate(torch.cat(patterns), scale_factor=float(factor), mode="nearest"))
 
     def save(self, path: Path) -> int:
-        """Writes the weights in fp16 and returns the file's size in bytes."""
+        """Write the weights in fp16; return the file's size in bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().half().contiguous() for name, value in self.network.state_dict().items()}
-        # One key: the file's bytes would depend on the order of several.
+        # A single key: with several, the file's bytes would depend on their order.
         save_file(weights, path, metadata={"report": json.dumps(self.report)})
         path.chmod(0o644)
         return path.stat().st_size
 
     @classmethod
     def load(cls, path: Path) -> Segmenter:
-        """Raises InputError for a file that is missing or no segmenter of this form."""
+        """Load a segmenter. Raises InputError for a file that is missing, or no segmenter of this form."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -132,7 +132,7 @@ class Segmenter:
 
 
 def train(pictures: int, autoencoder: Autoencoder | None, *, seed: int = 0, say: Any = print) -> Segmenter:
-    """A new segmenter from so many pictures; half of them from a pool that went through the autoencoder."""
+    """Train a new segmenter on this many pictures, half of them from a pool that went through the autoencoder."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     network = PartNet().to(memory_format=torch.channels_last)
@@ -179,14 +179,14 @@ def pattern_labels(pictures: Pictures) -> Tensor:
 
 
 def pattern_of(logits: Tensor, mask: Tensor) -> int:
-    """The pattern that a region has: logits [5,h,w] of the pixels in mask [h,w], which is not empty, together."""
+    """The pattern of a region, by logits [5,h,w] of all pixels in mask [h,w] together; the mask must not be empty."""
     return int(logits[:, mask].log_softmax(0).mean(1).argmax())
 
 
 def check(segmenter: Segmenter, autoencoder: Autoencoder | None, *, count: int = 512) -> dict[str, Any]:
-    """How well drawn pictures of held-out looks are read, as they are and after the autoencoder.
+    """Judge how well drawn pictures of held-out looks are read, as they are and after the autoencoder.
 
-    For each: IoU per part over all pictures, and for each pattern the share of regions in which it was recognised.
+    For each of both: IoU per part over all pictures, and per pattern the share of regions in which it was recognised.
     """
     pictures = World(size=SIDE, seed=CHECKING, held_out=True).draw(range(count))
     found = {"drawn": _scores(segmenter, pictures, pictures.images)}

@@ -1,8 +1,8 @@
 """Signed distances and anti-aliased patterns, vectorised over pictures.
 
 The canvas is -1..1 in x (right) and y (down). Parameters have the shape [n,1,1], grids [size,size], distances
-[n,size,size]; a distance is negative inside and
-is in canvas units near the outline, so that one formula gives the coverage of a pixel at every size.
+[n,size,size]. A distance is negative inside, and in canvas units near the outline, so one formula gives the coverage of
+a pixel at every size.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def arc(x: Tensor, y: Tensor, cx: Tensor, cy: Tensor, half: Tensor | float, rise
 
 
 def triangle_wave(u: Tensor) -> Tensor:
-    """Period 1, from 0 at whole numbers to 1 between them."""
+    """A wave of period 1, from 0 at whole numbers to 1 halfway between them."""
     return 1.0 - (2.0 * (u - u.floor()) - 1.0).abs()
 
 
@@ -77,7 +77,7 @@ PATTERNS = ("plain", "stripes", "bands", "dots", "checks")
 
 
 def pattern(x: Tensor, y: Tensor, kind: Tensor, period: Tensor, phase: Tensor, pixel: float) -> Tensor:
-    """Share of the second colour [n,size,size]; kind [n,1,1] counts PATTERNS, phase 0..1 shifts the pattern."""
+    """Share of the second colour [n,size,size]; kind [n,1,1] indexes PATTERNS, phase 0..1 shifts the pattern."""
     u, v = x + phase * period, y + phase * 1.7 * period
     stripes, bands = _square_wave(u, period, pixel), _square_wave(v, period, pixel)
     step = period * 0.9

@@ -26,7 +26,7 @@ _COLOURS = (
 
 
 def grid(images: Tensor, *, columns: int) -> Tensor:
-    """[n,3,h,w] to one picture [3, rows*h, columns*w]; missing ones are grey."""
+    """Arrange [n,3,h,w] as one picture [3, rows*h, columns*w]; missing ones are grey."""
     n, c, h, w = images.shape
     rows = -(-n // columns)
     images = torch.cat([images, images.new_zeros(rows * columns - n, c, h, w)])
@@ -34,18 +34,18 @@ def grid(images: Tensor, *, columns: int) -> Tensor:
 
 
 def eight_bits(image: Tensor) -> NDArray[np.uint8]:
-    """An image [3,h,w] in -1..1, what is beyond cut off, as uint8 [h,w,3]."""
+    """An image [3,h,w] in -1..1, clipped to that range, as uint8 [h,w,3]."""
     pixels = ((image.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     return np.ascontiguousarray(pixels)
 
 
 def tile(image: Tensor, side: int) -> Image.Image:
-    """An image [3,h,w] in -1..1 as a square of so many pixels, without smoothing."""
+    """An image [3,h,w] in -1..1 as a square of `side` pixels, without smoothing."""
     return Image.fromarray(eight_bits(image)).resize((side, side), Image.Resampling.NEAREST)
 
 
 def save(images: Tensor, path: Path, *, columns: int, enlarge: int = 1) -> None:
-    """Writes images [n,3,h,w] in -1..1 as one PNG."""
+    """Write images [n,3,h,w] in -1..1 as one PNG."""
     pixels = eight_bits(grid(images, columns=columns))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).resize(
@@ -54,7 +54,7 @@ def save(images: Tensor, path: Path, *, columns: int, enlarge: int = 1) -> None:
 
 
 def coloured(labels: Tensor) -> Tensor:
-    """Labels int64 [n,h,w] (counts of PARTS, -1 for none, black) in fixed colours, [n,3,h,w]."""
+    """Labels int64 [n,h,w] (indices into PARTS; -1 for none, which is black) in fixed colours, [n,3,h,w]."""
     table = torch.tensor([*_COLOURS, (0, 0, 0)], dtype=torch.float32, device=labels.device) / 127.5 - 1
     return table[labels].permute(0, 3, 1, 2)
 

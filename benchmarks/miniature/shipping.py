@@ -3,9 +3,9 @@
     python -m benchmarks.miniature.shipping ship CHECKPOINT --out benchmarks/miniature/weights [--segmenter FILE]
     python -m benchmarks.miniature.shipping verify [FOLDER]
 
-    open_shipped()             # the folder, after every file was compared with the list
+    open_shipped()             # the folder, after every file has been compared with the list
 
-Large weight files become shards as diffusers knows them, so that the folder is a checkpoint as it lies: `Checkpoint`,
+Large weight files become shards as diffusers knows them, so the folder is a checkpoint as it is: `Checkpoint`,
 diffusers and `magicface-rt export` open it. `SHA256SUMS` can be checked with `sha256sum -c` as well.
 """
 
@@ -37,7 +37,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._/-]*)")
 
 
 def ship(checkpoint: Path, out: Path, segmenter: Path | None = None) -> Path:
-    """Writes the folder, which appears whole or not at all, and returns it.
+    """Write the folder, which appears whole or not at all, and return it.
 
     Raises:
         CheckpointError: a weight file cannot be read, or holds a tensor that is too large for one file.
@@ -75,7 +75,7 @@ def ship(checkpoint: Path, out: Path, segmenter: Path | None = None) -> Path:
 
 
 def verify(folder: Path) -> list[str]:
-    """Compares every file with the list and returns their names.
+    """Compare every file with the list; return the files' names.
 
     Raises CheckpointError, naming the file, for one that is missing, changed, or not in the list.
     """
@@ -107,7 +107,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def open_shipped(folder: Path = WEIGHTS) -> Path:
-    """The folder as a diffusers checkpoint, every file of which is what was shipped.
+    """Verify that every file is what was shipped, and return the folder, which is a diffusers checkpoint.
 
     Raises CheckpointError as `verify`.
     """
@@ -116,7 +116,7 @@ def open_shipped(folder: Path = WEIGHTS) -> Path:
 
 
 def _split(file: Path, place: Path) -> None:
-    """Writes a weight file as shards of whole tensors beside `place`, with diffusers' index of them."""
+    """Write a weight file as shards of whole tensors beside `place`, with diffusers' index of them."""
     pieces: list[dict[str, Tensor]] = [{}]
     used = total = 0
     try:
@@ -141,7 +141,7 @@ def _split(file: Path, place: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    """Every file but the list, relative, in order."""
+    """The relative names of all files except the list and the README, sorted."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in found if name not in (SUMS, "README.md"))
 

@@ -1,7 +1,7 @@
 """Training state on disk: a folder of safetensors pieces, replaced as a whole.
 
-Pieces stay under 16 MiB, so that a run can be carried from machine to machine. A reader finds either the former state
-or the new one, never a mixture.
+Pieces stay under 16 MiB, so a run can be carried from machine to machine. A reader finds either the former state or the
+new one, never a mixture.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PIECE_BYTES = 15 << 20
 
 
 def write_state(folder: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-    """Replaces the state in `folder` by this one."""
+    """Replace the state in `folder` by this one."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -47,7 +47,7 @@ def write_state(folder: Path, tensors: dict[str, Tensor], counters: dict[str, An
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The state in `folder`, or the former one if a writer was killed between its two renames, or None."""
+    """Read the state in `folder`, or the former one if a writer was killed between its two renames, or return None."""
     for place in (folder, folder.with_name(folder.name + ".old")):
         if (place / "counters.json").is_file():
             counters = json.loads((place / "counters.json").read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `optimiser_tensors` gave."""
+    """Restore what `optimiser_tensors` returned."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, key = name.split("/")

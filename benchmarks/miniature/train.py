@@ -1,10 +1,10 @@
-"""Trains the miniature and writes it as a diffusers folder.
+"""Train the miniature and write it as a diffusers folder.
 
     python -m benchmarks.miniature.train --size small --out RUN                               # all stages
     python -m benchmarks.miniature.train --size small --out RUN --export-only --export DIR    # writes what there is
 
-A run that was stopped (Ctrl-C, SIGTERM, --minutes, or killed) goes on with the same command.
-The run's folder holds, for each stage, `state/` (to go on from), `log.jsonl` and `sheets/`.
+A run that was stopped (Ctrl-C, SIGTERM, --minutes, or killed) is continued by the same command.
+The run's folder holds, for each stage, `state/` (to continue from), `log.jsonl` and `sheets/`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LOG_EVERY = 25  # steps
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: trained to the end (or written); 3: stopped before the end, the same command goes on."""
+    """Return 0 if trained to the end (or exported), 3 if stopped before the end; then the same command continues."""
     options = _parser().parse_args(arguments)
     if options.processes > 1 and options.device != "cpu":
         raise SystemExit("--processes is for training on a CPU, where each takes its part of a batch")
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(crew: Crew, options: argparse.Namespace) -> int:
-    """What `main` says, by one process of a crew; all but the first only take their steps."""
+    """Do what `main` does, in one process of a crew; all but the first only take training steps."""
     torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // crew.size))
     device = torch.device(options.device)
     size, out = SIZES[options.size], options.out
@@ -102,7 +102,7 @@ def train(crew: Crew, options: argparse.Namespace) -> int:
 
 
 def run(stage: Stage, out: Path, crew: Crew, stop: _Stop | None, console: Console, sheet_every: int) -> bool:
-    """Trains a stage to its end, or until told to stop: then it saves and returns False."""
+    """Train a stage to its end, or until `stop` says so: then save and return False."""
     if stop is None:  # another process decides, and writes
         while not stage.done and crew.agree():
             stage.step(crew)
@@ -142,7 +142,7 @@ def run(stage: Stage, out: Path, crew: Crew, stop: _Stop | None, console: Consol
 
 
 class _Stop:
-    """Whether to stop: the minutes are over, or SIGINT or SIGTERM came."""
+    """Knows whether to stop: because the minutes are over, or SIGINT or SIGTERM came."""
 
     def __init__(self, minutes: float | None) -> None:
         self._until = None if minutes is None else time.monotonic() + 60 * minutes
@@ -181,7 +181,7 @@ class _Display:
         self._progress.stop()
 
     def speed(self) -> float:
-        """Pictures a second of this call."""
+        """Pictures a second since this call began."""
         return (self._stage.seen - self._first) / max(1e-9, time.monotonic() - self._begun)
 
     def update(self, means: dict[str, float]) -> None:
@@ -197,7 +197,7 @@ class _Display:
 
 
 def _forget_after(log: Path, seen: int) -> None:
-    """Drops the lines of steps that the state in hand has not made."""
+    """Drop the lines of steps that the loaded state has not made."""
     if log.is_file():
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["pictures"] <= seen]
         log.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

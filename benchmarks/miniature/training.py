@@ -1,7 +1,7 @@
 """The two stages of training: the autoencoder, then the U-Net together with the text encoder.
 
-Everything in a step follows from (seed, pictures seen, number of processes), so a run that was stopped goes
-on bit for bit as if it had not been.
+Everything in a step follows from (seed, pictures seen, number of processes), so a run that was stopped continues bit
+for bit as if it had not been.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHEET_WORLD = 1_000_003  # the seed of the pictures on sheets, which training ne
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a stage is trained; lengths are in pictures, so that a plan means the same at every batch size."""
+    """How a stage is trained; lengths are in pictures, so a plan means the same at every batch size."""
 
     pictures: int
     batch: int
@@ -79,18 +79,18 @@ class Stage(ABC):
 
     @abstractmethod
     def loss(self, numbers: range, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of these pictures and figures for the log."""
+        """The loss of these pictures, and figures for the log."""
 
     @abstractmethod
     def sheet(self, path: Path) -> dict[str, float]:
-        """Writes a sheet of what the averaged weights do and returns figures for the log."""
+        """Write a sheet of what the averaged weights do; return figures for the log."""
 
     @property
     def done(self) -> bool:
         return self.seen >= self.plan.pictures
 
     def step(self, crew: Crew = ALONE) -> dict[str, Tensor]:
-        """One step on the next pictures, with others who take their parts. The figures are of its own part."""
+        """Take one step on the next pictures, which the crew shares. The figures are of this process's part."""
         plan, numbers = self.plan, crew.part(range(self.seen, self.seen + self.plan.batch))
         generator = torch.Generator(self.device).manual_seed(
             (self.seed * 1_000_003 + numbers[0]) * 2 + (self.name == "denoiser")
@@ -113,7 +113,7 @@ class Stage(ABC):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The networks with the averaged weights in place, for sheets and for writing them out."""
+        """Put the averaged weights into the networks within this context, for sheets and for writing them out."""
         live = {name: p.detach().clone() for name, p in self._parameters.items()}
         try:
             self._put(self.average)
@@ -137,8 +137,9 @@ class Stage(ABC):
         )
 
     def load(self, folder: Path) -> bool:
-        """Goes on from the state in `folder`; False if there is none. The plan is the new one's, so a run can be made
-        longer.
+        """Load the state in `folder` to continue from; return False if there is none.
+
+        The plan stays this stage's own, so a run can be made longer.
         """
         state = read_state(folder)
         if state is None:
@@ -158,8 +159,10 @@ class Stage(ABC):
 
 
 class AutoencoderStage(Stage):
-    """Pixels to latents and back: L1 on pixels and on their differences (edges), the squares of cells' mean colours,
-    and a small pull towards unit normal.
+    """Pixels to latents and back.
+
+    The loss is L1 on pixels and on their differences (edges), squares on the errors of cells' mean colours, and a small
+    pull towards unit normal.
     """
 
     name = "autoencoder"
@@ -197,7 +200,7 @@ class AutoencoderStage(Stage):
 
     @torch.no_grad()
     def finished(self) -> AutoencoderKL:
-        """The averaged autoencoder, its scaling factor set so that latents have a standard deviation of 1."""
+        """Return the averaged autoencoder, its scaling factor set so that latents have a standard deviation of 1."""
         self._put(self.average)
         worlds = World(size=self.size.pixels, seed=SHEET_WORLD)
         latents = torch.cat(
@@ -211,7 +214,7 @@ class AutoencoderStage(Stage):
 
 
 class DenoiserStage(Stage):
-    """The noise in latents from latents, time and text; the text encoder learns along."""
+    """Predicts the noise in latents from latents, time and text; the text encoder is trained along with the U-Net."""
 
     name = "denoiser"
 
@@ -277,8 +280,9 @@ class DenoiserStage(Stage):
 
     @torch.no_grad()
     def sheet(self, path: Path) -> dict[str, float]:
-        """Pictures, and below each row what the model makes of their captions; then `*-words.png`: pictures, true
-        parts, found parts.
+        """Write pictures, with what the model makes of their captions below each row.
+
+        `*-words.png` has the pictures, the true parts and the found parts.
         """
         truth = World(size=self.size.pixels, seed=SHEET_WORLD).draw(range(24), device=self.device)
         enlarge = 3 if self.size.pixels < 128 else 1
@@ -297,7 +301,7 @@ class DenoiserStage(Stage):
         return {"iou": sum(scores.values()) / len(scores), **{f"iou_{part}": score for part, score in scores.items()}}
 
     def _words(self, pictures: Pictures, *, t: int) -> tuple[Tensor, Tensor]:
-        """Label map and word positions of drawn pictures that are noised to time t."""
+        """The label map and word positions of drawn pictures that are noised to time t."""
         ids = self.vocabulary.encode(pictures.captions)
         positions = word_positions(pictures, ids, self.vocabulary).to(self.device)
         clean = self.vae.encode(pictures.images).latent_dist.mean * self.vae.config.scaling_factor

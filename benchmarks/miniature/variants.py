@@ -1,4 +1,4 @@
-"""What the quality figures compare: the two-stage method as it is meant, and one setting changed at a time."""
+"""What the quality figures compare: the two-stage method by default, and one setting changed at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from magicface_rt.backends import BACKENDS
 from magicface_rt.errors import OptionError
 
 WEIGHT = 3.0
-"""The default of `magicface_rt.Concept`."""
+"""The default weight of `magicface_rt.Concept`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,11 @@ EXTRA = (
     Variant(name="guidance-1.5", label="guidance 1.5", options={"guidance": 1.5}),
     Variant(name="guidance-7.5", label="guidance 7.5, the authors'", options={"guidance": 7.5}),
 )
-"""Made only where they are named."""
+"""Variants that are made only if they are named."""
 
 
 def chosen(only: str | None, backends: tuple[str, ...]) -> tuple[Variant, ...]:
-    """The variants named in `only` (all of `VARIANTS` without), and the default one on each further backend.
+    """The variants named in `only` (by default all of `VARIANTS`), and the default one on each further backend.
 
     Raises OptionError for a name that is not known.
     """

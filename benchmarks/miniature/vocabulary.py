@@ -1,7 +1,7 @@
-"""The miniature's tokenizer: CLIP's byte-level BPE over a vocabulary that is just large enough for the world's
-captions.
+"""The miniature's tokenizer: CLIP's byte-level BPE, with a vocabulary just large enough for the world's captions.
 
-Every word of a caption is one token; any other text falls into bytes, so nothing is refused.
+Every word of a caption is one token; any other text falls apart into smaller pieces, bytes at worst, so nothing is
+refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WORDS = (
 
 
 def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """For each word in turn, the merges that earlier words' merges leave to be done.
+    """The merges that each word in turn still needs after those of earlier words.
 
     Ranks grow with the words, so a later merge never comes before an earlier word is whole.
     """
@@ -58,7 +58,7 @@ def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Captions to token numbers."""
+    """Encodes captions as token numbers."""
 
     words: tuple[str, ...] = WORDS
 
@@ -91,7 +91,7 @@ class Vocabulary:
 
     @property
     def end(self) -> int:
-        """The end token; prompts are filled up with it, as Stable Diffusion 1.5's are."""
+        """The end token; prompts are padded with it, as Stable Diffusion 1.5's are."""
         return self.numbers[END]
 
     def __len__(self) -> int:
@@ -102,11 +102,11 @@ class Vocabulary:
         return self.numbers[word + "</w>"]
 
     def encode(self, captions: list[str]) -> Tensor:
-        """int64 [n,77]: start, words, end, filled up with end."""
+        """Encode as int64 [n,77]: start, words, end, padded with end."""
         return torch.tensor([encoding.ids for encoding in self._tokenizer.encode_batch(captions)])
 
     def write(self, folder: Path) -> None:
-        """Writes the files of a CLIPTokenizer."""
+        """Write the files of a CLIPTokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
         config = {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH, "do_lower_case": True}

@@ -1,8 +1,8 @@
 """Where words look: attention maps of the coarse layers, and how well a word's map covers the part that it names.
 
-The method's segmentation reads exactly these layers (grids of S/2, S/4, S/8), and of them the words' maps carried along
-the self-attention. So both have to be right before the method can be judged: a word that looks at its part, and places
-that look at their own part. Where self-attention is uniform, whatever is carried along it is the same everywhere.
+The method's segmentation reads exactly these layers (grids of S/2, S/4, S/8): the words' maps, carried along the
+self-attention. So both have to be right before the method can be judged: words must look at their parts, and places at
+their own part. Where self-attention is uniform, whatever is carried along it is the same everywhere.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from .vocabulary import Vocabulary
 from .world import PARTS, Pictures
 
 SHARPNESS = 6.0
-"""Power of the scores in the contest of tokens: with 77 of them the usual 1 of all others must not add up to a win."""
+"""Power of the scores in the contest of tokens: the others, 76 with a usual score of 1, must not win by their sum."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's maps, averaged over heads: words [rows,n,77] of its cross-attention, places [rows,n,n] of the
-    self-attention before it.
+    """One layer's maps, averaged over heads.
+
+    words [rows,n,77]: of its cross-attention; places [rows,n,n]: of the self-attention before it.
     """
 
     words: Tensor
@@ -34,15 +35,16 @@ class Layer:
 
     @property
     def spread(self) -> Tensor:
-        """[rows,n,77]: the words' maps carried along the self-attention, (S C + 3 S S C) / 4, which is what the
-        method's segmentation reads (docs/design.md, "The algorithm").
+        """The words' maps carried along the self-attention, (S C + 3 S S C) / 4: [rows,n,77].
+
+        This is what the method's segmentation reads (docs/design.md, "The algorithm").
         """
         once = self.places @ self.words
         return (once + 3 * (self.places @ once)) / 4
 
 
 class Recorder:
-    """The attentions of layers of at most `tokens` pixels."""
+    """Records the attentions of layers of at most `tokens` pixels."""
 
     def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
         self._layers: list[Layer] = []
@@ -51,7 +53,7 @@ class Recorder:
         unet.set_attn_processor({name: _Recording(self, plain) for name, plain in unet.attn_processors.items()})
 
     def saw(self, probabilities: Tensor, cross: bool) -> None:
-        """Called by each layer in turn: a block's self-attention, then its cross-attention."""
+        """Record one attention. Each layer calls this in turn: a block's self-attention, then its cross-attention."""
         if not cross:
             self._places = probabilities
             return
@@ -60,7 +62,7 @@ class Recorder:
         self._places = None
 
     def take(self) -> list[Layer]:
-        """The layers of the pass just made, and an empty list for the next."""
+        """Return the layers of the pass just made, and start an empty list for the next."""
         layers, self._layers = self._layers, []
         return layers
 
@@ -91,8 +93,9 @@ class _Recording:
 
 
 def word_positions(pictures: Pictures, ids: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """int64 [n,parts]: the position of the word that names each part; 0, the start token, for the background; -1
-    where there is no word.
+    """The position of the word that names each part, int64 [n,parts].
+
+    It is 0, the start token, for the background, and -1 if there is no word.
     """
     columns = [torch.zeros(len(ids), dtype=torch.int64)]
     for part in PARTS[1:]:
@@ -103,15 +106,13 @@ def word_positions(pictures: Pictures, ids: Tensor, vocabulary: Vocabulary) -> T
 
 
 def part_shares(labels: Tensor, side: int) -> Tensor:
-    """float32 [n,side*side,parts]: how much of each cell is each part."""
+    """How much of each cell belongs to each part, float32 [n,side*side,parts]."""
     planes = torch.stack([labels == number for number in range(len(PARTS))], 1).float()
     return F.adaptive_avg_pool2d(planes, side).flatten(2).transpose(1, 2)
 
 
 def inside(maps: list[Tensor], positions: Tensor, labels: Tensor) -> Tensor:
-    """float32 [layers,rows,parts]: the share of a word's attention that falls on its part; NaN where the part has no
-    word.
-    """
+    """The share of a word's attention on its part, float32 [layers,rows,parts]; NaN if the part has no word."""
     parts = {n: part_shares(labels, math.isqrt(n)) for n in {probabilities.shape[1] for probabilities in maps}}
     shares = []
     for probabilities in maps:
@@ -122,8 +123,9 @@ def inside(maps: list[Tensor], positions: Tensor, labels: Tensor) -> Tensor:
 
 
 def grounding_loss(shares: Tensor, signal: Tensor) -> Tensor:
-    """Mean of -log(share inside) over layers and named parts; `signal` [rows] in 0..1 weighs rows by how much of the
-    picture the noise has left.
+    """Mean of -log(share inside) over layers and named parts.
+
+    `signal` [rows] in 0..1 weighs rows by how much of the picture the noise has left.
     """
     named = ~shares.isnan()
     loss = -(torch.where(named, shares, 1.0) + 1e-3).log() * signal[None, :, None]
@@ -131,11 +133,10 @@ def grounding_loss(shares: Tensor, signal: Tensor) -> Tensor:
 
 
 def contest_loss(maps: list[Tensor], positions: Tensor, labels: Tensor, signal: Tensor, side: int) -> Tensor:
-    """Mean of -log(chance that a part's word wins the part's cells) over named parts but the background, as `label_map`
-    lets tokens contend; `signal` as in `grounding_loss`.
+    """Mean of -log(chance that a part's word wins the part's cells), over the named parts except the background.
 
-    A word that looks at its part is not enough: an article or a full stop that looks there as well may win the cell,
-    which is then no concept's.
+    Tokens compete as in `label_map`; `signal` is as in `grounding_loss`. That a word looks at its part is not enough:
+    an article or a full stop that looks there as well may win the cell, which then belongs to no concept.
     """
     chances = (SHARPNESS * _scores(maps, side).flatten(2).clamp(min=1e-6).log()).log_softmax(1)  # [rows,77,cells]
     positions = positions[:, 1:]
@@ -147,10 +148,9 @@ def contest_loss(maps: list[Tensor], positions: Tensor, labels: Tensor, signal: 
 
 
 def label_map(maps: list[Tensor], positions: Tensor, side: int) -> Tensor:
-    """int64 [rows,side,side]: the part whose word scores highest among all 77 tokens, -1 where a token that names no
-    part does.
+    """The part whose word scores highest among all 77 tokens, int64 [rows,side,side]; -1 if that token names no part.
 
-    A token's score is its map over its own spatial mean, averaged over the layers, as in the method, without its
+    A token's score is its map over its own spatial mean, averaged over the layers, as in the method, but without the
     smoothing kernel.
     """
     winner = _scores(maps, side).argmax(1)  # [rows,side,side]
@@ -162,7 +162,7 @@ def label_map(maps: list[Tensor], positions: Tensor, side: int) -> Tensor:
 
 
 def _scores(maps: list[Tensor], side: int) -> Tensor:
-    """float32 [rows,tokens,side,side]: each token's map over its own spatial mean, averaged over layers."""
+    """Each token's map over its own spatial mean, averaged over layers: float32 [rows,tokens,side,side]."""
     score: Tensor | float = 0.0
     for probabilities in maps:
         rows, n, tokens = probabilities.shape
@@ -175,7 +175,7 @@ def _scores(maps: list[Tensor], side: int) -> Tensor:
 
 
 def overlap(found: Tensor, labels: Tensor) -> dict[str, float]:
-    """Intersection over union per part over all rows; `found` [n,side,side] against the commonest part of each cell."""
+    """Intersection over union by part, over all rows: `found` [n,side,side] against the commonest part of each cell."""
     side = found.shape[-1]
     truth = part_shares(labels, side).argmax(2).view_as(found)
     result = {}

@@ -1,4 +1,4 @@
-"""Regions of finished pictures by the words' attention alone, to compare the method's own regions with."""
+"""Find regions of finished pictures by the words' attention alone, to compare the method's own regions with."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ TIMESTEP = 300
 class WordRegions:
     """A checkpoint whose cross-attention is watched.
 
-    Differs from the method's segmentation in what it leaves out: the smoothing by self-attention, the scale on the
-    tokens of no concept, the foreground. Every word that names a part competes, and the start token stands for the
-    background.
+    Unlike the method's segmentation it has no smoothing by self-attention, no scale on the tokens of no concept, and no
+    foreground. Every word that names a part competes, and the start token stands for the background.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -37,7 +36,10 @@ class WordRegions:
 
     @torch.no_grad()
     def regions(self, case: Case, image: Tensor) -> Tensor:
-        """image float32 [3,h,w] in -1..1, noised; int64 [S/2,S/2]: k + 1 where concept k's word wins, else 0."""
+        """Find the regions of an image float32 [3,h,w] in -1..1, which is noised first.
+
+        Returns int64 [S/2,S/2]: k + 1 where concept k's word wins, else 0.
+        """
         vocabulary = Vocabulary()
         ids = vocabulary.encode([case.caption])
         named = Pictures(torch.tensor([case.number]), image[None], torch.empty(0), [case.caption], case.target)
@@ -56,6 +58,6 @@ class WordRegions:
 
 
 def word_regions(checkpoint: Checkpoint, cases: Sequence[Case], images: Sequence[Tensor]) -> list[Tensor]:
-    """Of all pictures."""
+    """The word regions of all pictures."""
     watched = WordRegions(checkpoint)
     return [watched.regions(case, image) for case, image in zip(cases, images, strict=True)]

@@ -5,13 +5,12 @@
     pictures.images                           # float32 [16,3,64,64] in -1..1
     pictures.captions[0]                      # "a sketch of a smiling woman with long hair wearing glasses and a shirt"
     pictures.mask("hat")                      # bool [16,64,64]: the hat's visible pixels
-    pictures.words("hat")                     # ["hat", None, "beanie", ...]: the word that names it, None if there is
-    none
+    pictures.words("hat")                     # ["hat", None, "beanie", ...]: the word that names it, None without one
 
-What a caption tells: which parts there are, their kind (long hair, cap), the expression and the drawing style. What
-it never tells: looks, i.e. colours and patterns.
-A look is one per part and holds wherever the part shows: both lenses, both sleeves and the chest, hair on both sides
-of the face (and the beard), face and hand, a pattern on both sides of a hand before it.
+A caption tells which parts there are, their kind (long hair, cap), the expression and the drawing style. It never tells
+looks, i.e. colours and patterns.
+A part has one look, which holds wherever the part shows: both lenses, both sleeves and the chest, hair on both sides of
+the face (and the beard), face and hand, a pattern on both sides of a hand in front of it.
 The background is the ground on which parts lie, and has no word: it is what the method's start token stands for.
 """
 
@@ -50,7 +49,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 class _Draws:
-    """Uniform numbers of each picture, a function of (seed, picture number, draw number) alone."""
+    """Uniform random numbers of each picture, a function of (seed, picture number, draw number) only."""
 
     def __init__(self, seed: int, numbers: Tensor) -> None:
         slots = torch.arange(_DRAWS, device=numbers.device)
@@ -88,14 +87,16 @@ class Look:
 
     first: Tensor  # float32 [n,3] in 0..1
     second: Tensor  # float32 [n,3] in 0..1; the pattern's (hat, shirt) or the frame's (glasses)
-    pattern: Tensor  # int64 [n], counts PATTERNS
+    pattern: Tensor  # int64 [n], indices into PATTERNS
     period: Tensor  # float32 [n] in canvas units
     phase: Tensor  # float32 [n] in 0..1
 
 
 def _look(draws: _Draws, part: int, held_out: bool, *patterns: float) -> Look:
-    """One look per picture. One of twelve first hues is kept for evaluation for every (part, pattern, second hue), or
-    (part, lightness) where it is plain.
+    """Draw one look per picture.
+
+    For every (part, pattern, second hue), or (part, lightness) if it is plain, one of twelve first hues is held out for
+    evaluation.
     """
     kind = draws.choice(*patterns)
     second_bin = (draws.uniform() * _HUES).floor().long()
@@ -211,7 +212,7 @@ class Pictures:
 
     numbers: Tensor  # int64 [n]
     images: Tensor  # float32 [n,3,size,size] in -1..1
-    labels: Tensor  # uint8 [n,size,size]: the visible part of each pixel, counts PARTS
+    labels: Tensor  # uint8 [n,size,size]: the visible part of each pixel, an index into PARTS
     captions: list[str]
     people: People
 
@@ -220,7 +221,7 @@ class Pictures:
         return self.labels == PARTS.index(part)
 
     def words(self, part: str) -> list[str | None]:
-        """For each picture, the word of its caption that names the part; None where the part is not there."""
+        """For each picture, the word of its caption that names the part; None if it has no such word."""
         people, n = self.people, len(self.captions)
         if part == "face":
             return [PEOPLE[i] for i in people.person.tolist()]
@@ -255,7 +256,7 @@ class World:
         return self.draw_people(_people(self.seed, index, self.held_out), index)
 
     def draw_people(self, people: People, numbers: Tensor) -> Pictures:
-        """Pictures of given people, e.g. of some that were changed on purpose."""
+        """Draw given people, e.g. some that were changed on purpose."""
         images, labels = paint(Sheet(self.size, people.style), people)
         return Pictures(numbers, images, labels, captions(people), people)
 

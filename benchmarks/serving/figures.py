@@ -1,4 +1,4 @@
-"""The load run's report as a table and as plots."""
+"""Format the load run's report as a table and as plots."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Json = Mapping[str, Any]
 
 COLOURS = ("#2166ac", "#92c5de", "#b2182b", "#f4a582", "#1b7837", "#a6dba0", "#542788", "#b2abd2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""Of as many forms as one plot can tell apart."""
+"""For as many forms of service as one plot can tell apart."""
 KINDS = {"warm": "concepts kept and warm", "cold": "each request puts a new concept first"}
 
 
 def markdown(report: Json) -> str:
-    """Tables for each form of service."""
+    """Format tables for each form of service."""
     machine, settings, bundle = report["machine"], report["settings"], report["bundle"]
     quiet = "quiet" if machine["quiet"] else "NOT quiet"
     lines = [
@@ -45,7 +45,7 @@ def markdown(report: Json) -> str:
 
 
 def draw(report: Json, folder: Path) -> list[Path]:
-    """Latency, throughput and memory, PNG and SVG.
+    """Draw latency, throughput and memory as PNG and SVG; return the files.
 
     Raises:
         BackendMissingError: matplotlib is not installed.

@@ -11,12 +11,16 @@ RESAMPLES = 4000
 WARMING = 0.2
 """The first part, in which caches and arenas fill, is left out."""
 GROWTH = 0.02
-"""Of the memory itself, over as many requests again: what is taken for flat."""
+"""The most growth that counts as flat: a part of the memory itself, over as many requests again."""
 
 
 @dataclass(frozen=True)
 class Flatness:
-    """bytes_per_request and its 95 % interval over the samples that count; typical_bytes: their median."""
+    """The slope of a service's memory.
+
+    bytes_per_request, low, high: the slope with its 95 % interval over the samples that count; typical_bytes: their
+    median.
+    """
 
     requests: int
     bytes_per_request: float
@@ -27,13 +31,15 @@ class Flatness:
 
     @property
     def flat(self) -> bool:
-        """The memory would grow by no more than GROWTH in as many requests again, even at the interval's upper end."""
+        """Whether memory would grow by at most GROWTH in as many requests again, even at the interval's upper end."""
         return self.high * self.requests <= GROWTH * self.typical_bytes
 
 
 def flatness(samples: Sequence[tuple[int, int]]) -> Flatness:
-    """Least squares over (requests made, bytes). The interval is a bootstrap of blocks: what a process holds now is
-    close to what it held a moment ago, and single samples drawn anew would pretend to know more.
+    """Fit the slope by least squares over samples of (requests made, bytes).
+
+    The interval is a bootstrap of blocks: what a process holds now is close to what it held a moment ago, so resampling
+    single samples would make the interval too narrow.
 
     Raises:
         ValueError: fewer than ten samples are left without the first part.

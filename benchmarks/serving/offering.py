@@ -1,4 +1,4 @@
-"""Requests offered to a service: open loop, and closed loop to find what it can do."""
+"""Offer requests to a service: in an open loop, and in a closed loop to find what it can do."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ import numpy as np
 from magicface_rt.errors import QueueFullError, ServiceError
 
 MOST_REQUESTS = 2000
-"""Of one point; a rate that would need more is refused rather than cut short."""
+"""The most requests of one point; a rate that would need more is refused rather than cut short."""
 
 Send = Callable[[int], Awaitable[int]]
-"""Sends request k and waits for its picture; gives how many pictures were made together."""
+"""Sends request k, waits for its picture, and returns how many pictures were made together."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One request. due: seconds from the start at which it was to be sent; latency: from then to its end; ending:
-    "made", "refused" (429), or the problem's kind."""
+    """One request.
+
+    due: when it was to be sent, in seconds from the start; latency: from then to its end; ending: "made", "refused"
+    (429), or the problem's kind.
+    """
 
     due: float
     latency: float
@@ -31,7 +34,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Point:
-    """What came of one offered load. Rates in requests a second, latencies in seconds, of those that were made.
+    """The result of one offered load. Rates are in requests a second, latencies in seconds, of those that were made.
 
     made_rate  over the time until the last had ended, which under overload is later than the last arrival
     """
@@ -51,7 +54,7 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     """Times of a Poisson process in [0, seconds), the same for the same seed.
 
     Raises:
-        ValueError: that rate would bring more than MOST_REQUESTS.
+        ValueError: the rate would need more than MOST_REQUESTS.
     """
     if rate * seconds > MOST_REQUESTS:
         raise ValueError(f"{rate:g} requests a second over {seconds:g} s are more than {MOST_REQUESTS}.")
@@ -60,8 +63,11 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 async def offer(send: Send, rate: float, seconds: float, seed: int) -> Point:
-    """Open loop: each request is sent when it is due, whether or not those before it have ended, and its latency counts
-    from then on. A closed loop would wait with the service, and so leave out the very waiting that is asked for."""
+    """Offer requests in an open loop: each is sent when it is due, whether or not those before it have ended.
+
+    Its latency counts from when it is due. A closed loop would wait for the service, and so leave out the very waiting
+    that is to be measured.
+    """
     due = arrivals(rate, seconds, seed)
     start = monotonic()
 
@@ -75,7 +81,7 @@ async def offer(send: Send, rate: float, seconds: float, seed: int) -> Point:
 
 
 async def saturate(send: Send, clients: int, seconds: float) -> float:
-    """Closed loop: so many clients, each with its next request as soon as the last has ended. Pictures a second."""
+    """Pictures a second in a closed loop of `clients`, each of which sends a request as soon as its last has ended."""
     start, numbers, made = monotonic(), iter(range(MOST_REQUESTS)), 0
 
     async def client() -> None:
@@ -89,7 +95,7 @@ async def saturate(send: Send, clients: int, seconds: float) -> float:
 
 
 async def repeat(send: Send, requests: int, clients: int, each: Callable[[int], object]) -> dict[str, int]:
-    """Closed loop over so many requests; `each` is told how many have ended, in order. Returns how they ended."""
+    """Send `requests` in a closed loop; `each` is called with the number ended, in order. Returns counts by ending."""
     numbers, ended, endings = iter(range(requests)), 0, dict[str, int]()
 
     async def client() -> None:
@@ -105,7 +111,7 @@ async def repeat(send: Send, requests: int, clients: int, each: Callable[[int], 
 
 
 def summary(offered: float, samples: list[Sample]) -> Point:
-    """Figures of one load."""
+    """Summarise the samples of one load."""
     made = [s for s in samples if s.ending == "made"]
     others = [s.ending for s in samples if s.ending not in ("made", "refused")]
     latencies = np.array([s.latency for s in made])

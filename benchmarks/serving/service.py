@@ -22,8 +22,11 @@ END_SECONDS = 90.0
 
 @dataclass(frozen=True)
 class Form:
-    """How a bundle is served. batch: pictures made together, 1 for none; replicas: of Ray, 0 for one process; workers:
-    batches that are made at the same time by that, or by each replica."""
+    """How a bundle is served.
+
+    batch: pictures made together, 1 for no batching; replicas: of Ray, 0 for one process; workers: batches that the
+    process, or each replica, makes at the same time.
+    """
 
     batch: int
     replicas: int = 0
@@ -54,7 +57,7 @@ class Service:
         return next(line for line in self._said if "listening on" in line).rpartition(" ")[2].strip()
 
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
-        """Raises BackendError where it has ended, or does not get ready."""
+        """Wait until the service is ready. Raises BackendError if it ends, or does not get ready in time."""
         end = monotonic() + seconds
         while not any(line.strip() == "ready" for line in self._said):
             if self._process.poll() is not None or monotonic() > end:
@@ -63,7 +66,7 @@ class Service:
             sleep(0.05)
 
     def memory_bytes(self) -> int:
-        """Memory of the process and its descendants. Pages that several of them share count once in all."""
+        """Memory of the process and its descendants. Pages that several of them share count once in total."""
         return sum(_proportional_bytes(pid) for pid in _descendants(self._process.pid))
 
     def end(self) -> None:
@@ -86,7 +89,7 @@ class Service:
 
 @contextlib.contextmanager
 def served(bundle: Path, form: Form, options: Sequence[str] = ()) -> Iterator[Service]:
-    """A service on a free port of loopback, warm, with an empty folder of concepts; ended and gone afterwards."""
+    """Run a service on a free port of loopback, warm, with an empty folder of concepts; both are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="magicface-load-") as concepts:
         command = [sys.executable, "-m", "magicface_rt.cli", "serve", str(bundle), "--port", "0"]
         command += ["--concepts", concepts, "--most-concepts", "100000", *form.arguments(), *options]
@@ -101,7 +104,7 @@ def served(bundle: Path, form: Form, options: Sequence[str] = ()) -> Iterator[Se
 
 
 def _descendants(pid: int) -> list[int]:
-    """A process and all below it, those above first; Linux."""
+    """A process and all its descendants, parents before children; Linux only."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -115,7 +118,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _proportional_bytes(pid: int) -> int:
-    """PSS: private pages, and of a shared page its part. 0 for a process that has gone."""
+    """A process's PSS: its private pages, and its part of each shared page. 0 if the process has gone."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's CUDA provider gets: the traced graph, rewritten for the kernels that it has.
+"""Rewrite a traced graph for ONNX Runtime's CUDA provider, by the kernels that it has.
 
     group normalisation, SiLU, and the sum before them    com.microsoft GroupNorm, SkipGroupNorm
     GEGLU with its bias                                   com.microsoft BiasSplitGelu, or Gelu at other widths
@@ -27,7 +27,7 @@ CONTRIB = "com.microsoft"
 
 @dataclass(frozen=True)
 class Fused:
-    """What a rewritten graph holds: `nodes`, how many of each fused operator; `missed`, what kept its traced form."""
+    """What a rewritten graph holds. `nodes`: how many of each fused operator; `missed`: what kept its traced form."""
 
     nodes: Mapping[str, int]
     missed: tuple[str, ...]
@@ -38,7 +38,7 @@ def fuse(model: ir.Model, split_gelu_widths: Collection[int] = SPLIT_GELU_WIDTHS
 
     split_gelu_widths: channels before the split for which BiasSplitGelu is used.
 
-    A pattern that is not recognised stays as it was traced, and is named in `missed`.
+    A pattern that is not recognised stays as it was traced and is named in `missed`.
     """
     graph = model.graph
     if any(value.dtype == ir.DataType.BFLOAT16 for value in graph.initializers.values()):

@@ -1,6 +1,6 @@
-"""The graphs for the CUDA provider, run on the CPU by the definitions of their operators.
+"""Run the graphs for the CUDA provider on the CPU, by the definitions of their operators.
 
-What is compared is the rewriting: attributes, layouts, the order of inputs, which tensors meet where. The CUDA kernels
+This checks the rewriting: attributes, layouts, the order of inputs, which tensors meet where. The CUDA kernels
 themselves are not run.
 """
 
@@ -25,7 +25,7 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class DefinedCuda(Backend):
-    """ONNX Runtime's CPU provider over the `onnxruntime-cuda` files; their operators that only CUDA has are defined."""
+    """ONNX Runtime's CPU provider on `onnxruntime-cuda` files, with definitions of the operators that only CUDA has."""
 
     name = "onnxruntime-cuda-defined"
 

@@ -1,8 +1,8 @@
-"""What the CUDA provider's operators compute, in plain ONNX.
+"""Definitions in plain ONNX of what the CUDA provider's operators compute.
 
-Written from the documentation of ONNX Runtime's contrib operators and not from the traced graph, so that a mistake in
-an attribute, a layout or the order of inputs shows when a rewritten graph is run by these definitions. Normalisations
-compute in float32, as the kernels do.
+They are written from the documentation of ONNX Runtime's contrib operators and not from the traced graph, so a mistake
+in an attribute, a layout or the order of inputs shows when a rewritten graph is run by these definitions.
+Normalisations compute in float32, as the kernels do.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ _DEFINITIONS = {
 }
 
 DEFINED = frozenset(_DEFINITIONS)
-"""Operators without a CPU kernel; of the others that are written, SkipLayerNormalization and Gelu, there is one."""
+"""Operators without a CPU kernel. The others that rewritten graphs hold, SkipLayerNormalization and Gelu, have one."""
 
 
 def define(model: onnx.ModelProto) -> None:
-    """Let a rewritten model call the definitions instead of com.microsoft's operators, in place."""
+    """Make a rewritten model call the definitions instead of com.microsoft's operators, in place."""
     used = set()
     for node in model.graph.node:
         if node.domain == CONTRIB and node.op_type in DEFINED:

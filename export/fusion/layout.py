@@ -1,8 +1,8 @@
-"""From [B, C, H, W] to [B, H, W, C]: convolutions and group norms, and all that stands between them.
+"""Turn convolutions, group norms and all nodes between them from [B, C, H, W] to [B, H, W, C].
 
-Every node that can work channels-last gets a twin that does; a Transpose is written only where a tensor enters that
-part of the graph or leaves it. The transpositions of the traced graph before and after its attentions vanish, because
-tokens are channels-last already.
+Every node that can work channels-last is replaced by a twin that does; a Transpose is inserted only where a tensor
+enters or leaves that part of the graph. The transpositions of the traced graph before and after its attentions vanish,
+because tokens are channels-last already.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 def channels_last(graph: ir.Graph) -> list[str]:
-    """Rewrite in place; returns the convolutions that were left as they are."""
+    """Rewrite a graph in place; return the convolutions that were left as they are."""
     return _ChannelsLast(graph).run()
 
 
@@ -27,7 +27,7 @@ class _ChannelsLast:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.twins: dict[ir.Value, ir.Value] = {}
-        """By a [B, C, H, W] value the same values as [B, H, W, C]."""
+        """Maps a [B, C, H, W] value to its [B, H, W, C] form."""
         self.replaced: list[ir.Node] = []
         self.missed: list[str] = []
         self.handlers: dict[tuple[str, str], Callable[[ir.Node], bool]] = {
@@ -57,7 +57,7 @@ class _ChannelsLast:
         return self.missed
 
     def _twin(self, value: ir.Value, before: ir.Node) -> ir.Value:
-        """The channels-last form of a value, made by a Transpose where there is none yet."""
+        """Return the channels-last form of a value; if there is none yet, insert a Transpose that makes it."""
         if value not in self.twins:
             twin = new_value(value, "_nhwc", permuted(value, TO_LAST))
             self.graph.insert_before(before, ir.node("Transpose", [value], {"perm": TO_LAST}, outputs=[twin]))
@@ -65,7 +65,7 @@ class _ChannelsLast:
         return self.twins[value]
 
     def _leave(self, value: ir.Value) -> None:
-        """Somebody still wants the value as [B, C, H, W]."""
+        """Transpose a twin back for those that still read the value as [B, C, H, W]."""
         twin = self.twins[value]
         again = new_value(value, "_nchw", value.shape)
         node = ir.node("Transpose", [twin], {"perm": TO_FIRST}, outputs=[again])
@@ -75,7 +75,7 @@ class _ChannelsLast:
         replace(value, again)
 
     def _emit(self, node: ir.Node, twin: ir.Node) -> bool:
-        """Put a node's twin in its place, and remember what its outputs are."""
+        """Insert a node's twin, and record its outputs as the twins of the node's outputs."""
         self.graph.insert_before(node, twin)
         self.twins |= dict(zip(node.outputs, twin.outputs, strict=True))
         return True
@@ -88,7 +88,7 @@ class _ChannelsLast:
         if x is None or weight is None or rank(x) != 4 or weight.const_value is None:
             self.missed.append(f"convolution {node.outputs[0].name}")
             return False
-        # OHWI; a node on a weight, so that weights.bin holds it once, and ONNX Runtime folds it when it opens the graph
+        # OHWI, by a node on the weight, so weights.bin holds it once; ONNX Runtime folds it when it opens the graph
         inputs = [self._twin(x, node), self._twin(weight, node), *node.inputs[2:]]
         attributes = dict(node.attributes)
         twin = ir.node("NhwcConv", inputs, attributes, domain="com.microsoft", outputs=self._outputs(node))
@@ -100,7 +100,7 @@ class _ChannelsLast:
         return self._emit(node, twin)
 
     def _known(self, node: ir.Node) -> list[ir.Value] | None:
-        """The inputs' twins, where all have one."""
+        """The twins of a node's inputs, or None unless all have one."""
         twins = [self.twins.get(v) for v in node.inputs if v is not None]
         return [t for t in twins if t is not None] if twins and None not in twins else None
 
@@ -131,7 +131,7 @@ class _ChannelsLast:
         return self._emit(node, ir.node("Resize", inputs, dict(node.attributes), outputs=self._outputs(node)))
 
     def _transpose(self, node: ir.Node) -> bool:
-        """Tokens from an image, and an image from tokens."""
+        """Drop a transposition of an image to tokens, or of tokens to an image."""
         x = node.inputs[0]
         if x is None:
             return False
@@ -144,7 +144,7 @@ class _ChannelsLast:
         return False
 
     def _reshape(self, node: ir.Node) -> bool:
-        """The same for an attention whose tokens are transposed as [B, C, H W]: that of the VAE."""
+        """Do the same for the VAE's attention, whose tokens are transposed as [B, C, H W]."""
         x, y = node.inputs[0], node.outputs[0]
         if x is None or not _static(x) or not _static(y):
             return False
@@ -166,7 +166,7 @@ class _ChannelsLast:
         return False
 
     def _reshaped(self, x: ir.Value, out: ir.Value) -> ir.Node:
-        """Reshape to the static shape of `out`, whose first dimension is the batch."""
+        """Return a Reshape to the static shape of `out`, whose first dimension is the batch."""
         assert out.shape is not None
         name = f"{out.name}_shape"
         tensor = ir.tensor(np.array([-1, *(int(str(d)) for d in list(out.shape)[1:])], np.int64), name=name)

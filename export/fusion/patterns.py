@@ -1,7 +1,7 @@
-"""The traced forms of what the CUDA provider has kernels for, and their replacement.
+"""Find the traced forms of operations that the CUDA provider has kernels for, and replace them.
 
-What works on images is replaced by operators of the private domain `CHANNELS_FIRST`, which have the signature of their
-com.microsoft namesakes but take and give [B, C, H, W]; `layout` makes the real ones of them.
+Operations on images are replaced by operators of the private domain `CHANNELS_FIRST`, which have the signatures of
+their com.microsoft namesakes but take and return [B, C, H, W]; `layout` turns them into the real ones.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from .matching import constant, dims, is_filled, made_by, new_value, only_consum
 
 CHANNELS_FIRST = "magicface.channels-first"
 SPLIT_GELU_WIDTHS = (2560, 5120, 10240)
-"""Channels that the CUDA kernel of BiasSplitGelu is compiled for."""
+"""Numbers of channels that the CUDA kernel of BiasSplitGelu is compiled for."""
 
 
 def replace_patterns(graph: ir.Graph, split_gelu_widths: Collection[int]) -> list[str]:
-    """Replace every pattern, in place; returns what looks like one and was not recognised."""
+    """Replace every pattern, in place; return what looks like one but was not recognised."""
     missed = []
     for node in tuple(graph):
         if node.domain != "":
@@ -34,7 +34,10 @@ def replace_patterns(graph: ir.Graph, split_gelu_widths: Collection[int]) -> lis
 
 
 def _group_norm(graph: ir.Graph, norm: ir.Node) -> bool:
-    """Reshape, InstanceNormalization, Reshape, Mul, Add, and SiLU as Sigmoid, Mul."""
+    """Replace a group norm: Reshape, InstanceNormalization, Reshape, Mul, Add, then Sigmoid, Mul if SiLU follows.
+
+    Returns whether the pattern was recognised.
+    """
     split = made_by(norm.inputs[0], "Reshape")
     back = only_consumer(norm.outputs[0], "Reshape")
     scale = only_consumer(back.outputs[0], "Mul") if back is not None else None
@@ -102,7 +105,7 @@ def _group_norm(graph: ir.Graph, norm: ir.Node) -> bool:
 
 
 def _image_of(x: ir.Value) -> ir.Value | None:
-    """The [B, C, H, W] tensor behind a group norm's input, which is that or its form [B, C, H W]."""
+    """The [B, C, H, W] tensor behind a group norm's input, which is that tensor or its form [B, C, H W]."""
     if rank(x) == 4:
         return x
     reshape = made_by(x, "Reshape")
@@ -116,7 +119,7 @@ def _image_of(x: ir.Value) -> ir.Value | None:
 
 
 def _silu_of(y: ir.Value) -> ir.Value | None:
-    """y sigmoid(y), where that is all that y is used for."""
+    """The value y sigmoid(y), if y is used for nothing else."""
     consumers = list(y.consumers())
     sigmoid = next((n for n in consumers if n.op_type == "Sigmoid"), None)
     if len(consumers) != 2 or sigmoid is None or y.is_graph_output():
@@ -128,7 +131,7 @@ def _silu_of(y: ir.Value) -> ir.Value | None:
 
 
 def _summands(image: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    """What a SkipGroupNorm takes: an image, and another or [B, C] that is added to it; or the image alone."""
+    """The inputs of a SkipGroupNorm: an image, and another image or [B, C] that is added to it, or None."""
     add = made_by(image, "Add")
     if add is None:
         return image, None
@@ -150,7 +153,7 @@ def _summands(image: ir.Value) -> tuple[ir.Value, ir.Value | None]:
 
 
 def _parameter(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The kernel takes gamma and beta as float32 [C], whatever the dtype of x."""
+    """Register gamma or beta as the kernel takes it: float32 [C], whatever the dtype of x."""
     tensor = ir.tensor(np.ascontiguousarray(array.reshape(-1), np.float32), name=name)
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
     graph.register_initializer(value)
@@ -158,7 +161,10 @@ def _parameter(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def _gelu(graph: ir.Graph, erf: ir.Node, widths: Collection[int]) -> bool:
-    """Div, Erf, Add, Mul, Mul, with the Split before and the Mul after that make it a GEGLU, and the bias."""
+    """Replace a GELU: Div, Erf, Add, Mul, Mul; if a Split before and a Mul after make it a GEGLU, with its bias.
+
+    Returns whether the pattern was recognised.
+    """
     div = made_by(erf.inputs[0], "Div")
     one = only_consumer(erf.outputs[0], "Add")
     half = only_consumer(one.outputs[0], "Mul") if one is not None else None
@@ -212,7 +218,7 @@ def _split_gelu(graph: ir.Graph, x: ir.Value, gelu: ir.Node, widths: Collection[
 
 
 def _skip_layer_norm(graph: ir.Graph, norm: ir.Node) -> None:
-    """A sum, one summand of which may carry a bias, and the layer norm of it; the sum itself may be read as well."""
+    """Replace a sum, one summand of which may carry a bias, and its layer norm; the sum itself may be read as well."""
     total = norm.inputs[0]
     add = made_by(total, "Add")
     whole = dims(total)
