@@ -7,13 +7,13 @@
         result = session.generate("a man in the rain", [man], seed=7)
         result.images[0].save("out.png")
 
-Importing this package loads no torch, diffusers, transformers or onnx. What else it needs it loads with the first name
-that is asked for: so the command line can begin, and say so, where there is too little memory for that.
+Importing this package loads no torch, diffusers, transformers or onnx. Its other dependencies are loaded when the first
+name is accessed, so that the command line can start, and report it, where there is too little memory to load them.
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # that of typing, which is not loaded for it
+TYPE_CHECKING = False  # as in typing, which is not imported just for this
 if TYPE_CHECKING:
     from ._public import *  # noqa: F403
 else:

@@ -1,4 +1,4 @@
-"""Every name of the package, which loads this module with the first one that is asked for."""
+"""The package's public names; the package imports this module when the first of them is accessed."""
 
 from __future__ import annotations
 

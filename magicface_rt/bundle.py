@@ -1,4 +1,4 @@
-"""The exported folder: its manifest, its contract, and what is checked before anything of it is used.
+"""The exported bundle folder: its manifest, its contract, and the checks made before any of it is used.
 
 The form of `bundle.json` is specified in docs/bundle-format.md.
 """
@@ -27,21 +27,21 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.bin"
 RUNTIMES = ("onnxruntime", "tensorrt")
-"""Every graph has a file for each of these."""
+"""The runtimes for which every graph has a file."""
 
 CUDA_RUNTIME = "onnxruntime-cuda"
-"""A graph may have a file of its own for ONNX Runtime's CUDA provider, which takes that of `onnxruntime` otherwise."""
+"""A graph may have a separate file for ONNX Runtime's CUDA provider, which otherwise uses that of `onnxruntime`."""
 
 MAX_MANIFEST_BYTES = 1 << 20
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, CheckpointError)
-"""What reading JSON of another form than the expected may raise."""
+"""The exceptions that reading JSON of an unexpected form may raise."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input or output of a graph. `shape`: integers, and symbols for what may differ from call to call."""
+    """One input or output of a graph. `shape`: integers, and symbols for sizes that may vary from call to call."""
 
     name: str
     dtype: str
@@ -63,7 +63,7 @@ class GraphContract:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for. `kept_tokens` per factor is the largest number of reference tokens."""
+    """The most that a request may ask for. `kept_tokens`: the largest number of reference tokens, by factor."""
 
     concepts: int
     references: int
@@ -73,7 +73,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class InjectionLayer:
-    """A self-attention that sees references: its grid is latents side / `factor`."""
+    """A self-attention that sees references; it works on a grid of latents side / `factor`."""
 
     index: int
     factor: int
@@ -85,7 +85,7 @@ class InjectionLayer:
 class Bundle:
     """An opened bundle. `hash` identifies its content: the SHA-256 of bundle.json, which holds every file's hash.
 
-    `path` is absolute and without links: a working directory that changes, or a link that is switched, leaves it alone.
+    `path` is absolute and without links, so it stays valid when the working directory changes or a link is switched.
     """
 
     path: Path
@@ -122,11 +122,11 @@ class Bundle:
 
     @property
     def factors(self) -> tuple[int, ...]:
-        """Grids of the injection layers, finest first."""
+        """The factors of the injection layers' grids, finest grid first."""
         return tuple(sorted({layer.factor for layer in self.injection_layers}))
 
     def grid(self, factor: int) -> tuple[int, int]:
-        """Rows and columns of the grid of latents side / `factor`."""
+        """The numbers of rows and columns of the grid of latents side / `factor`."""
         return self.rows // factor, self.columns // factor
 
     def graph(self, name: str) -> GraphContract:
@@ -143,10 +143,10 @@ class Bundle:
         return self.graphs[name]
 
     def check_unchanged(self) -> None:
-        """See that the files are still those that were opened. Takes microseconds, as nothing is read.
+        """Check that the files are still those that were opened. Takes microseconds, as nothing is read.
 
-        Hashes are checked once, and graphs are loaded by their paths when they are needed. Links to a file and its
-        permissions may change.
+        Hashes are checked once, when the bundle is opened, but graphs are loaded by path, when they are needed. Links
+        to a file and its permissions may change.
 
         Raises:
             BundleError: a file was replaced, written to or removed since.
@@ -169,22 +169,22 @@ class Bundle:
                 )
 
     def check_unwritten(self) -> None:
-        """See that no file was written to in its place: graphs that are loaded compute with what they have mapped.
+        """Check that no file was written to in place, as loaded graphs compute with what they have mapped.
 
-        A file that was removed, or that another one was renamed over, is no harm to them. Takes microseconds.
+        Removing a file, or renaming another one over it, does not affect them. Takes microseconds.
 
         Raises:
-            BundleError: a file was written to since, or cannot be looked at.
+            BundleError: a file was written to since it was opened, or cannot be examined.
         """
         said = self.written_to()
         if said is not None:
             raise BundleError(said)
 
     def written_to(self) -> str | None:
-        """What `check_unwritten` says of the first file that was written to; None where none was.
+        """Return what `check_unwritten` would report of the first file that was written to; None if none was.
 
         Raises:
-            BundleError: a file cannot be looked at, for now.
+            BundleError: a file cannot be examined for now.
         """
         for name, opened in self.stamps.items():
             try:
@@ -209,7 +209,7 @@ class Bundle:
         gigabyte). `progress` is called with each file's name before it is read.
 
         Raises:
-            BundleError: no bundle there, another format version, a missing, changed or foreign file.
+            BundleError: there is no bundle, it has another format version, or a file is missing, changed or a link.
         """
         folder = _where(path)
         raw = _read_manifest(folder)
@@ -359,7 +359,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: b
         raise BundleError(
             f"bundle {folder}: {name} has {found_there.st_size} bytes, expected {entry['bytes']}. {again}"
         )
-    stamp = Stamp.of(found_there)  # of before it is read: what changes it meanwhile is noticed later
+    stamp = Stamp.of(found_there)  # taken before the file is read, so that a change meanwhile is noticed later
     if not check_hash:
         return stamp
     found = sha256(path)

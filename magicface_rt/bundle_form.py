@@ -1,7 +1,8 @@
-"""What each entry of a bundle's manifest may be, as docs/bundle-format.md has it.
+"""The form that each entry of a bundle's manifest must have, as specified in docs/bundle-format.md.
 
-A manifest is read before anything of the bundle is used, and numbers of it become sizes of arrays. So a number that no
-exporter writes is refused here, where it can be named, and not where memory for it is wanted.
+The manifest is read before anything else of the bundle is used, and some of its numbers become sizes of arrays. So a
+number that no exporter writes is refused here, where the message can name it, and not later, where memory is allocated
+for it.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_form(manifest: Mapping[str, Any]) -> None:
-    """Check the kind and the range of every entry that a reader uses; entries that are not known are left alone.
+    """Check the type and range of every entry that a reader uses; unknown entries are ignored.
 
     Raises:
-        ValueError: one is not as it should be; the message names it, what was found and what was expected.
-        LookupError: one is missing.
+        ValueError: an entry is invalid; the message names it, what was found and what was expected.
+        LookupError: an entry is missing.
     """
     for name in ("architecture", "checkpoint_hash"):
         _text(manifest[name], name)
@@ -56,7 +57,7 @@ def check_form(manifest: Mapping[str, Any]) -> None:
 
 
 def _check_layers(layers: object, cells: list[int]) -> set[int]:
-    """The factors of the injection layers, after a look at each."""
+    """Check each injection layer, and return the set of their factors."""
     last, factors = -1, set()
     for position, layer in enumerate(_list(layers, "injection_layers")):
         place = f"injection_layers[{position}]"

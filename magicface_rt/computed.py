@@ -1,4 +1,4 @@
-"""What an object computes of itself when it is first asked, and then knows."""
+"""An attribute that is computed on first access and then stored."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class ComputedOnce(Generic[T]):
-    """As `functools.cached_property`, but in no Python with a lock.
+    """Like `functools.cached_property`, but without a lock in any Python version.
 
-    Before 3.12 that has one for all objects of the class, which a process that is forked while a thread computes would
-    find locked for ever. Two threads may both compute here; the value of one stays.
+    Before 3.12 `cached_property` has one lock for all objects of the class, which a process that is forked while a
+    thread computes would find locked for ever. Here two threads may both compute the value; one of the two is kept.
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
@@ -33,5 +33,5 @@ class ComputedOnce(Generic[T]):
     def __get__(self, instance: object | None, owner: type) -> ComputedOnce[T] | T:
         if instance is None:
             return self
-        # Where the value lies from then on it is found before this.
+        # From then on the value in `__dict__` is found before this descriptor.
         return instance.__dict__.setdefault(self._name, self._compute(instance))  # type: ignore[no-any-return]

@@ -29,12 +29,12 @@ class Reference:
 
         Reference("man.jpg", mask="man-mask.png", prompt="a man")
         Reference("man-cut-out.png")                                  the alpha channel is the mask
-        Reference(array, mask=array.any(axis=2))                      arrays and PIL images do as well
+        Reference(array, mask=array.any(axis=2))                      arrays and PIL images work too
         Reference("man.jpg", mask="mask.jpg", mask_threshold=255, resample="nearest")    the authors' loader
 
     image           path, PIL image, or uint8 array [h,w,3] or [h,w,4]
     mask            path, PIL image, or uint8 or bool array [h,w]; white is the concept. None: the alpha channel
-    prompt          what the reference shows, in the manner of the target's prompt; it may be empty
+    prompt          what the reference shows, in the style of the target's prompt; it may be empty
     mask_threshold  1..255; mask values from here up belong to the concept
     resample        how the image is brought to the bundle's size: "lanczos" or "nearest"
 
@@ -59,7 +59,10 @@ class Reference:
             raise OptionError(f"resample is {shown(self.resample)}, expected 'lanczos' or 'nearest'.")
 
     def describe(self) -> dict[str, Any]:
-        """What run.json says of it: a path as it was given, of an image in memory its shape and its values' SHA-256."""
+        """Return the entry of run.json for this reference.
+
+        An image or mask is given by its path, as passed in; one in memory by its shape and the SHA-256 of its values.
+        """
         return {
             "image": _described(self.image),
             "mask": None if self.mask is None else _described(self.mask),
@@ -71,7 +74,7 @@ class Reference:
 
 @dataclass(frozen=True, eq=False, init=False)
 class NamedConcept:
-    """What a request says about a concept, whether its references are images or kept keys; see `Concept`.
+    """The part of a concept that every request gives, whether its references are images or kept keys; see `Concept`.
 
     Raises `ConceptError` for a field that cannot be used.
     """
@@ -114,8 +117,8 @@ class Concept(NamedConcept):
     word         word or words of the prompt; the first place where they stand is taken
     references   tuple of `Reference`, at least one
     weight       strength, finite, -100..100; 0 hides the references
-    token_index  token positions in the prompt instead of looking for the word; 0 is the start token, so 1 is the first.
-                 A warning says where others than the word's stand there
+    token_index  token positions in the prompt, used instead of looking for the word; 0 is the start token, so 1 is the
+                 first. A warning is issued if tokens other than the word's stand there
     name         what legends and messages call it; the word, unless given
 
     Raises `ConceptError` for a field that cannot be used.
@@ -138,14 +141,14 @@ class Concept(NamedConcept):
 
 @dataclass(frozen=True)
 class PlacedConcept:
-    """A concept and its token positions in the encoded prompt, rising, each 1..76."""
+    """A concept and its token positions in the encoded prompt, ascending, each 1..76."""
 
     concept: NamedConcept
     tokens: tuple[int, ...]
 
 
 class _Tokenizer(Protocol):
-    """What placing needs of `magicface_rt.tokenizer.Tokenizer`."""
+    """The part of `magicface_rt.tokenizer.Tokenizer` that placing concepts needs."""
 
     def tokens(self, prompt: str) -> tuple[str, ...]: ...
 
@@ -195,7 +198,7 @@ def _positions(prompt: str, concept: NamedConcept, tokenizer: _Tokenizer, tokens
             return tokenizer.find_word(prompt, concept.word)
         except PromptError as error:
             raise PromptError(f"concept {concept.name!r}: {error}") from error
-    last = len(tokens) - 2  # start and end token are no concept's
+    last = len(tokens) - 2  # the start and end tokens belong to no concept
     for index in concept.token_index:
         if not 1 <= index <= last:
             expected = f"1..{last}: the tokens are {_numbered(tokens)}" if last else "nothing: the prompt is empty"

@@ -1,4 +1,4 @@
-"""Processors, and how those that compute at the same time share them."""
+"""The processors available to this process, and how concurrent computations share them."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from pathlib import Path
 __all__ = ["MOST_THREADS", "cores", "processors", "threads_of_each"]
 
 MOST_THREADS = 1024
-"""Of one computation. More than any machine has cores for, and fewer than a runtime refuses, or cannot start."""
+"""The most threads of a computation: more than machines have cores, few enough for a runtime to accept and start."""
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Of a container, where Linux has version 2 of control groups: microseconds of processors in so many of the clock."""
+"""The file with a container's CPU quota, under version 2 of Linux's control groups: the processor time per period, and
+the length of the period, both in microseconds."""
 
 
 def processors() -> int:
-    """Those on which this process may run."""
+    """The number of processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cores(quota: Path = QUOTA) -> int:
-    """Those that this process may use, a container's quota counted in whole ones."""
+    """The number of processors this process may use, limited by a container's quota (rounded up)."""
     found = processors()
     try:
         most, period = quota.read_text(encoding="ascii").split()
         return found if most == "max" else max(1, min(found, math.ceil(int(most) / int(period))))
-    except (OSError, ValueError, ZeroDivisionError):  # no such thing here
+    except (OSError, ValueError, ZeroDivisionError):  # there is no such file here
         return found
 
 
 def threads_of_each(threads: int, at_once: int) -> int:
-    """Threads of each of so many computations at the same time: `threads`, or their share of the cores where that is 0.
-    One that is alone keeps its 0, the runtime's own choice.
+    """Return the number of threads for each of `at_once` concurrent computations: `threads`, or, if that is 0, its
+    share of the cores. A computation that is alone keeps its 0, which leaves the choice to the runtime.
 
-    What comes of it: benchmarks/README.md, "A service under load".
+    For the effect, see benchmarks/README.md, "A service under load".
     """
     return threads if threads or at_once == 1 else max(1, cores() // at_once)

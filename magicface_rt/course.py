@@ -1,4 +1,4 @@
-"""A request's course: its progress, its end before its time, and the seconds of its stages."""
+"""The course of a request: its progress, its early end, and the seconds spent in its stages."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from .request import Progress, ProgressCallback, check_progress, declined
 
 
 class Course:
-    """`check_open` raises where the Session was closed meanwhile. `seconds`: by stage, as in `Timings`."""
+    """Reports the progress of a request and times its stages.
+
+    `check_open` raises if the Session has been closed meanwhile. `seconds`: by stage, as in `Timings`.
+    """
 
     def __init__(self, progress: ProgressCallback | None, check_open: Callable[[], None]) -> None:
-        """Raises OptionError for a callback that is none."""
+        """Raises OptionError if `progress` cannot serve as a callback."""
         check_progress(progress)
         self.progress = progress
         self.check_open = check_open
         self.seconds: dict[str, float] = {}
 
     def report(self, progress: Progress) -> None:
-        """Tell the caller.
+        """Report progress to the caller's callback.
 
         Raises:
-            Cancelled: its callback returned False.
+            Cancelled: the callback returned False.
             SessionClosedError: the Session was closed.
         """
         self.check_open()

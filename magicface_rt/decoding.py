@@ -1,4 +1,4 @@
-"""Pixels out of files, PIL images and arrays that come from strangers, within bounds of size, memory and time."""
+"""Decode images from untrusted files, PIL images and arrays, within limits of size, memory and time."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | npt
 _Error = type[ImageError] | type[MaskError]
 
 MAX_PIXELS = 64_000_000
-MAX_SIDE = 65_535  # resampling takes memory for each pixel of a side; longer ones no camera makes, nor JPEG holds
-MAX_FILE_BYTES = 1 << 30  # four bytes a pixel are a quarter of it; some decoders read a file whole
+MAX_SIDE = 65_535  # resampling takes memory for each pixel of a side; no camera makes longer ones, and JPEG holds none
+MAX_FILE_BYTES = 1 << 30  # four times what MAX_PIXELS take at four bytes each; some decoders read whole files
 
 # Formats that Pillow decodes in its own process; EPS, for one, would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 
 _DIM = 1 << 14
-"""Greys of 16 bits that stay below hold 12 or 14 bits, most likely."""
+"""A 16-bit grey image whose values all stay below this most likely holds only 12 or 14 bits."""
 
 _loading = threading.Lock()
-"""A PIL image reads its pixels when they are first wanted, and two threads that want them would share one file."""
+"""Held while a PIL image loads its pixels: it does so on first use, and two threads doing so would share one file."""
 
 
 def _renew_lock() -> None:
-    """In a forked process: a thread that decoded there does not exist, and nobody would give it back."""
+    """Replace the lock in a forked process: a thread that held it does not exist there and would never release it."""
     global _loading
     _loading = threading.Lock()
 
@@ -46,12 +46,12 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """An image as it is seen.
+    """A decoded image, turned upright.
 
-    image        PIL image of mode 1, L, LA, P, PA, RGB, RGBA, CMYK, ...; 16-bit greys are cut to 8 bits
-    orientation  the EXIF orientation by which it was turned upright: 1 where it was not
+    image        PIL image of mode 1, L, LA, P, PA, RGB, RGBA, CMYK, ...; 16-bit greys are reduced to 8 bits
+    orientation  the EXIF orientation by which it was turned upright; 1 if it was not turned
     name         what messages call it
-    error        what is raised where it cannot be used
+    error        the error that is raised if it cannot be used
     """
 
     image: Image.Image
@@ -64,7 +64,7 @@ class Decoded:
         return self.image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in self.image.info
 
     def convert(self, mode: str) -> Image.Image:
-        """In another mode. Raises `error` where Pillow has no way, as from La and LAB."""
+        """Return the image in another mode. Raises `error` if Pillow cannot convert it, as from La and LAB."""
         try:
             return self.image.convert(mode)
         except Exception as cause:
@@ -79,8 +79,8 @@ def decode(source: ImageSource, name: str, error: _Error) -> Decoded:
     """Read an image from a path, a PIL image, or a uint8 or bool array [h,w], uint8 [h,w,1], [h,w,3] or [h,w,4].
 
     Raises `error` for what cannot be read, is damaged or cut short, is empty, or has more than `MAX_PIXELS` pixels or a
-    side of more than `MAX_SIDE`. Warns `MagicFaceWarning` where greys of 16 bits are all but black, and where Pillow
-    was told to take images that are cut short for whole.
+    side of more than `MAX_SIDE`. Warns `MagicFaceWarning` if 16-bit greys are nearly black, and if Pillow was told to
+    accept truncated images.
     """
     if isinstance(source, np.ndarray):
         return Decoded(_from_array(source, name, error), 1, name, error)
@@ -97,8 +97,8 @@ def decode(source: ImageSource, name: str, error: _Error) -> Decoded:
 
 
 def as_seen(image: Image.Image) -> Image.Image:
-    """The image itself where its values alone tell how it looks. Else it is turned upright, and has the colours and the
-    transparency that it says what they stand for: RGBA.
+    """Return the image itself if its values alone determine how it looks. Otherwise return it turned upright by its
+    EXIF orientation, and as RGBA if its values stand for a palette's colours or its metadata define transparency.
     """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -144,7 +144,7 @@ def _settled(image: Image.Image, name: str, error: _Error) -> Decoded:
     if upright.mode == "F":
         raise error(f"{name} holds floating-point values; expected 8 bits a channel. Convert it first.")
     if upright.mode == "I" or upright.mode.startswith("I;16"):
-        # Of the file's own width: eight bytes a pixel would be gigabytes for the largest that are read.
+        # In the file's own width: eight bytes a pixel would be half a gigabyte for the largest images that are read.
         values = np.asarray(upright)
         _check_greys(int(values.min()), int(values.max()), f"{name} holds whole numbers (mode {upright.mode})", error)
         upright = Image.fromarray((values >> 8).astype(np.uint8))
@@ -152,7 +152,9 @@ def _settled(image: Image.Image, name: str, error: _Error) -> Decoded:
 
 
 def _check_greys(lowest: int, highest: int, found: str, error: _Error) -> None:
-    """Of what is read as 16 bits: one of 0..255 would be all black, and what lies outside would be cut."""
+    """Check the values of an image that is read as 16-bit greys: an 8-bit range (0..255) would come out all black, and
+    values beyond 16 bits would be cut.
+    """
     if lowest < 0 or highest > 65535 or 0 < highest <= 255:
         raise error(
             f"{found} from {lowest} to {highest}, expected values up to 65535, as greys of 16 bits have them. Save it "

@@ -19,15 +19,15 @@ from .regions import KeptTokens, MaskedReference, Stage, WeightMode, cell_groups
 Float32Array = NDArray[np.float32]
 
 STATE = ("latents_out", "region_label_out")
-"""The outputs that the next step needs; the others exist to be compared."""
+"""The outputs that the next step needs; the others exist for comparison."""
 
 SERVED_OUTPUTS = {"denoise_step": STATE}
-"""By graph, what it must give while it serves; where none are named, all."""
+"""The outputs that a graph must produce while it serves, by graph; a graph that is not named produces all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """What is the same for every step of a request of B images.
+    """The inputs that stay the same for every step of a request of B images.
 
     text: [2, B, 77, D], negative prompt and prompt, in the bundle's dtype; tokens: positions per concept.
     """
@@ -41,7 +41,7 @@ class Guidance:
 
     @property
     def images(self) -> int:
-        """B."""
+        """The number of images, B."""
         return int(self.text.shape[1])
 
     @ComputedOnce
@@ -65,12 +65,12 @@ class ReferenceSet:
 
     @property
     def arrays(self) -> Arrays:
-        """The `reference_kv` inputs that do not change from step to step, but the text."""
+        """The `reference_kv` inputs that do not change from step to step, except the text."""
         return {f"kept_{factor}": tokens.index for factor, tokens in self.kept.items()}
 
     @classmethod
     def of(cls, bundle: Bundle, masked: Sequence[MaskedReference]) -> ReferenceSet:
-        """The kept tokens on the grids of the bundle's injection layers."""
+        """Compute the kept tokens on the grids of the bundle's injection layers."""
         return cls(tuple(masked), {factor: kept_tokens(masked, *bundle.grid(factor)) for factor in bundle.factors})
 
 
@@ -85,7 +85,7 @@ class Denoiser:
     def reference_kv(
         self, references: ReferenceSet, latents: Float32Array, timestep: int, text: NDArray[Any]
     ) -> Arrays:
-        """Keys and values [1, M, C] of the kept tokens, by `denoise_step` input name.
+        """Compute the keys and values [1, M, C] of the kept tokens, by `denoise_step` input name.
 
         latents: noised, float32 [R, 4, h, w]; text: [R, 77, D].
         """
@@ -98,7 +98,7 @@ class Denoiser:
         return {name: array[None] for name, array in self._reference_kv.run(inputs).items()}
 
     def no_references(self) -> Arrays:
-        """The stand-in of `reference_kv` for a request without references: one padding key a layer."""
+        """The substitute for `reference_kv` in a request without references: one padding key per layer."""
         return no_references(self.bundle)
 
     def step(
@@ -114,10 +114,10 @@ class Denoiser:
         guidance: Guidance,
         outputs: Sequence[str] = STATE,
     ) -> Arrays:
-        """One step of `denoise_step`; see its contract for the outputs.
+        """Run one step of `denoise_step`; see its contract for the outputs.
 
         latents: float32 [B, 4, h, w]; coefficients: the schedule's row for this step, float32 [2]; region_label:
-        int64 [B, h/2, w/2] of the step before, used in the RBA stage only.
+        int64 [B, h/2, w/2] from the previous step, used in the RBA stage only.
         """
         images = len(latents)
         inputs = {
@@ -133,7 +133,7 @@ class Denoiser:
 
 
 class Keys(Protocol):
-    """Brings the reference keys of each step; see `magicface_rt.kept.feed.KeyFeed`."""
+    """Provides the reference keys of each step; see `magicface_rt.kept.feed.KeyFeed`."""
 
     def access(self, stages: Sequence[Stage], weight_modes: Sequence[WeightMode]) -> Arrays: ...
 
@@ -151,14 +151,14 @@ class Keys(Protocol):
 
 
 class DenoisingLoop:
-    """A batch of B images on their way from noise to latents, over a binding of `denoise_step`.
+    """Takes a batch of B images from noise to latents, over a binding of `denoise_step`.
 
-    What the next step needs stays where the backend computes: latents and region labels go from a step to the next, and
-    `keys` sees to the reference keys. Up go a few numbers per step, and what else changed. A step is done when `wait`
-    returns; until then it may only be enqueued.
+    Whatever the next step needs stays where the backend computes: latents and region labels pass from one step to the
+    next, and `keys` provides the reference keys. Each step uploads only a few numbers and whatever else has changed. A
+    step is done when `wait` returns; until then it may only have been enqueued.
 
-    latents: the noise, float32 [B, 4, h, w]; guidance: of one image or several in turn, B in all. Keys have one row for
-    all images, which needs one stage and weight mode for all, or a row for each.
+    latents: the noise, float32 [B, 4, h, w]; guidance: entries for one or several consecutive images each, B in all.
+    `keys` has one row for all images, which requires the same stage and weight mode for all, or a row for each image.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class DenoisingLoop:
         denoise_step.set("latents", latents)
 
     def step(self, step: int, timestep: int, coefficients: Float32Array, stages: Sequence[Stage]) -> None:
-        """Start a step. coefficients: the schedule's row for it, float32 [2]; stages: one for each `guidance`."""
+        """Start a step. coefficients: the schedule's row for it, float32 [2]; stages: one for each of `guidance`."""
         self._keys.start(step)
         self._set_stages(tuple(stages))
         self._step.set("timestep", _timesteps(timestep, self._images))
@@ -196,7 +196,7 @@ class DenoisingLoop:
         if before is not None and all(stage == "rba" for stage in stages):
             self._step.feed_back("region_label", "region_label_out")
         elif before is not None and "rba" in stages:
-            # Images in different stages: the labels of some count, and those of the others do not.
+            # The images are in different stages: some use their labels, the others do not.
             self._step.set("region_label", self._cell_groups(stages, self._step.read("region_label_out")))
         elif stages != before:
             self._step.set("region_label", self._cell_groups(stages, self._no_label))
@@ -213,11 +213,11 @@ class DenoisingLoop:
         return np.concatenate([cell_groups(stage, part) for stage, part in zip(stages, parts, strict=True)])
 
     def prepare(self, step: int) -> None:
-        """Get ready for a step while the device works on the one before."""
+        """Prepare a step while the device works on the previous one."""
         self._keys.prepare(step)
 
     def wait(self) -> float:
-        """Wait for the step; returns the seconds of its reference pass, without what it waited for.
+        """Wait for the step to finish; return the seconds of its reference pass, excluding time spent waiting.
 
         Raises:
             DeviceError: a graph failed on the device.
@@ -226,17 +226,17 @@ class DenoisingLoop:
         return self._keys.seconds
 
     def check(self) -> None:
-        """Raises NonFiniteError, naming the graph, where the last step or its keys and values are not finite."""
+        """Raise NonFiniteError, naming the graph, if the last step or its keys and values are not finite."""
         self._keys.check()
         self._step.check()
 
     def read(self) -> tuple[Float32Array, NDArray[np.int64]]:
-        """Latents [B, 4, h, w] and region labels [B, h/2, w/2] after the last step."""
+        """Return latents [B, 4, h, w] and region labels [B, h/2, w/2] after the last step."""
         return self._step.read("latents_out"), self._step.read("region_label_out")
 
 
 def no_references(bundle: Bundle) -> Arrays:
-    """Keys and values for a request without references: one padding key a layer, [1, 1, C]."""
+    """Return keys and values for a request without references: one padding key per layer, [1, 1, C]."""
     return {
         f"{kind}_ref_{layer.index}": np.zeros((1, 1, layer.width), host_dtype(bundle.dtype))
         for layer in bundle.injection_layers

@@ -1,4 +1,4 @@
-"""References and prompts on their way into the network: read, checked against the bundle's grids, encoded."""
+"""References and prompts before they enter the network: reading, checks against the bundle's grids, encoding."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Float32Array = NDArray[np.float32]
 
 
 def load_references(concept: Concept, bundle: Bundle) -> list[LoadedReference]:
-    """Every reference of a concept, read from its files.
+    """Read every reference of a concept from its files.
 
     Raises:
-        ImageError, MaskError: one that cannot be used.
+        ImageError, MaskError: an image or mask that cannot be used.
     """
     loaded = []
     for number, reference in enumerate(concept.references, 1):
@@ -35,7 +35,9 @@ def load_references(concept: Concept, bundle: Bundle) -> list[LoadedReference]:
 
 
 def _check_mask(loaded: LoadedReference, bundle: Bundle) -> None:
-    """A mask may vanish on a coarse grid (the method then skips it there, which is said), but not on all."""
+    """Check that the mask does not vanish on every grid. Where it vanishes on a coarse one, the method skips it there;
+    a warning says so.
+    """
     grids = [bundle.grid(factor) for factor in bundle.factors]
     empty = [grid for grid in grids if not layer_mask(loaded.mask_grid, *grid).any()]
     if empty and len(empty) < len(grids):
@@ -53,7 +55,7 @@ def _check_mask(loaded: LoadedReference, bundle: Bundle) -> None:
 
 
 def encode_text(place: Workplace, tokenizer: Tokenizer, prompts: Sequence[str]) -> NDArray[Any]:
-    """Prompts to embeddings [n, 77, D]."""
+    """Encode prompts into embeddings [n, 77, D]."""
     ids = np.stack([tokenizer.encode(prompt) for prompt in prompts])
     encoder = place.binding("text_encoder")
     size = encoder.largest("B") or len(ids)
@@ -61,6 +63,6 @@ def encode_text(place: Workplace, tokenizer: Tokenizer, prompts: Sequence[str]) 
 
 
 def encode_image(place: Workplace, bundle: Bundle, loaded: LoadedReference) -> Float32Array:
-    """A reference's clean latents, float32 [1, 4, h, w]."""
+    """Encode a reference into clean latents, float32 [1, 4, h, w]."""
     pixels = loaded.pixels(bundle.height, bundle.width)
     return place.binding("vae_encoder").once({"pixels": pixels})["latents"]

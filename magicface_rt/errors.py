@@ -3,7 +3,7 @@
     MagicFaceError                     anything below; `except MagicFaceError` is enough for most callers
     ├── InputError                     what the caller gave cannot be used (also a ValueError)
     │   ├── OptionError                an option outside its range
-    │   ├── PromptError                a prompt longer than the text encoder takes; a word that it does not hold
+    │   ├── PromptError                a prompt that is too long for the text encoder, or lacks a concept's word
     │   ├── ConceptError               a concept that cannot be placed: weight, token, number of concepts
     │   ├── KeptConceptError           a kept concept of another bundle, schedule or form, or a damaged file of one
     │   ├── BudgetError                too little memory was allowed for the reference keys
@@ -31,10 +31,10 @@
     ├── SessionClosedError             a Session was used after close()
     ├── OtherProcessError              a Session was used in a process forked from its own, or sent to another
     ├── ServiceError                   serving over HTTP; the client raises these too
-    │   ├── QueueFullError             as many requests wait as may
+    │   ├── QueueFullError             the queue of waiting requests is full
     │   ├── DrainingError              the service is shutting down and takes no more work
     │   ├── DeadlineError              a request's deadline passed before its picture was made
-    │   ├── UnknownConceptError        no concept of that id is kept
+    │   ├── UnknownConceptError        no kept concept has that id
     │   ├── ErasedError                a concept was erased while a request used it
     │   ├── EraseError                 something of an erased concept could not be removed
     │   ├── StoreFullError             no room for another kept concept
@@ -93,19 +93,19 @@ __all__ = [
 
 
 class MagicFaceError(Exception):
-    """Base class of the family.
+    """Base class of all errors that this package raises on purpose.
 
-    `exit_code` is what the command line returns for it: 1 what was checked or computed is wrong (a check, an export or
-    build that failed, numbers that are not finite); 2 what was given cannot be used, a place that cannot be written to
-    included; 3 it cannot be computed here (no runtime or extra, a device or runtime that fails, too little memory); 130
-    it was interrupted. What is not of this family and was not foreseen has 1 as well.
+    `exit_code` is what the command line returns for it: 1 if what was checked or computed is wrong (a check, an export
+    or a build that failed, numbers that are not finite); 2 if the input cannot be used or a place cannot be written to;
+    3 if it cannot be computed here (no runtime or extra, a device or runtime that fails, too little memory); 130 if it
+    was interrupted. Unforeseen errors outside this family exit with 1 as well.
     """
 
     exit_code = 2
 
 
 class InputError(MagicFaceError, ValueError):
-    """What the caller gave cannot be used."""
+    """The caller's input cannot be used."""
 
 
 class OptionError(InputError):
@@ -113,7 +113,7 @@ class OptionError(InputError):
 
 
 class PromptError(InputError):
-    """A prompt is too long for the text encoder, or does not hold the word that was looked for."""
+    """A prompt is too long for the text encoder, or does not contain the word that was looked for."""
 
 
 class ConceptError(InputError):
@@ -125,7 +125,7 @@ class KeptConceptError(InputError):
 
 
 class BudgetError(InputError):
-    """The memory that was allowed for the reference keys is too little for what was asked."""
+    """The memory allowed for the reference keys is too little for the request."""
 
 
 class ImageError(InputError):
@@ -211,7 +211,7 @@ class DeviceMemoryError(DeviceError):
 
 
 class HostMemoryError(BackendError, MemoryError):
-    """Too little memory on the host, or too little that this process may have; see `magicface_rt.shortage`."""
+    """The host has too little memory, or this process may use too little of it; see `magicface_rt.shortage`."""
 
 
 class NonFiniteError(BackendError):
@@ -225,7 +225,7 @@ class SessionClosedError(MagicFaceError):
 
 
 class OtherProcessError(MagicFaceError):
-    """A Session was used in a process that was forked from its own, or was to be sent to another."""
+    """A Session was used in a process forked from its own, or an attempt was made to send it to another process."""
 
 
 class Cancelled(MagicFaceError):  # noqa: N818 - it is an outcome the caller asked for, not a fault
@@ -235,11 +235,11 @@ class Cancelled(MagicFaceError):  # noqa: N818 - it is an outcome the caller ask
 
 
 class ServiceError(MagicFaceError):
-    """Serving failed, or a request to a service.
+    """Serving failed, or a request to a service failed.
 
     status       HTTP status, 0 where there was no answer
     kind         names the problem, such as `queue-full`
-    field        the part of the request at fault, such as `concepts[0].weight`; None where it is none
+    field        the part of the request at fault, such as `concepts[0].weight`; None if no part is
     retry_after  seconds after which the same request may succeed; None where that is not known
     """
 
@@ -253,7 +253,7 @@ class ServiceError(MagicFaceError):
 
 
 class QueueFullError(ServiceError):
-    """As many requests wait as may. The same request may succeed after `retry_after` seconds."""
+    """The queue of waiting requests is full. The same request may succeed after `retry_after` seconds."""
 
     status = 429
     kind = "queue-full"
@@ -274,14 +274,14 @@ class DeadlineError(ServiceError):
 
 
 class UnknownConceptError(ServiceError):
-    """No concept of that id is kept."""
+    """No kept concept has that id."""
 
     status = 404
     kind = "concept-not-found"
 
 
 class ErasedError(ServiceError):
-    """A concept was erased while the request that used it waited or ran; no picture was given out."""
+    """A concept was erased while the request that used it waited or ran; no picture was returned."""
 
     status = 410
     kind = "concept-erased"
@@ -302,7 +302,7 @@ class StoreFullError(ServiceError):
 
 
 class UnreachableError(ServiceError):
-    """The client could not reach the service, or the connection broke before the answer was whole."""
+    """The client could not reach the service, or the connection broke before the answer was complete."""
 
     status = 0
     kind = "unreachable"

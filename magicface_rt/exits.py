@@ -1,7 +1,7 @@
-"""What ends before the process does.
+"""End running computations before the process exits.
 
-A runtime that computes in a daemon thread as Python ends would end the process by SIGABRT, and what is not yet written
-to files would be lost.
+A runtime that still computes in a daemon thread while Python shuts down would end the process by SIGABRT, and anything
+not yet written to files would be lost.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import weakref
 from typing import Protocol
 
 EXIT_SECONDS = 30.0
-"""How long the end of the process waits for steps that are being computed."""
+"""How long the exit of the process waits for steps that are being computed."""
 
 
 class Ending(Protocol):
-    """What computes, perhaps in a daemon thread."""
+    """An object that computes, perhaps in a daemon thread."""
 
     def end_soon(self) -> None:
-        """Begins nothing any more, and ends what it computes at its next step."""
+        """Begin nothing more, and end running computations at their next step."""
 
     def ended(self, seconds: float) -> bool:
-        """Whether it computes nothing any more, after so many seconds at most."""
+        """Wait at most `seconds` for running computations to end; return whether none is left."""
 
 
 _opened: weakref.WeakSet[Ending] = weakref.WeakSet()
 
 
 def end_at_exit(opened: Ending) -> None:
-    """For as long as it lives: what it computes ends, and is waited for, before Python ends."""
+    """Register an object, for as long as it lives: what it computes is ended, and waited for, before Python exits."""
     _opened.add(opened)
 
 

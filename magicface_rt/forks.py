@@ -1,7 +1,7 @@
-"""What a forked process may not free.
+"""Objects that a forked process must not free.
 
-A runtime's threads are not there in a process that was forked, and it waits for their end where its graphs are freed:
-the process would hang as it ends. So what its parent had opened stays in a forked process's memory as it is.
+A runtime's threads do not exist in a forked process, yet freeing the runtime's graphs waits for them to end, so the
+process would hang at its exit. So whatever the parent had opened stays in the forked process's memory as it is.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Protocol
 
 
 class Opened(Protocol):
-    """What holds graphs of a runtime."""
+    """An object that holds graphs of a runtime."""
 
     def natively_held(self) -> object:
-        """All that waits for threads where it is freed."""
+        """Return everything that waits for threads when it is freed."""
 
 
 _opened: weakref.WeakSet[Opened] = weakref.WeakSet()
 
 
 def keep_in_forks(opened: Opened) -> None:
-    """For as long as it lives: what it holds when a process is forked is never freed there."""
+    """Register an object, for as long as it lives: what it holds when a process is forked is never freed there."""
     _opened.add(opened)
 
 
 def _leave() -> None:
     for opened in list(_opened):
-        # One reference more than there are, which nobody gives back.
+        # One extra reference, which is never released.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(opened.natively_held()))
 
 

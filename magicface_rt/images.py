@@ -1,8 +1,8 @@
 """Images and masks in, pictures and overlays out.
 
-The way of a reference: file, PIL image or array -> `load_image` -> `image_to_pixels` (the VAE encoder's input);
+The path of a reference: file, PIL image or array -> `load_image` -> `image_to_pixels` (the VAE encoder's input);
 its mask -> `load_mask` -> `mask_grid` (128 x 128) -> `layer_mask` (the grid of one layer).
-`load_reference` does all of it that does not depend on a bundle, once.
+`load_reference` does every part of it that does not depend on a bundle, once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ RESAMPLE = ("lanczos", "nearest")
 
 MASK_GRID = 128  # every mask goes through this grid, whatever the bundle's size
 
-# Okabe and Ito's palette: told apart by readers who do not see all colours.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
 
@@ -61,7 +61,7 @@ class LoadedReference:
     image      PIL image, RGB, of the size it came in
     mask_grid  uint8 [128,128], 0 or 1, read-only, at least one 1
     name       what messages call it, such as `man, reference 1`
-    resample   how `pixels` brings it to size
+    resample   how `pixels` resizes it
     """
 
     image: Image.Image
@@ -94,11 +94,11 @@ def load_reference(reference: Reference, *, name: str) -> LoadedReference:
 
 
 def load_image(source: ImageSource, *, name: str) -> Image.Image:
-    """An image from a path, a PIL image, or a uint8 array [h,w], [h,w,1], [h,w,3] or [h,w,4].
+    """Load an image from a path, a PIL image, or a uint8 array [h,w], [h,w,1], [h,w,3] or [h,w,4].
 
-    Returns a PIL image of mode RGBA where the source has transparency, else RGB, turned upright by its EXIF
-    orientation; colour profiles are not applied. Raises `ImageError` for what cannot be read, is damaged or cut short,
-    is empty, or has more than `MAX_PIXELS` pixels or a side of more than `MAX_SIDE`; the message starts with `name`.
+    Returns a PIL image of mode RGBA if the source has transparency, else RGB, turned upright by its EXIF orientation;
+    colour profiles are not applied. Raises `ImageError` for an image that cannot be read, is damaged or cut short, is
+    empty, or has more than `MAX_PIXELS` pixels or a side of more than `MAX_SIDE`; the message starts with `name`.
     """
     image = decode(source, name, ImageError)
     return image.convert("RGBA" if image.has_alpha else "RGB")
@@ -107,11 +107,11 @@ def load_image(source: ImageSource, *, name: str) -> Image.Image:
 def load_mask(
     source: ImageSource, *, image_size: tuple[int, int] | None, threshold: int = 128, name: str
 ) -> npt.NDArray[np.bool_]:
-    """A mask, bool [h,w] at its own size: True where its value is at least `threshold`.
+    """Load a mask, bool [h,w] at its own size: True where its value is at least `threshold`.
 
     A bool array [h,w] is taken as it is. The value of a colour mask is its luminance, which for equal channels is their
-    value. A mask with an alpha channel counts by its alpha where that leaves anything out, that is, where it is below
-    `threshold` somewhere; else by its luminance. `threshold=255` keeps full white only.
+    value. A mask with an alpha channel is read by its alpha if that leaves anything out, that is, if it is below
+    `threshold` somewhere; otherwise by its luminance. `threshold=255` keeps full white only.
 
     `image_size` is (width, height), as PIL has it. A mask of another size is stretched over the image when the aspect
     ratios agree within 1 %, with a `MagicFaceWarning`; it keeps its own size here, because the only resampling it
@@ -126,16 +126,16 @@ def load_mask(
 
 
 def load_alpha_mask(source: ImageSource, *, threshold: int = 128, name: str) -> npt.NDArray[np.bool_]:
-    """The mask that an image's alpha channel stands in for, bool [h,w]: True where it is at least `threshold`.
+    """Load the mask that an image's alpha channel stands for, bool [h,w]: True where alpha is at least `threshold`.
 
-    Raises `ImageError` for an image that cannot be read; `MaskError` where it has no alpha channel, or one that is
-    opaque everywhere or leaves nothing.
+    Raises `ImageError` for an image that cannot be read; `MaskError` if it has no alpha channel, or one that is opaque
+    everywhere or leaves nothing.
     """
     return _alpha_mask(decode(source, f"{name}: image", ImageError), threshold, name)
 
 
 def _own_mask(reference: Reference, image: Decoded, name: str) -> npt.NDArray[np.bool_]:
-    """The mask of a reference, bool [h,w]."""
+    """Load the mask of a reference, bool [h,w]."""
     if reference.mask is not None:
         mask = decode(reference.mask, f"{name}: mask", MaskError)
         values = _thresholded(mask, reference.mask_threshold)
@@ -184,11 +184,11 @@ def _thresholded(mask: Decoded, threshold: int) -> npt.NDArray[np.bool_]:
 def image_to_pixels(
     image: Image.Image, height: int, width: int, resample: Resample = "lanczos"
 ) -> npt.NDArray[np.float32]:
-    """The colours of an image as the VAE encoder takes them: float32 [1,3,height,width], value / 127.5 - 1.
+    """Convert an image to the colours that the VAE encoder takes: float32 [1,3,height,width], value / 127.5 - 1.
 
-    The image is stretched to the size whatever its aspect, so that a mask stretched likewise stays on it. "nearest" is
-    the loader of the method's authors: pixel (i, j) is taken from (floor(i h / height), floor(j w / width)).
-    An alpha channel is left out, not blended.
+    The image is stretched to the size whatever its aspect ratio, so that a mask stretched likewise still fits it.
+    "nearest" samples as the loader of the method's authors does: pixel (i, j) is taken from (floor(i h / height),
+    floor(j w / width)). An alpha channel is dropped, not blended.
     """
     if not one_of(resample, RESAMPLE):
         raise OptionError(f"resample is {shown(resample)}, expected 'lanczos' or 'nearest'.")
@@ -202,19 +202,19 @@ def image_to_pixels(
 
 
 def mask_grid(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    """A mask [h,w] sampled at (floor(i h / 128), floor(j w / 128)): uint8 [128,128], 0 or 1."""
+    """Sample a mask [h,w] at (floor(i h / 128), floor(j w / 128)): uint8 [128,128], 0 or 1."""
     return np.ascontiguousarray(_sample(np.asarray(mask) != 0, MASK_GRID, MASK_GRID), dtype=np.uint8)
 
 
 def layer_mask(grid: npt.NDArray[np.uint8], rows: int, cols: int) -> npt.NDArray[np.bool_]:
-    """A grid [128,128] sampled at (floor(128 i / rows), floor(128 j / cols)): bool [rows,cols]."""
+    """Sample a grid [128,128] at (floor(128 i / rows), floor(128 j / cols)): bool [rows,cols]."""
     return np.ascontiguousarray(_sample(np.asarray(grid) != 0, rows, cols))
 
 
 def pixels_to_images(pixels: npt.NDArray[np.float32]) -> list[Image.Image]:
-    """Pictures from the VAE decoder's output, float32 [B,3,H,W] in -1..1; what lies outside is clipped.
+    """Convert the VAE decoder's output, float32 [B,3,H,W] in -1..1, to pictures; values outside are clipped.
 
-    Raises `NonFiniteError` where a value is NaN or infinite, `ImageError` for another shape.
+    Raises `NonFiniteError` if a value is NaN or infinite, `ImageError` for another shape.
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ImageError(f"pixels have shape {list(pixels.shape)}, expected [B,3,H,W].")
@@ -226,10 +226,10 @@ def pixels_to_images(pixels: npt.NDArray[np.float32]) -> list[Image.Image]:
 
 
 def region_overlay(image: Image.Image, regions: npt.NDArray[np.int64], names: Sequence[str]) -> Image.Image:
-    """A picture with the regions drawn over it and a legend below.
+    """Return a picture with the regions drawn over it and a legend below.
 
-    `regions` is int [rows,cols]: 0 for no concept, k for the concept `names[k - 1]`; it is enlarged by nearest.
-    Small pictures are enlarged by a whole factor, so that the legend can be read.
+    `regions` is int [rows,cols]: 0 for no concept, k for the concept `names[k - 1]`; it is enlarged by nearest
+    neighbour. Small pictures are enlarged by a whole factor, so that the legend can be read.
     """
     scale = max(1, -(-384 // image.width))
     picture = np.asarray(
@@ -256,13 +256,13 @@ def _check_aspect(mask_shape: tuple[int, ...], image_size: tuple[int, int], name
 
 
 def _check_orientation(image: Decoded, mask: Decoded) -> None:
-    """Who makes a mask of the pixels as a file holds them, and not as they are seen, has another picture under it."""
+    """Warn if image and mask were turned differently: a mask made for the stored pixels does not fit them upright."""
     if image.orientation == mask.orientation:
         return
     width, height = image.image.size
     quarter = (image.orientation >= 5) != (mask.orientation >= 5)
     if quarter and not _same_aspect((width, height), (height, width)):
-        return  # else it would not have fitted
+        return  # otherwise the aspect ratios would have differed
     turned, other = (image, mask) if mask.orientation == 1 else (mask, image)
     warn(
         "image-turned",
@@ -273,12 +273,12 @@ def _check_orientation(image: Decoded, mask: Decoded) -> None:
 
 
 def _same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Within 1 %."""
+    """Whether two sizes have the same aspect ratio, within 1 %."""
     return 1 / 1.01 <= (one[0] * other[1]) / (one[1] * other[0]) <= 1.01
 
 
 def _sample(array: npt.NDArray[_Scalar], rows: int, cols: int) -> npt.NDArray[_Scalar]:
-    """Nearest by floor: [h,w,...] -> [rows,cols,...]."""
+    """Sample by nearest neighbour, rounding indices down: [h,w,...] -> [rows,cols,...]."""
     height, width = array.shape[:2]
     i = np.arange(rows, dtype=np.int64) * height // rows
     j = np.arange(cols, dtype=np.int64) * width // cols

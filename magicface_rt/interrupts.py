@@ -1,4 +1,4 @@
-"""What a signal's handler raised while a library worked: the caller's word, and no failure of the library."""
+"""Exceptions that a signal handler raises while a library works: they are the caller's, not failures of the library."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["let_through", "was_interrupted"]
 
 
 def let_through(error: BaseException) -> None:
-    """To be called first where whatever a foreign library raises becomes an error of ours.
+    """Re-raise what a signal handler raised; call this first wherever a foreign library's error becomes one of ours.
 
-    Raises `error` again where a signal's handler raised it, such as one that ends a task at its time limit. Where a
-    library made `error` of what a handler raised, or of Ctrl-C, that is raised in its place.
+    Raises `error` again if a signal handler raised it, such as one that ends a task at its time limit. If a library
+    made `error` out of what a handler raised, or out of Ctrl-C, that is raised instead.
 
-    A handler is called between any two instructions, and given the frame that it interrupts: in the traceback its frame
-    stands after that one, which is an argument of it. Nothing else is called so but what follows a program
-    (`sys.settrace`), and that is the caller's as well. Not seen are a handler that is no Python, or that has let go of
-    its argument, and what a thread raises in another (`PyThreadState_SetAsyncExc`).
+    A handler is called between any two instructions, with the frame that it interrupts as an argument: in the
+    traceback, its own frame follows that one. Only trace functions (`sys.settrace`) are called in the same way, and
+    they are the caller's as well. Not detected are a handler that is not Python code, or that has let go of its
+    argument, and an exception that one thread raises in another (`PyThreadState_SetAsyncExc`).
     """
     for one in _with_what_it_came_of(error):
         if isinstance(one, KeyboardInterrupt) or _is_of_a_handler(one):
@@ -26,14 +26,14 @@ def let_through(error: BaseException) -> None:
 
 
 def was_interrupted(error: BaseException) -> bool:
-    """Whether it is Ctrl-C, or what a library made of that: modules in C tell it as one that cannot be imported."""
+    """Whether an error is Ctrl-C, or what a library made of it: C modules report it as a failed import."""
     return any(isinstance(one, KeyboardInterrupt) for one in _with_what_it_came_of(error))
 
 
 def _with_what_it_came_of(error: BaseException) -> Iterator[BaseException]:
-    """`error`, and before it what it was raised from, or what was being handled on its way when it was raised.
+    """Yield `error` and the errors behind it: what it was raised from, or what was being handled on its way then.
 
-    Not what the caller was handling already: that was caught in a frame that `error` has not passed.
+    Errors that the caller was already handling are left out: they were caught in a frame that `error` has not passed.
     """
     found: BaseException | None = error
     seen: set[int] = set()

@@ -13,8 +13,9 @@
       "mask_threshold": 128, "resample": "lanczos"      for every reference; a concept or a reference may have its own
     }
 
-Paths in a job count from its file, wherever the process is when they are read. Numbers are decimal, also in YAML, whose
-readers do not agree on what 0123 or 1_0 is. Unknown keys are refused, so that a misspelt one is not silently ignored.
+Paths in a job are relative to its file, whatever the working directory is when they are read. Numbers are decimal, even
+in YAML, whose readers disagree on what 0123 or 1_0 is. Unknown keys are refused, so a misspelt one is not silently
+ignored.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ __all__ = ["MAX_JOB_BYTES", "Job", "load_job", "parse_concept_option", "parse_jo
 
 MAX_JOB_BYTES = 1_000_000
 MAX_YAML_BYTES = 200_000
-"""Reading YAML takes a hundred times as long as reading JSON."""
+"""The limit for YAML, which takes a hundred times as long to read as JSON."""
 
 _T = TypeVar("_T")
 
@@ -89,7 +90,7 @@ class Job:
 def load_job(path: str | os.PathLike[str]) -> Job:
     """Read a job file: JSON if its name ends in .json, YAML if in .yaml or .yml, else whichever it looks like.
 
-    Raises `JobError` for a file that cannot be read, is larger than `MAX_JOB_BYTES`, or does not have the form above;
+    Raises `JobError` for a file that cannot be read, is larger than `MAX_JOB_BYTES`, or does not have a job's form;
     `ConceptError`, `OptionError` and the like for values out of range. Each message starts with the file's name and
     says where in it: `concepts[1].weight`.
     """
@@ -111,7 +112,7 @@ def load_job(path: str | os.PathLike[str]) -> Job:
 
 
 def parse_job(data: object, *, base: str | os.PathLike[str] = ".") -> Job:
-    """A job from what JSON or YAML gave. Relative paths in it count from `base`. Raises as `load_job`."""
+    """Make a job from parsed JSON or YAML. Relative paths in it count from `base`. Raises as `load_job`."""
     job = _checked(data, _JOB, "")
     if "prompt" not in job:
         raise JobError("prompt is missing; expected the text to make a picture of.")
@@ -127,18 +128,18 @@ def parse_job(data: object, *, base: str | os.PathLike[str] = ".") -> Job:
 
 
 def parse_concept_option(text: str, *, base: str | os.PathLike[str] = ".") -> Concept:
-    r"""A concept from `word=man,image=man.jpg,mask=man-mask.png,prompt=a man,weight=2.5`.
+    r"""Parse a concept such as `word=man,image=man.jpg,mask=man-mask.png,prompt=a man,weight=2.5`.
 
     Keys: word, name, weight, token_index (several: `token_index="5,6"`), image, mask, prompt, mask_threshold, resample.
     Another `image` starts another reference, and the keys of a reference after it belong to it:
     `word=man,image=a.png,image=b.jpg,mask=b-mask.png`.
 
-    A value with a comma stands in double quotes, `prompt="a man, smiling"`, or has the comma escaped,
+    A value with a comma is put in double quotes, `prompt="a man, smiling"`, or has the comma escaped,
     `prompt=a man\, smiling`.
     `\,`, `\"` and `\\` stand for the second character; any other backslash stands for itself. Blanks around keys and
     around values without quotes are dropped.
 
-    Raises `JobError` for what cannot be read, and what `Concept` and `Reference` raise.
+    Raises `JobError` for text that cannot be parsed, and whatever `Concept` and `Reference` raise.
     """
     return _placed(f"concept option {shown(text)}", lambda: _concept(_option_data(text), "", Path(base), {}))
 
@@ -174,13 +175,13 @@ def _whole(key: str, text: str) -> int:
     try:
         if is_whole(text):
             return int(text)
-    except ValueError:  # Python reads only so many digits
+    except ValueError:  # Python limits the number of digits that it reads
         pass
     raise JobError(f"{key} is {shown(text)}, expected a whole number in digits, such as 5.")
 
 
 def split_option(text: str) -> list[tuple[str, str]]:
-    """Cut at commas that are neither quoted nor escaped: [(key, value), ...]."""
+    """Split an option at commas that are neither quoted nor escaped: [(key, value), ...]."""
     if not isinstance(text, str):
         raise JobError(f"found {type(text).__name__}, expected text such as 'word=man,image=man.jpg'.")
     pairs = []
@@ -198,7 +199,7 @@ def split_option(text: str) -> list[tuple[str, str]]:
 
 
 def _read_value(text: str, position: int) -> tuple[str, int]:
-    """The value that starts at `position`, and where the next key starts."""
+    """Return the value that starts at `position`, and the position where the next key starts."""
     start = position
     while text[position : position + 1].isspace():
         position += 1
@@ -262,7 +263,7 @@ def _reference(item: object, where: str, base: Path, reading: Mapping[str, Any],
 
 
 def _absolute(path: Path) -> Path:
-    """What is read later is read where it is now: the process may be in another folder then."""
+    """Make a path absolute now, because it is read later, when the working directory may be another."""
     try:
         return path.absolute()
     except OSError as error:
@@ -270,7 +271,7 @@ def _absolute(path: Path) -> Path:
 
 
 def _checked(data: object, kinds: Mapping[str, str], where: str) -> dict[str, Any]:
-    """`data` as an object that has only known keys, each of its kind."""
+    """Return `data` after checking that it is an object with known keys only, each of the right kind."""
     if not isinstance(data, dict):
         raise JobError(
             f"{where or 'the job'} is {_named(data)}, expected an object with keys such as {next(iter(kinds))!r}."
@@ -309,7 +310,7 @@ def _unknown_key(key: object, where: str, known: Sequence[str]) -> JobError:
 
 
 def _placed(where: str, make: Callable[[], _T]) -> _T:
-    """What `make` returns; its input errors say where they come from."""
+    """Return what `make` returns; add to the input errors that it raises where they come from."""
     try:
         return make()
     except InputError as error:
@@ -337,7 +338,7 @@ def _read_json(text: str) -> object:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, which can make a small file a huge one, without doubled keys, and with decimal numbers."""
+    """Reads YAML with decimal numbers; refuses duplicate keys, and aliases, which can make a small file a huge one."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -345,7 +346,9 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
-        """Whether 0123 is 83 or 1:30 is 90 depends on the YAML; and one of base 60 that is long takes minutes."""
+        """Read a number, which must be decimal: whether 0123 is 83 or 1:30 is 90 depends on the version of YAML, and a
+        long base-60 number takes minutes.
+        """
         if not is_number(node.value):
             raise JobError(
                 f"line {node.start_mark.line + 1}: found {shown(node.value)}, which YAML takes for a number, expected "

@@ -33,11 +33,11 @@ class Options:
         Options(alpha=0.0)                 regions from the second step on
         Options(seed=7, images=4)          four pictures; picture k is the same whatever `images` is
 
-    negative_prompt    what the picture shall not show
+    negative_prompt    what the picture should not show
     steps              1..1000; denoising steps
     guidance           above 0, up to 1000; strength of the prompt. At 1 the negative prompt has no effect on average
     alpha              0..1; the part of the steps spent in the first stage (RSA), before regions are separated (RBA)
-    ca_scale           above 0, up to 2; how tokens that are no concept's compete for regions. None: see
+    ca_scale           above 0, up to 2; how tokens of no concept compete for regions. None: see
                        `effective_ca_scale`. Below 0.9 concepts are kept to the foreground
     weight_mode        "bias": a concept's weight is added to logits; "scale": it multiplies them
     semantic_guidance  balance the guidance between regions
@@ -45,7 +45,8 @@ class Options:
     images             1..1024; pictures to make
     reference_seed     0..2**64-1; noise put on the references
 
-    Raises `OptionError`, naming the field, for a value of the wrong kind or out of range.
+    Raises `OptionError`, naming the field, for a value of the wrong kind or out of range; `PromptError` for a negative
+    prompt that is not text.
     """
 
     negative_prompt: str = ""
@@ -77,17 +78,17 @@ class Options:
             self._number("ca_scale", 0.0, 2.0, above=True)
 
     def effective_ca_scale(self, n_concepts: int) -> float:
-        """`ca_scale`, or where it is None the authors' choice: 0.9 for one concept (or none), 0.6 for more."""
+        """`ca_scale`, or, if it is None, the authors' choice: 0.9 for one concept (or none), 0.6 for more."""
         if self.ca_scale is not None:
             return self.ca_scale
         return 0.9 if n_concepts <= 1 else 0.6
 
     @classmethod
     def of(cls, options: Options | None, settings: Mapping[str, Any]) -> Options:
-        """`options`, or the defaults, with some settings replaced by name.
+        """Return `options`, or the defaults, with the given settings replaced.
 
         Raises:
-            OptionError: `options` is something else, or a setting is not known.
+            OptionError: `options` is not an `Options` object, or a setting is not known.
         """
         if options is not None and not isinstance(options, Options):
             raise OptionError(f"options is {options!r}, expected an Options object; or give settings by name.")
@@ -100,7 +101,7 @@ class Options:
         return cls(**{**(options.to_dict() if options is not None else {}), **settings})
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting by its name, as JSON can hold it; `Options(**options.to_dict())` gives an equal object."""
+        """Return every setting by name, as JSON can hold it; `Options(**options.to_dict())` gives an equal object."""
         return asdict(self)
 
     def _whole(self, name: str, low: int, high: int) -> None:

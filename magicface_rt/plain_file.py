@@ -1,4 +1,4 @@
-"""A file that somebody named: only where it is a file, and only where it is no larger than it may be."""
+"""Open and read files that a user named, only if they are regular files and no larger than allowed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["open_plain", "read_plain"]
 
 
 def open_plain(path: str | os.PathLike[str], most: int) -> BinaryIO:
-    """It, opened to be read. Of a pipe, which would have its reader wait for ever, nothing is.
+    """Open a regular file of at most `most` bytes for reading; a pipe, which could block for ever, is refused.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: there is none, it is no file, it is larger, or no file can have this name.
+        OSError: the file cannot be opened.
+        ValueError: it does not exist, is not a regular file, is larger, or no file can have this name.
     """
     try:
-        # Opening a pipe would wait, and what is looked at by its name may be another thing when it is opened.
+        # Opening a pipe would block, and a check by name could be of another file than the one opened afterwards.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ValueError("it does not exist or is not a file") from None
@@ -30,12 +30,12 @@ def open_plain(path: str | os.PathLike[str], most: int) -> BinaryIO:
 
 
 def read_plain(path: str | os.PathLike[str], most: int) -> bytes:
-    """Its bytes, at most so many.
+    """Read a regular file of at most `most` bytes.
 
     Raises: as `open_plain`.
     """
     with open_plain(path, most) as stream:
         content = stream.read(most + 1)
-    if len(content) > most:  # it has grown
+    if len(content) > most:  # it has grown since it was opened
         raise ValueError(f"it is larger than {most:,} bytes")
     return content

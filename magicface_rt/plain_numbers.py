@@ -1,4 +1,4 @@
-"""Numbers as people give them: in a text, where they have one meaning to every reader, or as numpy's."""
+"""Numbers as people give them: as text that every reader understands alike, or as numpy scalars."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _NUMBER = re.compile(rf"[-+]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9
 
 
 def as_float(value: float | np.integer | np.floating) -> float:
-    """A number as Python's. One of numpy's with fewer bits becomes what it is written as: float32's 0.9 is 0.9, and not
-    the 0.8999999761581421 beside it, which lies on the other side of a limit of 0.9.
+    """Convert a number to a Python float. A numpy float of fewer bits becomes the number it is printed as: float32's
+    0.9 becomes 0.9, and not 0.8999999761581421, which lies on the other side of a limit of 0.9.
     """
     if isinstance(value, np.floating) and value.dtype.itemsize < 8:
         return float(np.format_float_scientific(value))

@@ -1,4 +1,4 @@
-"""Words of which one is to be given."""
+"""Settings that must be one of several words."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["one_of"]
 
 
 def one_of(value: object, words: Collection[str]) -> bool:
-    """Whether it is one of the words; what is no text is none, such as an array, which has no one answer to ==."""
+    """Whether a value is one of the words. Anything but text is not, such as arrays, whose == has no single answer."""
     return isinstance(value, str) and value in words

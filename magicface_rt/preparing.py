@@ -1,4 +1,4 @@
-"""Bare concepts' references: read from their files, and prepared for all steps where they are to be kept."""
+"""Read the references of bare concepts from their files, and prepare those that are to be kept for all steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BareReference:
     tokens: dict[int, int]
 
     def key(self, origin: Origin, storage: Storage) -> str:
-        """What names its keys in a store."""
+        """The content key by which a store knows its keys."""
         return content_key(origin, self.loaded, self.prompt, storage)
 
 
@@ -54,9 +54,9 @@ class Preparer:
         *,
         workspace: int | None = None,
     ) -> list[KeptReference]:
-        """Keys of all steps of a concept's references, out of the store where they are there.
+        """Return the keys of a concept's references for all steps, taking from the store those that it has.
 
-        While another request prepares one of them, progress is reported again and again at the step where it waits, so
+        While another request prepares one of them, progress is reported repeatedly at the step where this one waits, so
         that waiting can be cancelled.
         """
         total = origin.steps * len(references)
@@ -84,7 +84,7 @@ class Preparer:
                         rows=self.keeper.rows(bare.tokens, origin.steps, largest, workspace),
                         report=lambda done: self.course.report(Progress(before + done, total, "prepare", 0, 1)),
                     )
-                self.bundle.check_unwritten()  # or the store would hold what other weights have made
+                self.bundle.check_unwritten()  # otherwise the store would hold keys made with other weights
                 return prepared
 
             def waiting(before: int = number * origin.steps) -> None:
@@ -98,9 +98,10 @@ class Preparer:
 
 
 def load_bare(concept: Concept, bundle: Bundle) -> list[BareReference]:
-    """A concept's references, read from their files and checked; their images as the VAE will see them, in its size.
+    """Read and check a concept's references, with their images in the size in which the VAE will see them.
 
-    A photograph of 16 megapixels takes 64 MB, which no plan counts; so it goes as soon as it has been read.
+    A photograph of 16 megapixels takes 64 MB, which no memory plan accounts for; so it is released as soon as it has
+    been read.
     """
     loaded = [_in_size(one, bundle) for one in load_references(concept, bundle)]
     return [
@@ -110,26 +111,28 @@ def load_bare(concept: Concept, bundle: Bundle) -> list[BareReference]:
 
 
 def load_alone(concept: Concept, origin: Origin, bundle: Bundle, tokenizer: Tokenizer) -> list[BareReference]:
-    """As `load_bare`, of a concept that is prepared by itself; all that can be refused before computing is refused."""
+    """Like `load_bare`, for a concept that is prepared by itself; refuses all that can be refused before computing."""
     check_concept(concept, origin, tokenizer)
     check_number(len(concept.references), bundle)
     return load_bare(concept, bundle)
 
 
 def _in_size(loaded: LoadedReference, bundle: Bundle) -> LoadedReference:
-    """The same for every use: bringing an image to the size that it has changes nothing."""
+    """Return the reference with its image in the bundle's size. Every use sees the same pixels as before: resizing an
+    image to the size it has changes nothing.
+    """
     return replace(loaded, image=pixels_to_images(loaded.pixels(bundle.height, bundle.width))[0])
 
 
 def held_references(keeper: Keeper, references: Sequence[BareReference], origin: Origin) -> list[KeptReference | None]:
-    """Those of a bare concept's references that the Session's store has already, None for each that it has not."""
+    """For each of a bare concept's references, return what the Session's store already holds, or None."""
     if not keeper.settings.keep:
         return [None] * len(references)
     return [keeper.store.find(bare.key(origin, keeper.settings.storage)) for bare in references]
 
 
 class TokenList:
-    """The references of requests as the memory plan sees them, each once however many concepts share it."""
+    """The references of requests as the memory plan sees them, each listed once, however many concepts share it."""
 
     def __init__(self) -> None:
         self._found: dict[object, Tokens] = {}
@@ -142,7 +145,7 @@ class TokenList:
         held: Sequence[KeptReference | None] = (),
         seed: int = 0,
     ) -> None:
-        """`bare`, `held`: of a bare concept, its references and what the store has of them."""
+        """Add a concept's references. `bare`, `held`: a bare concept's references, and what the store has of them."""
         used = concept.weight != 0
         if isinstance(concept, KeptConcept):
             for one in concept.references:

@@ -1,4 +1,4 @@
-"""What a picture says of its own making: PNG text, and an XMP packet that names it as made by a trained algorithm.
+"""How a picture records its own making: PNG text, and an XMP packet that marks it as made by a trained algorithm.
 
 Two things are written into every picture unless that is switched off:
 
@@ -33,15 +33,15 @@ _XMP_KEY = "XML:com.adobe.xmp"
 
 
 class ProvenancePicture(Image.Image):
-    """A PIL image whose `save` writes its provenance, also after it was pickled. What its `copy` and other methods
-    return is a plain image without it.
+    """A PIL image whose `save` writes its provenance, even after it was pickled. Its `copy` and other methods return a
+    plain image without provenance.
     """
 
     provenance: dict[str, Any]
 
     @classmethod
     def of(cls, image: Image.Image, provenance: Mapping[str, Any]) -> ProvenancePicture:
-        """A copy of `image` that carries `provenance`, a mapping that JSON can hold."""
+        """Return a copy of `image` that carries `provenance`, a mapping that JSON can hold."""
         picture = cls()
         picture.__setstate__([*Image.Image.__getstate__(image), dict(provenance)])
         return picture
@@ -59,7 +59,7 @@ class ProvenancePicture(Image.Image):
         format: str | None = None,
         **params: Any,
     ) -> None:
-        """As `PIL.Image.Image.save`; an `xmp` of the caller's wins over ours, a `pnginfo` is completed."""
+        """Save as PIL does, with the provenance. A caller's `xmp` replaces ours; a caller's `pnginfo` is extended."""
         kind = (format or _format_of(fp)).upper()
         if kind == "PNG":
             params["pnginfo"] = png_info(self.provenance, base=params.get("pnginfo"))
@@ -69,7 +69,7 @@ class ProvenancePicture(Image.Image):
 
 
 def png_info(provenance: Mapping[str, Any], *, base: PngImagePlugin.PngInfo | None = None) -> PngImagePlugin.PngInfo:
-    """The chunks that go into a PNG file, after those of `base`."""
+    """Return the provenance chunks of a PNG file, after those of `base`."""
     info = PngImagePlugin.PngInfo()
     if base is not None:
         info.chunks.extend(base.chunks)
@@ -80,7 +80,7 @@ def png_info(provenance: Mapping[str, Any], *, base: PngImagePlugin.PngInfo | No
 
 
 def xmp_packet() -> bytes:
-    """An XMP packet that says: made by a trained algorithm, with this software."""
+    """Return an XMP packet that declares: made by a trained algorithm, with this software."""
     return f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
  <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -95,10 +95,10 @@ def xmp_packet() -> bytes:
 
 
 def read_provenance(file: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any] | None:
-    """The settings written into a PNG, by its path or an open file, or None where it has none.
+    """Read the settings written into a PNG, given by its path or as an open file; None if it has none.
 
-    Raises `ImageError` for a file that is no PNG, that has more than `MAX_PIXELS` pixels, or whose settings are not the
-    JSON object they should be.
+    Raises `ImageError` for a file that is not a PNG, that has more than `MAX_PIXELS` pixels, or whose settings are not
+    the JSON object they should be.
     """
     name = repr(os.fspath(file)) if isinstance(file, (str, os.PathLike)) else "the open file"
     try:
@@ -130,7 +130,7 @@ def software() -> str:
 
 
 def _format_of(fp: object) -> str:
-    """The format that Pillow will choose for a file name; nothing for an open file without one."""
+    """Return the format that Pillow will choose for a file name; an empty text for an open file without a name."""
     name = fp if isinstance(fp, (str, bytes, os.PathLike)) else getattr(fp, "name", "")
     if not isinstance(name, (str, bytes, os.PathLike)):
         return ""

@@ -1,6 +1,6 @@
-"""From masks, weights and tokens to the arrays by which the graphs know who sees whom.
+"""Turn masks, weights and tokens into the arrays that tell the graphs who sees whom.
 
-Grids: a layer works on latents side / factor. Masks live on a 128 x 128 grid and go to a layer's grid by nearest.
+Grids: a layer works on latents side / factor. Masks live on a 128 x 128 grid and are brought to a layer's by nearest.
 Groups: concept k (counted from 0) has group k + 1; 0 is a cell of no concept, PADDING a key that nobody sees.
 """
 
@@ -27,7 +27,7 @@ TOKENS = 77
 
 @dataclass(frozen=True)
 class MaskedReference:
-    """One reference as the graphs see it. `mask_grid`: uint8 [128, 128]; `concept`: whose it is, from 0."""
+    """One reference as the graphs see it. `mask_grid`: uint8 [128, 128]; `concept`: its concept's number, from 0."""
 
     mask_grid: NDArray[np.uint8]
     concept: int
@@ -48,11 +48,11 @@ class KeptTokens:
 
     @property
     def count(self) -> int:
-        """M."""
+        """The number of tokens, M."""
         return len(self.index)
 
     def padded(self, count: int) -> KeptTokens:
-        """The same with keys that nobody sees behind, `count` in all; nothing where there are as many already."""
+        """Return the tokens followed by padding keys that nobody sees, `count` in all; itself if there are enough."""
         more = count - self.count
         if more <= 0:
             return self
@@ -64,10 +64,10 @@ class KeptTokens:
 
 
 def kept_tokens(references: Sequence[MaskedReference], rows: int, columns: int) -> KeptTokens:
-    """The kept tokens of all references on a grid.
+    """Return the kept tokens of all references on a grid.
 
-    A reference of weight 0 keeps none: the method switches it off. With no token left at all, one padding key stands
-    in, because the graphs take at least one.
+    A reference of weight 0 keeps none, since the method switches it off. If no token is left at all, one padding key
+    stands in, because the graphs take at least one.
     """
     index, concept, weight = [], [], []
     for number, reference in enumerate(references):
@@ -87,9 +87,10 @@ def kept_tokens(references: Sequence[MaskedReference], rows: int, columns: int) 
 
 
 def bucket(count: int, largest: int | None = None) -> int:
-    """The number of keys that `count` is padded to, so that few shapes serve all masks: four sizes an octave, from 16.
+    """Return the number of keys that `count` is padded to, so that few shapes serve all masks.
 
-    At most a quarter more than `count`, or 15 where that is more; not over `largest`, unless `count` is.
+    There are four sizes per octave, from 16. The result is at most a quarter more than `count`, or 15 more if that is
+    larger, and not above `largest`, unless `count` is.
     """
     step = max(16, 1 << max(0, count.bit_length() - 3))
     padded = -(-count // step) * step
@@ -97,9 +98,9 @@ def bucket(count: int, largest: int | None = None) -> int:
 
 
 def key_access(kept: Mapping[int, KeptTokens], stage: Stage, weight_mode: WeightMode) -> dict[str, NDArray[Any]]:
-    """The `denoise_step` inputs key_group, key_bias, key_scale [1, M] for each factor.
+    """Return the `denoise_step` inputs key_group, key_bias, key_scale [1, M] for each factor.
 
-    RSA: every key has group 1, as every cell has. RBA: a key has its concept's group.
+    RSA: every key has group 1, as every cell has, but those that only pad. RBA: a key has its concept's group.
     """
     arrays: dict[str, NDArray[Any]] = {}
     for factor, tokens in kept.items():
@@ -113,7 +114,7 @@ def key_access(kept: Mapping[int, KeptTokens], stage: Stage, weight_mode: Weight
 
 
 def cell_groups(stage: Stage, region_label: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The `denoise_step` input region_label: whom each cell [B, h/2, w/2] may look at in this stage."""
+    """Return the `denoise_step` input region_label: whom each cell [B, h/2, w/2] may look at in this stage."""
     if stage == "rba":
         return region_label
     return np.full_like(region_label, 1 if stage == "rsa" else 0)
@@ -122,13 +123,14 @@ def cell_groups(stage: Stage, region_label: NDArray[np.int64]) -> NDArray[np.int
 def token_arrays(
     tokens_of_concepts: Sequence[Sequence[int]], ca_scale: float, images: int
 ) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
-    """The `denoise_step` inputs token_scale, token_group [B, 77] and foreground_only [B].
+    """Return the `denoise_step` inputs token_scale, token_group [B, 77] and foreground_only [B].
 
-    Tokens of no concept compete with their score times ca_scale. Below 0.9 a label counts on the foreground only.
-    Where two concepts name one token the later one has it.
+    Tokens of no concept compete with their score times ca_scale. Below 0.9 a label counts on the foreground only. If
+    two concepts name the same token, the later one gets it.
 
     Raises:
-        ConceptError: more concepts than the graphs hold groups; a cell of a group too many would see every reference.
+        ConceptError: there are more concepts than the graphs have groups; a cell of an extra group would see every
+            reference.
     """
     if len(tokens_of_concepts) > MAX_CONCEPTS:
         raise ConceptError(f"{len(tokens_of_concepts)} concepts were given; the graphs hold at most {MAX_CONCEPTS}.")

@@ -1,4 +1,4 @@
-"""What is asked of a Session, checked before anything is computed."""
+"""Requests to a Session, and their checks before anything is computed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from .tokenizer import Tokenizer
 from .warned import warn
 
 MAX_SCALE_WEIGHT = 10.0
-"""Forbidden keys stand 1000 below the others on the logits; a factor of 100 could lift them over that."""
+"""The largest weight in weight_mode="scale". The logits of forbidden keys are 1000 below the others, which a factor of
+100 could make up for."""
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where a request stands: `step` of `steps` is done, in batch `batch` of `batches`.
 
-    stage: "rsa" or "rba" for denoising steps; "prepare" while references are prepared, step by step of each, and with
-        step 0 from time to time while it waits for other requests.
+    stage: "rsa" or "rba" for denoising steps; "prepare" while references are prepared, step by step of each, and from
+        time to time, with the step that it has reached, while it waits for other requests.
     """
 
     step: int
@@ -43,7 +44,7 @@ ProgressCallback = Callable[[Progress], object]
 
 
 def check_progress(progress: object) -> None:
-    """Raises OptionError for a progress callback that cannot be called, or whose answer would come too late."""
+    """Raise OptionError for a progress callback that cannot be called, or whose answer would come too late."""
     if progress is None:
         return
     if not callable(progress):
@@ -56,7 +57,7 @@ def check_progress(progress: object) -> None:
 
 
 def declined(answer: object) -> bool:
-    """Whether a progress callback has answered False: Python's, or numpy's, which a comparison with an array gives."""
+    """Whether a progress callback returned False: Python's, or numpy's, which a comparison with an array gives."""
     return isinstance(answer, (bool, np.bool_)) and not answer
 
 
@@ -64,10 +65,10 @@ def declined(answer: object) -> bool:
 class Request:
     """One request of a batch: what `Session.generate` takes.
 
-    concepts: any collection; they are taken out of it at once, and stay what they are when it changes.
+    concepts: any iterable; it is copied at once, so later changes to it have no effect.
     record_regions: whether the result holds the regions after every step, `Result.regions_per_step`.
 
-    Raises `ConceptError` for concepts that are none.
+    Raises `ConceptError` if `concepts` is anything but a collection of concepts.
     """
 
     prompt: str
@@ -81,7 +82,7 @@ class Request:
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A request whose concepts have their places in the prompt."""
+    """A request that has been checked, with its concepts placed in the prompt."""
 
     prompt: str
     options: Options
@@ -94,10 +95,10 @@ class CheckedRequest:
 
 
 def check_concepts(concepts: object) -> tuple[NamedConcept, ...]:
-    """The concepts of a request, as a tuple.
+    """Check the concepts of a request and return them as a tuple.
 
     Raises:
-        ConceptError: a single concept, something that holds none, or an entry that is no concept.
+        ConceptError: `concepts` is a single concept or no collection, or one of its entries is not a concept.
     """
     if isinstance(concepts, NamedConcept):
         raise ConceptError(f"concepts is the concept {concepts.name!r}, expected a list of concepts: [concept].")
@@ -113,11 +114,11 @@ def check_concepts(concepts: object) -> tuple[NamedConcept, ...]:
 
 
 def check_batch(requests: object) -> tuple[Request, ...]:
-    """The requests of a batch, as a tuple.
+    """Check the requests of a batch and return them as a tuple.
 
     Raises:
-        OptionError: there is none; one is no `Request` or has no `Options`; they differ in `steps`; record_regions is
-            neither True nor False.
+        OptionError: there are none; one is not a `Request` or has no `Options`; they differ in `steps`; record_regions
+            is neither True nor False.
     """
     if isinstance(requests, (str, bytes)) or not isinstance(requests, Iterable):
         raise OptionError(f"requests is a {type(requests).__name__}, expected a list of Request objects.")
@@ -143,9 +144,9 @@ def check_batch(requests: object) -> tuple[Request, ...]:
 
 
 def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> CheckedRequest:
-    """What would otherwise be refused only after minutes of work.
+    """Refuse what would otherwise be refused only after minutes of work, and place the request's concepts.
 
-    Warns `MagicFaceWarning` where other words than a concept's stand at its token_index.
+    Warns `MagicFaceWarning` if words other than a concept's stand at its token_index.
 
     Raises:
         InputError: a prompt, concept or setting that cannot be used.
@@ -168,7 +169,9 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer) -> Che
 
 
 def _warn_of_other_words(prompt: str, placed: PlacedConcept, tokenizer: Tokenizer) -> None:
-    """A token_index goes with a concept into other prompts. A pronoun or synonym may be meant, so it is no error."""
+    """Warn if a concept's token_index points at other words: the index stays with the concept in other prompts. It may
+    be meant, for a pronoun or synonym, so it is no error.
+    """
     concept = placed.concept
     if concept.token_index is None:
         return
@@ -188,7 +191,7 @@ def _warn_of_other_words(prompt: str, placed: PlacedConcept, tokenizer: Tokenize
 
 
 def check_concept(concept: NamedConcept, origin: Origin, tokenizer: Tokenizer) -> None:
-    """Raises InputError for a kept concept of another origin or of a file that was written to since it was loaded, and
+    """Raise InputError for a kept concept of another origin or of a file that was written to since it was loaded, or
     for a reference prompt that is too long.
     """
     if isinstance(concept, KeptConcept):
@@ -200,7 +203,7 @@ def check_concept(concept: NamedConcept, origin: Origin, tokenizer: Tokenizer) -
 
 
 def check_number(references: int, bundle: Bundle) -> None:
-    """Raises ConceptError for more references than the bundle takes."""
+    """Raise ConceptError for more references than the bundle takes."""
     if references > bundle.limits.references:
         raise ConceptError(
             f"{references} references were given; the bundle takes at most {bundle.limits.references}. "

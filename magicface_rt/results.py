@@ -1,4 +1,4 @@
-"""What a request gives back, and how it is saved."""
+"""The result of a request, and how it is saved."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Timings:
     reference_pass     references through the U-Net, for their keys and values
     denoising          the target's steps
     decoding           latents through the VAE decoder
-    total              the whole request, what is between the stages included
-    steps              each denoising step, its reference pass included where that is done step by step
+    total              the whole request, including what lies between the stages
+    steps              each denoising step, including its reference pass if that is run step by step
     """
 
     loading: float = 0.0
@@ -60,7 +60,7 @@ class Timings:
     steps: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The stages by name, as JSON can hold them."""
+        """Return the stages by name, as JSON can hold them."""
         return {**asdict(self), "steps": list(self.steps)}
 
 
@@ -76,13 +76,13 @@ class Result:
     prompt, concepts, options    what was asked for
     token_indices  for each concept its token positions in the prompt
     timings        seconds by stage
-    bundle_hash    names the exported model
+    bundle_hash    identifies the exported model
     backend        what ran it, such as `onnxruntime-cpu`
-    provenance     whether pictures say how they were made
+    provenance     whether the pictures record how they were made
     details        anything else worth writing into run.json; a mapping that JSON can hold
-    references     for each concept what run.json says of its references, of when they were read. None: of now
+    references     each concept's references as run.json describes them, as of when they were read. None: as of now
 
-    Raises `OptionError` where the arrays do not fit one another.
+    Raises `OptionError` if the arrays do not fit one another.
     """
 
     images: Sequence[Image.Image]
@@ -136,7 +136,7 @@ class Result:
         return tuple(concept.name for concept in self.concepts)
 
     def overlay(self, index: int = 0) -> Image.Image:
-        """Picture `index` with its regions drawn over it and a legend."""
+        """Return picture `index` with its regions drawn over it and a legend."""
         drawn = region_overlay(self.images[index], self.regions[index], self.concept_names)
         return ProvenancePicture.of(drawn, self._picture_provenance(index)) if self.provenance else drawn
 
@@ -148,9 +148,10 @@ class Result:
             regions.npz     `regions` int64 [B,h/2,w/2] and `concept_names`; `regions_per_step` where it was recorded
             run.json        prompt, concepts, options, timings, bundle and software
 
-        The folder appears complete or not at all: it is written beside its place, put on the disk and renamed.
-        `overwrite` replaces an earlier result, which stays whole until then, or an empty folder. What holds anything
-        else is never replaced: a result is known by its run.json, and has the plain files that this names.
+        The folder appears complete or not at all: it is written beside its place, flushed to disk and renamed.
+        `overwrite` replaces an earlier result, which stays whole until then, or an empty folder. A folder that holds
+        anything else is never replaced: a result is recognised by its run.json, and has only the regular files that
+        this accounts for.
 
         Raises `OutputError` for a folder that exists (without `overwrite`) or cannot be written.
         """
@@ -171,7 +172,7 @@ class Result:
         return target
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting of the run as JSON can hold it: what `run.json` contains."""
+        """Return every setting of the run, as JSON can hold it: the content of `run.json`."""
         return {
             **self._settings(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -210,7 +211,7 @@ class Result:
         return {**self._settings(), "concepts": concepts, "image_index": index}
 
     def _files(self) -> Iterator[tuple[str, bytes]]:
-        """Names and contents. Encoders get memory to write to: on a full disk not all of them say that it is one."""
+        """Yield the files' names and contents, encoded in memory: not every encoder says so when the disk is full."""
         count = len(self.images)
         names = zip(_pictures("image", count), _pictures("regions", count), strict=True)
         for index, (picture, overlay) in enumerate(names):
@@ -224,12 +225,12 @@ class Result:
         np.savez_compressed(packed, **arrays)
         yield _REGIONS, packed.getvalue()
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        # a name that is no Unicode text (from a file system, say) becomes a JSON escape
+        # a name that is not valid Unicode (from a file system, say) becomes a JSON escape
         yield _RUN, f"{text}\n".encode(errors="backslashreplace")
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:
-    """Raise `OutputError` where `Result.save` would refuse this folder; asked before anything is computed."""
+    """Raise `OutputError` if `Result.save` would refuse this folder; to be called before anything is computed."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -248,7 +249,7 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
 
 
 def _check_own(folder: Path, target: Path) -> None:
-    """Raise `OutputError` for what is not a result and nothing else, in what is the `target` or was it a moment ago."""
+    """Raise `OutputError` if `folder`, which is or just was `target`, holds anything but a result."""
     found = {entry.name: stat.S_ISREG(entry.lstat().st_mode) for entry in folder.iterdir()}
     why_not = _why_no_result(folder, found) if found else ""
     if why_not:
@@ -258,7 +259,7 @@ def _check_own(folder: Path, target: Path) -> None:
 
 
 def _why_no_result(folder: Path, plain: Mapping[str, bool]) -> str:
-    """What of these files of a folder, and of whether each is a plain one, no result has; "" where it is a result."""
+    """Say why a folder is not just a result; "" if it is. `plain`: whether each of its files is a regular one."""
     if foreign := [name for name in plain if not _OWN_FILES.fullmatch(name)]:
         return f"it holds {_first(foreign)}, which no result writes"
     if linked := [name for name, is_plain in plain.items() if not is_plain]:
@@ -286,7 +287,7 @@ def _first(names: Iterable[str]) -> str:
 
 
 def _pictures(kind: str, count: int) -> list[str]:
-    """Names of a result's files of a kind, "image" or "regions"."""
+    """Return the names of a result's files of a kind, "image" or "regions"."""
     return [f"{kind}-{k}.png" for k in range(count)]
 
 

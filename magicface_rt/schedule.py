@@ -48,7 +48,7 @@ _BETA_SCHEDULES = ("scaled_linear", "linear")
 class Schedule:
     """The noise schedule of a checkpoint; the defaults are Stable Diffusion 1.5's.
 
-    Raises `CheckpointError` for values that make no schedule: the numbers come from a checkpoint or a bundle.
+    Raises `CheckpointError` for values that do not make a schedule: they come from a checkpoint or a bundle.
     """
 
     num_train_timesteps: int = 1000
@@ -75,7 +75,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """The schedule of a diffusers `scheduler_config.json`, of whatever scheduler class.
+        """Make the schedule of a diffusers `scheduler_config.json`, whatever its scheduler class.
 
         Keys that are absent have the values of Stable Diffusion. That includes a `steps_offset` of 1, which the
         Stable Diffusion pipeline of diffusers forces on a scheduler made without one. Sampler settings that DDIM does
@@ -98,7 +98,7 @@ class Schedule:
         return cls(**known)
 
     def to_config(self) -> dict[str, Any]:
-        """A diffusers-style config that `from_config` reads back to an equal schedule, and diffusers to a DDIM one."""
+        """Return a diffusers-style config that `from_config` reads as an equal schedule, diffusers as a DDIM one."""
         return {
             "_class_name": "DDIMScheduler",
             **asdict(self),
@@ -126,7 +126,7 @@ class Schedule:
         return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
 
     def timesteps(self, steps: int) -> Int64Array:
-        """The timesteps of a run of `steps` steps, int64 [T], falling.
+        """Return the timesteps of a run of `steps` steps, int64 [T], descending.
 
         Raises `OptionError` for a number of steps that the schedule cannot make.
         """
@@ -143,7 +143,7 @@ class Schedule:
         return timesteps
 
     def step_coefficients(self, steps: int) -> Float32Array:
-        """DDIM coefficients, float32 [T,2]: next = c[i,0] * latents + c[i,1] * eps.
+        """Return DDIM coefficients, float32 [T,2]: next = c[i,0] * latents + c[i,1] * eps.
 
         Computed in float64 from the float32 abar and rounded once. Raises `OptionError` as `timesteps`.
         """
@@ -182,7 +182,7 @@ def is_region_step(step: int, steps: int, alpha: float) -> bool:
 
 
 def target_noise(seed: int, image_index: int, shape: Sequence[int]) -> Float32Array:
-    """The first latents of image number `image_index` of a request: float32 standard normals of `shape`.
+    """Draw the first latents of image number `image_index` of a request: float32 standard normals of `shape`.
 
     Raises `OptionError` for a seed outside 0..2**64-1 or an image index outside 0..2**63-1.
     """
@@ -192,10 +192,10 @@ def target_noise(seed: int, image_index: int, shape: Sequence[int]) -> Float32Ar
 
 
 def reference_noise(reference_seed: int, step: int, shape: Sequence[int]) -> Float32Array:
-    """The noise put on the references at loop step `step`: float32 standard normals of `shape`.
+    """Draw the noise put on the references at loop step `step`: float32 standard normals of `shape`.
 
-    Draw one reference's shape, [1,4,h,w], and use it for every reference: then what a reference contributes does not
-    depend on which others stand beside it, and its keys and values can be kept.
+    Draw it in one reference's shape, [1,4,h,w], and use it for every reference: then what a reference contributes does
+    not depend on which others are used with it, and its keys and values can be kept.
 
     Raises `OptionError` for a seed outside 0..2**64-1 or a negative step.
     """
@@ -212,7 +212,7 @@ def _normals(name: str, seed: int, stream: int, shape: Sequence[int]) -> Float32
 
 
 def _linspace32(start: float, end: float, count: int) -> Float32Array:
-    """torch.linspace in float32, bit by bit: counted from both ends, with a float32 step and fused multiply-adds."""
+    """torch.linspace in float32, bit for bit: computed from both ends, with a float32 step and fused multiply-adds."""
     first, last = np.float32(start), np.float32(end)
     if count == 1:
         return np.array([first], dtype=np.float32)

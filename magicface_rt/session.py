@@ -1,4 +1,4 @@
-"""Session: a bundle opened on a backend, from a prompt and concepts to pictures."""
+"""Session: a bundle opened on a backend, which makes pictures from a prompt and concepts."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ __all__ = ["Progress", "ProgressCallback", "Request", "Session", "tokenizer_of"]
 T = TypeVar("T")
 
 WAIT_SECONDS = 0.2
-"""How often who waits for a worker is asked whether to go on."""
+"""How often, in seconds, a request that waits for a worker reports progress, so that it can be cancelled."""
 
 WARM_UP_STEPS = 3
-"""A GPU runs the first as it is and captures the others: the latents change between two buffers, with a graph each."""
+"""A GPU runs the first one as it is and captures the others: latents alternate between two buffers, a graph each."""
 
 HOLD_REFERENCES = ("vae_encoder", "reference_kv", "denoise_step")
-"""Graphs whose bindings hold pixels, latents or keys of the last references that went through them."""
+"""The graphs whose bindings hold pixels, latents or keys of the last references that went through them."""
 
 
 class Session:
-    """A bundle, opened.
+    """An open bundle, from which pictures are made.
 
         with Session("bundles/sd15-512") as session:
             man = Concept("man", Reference("man.jpg", mask="man-mask.png", prompt="a man"), weight=2.5)
@@ -80,10 +80,10 @@ class Session:
     bundle     folder made by `magicface-rt export`
     backend    a name of `backends.BACKENDS`, or a `Backend` object, which stays the caller's to close; "auto" takes the
                fastest that works here
-    workers    how many requests may compute at the same time; more wait. Each has memory of its own
+    workers    how many requests may compute at the same time; others wait. Each has memory of its own
     threads    0..1024; threads of one request's computation on the CPU; 0: the workers share the cores
     check_hashes    read every file once and compare it with the manifest
-    provenance      pictures say how they were made (PNG text and XMP)
+    provenance      whether pictures record how they were made (PNG text and XMP)
     device          the GPU's ordinal
     store           engine store that holds the bundle's plans; "tensorrt" and "tensorrt-rtx" need it
     build_missing   build plans that the store does not hold; else a missing plan is an error
@@ -94,17 +94,17 @@ class Session:
     memory          where the reference keys of a request are: "keep" (all steps on the device), "stream" (on the host,
                     copied ahead of need), "recompute" (nowhere: references run beside the target), or "auto"; see
                     `plan`
-    budget          bytes that the peak of `plan` may have, on the device where there is one. None: what is free there
+    budget          bytes that the peak of `plan` may reach, on the device if there is one. None: what is free there
     storage         how references are kept: "exact", or "8-bit" for about half the bytes of 16-bit keys
     pad_keys        fill the numbers of reference tokens up to buckets, so that a GPU's captured graphs serve all masks.
-                    None: where the backend keeps tensors on a device
+                    None: only if the backend keeps tensors on a device
 
     A Session may be used by many threads. An error, a cancelled request or Ctrl-C leaves it usable. It belongs to the
-    process that opened it: each process opens its own, also one that was forked.
+    process that opened it: each process must open its own, even one that was forked.
 
-    Raises `BundleError` for a folder that is no intact bundle, `BackendMissingError` where the backend is not there,
-    `DeviceError` where the GPU is not or has too little memory, `PlanError` for a missing plan. Plans are looked for at
-    once, and read when a graph is first needed, see `warm_up`.
+    Raises `BundleError` for a folder that is not an intact bundle, `BackendMissingError` if the backend is missing,
+    `DeviceError` if the GPU is missing or has too little memory, `PlanError` for a missing plan. Plans are looked up at
+    once, and read when a graph is first needed; see `warm_up`.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Session:
         self._over: dict[_Running, None] = {}
         self._ended = threading.Event()
         self._here = threading.local()
-        self._loading = threading.RLock()  # `close` may come in between, from a signal's handler or a finalizer
+        self._loading = threading.RLock()  # `close` may be called in between, by a signal handler or a finalizer
         self._inside = False
         self._runners: dict[str, GraphRunner] = {}
         self._workplaces = Workplaces(self.runner)
@@ -180,11 +180,11 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free the graphs. May be called twice, from any thread, and from a signal's handler or a finalizer.
+        """Free the graphs. May be called more than once, from any thread, and from a signal handler or a finalizer.
 
-        A request that is running, or waits for a worker, ends with `SessionClosedError` at its next step or soon; what
-        it uses is freed when it has. In a process that was forked from the Session's own this frees nothing: it is not
-        that process's to free.
+        A request that is running ends with `SessionClosedError` at its next step, one that waits for a worker ends with
+        it soon; what they use is freed once they have ended. In a process forked from the Session's own this frees
+        nothing, since it is not that process's to free.
         """
         if os.getpid() != self._process:  # the runtime's threads are not there, and a lock may be held for ever
             return
@@ -192,17 +192,17 @@ class Session:
         self._alone(lambda: None)
 
     def end_soon(self) -> None:
-        """For `exits`."""
+        """End running requests at their next step, and begin no more; see `exits.Ending`."""
         self._closed = True
 
     def ended(self, seconds: float) -> bool:
-        """For `exits`."""
+        """Wait at most `seconds` for running requests to end; return whether none is left; see `exits.Ending`."""
         if os.getpid() != self._process:
             return True
         end = time.monotonic() + seconds
         while self._running and time.monotonic() < end:
             time.sleep(0.01)
-        if not self._loading.acquire(timeout=max(0.0, end - time.monotonic())):  # somebody loads a graph, or frees
+        if not self._loading.acquire(timeout=max(0.0, end - time.monotonic())):  # a thread loads a graph or frees some
             return False
         self._loading.release()
         return not self._running
@@ -218,10 +218,10 @@ class Session:
                 self.backend.close()
 
     def warm_up(self, prompt: str = "", concepts: Sequence[NamedConcept] = (), **settings: Any) -> None:
-        """Load the graphs that such a request needs and run three of its steps, so that the first does not wait.
+        """Load the graphs that a request like this needs and run three of its steps, so that the first need not wait.
 
-        GPU backends compile and capture for shapes; give the concepts and settings of a typical request. A kept concept
-        brings its number of steps and `reference_seed`, where the settings do not name them.
+        GPU backends compile and capture for particular shapes, so give the concepts and settings of a typical request.
+        A kept concept supplies its number of steps and `reference_seed` if the settings do not name them.
 
         Raises what `generate` raises.
         """
@@ -249,7 +249,7 @@ class Session:
             self._warm_decoder()
 
     def _warm_decoder(self) -> None:
-        """Decode a picture's worth of nothing: a request that stopped early has not come so far."""
+        """Decode one image of zeros, since a request that stopped early has not reached the decoder."""
         latents = np.zeros((1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
         with self._worker(Course(None, self._check_open), 1), self._place() as place:
             place.binding("vae_decoder").once({"latents": latents})
@@ -290,11 +290,12 @@ class Session:
     def generate_batch(self, requests: Sequence[Request], *, progress: ProgressCallback | None = None) -> list[Result]:
         """Make the pictures of several requests together, each as it would be made alone.
 
-        Prompts, concepts, seeds and all settings may differ but the number of steps. Requests with the same concepts,
-        weights and switches share one copy of the reference keys. Every result has the timings of the whole batch.
+        Prompts, concepts, seeds and all other settings may differ, except the number of steps. Requests with the same
+        concepts, weights and switches share one copy of the reference keys. Every result has the timings of the whole
+        batch.
 
         Raises:
-            OptionError: the requests differ in `steps`; there is none; one is no `Request`.
+            OptionError: the requests differ in `steps`; there are none; one is not a `Request`.
             whatever `generate` raises.
         """
         requests = check_batch(requests)
@@ -317,13 +318,13 @@ class Session:
     ) -> KeptConcept:
         """Compute a concept's keys for all steps once, for any number of pictures with that many steps.
 
-        storage    "exact", or "8-bit" for a quarter of 32-bit and half of 16-bit keys; `error` of the result says what
-                   it cost. The Session's own, unless given
-        workspace  bytes that a pass through the network may take; more steps go through it together. 512 MiB, unless
-                   given
+        storage    "exact", or "8-bit", which takes a quarter of the bytes of 32-bit keys and half of those of 16-bit
+                   ones; the result's `error` says what it cost. The Session's own, unless given
+        workspace  bytes that a pass through the network may take; with more, more steps share a pass. Unless given,
+                   512 MiB, or a quarter of the Session's budget where that is less
         progress   called after every pass, with the stage "prepare"; return False to cancel
 
-        What is in the Session's store already is not computed again.
+        Keys that are in the Session's store already are not computed again.
 
         Raises:
             InputError: a setting, image or mask that cannot be used.
@@ -363,7 +364,7 @@ class Session:
     ) -> MemoryPlan:
         """Say what the references of a request would need, in each mode, and which mode would be taken.
 
-        Reads masks, computes nothing. `memory` and `budget` stand in for the Session's own.
+        Reads the images and masks, runs no graph. `memory` and `budget` replace the Session's own.
 
         Raises:
             InputError: a setting, concept, image or mask that cannot be used.
@@ -396,18 +397,18 @@ class Session:
         )
 
     def forget(self, keys: Iterable[str] | None = None) -> bool:
-        """Let go of references: their keys in the store and on the device, and what the graphs' buffers hold of the
-        last references that went through them. Graphs stay loaded.
+        """Drop references: their keys in the store and on the device, and what the graphs' buffers hold of the last
+        references that went through them. Graphs stay loaded.
 
-        keys  content keys, `[one.key for one in kept.references]` of a `KeptConcept`; others are left. None: all that
-              is kept. One that is not there is no error
+        keys  content keys, `[one.key for one in kept.references]` of a `KeptConcept`; others stay. None: all that is
+              kept. A key that is not there is no error
 
-        Returns whether nothing of them is left in this Session. Requests that are running go on with what they have:
-        then it is False, and that goes when these have ended. Who holds a `KeptConcept` holds its keys, and files
-        stay. Memory is freed and not overwritten. A later request with the same images prepares them again.
+        Returns whether nothing of them is left in this Session. Running requests go on with what they have: then it is
+        False, and the rest is dropped when they have ended. A `KeptConcept` that the caller holds keeps its keys, and
+        files stay. Memory is freed but not overwritten. A later request with the same images prepares them again.
 
         Raises:
-            OptionError: what is no collection of texts.
+            OptionError: `keys` is not a collection of texts.
         """
         chosen = None if keys is None else _checked_keys(keys)
         self._check_process()
@@ -433,11 +434,11 @@ class Session:
     def unload(self, *graphs: str) -> None:
         """Free graphs that are not needed for now; they are loaded again when they are.
 
-        With kept concepts "reference_kv" and "vae_encoder" rest, and the first holds most of a U-Net's weights.
+        With kept concepts "reference_kv" and "vae_encoder" are idle, and the former holds most of a U-Net's weights.
 
         Raises:
             BundleError: the bundle has no such graph.
-            OptionError: a request is running, or what is given is no name.
+            OptionError: a request is running, or an argument is not a name.
         """
         for position, graph in enumerate(graphs):
             if not isinstance(graph, str):
@@ -460,7 +461,7 @@ class Session:
         self._alone(unload)
 
     def runner(self, graph: str) -> GraphRunner:
-        """A graph of the bundle, loaded on first use.
+        """Return a graph of the bundle, which is loaded on first use.
 
         Raises:
             BundleError: the bundle has no such graph, or a file of it was replaced since it was opened.
@@ -476,7 +477,7 @@ class Session:
         return self._alone(loaded)
 
     def _load(self, graph: str) -> GraphRunner:
-        """Of the files that were opened and no others: backends find them by their paths."""
+        """Load a graph, making sure that it is from the files that were opened: backends find them by path."""
         self.bundle.check_unchanged()
         runner = self.backend.load(self.bundle, graph)
         try:
@@ -493,9 +494,10 @@ class Session:
 
     @contextmanager
     def _place(self) -> Iterator[Workplace]:
-        """A workplace for the block. After a failure of the runtime nothing is left on the device that no one uses.
+        """Provide a workplace for the block. If the runtime fails, what no request uses is freed on the device.
 
-        Backends may have mapped the bundle's files: what was written to them is computed with.
+        Backends may have mapped the bundle's files, and then compute with whatever was written to them; so that is
+        checked before and after the block.
         """
         try:
             with self._workplaces.take() as place, told_as_ours():
@@ -508,7 +510,7 @@ class Session:
 
     @contextmanager
     def _worker(self, course: Course, steps: int) -> Iterator[None]:
-        """One of the workers for the block. While all are busy the course is told of step 0 of so many."""
+        """Occupy one of the workers for the block. While all are busy, step 0 of `steps` is reported as progress."""
         if getattr(self._here, "busy", False):
             raise OptionError("generate was called from within a progress callback of the same Session.")
         self._check_process()
@@ -519,7 +521,7 @@ class Session:
                 with self._loading:
                     self._check_open()
                     if len(self._running) < self._workers:
-                        self._running[mine] = None  # nothing is called after the count: Ctrl-C comes with a call
+                        self._running[mine] = None  # nothing is called after it is counted: Ctrl-C comes at a call
                         break
                     self._ended.clear()
                 self._ended.wait(WAIT_SECONDS)
@@ -529,23 +531,24 @@ class Session:
         finally:
             self._here.busy = False
             if mine in self._running:
-                with self._loading:  # nothing is called before the count: Ctrl-C comes with a call or a loop
+                with self._loading:  # nothing is called before it is counted off: Ctrl-C comes at a call or a loop
                     self._over[mine] = None
                     del self._running[mine]
                     self._ended.set()
                     self._alone(self._let_go_again)
 
     def _let_go_again(self) -> None:
-        """Of what was forgotten while those ran that are over."""
+        """Drop what was forgotten while requests ran that have ended since, because they may have put it back."""
         for over in list(self._over):
             if over.forgotten_all or over.forgotten:
                 self._let_go(None if over.forgotten_all else frozenset(over.forgotten))
             del self._over[over]
 
     def _alone(self, action: Callable[[], T]) -> T:
-        """What an action returns that works on what all requests share.
+        """Run an action on what all requests share, while no other does, and return its result.
 
-        `close` may come in the middle of it in the same thread: it is the last to go that frees.
+        `close` may be called in the middle of it in the same thread: the outermost action then frees everything when it
+        ends.
         """
         with self._loading:
             before, self._inside = self._inside, True
@@ -564,7 +567,7 @@ class Session:
             raise SessionClosedError("this Session is closed; open a new one to generate.")
 
     def _check_process(self) -> None:
-        """Before any lock is taken: a thread that held one does not exist in a forked process."""
+        """Raise OtherProcessError in a forked process. Called before any lock is taken: it may be held for ever."""
         if os.getpid() != self._process:
             raise OtherProcessError(
                 f"this Session was opened in process {self._process}, and process {os.getpid()} was forked from that. "
@@ -572,7 +575,7 @@ class Session:
             )
 
     def natively_held(self) -> object:
-        """For `forks`."""
+        """Return everything that waits for threads when it is freed; see `forks.Opened`."""
         return (*self._runners.values(), self._workplaces, self.backend)
 
     def __reduce__(self) -> NoReturn:
@@ -582,14 +585,14 @@ class Session:
 
 
 class _Running:
-    """A request that is running, and what was forgotten meanwhile: it may put that back."""
+    """A running request, and what was forgotten meanwhile, since the request may put it back."""
 
     def __init__(self) -> None:
         self.forgotten: set[str] = set()
         self.forgotten_all = False
 
     def note(self, keys: frozenset[str] | None) -> None:
-        """None: all that is kept."""
+        """Note that these content keys were forgotten; None: all that is kept."""
         if keys is None:
             self.forgotten_all = True
         else:
@@ -597,10 +600,10 @@ class _Running:
 
 
 def tokenizer_of(bundle: Bundle) -> Tokenizer:
-    """The tokenizer of a bundle from which pictures can be made.
+    """Return the tokenizer of a bundle from which pictures can be made.
 
     Raises:
-        BundleError: it has none, or no text encoder.
+        BundleError: the bundle has no tokenizer, or no text encoder.
     """
     if "text_encoder" not in bundle.graphs or "file" not in bundle.tokenizer:
         raise BundleError(

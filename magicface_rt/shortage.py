@@ -1,4 +1,4 @@
-"""Too little memory on the host: told from other failures, whichever library says it, and how much there may be."""
+"""Too little memory on the host: recognising it whichever library reports it, and finding how much is left."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _SAID = (
     "bad_alloc",  # C++
     "bad allocation",
     "can't allocate memory",  # PyTorch
-    "cannot allocate memory",  # the system, also of a library that is loaded
+    "cannot allocate memory",  # the system, also when a library is loaded
     "failed to map segment",
 )
-"""What libraries say in an error of another kind, in small letters."""
+"""Phrases by which libraries report it in errors of other types, in lower case."""
 
 _SAID_UNDER_A_LIMIT = (
-    "can't start new thread",  # its stack is addresses; without a limit of these it is another limit that was met
-    "error return without exception set",  # Python, where it found none for the exception
+    "can't start new thread",  # its stack takes address space; without a limit of that, another limit was hit
+    "error return without exception set",  # Python, if there was no memory for the exception
 )
-"""The same, but only where there is a limit of addresses."""
+"""Phrases that mean the same, but only under an address-space limit (`ulimit -v`)."""
 
 _M_ARENA_MAX = -8
-"""Of glibc's `mallopt`: the number of heaps."""
+"""The parameter of glibc's `mallopt` for the largest number of heaps."""
 
 _CURE = (
     "Free some, or allow this process more (ulimit -v, the container's limit); or ask for less: fewer pictures at "
@@ -41,7 +41,7 @@ _CURE = (
 
 
 def shortage(error: BaseException) -> HostMemoryError | None:
-    """The same as an error of ours, where too little memory on the host was its cause; else None."""
+    """Return a `HostMemoryError` for an error that was caused by too little memory on the host; None for others."""
     if isinstance(error, HostMemoryError):
         return error
     cause: BaseException | None = error
@@ -59,7 +59,7 @@ def shortage(error: BaseException) -> HostMemoryError | None:
 
 @contextmanager
 def told_as_ours() -> Iterator[None]:
-    """Within the block, whatever too little memory raises becomes a `HostMemoryError`."""
+    """Turn any error in the block that was caused by too little memory on the host into a `HostMemoryError`."""
     try:
         yield
     except Exception as error:
@@ -82,35 +82,36 @@ def _says_so(error: BaseException) -> bool:
 
 
 def room() -> int | None:
-    """Bytes that this process may still take before a hard limit stops or ends it; None where none is set.
+    """Return the bytes that this process may still take before a hard limit stops or ends it; None if none is set.
 
-    Looked at are its limit of addresses (RLIMIT_AS) and the memory limits of its control groups, those above them
-    included. What is cached of files counts as free, as the system drops it first.
+    The limits are that of its address space (RLIMIT_AS), and the memory limits of its control groups and of those above
+    them. The cache of files counts as free, since the system drops it first.
     """
     found = [left for _, left in _limits()]
     return min(found, default=None)
 
 
 def foreseen(need: str) -> HostMemoryError:
-    """The error for what is known to find too little memory, before it is tried. `need`: a clause that says so."""
+    """Make the error for what is known beforehand to find too little memory. `need`: a clause that says so."""
     return HostMemoryError(f"{need}. {_limits_said()}{_CURE}")
 
 
 def check_addresses(need: int, what: str) -> None:
-    """For what ends the process, or hangs, where a limit of addresses leaves it too few.
+    """Check that the address-space limit leaves enough for what would otherwise end the process, or hang.
 
     Raises:
-        HostMemoryError: there is a limit, and it leaves less than so many bytes.
+        HostMemoryError: there is such a limit, and it leaves less than `need` bytes.
     """
     if any(left < need for _, left in _address_limit()):
         raise foreseen(f"{what} needs {need / 1e6:,.0f} MB of addresses")
 
 
 def share_heap() -> None:
-    """Where there is a limit of addresses, let all threads take memory from one heap. To be called before they start.
+    """If there is an address-space limit, let all threads allocate from one heap. Call this before they start.
 
-    glibc reserves 64 MiB of addresses for the heap of each thread, until nothing is left for what asks next; and where
-    a thread finds nothing for its own variables it ends the process. Without a limit or glibc this does nothing.
+    glibc reserves 64 MiB of address space for the heap of each thread, until nothing is left for later requests; and a
+    thread that finds no room for its own variables ends the process. Without a limit, or without glibc, this does
+    nothing.
     """
     if _address_limit():
         with suppress(OSError, AttributeError):
@@ -118,7 +119,7 @@ def share_heap() -> None:
 
 
 def stack_bytes() -> int:
-    """Addresses that the stack of a thread takes, unless it says otherwise."""
+    """Return the bytes of address space that a thread's stack takes, unless the thread sets another size."""
     most = 8 << 20
     if resource is None:
         return most
@@ -127,14 +128,14 @@ def stack_bytes() -> int:
 
 
 def address_hint() -> str:
-    """A sentence for what may have failed by a limit of addresses that a library does not speak of; "" without one."""
+    """Return a sentence saying that an address-space limit may be to blame, which a library may not; "" without one."""
     found = _address_limit()
     return f"It may be for its limit of addresses (ulimit -v), by which {_may_take(found[0][1])}." if found else ""
 
 
 def _limits_said() -> str:
-    """A sentence on the limit that leaves least, "" where none is set."""
-    with suppress(MemoryError):  # to look at limits takes some as well
+    """Return a sentence on the limit that leaves least; "" if none is set."""
+    with suppress(MemoryError):  # reading the limits takes some as well
         found = sorted((left, name) for name, left in _limits())
         return f"By its {found[0][1]} {_may_take(found[0][0])}. " if found else ""
     return ""
@@ -162,7 +163,7 @@ def _address_limit() -> list[tuple[str, int]]:
 
 
 def _group_limits(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> list[tuple[str, int]]:
-    """Of version 2 of control groups, and of version 1 where that has the memory."""
+    """Return the memory limits of version 2 of control groups, and of version 1 if that controls memory."""
     found = []
     try:
         lines = [line.split(":", 2) for line in of.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Values that somebody gave, or that stood in a file, as a message can hold them."""
+"""Values given by a caller or found in a file, in a form that fits into a message."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ MOST = 200
 
 
 def shown(value: object) -> str:
-    """Short, whatever it is: of objects and of long or deep lists the kind and length; of huge integers, which Python
-    refuses to write, the bits; of other long values the beginning.
+    """Return a value as a short text, whatever it is: for objects and long or nested lists, the kind and length; for
+    huge integers, which Python refuses to write, the number of bits; for other long values, the beginning.
     """
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
@@ -21,6 +21,6 @@ def shown(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """On one line, and without what would steer a terminal."""
+    """Put a text on one line, and escape characters that would control a terminal."""
     text = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii", "replace") for c in text)

@@ -11,11 +11,11 @@ from .shown import shown
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-zA-Z]*)")
 _MOST = 2**63 - 1
-"""Bytes that a machine can count."""
+"""The most bytes that a machine can count."""
 
 
 def parse_size(size: int | str, option: str) -> int:
-    """A number of bytes, or text such as `4GiB`, `500 MB`, `1048576`, to bytes.
+    """Convert a number of bytes, or a text such as `4GiB`, `500 MB` or `1048576`, to bytes.
 
     Raises:
         OptionError: anything else.

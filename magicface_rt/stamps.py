@@ -1,4 +1,4 @@
-"""What tells a file from another one, and whether a file that is in use was written to. Nothing is read for it."""
+"""Stamps that tell one file from another, and whether a file in use was written to, without reading it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Stamp"]
 
 
 class Stamp(NamedTuple):
-    """Of a file its inode, its bytes, and when it was written, in nanoseconds."""
+    """A file's inode, its size in bytes, and the time when it was last written to, in nanoseconds."""
 
     inode: int
     size: int
@@ -20,12 +20,12 @@ class Stamp(NamedTuple):
         return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
     def rewritten(self, path: str) -> Stamp | None:
-        """The stamp that this file has now, where it was written to in its place; None where it was not.
+        """Return the stamp that the file has now if it was written to in place; None if it was not.
 
-        What is open or mapped stays as it is where the file was removed, or another one was renamed over it.
+        Removing the file, or renaming another one over it, does not count: what is open or mapped stays as it is.
 
         Raises:
-            OSError: it cannot be looked at.
+            OSError: the file cannot be examined.
         """
         try:
             found = Stamp.of(os.lstat(path))

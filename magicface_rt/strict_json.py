@@ -1,7 +1,7 @@
-"""JSON in which no key stands twice.
+"""Read JSON, and refuse duplicate keys.
 
-Of two equal keys one reader takes the first and another the last, so a file could be one thing to what checks it and
-another to what uses it.
+Of two equal keys one reader takes the first and another the last, so a file could mean one thing to the code that
+checks it and another to the code that uses it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["DoubledKeyError", "read_json"]
 
 
 class DoubledKeyError(ValueError):
-    """A key stands twice in one object of what is JSON otherwise, as far as it was read."""
+    """A key occurs twice in one object of otherwise valid JSON, as far as it was read."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the key {key[:100]!r} stands twice in one object")
@@ -21,12 +21,12 @@ class DoubledKeyError(ValueError):
 
 
 def read_json(text: str | bytes | bytearray, *, constants: bool = True) -> Any:
-    """What the text holds. With `constants` NaN and infinities come as Python's json gives them, for the caller to
-    refuse.
+    """Parse JSON. With `constants`, NaN and infinities are let through as Python floats, for the caller to refuse.
 
     Raises:
-        DoubledKeyError: it has a key twice in one object.
-        ValueError: it is no JSON, has a constant where there may be none, or is nested too deeply to be read.
+        DoubledKeyError: a key occurs twice in one object.
+        ValueError: the text is not JSON, has a constant although `constants` is off, or is nested too deeply to be
+            read.
     """
     try:
         return json.loads(text, object_pairs_hook=_distinct, parse_constant=None if constants else _no_constant)

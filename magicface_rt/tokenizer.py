@@ -47,7 +47,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, pad_token_id: int, max_length: int = 77) -> Tokenizer:
-        """Read a `tokenizer.json`. Raises `BundleError` for a file that is missing or no tokenizer."""
+        """Read a `tokenizer.json`. Raises `BundleError` for a file that is missing or not a tokenizer."""
         name = f"tokenizer {os.fspath(path)!r}"
         try:
             raw = read_plain(path, MAX_FILE_BYTES)
@@ -65,7 +65,7 @@ class Tokenizer:
             raise BundleError(f"{name} cannot be read: {str(error)[:500]}.") from error
 
     def encode(self, prompt: str) -> npt.NDArray[np.int64]:
-        """The ids of a prompt: start, tokens, end, padding; int64 [max_length].
+        """Return the ids of a prompt: start, tokens, end, padding; int64 [max_length].
 
         Raises `PromptError` for a prompt with more tokens than fit, naming the words that would be lost.
         """
@@ -74,7 +74,7 @@ class Tokenizer:
         return np.array([self._start, *ids, self._end, *[self.pad_token_id] * padding], dtype=np.int64)
 
     def tokens(self, prompt: str) -> tuple[str, ...]:
-        """The tokens as text, start and end token included, without padding: `tokens(prompt)[i]` is at position i.
+        """Return the tokens as text, with start and end token, without padding: `tokens(prompt)[i]` is at position i.
 
         Raises `PromptError` as `encode`.
         """
@@ -82,20 +82,21 @@ class Tokenizer:
         return (self._text(self._start), *pieces, self._text(self._end))
 
     def spans(self, prompt: str) -> tuple[tuple[int, int], ...]:
-        """Where in the prompt each of its tokens stands: its first character, and the one after its last. The first is
-        of the token at position 1.
+        """Return where each token stands in the prompt: its first character, and the one after its last.
+
+        The first entry is of the token at position 1.
 
         Raises `PromptError` as `encode`.
         """
         return tuple(self._encode(prompt).offsets)
 
     def find_word(self, prompt: str, word: str) -> tuple[int, ...]:
-        """The positions (1 is the first after the start token) of all tokens of a word, where it first stands.
+        """Return the positions of all tokens of a word at its first occurrence; 1 is the first after the start token.
 
         `word` may be several words, or a word that is split into several tokens. Case and kinds of white space make no
-        difference. A place inside another word does not count: "hat" is not in "hats".
+        difference. An occurrence inside another word does not count: "hat" is not in "hats".
 
-        Raises `PromptError` as `encode`, and where the word does not stand in the prompt; the message lists its words.
+        Raises `PromptError` as `encode`, and if the word is not in the prompt; the message lists its words.
         """
         (found,) = self.find_words(prompt, [word])
         if found is not None:
@@ -107,7 +108,7 @@ class Tokenizer:
         )
 
     def find_words(self, prompt: str, words: Sequence[str]) -> list[tuple[int, ...] | None]:
-        """As `find_word` for each of several; None for one that does not stand there. The prompt is encoded once.
+        """Like `find_word`, for several words, and None for one that is not there. The prompt is encoded once.
 
         Raises `PromptError` as `encode`.
         """
@@ -115,7 +116,7 @@ class Tokenizer:
         return [_place(prompt, encoding, self._raw_encode(word, "word").ids) for word in words]
 
     def _encode(self, prompt: str) -> tokenizers.Encoding:
-        """The prompt's own tokens, at most max_length - 2 of them."""
+        """Encode a prompt without start and end token; at most max_length - 2 tokens fit, or PromptError is raised."""
         encoding = self._raw_encode(prompt, "prompt")
         room = self.max_length - 2
         if len(encoding.ids) > room:
@@ -134,7 +135,7 @@ class Tokenizer:
             return guarded(lambda: self._tokenizer.encode(text, add_special_tokens=False))
         except (TypeError, ValueError) as error:  # lone surrogates have no UTF-8
             raise PromptError(f"the {what} {_excerpt(text)!r} is not valid Unicode text.") from error
-        except Exception as error:  # a model without a token for what it does not know, for one
+        except Exception as error:  # a model without a token for unknown text, for example
             let_through(error)
             raise BundleError(f"tokenizer: it cannot encode the {what} {_excerpt(text)!r}: {error}.") from error
 
@@ -143,7 +144,7 @@ class Tokenizer:
 
 
 def guarded(make: Callable[[], _T]) -> _T:
-    """What `make` returns; where the wheel's own code panics, which is no `Exception`, a RuntimeError is raised."""
+    """Return what `make` returns; raise a RuntimeError if the wheel's own code panics, which is not an `Exception`."""
     try:
         return make()
     except BaseException as error:
@@ -153,7 +154,7 @@ def guarded(make: Callable[[], _T]) -> _T:
 
 
 def _frame(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
-    """The ids of the start and the end token: what the post-processor puts around nothing, or CLIP's names."""
+    """Return the ids of the start and end token: what the post-processor puts around an empty text, or CLIP's names."""
     framed = tokenizer.encode("").ids
     if len(framed) == 2:
         return framed[0], framed[1]
@@ -164,7 +165,7 @@ def _frame(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
 
 
 def _place(prompt: str, encoding: tokenizers.Encoding, wanted: Sequence[int]) -> tuple[int, ...] | None:
-    """The positions of the first tokens with these ids that are no part of a longer word."""
+    """Return the positions of the first tokens with these ids that are not part of a longer word, or None."""
     ids = encoding.ids
     for first in range(len(ids) - len(wanted) + 1) if wanted else ():
         after = first + len(wanted)
@@ -191,7 +192,7 @@ def _joins(neighbour: str) -> bool:
 
 
 def _words_after(prompt: str, offset: int) -> list[str]:
-    """The words of the prompt that end after `offset`, the one it cuts included."""
+    """Return the words of the prompt that end after `offset`, including the one that it cuts."""
     start = offset
     while start > 0 and not prompt[start - 1].isspace():
         start -= 1

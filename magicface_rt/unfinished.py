@@ -1,13 +1,13 @@
-"""Files and folders that appear whole or not at all: written beside their place, put on the disk, then renamed.
+"""Files and folders that appear whole or not at all: written beside their place, flushed to disk, then renamed.
 
     .NAME.<32 hex digits>.part    what becomes NAME, while it is written; or the earlier NAME, while it is removed
     .NAME.<32 hex digits>.old     the earlier NAME, where the system cannot let two folders change places
 
-A NAME that is too long for that is named there by its beginning and a digest.
+There, a NAME that is too long is represented by its beginning and a digest.
 
-A process holds a lock (flock) on what it writes, which the system frees however the process ends. So what a killed one
-left can be told from what another one is writing, and whoever writes the same NAME next removes it. Where there are no
-such locks (Windows, some network file systems) it stays until somebody removes it.
+A process holds a lock (flock) on what it writes, which the system frees however the process ends. So what a killed
+process left can be told from what another one is writing, and the next process to write the same NAME removes it. Where
+there are no such locks (Windows, some network file systems) it stays until somebody removes it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ __all__ = [
 
 _NAME = re.compile(r"\.(.+)\.[0-9a-f]{32}\.(part|old)", re.DOTALL)
 _MOST_NAME = 255 - len(f"..{'0' * 32}.part")
-"""Bytes of a NAME that leave room for the rest, where names have 255."""
+"""The most bytes of a NAME that leave room for the rest, where file names may have 255."""
 
 _DIGITS = 32
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
@@ -64,14 +64,15 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_NAME = {errno.EINVAL, errno.ENAMETOOLONG}
 _MOVED = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}
-"""Where a folder was expected there is none, or the other way round: another process is putting one there."""
+"""A folder is missing where one was expected, or the other way round: another process is putting one there."""
 
 _BUSY_SECONDS, _BUSY_LOOK_SECONDS = 10, 0.005
-"""How long is waited for another process that replaces the same folder, which takes it as long as removing one."""
+"""How long to wait, and how often to look, while another process is replacing the same folder, which takes as long as
+removing one."""
 
 
 def place(path: str | os.PathLike[str]) -> Path:
-    """The absolute path at which `path` is written; that of a link is where it leads to.
+    """Return the absolute path at which `path` is written; for a link, that is where it leads.
 
     Raises:
         OSError: links lead to each other, there is no working directory any more, or no file can have this name.
@@ -93,11 +94,10 @@ def place(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A new empty file beside `target`, or a new folder, to be filled and then `put` there. Who may not read what is
-    there now may not read this either.
+    """Make a new empty file or folder beside `target`, to be filled and then `put` there.
 
-    Whatever has its name when the context ends is removed. What killed processes left of the same `target` is removed
-    first.
+    Users who may not read what is there now may not read the new one either. Whatever has its name when the context
+    ends is removed. What killed processes left of the same `target` is removed first.
 
     Raises:
         OSError: it cannot be made.
@@ -109,7 +109,7 @@ def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
     finally:
         try:
             _remove(path)
-        except BaseException:  # a signal came before it began
+        except BaseException:  # a signal arrived before the removal began
             _remove(path)
             raise
         finally:
@@ -119,21 +119,21 @@ def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
 def put(
     new: Path, target: Path, *, overwrite: bool = True, look: Callable[[Path], object] = lambda earlier: None
 ) -> None:
-    """Let `new`, a part of `target`, take its place, on the disk for certain.
+    """Let `new`, a part of `target`, take its place, durably on disk.
 
-    With `overwrite` an earlier file or folder is replaced, and keeps its permissions: either it or the new one is there
-    at every moment. Without, a file is put only where there is nothing, and a folder where there is none, or an empty
-    one.
+    With `overwrite` an earlier file or folder is replaced, and the new one takes over its permissions: at every moment
+    either it or the new one is there. Without it, a file is put only where there is nothing, and a folder only where
+    there is nothing or an empty one.
 
-    Of those that replace the same folder at the same time one waits for the other.
+    If several processes replace the same folder at the same time, one waits for the other.
 
-    look: called with an earlier folder just before it is replaced, and again where it then is, before it is removed;
+    look: called with an earlier folder just before it is replaced, and again with its new place before it is removed;
     whatever it raises keeps that folder, or brings it back
 
     Raises:
-        FileExistsError: a file, without `overwrite`, and something is there.
-        OSError: that failed. What was there before is there again, unless all that failed is to have the new name on
-            the disk for certain: a file stays replaced then, and a folder where two cannot change places.
+        FileExistsError: `new` is a file, there is no `overwrite`, and something is there.
+        OSError: it failed. What was there before is there again, unless the only failure was in flushing the new name
+            to disk: then a file stays replaced, and so does a folder if two cannot change places.
     """
     settle(new)
     mode = _mode(target, folder=new.is_dir()) if overwrite else None
@@ -153,10 +153,10 @@ def put(
 
 
 def write(target: Path, content: bytes | memoryview) -> None:
-    """A file of this content, in place of an earlier one.
+    """Write a file with this content, in place of an earlier one.
 
     Raises:
-        OSError: as of `part` and `put`.
+        OSError: as `part` and `put`.
     """
     with part(target) as new:
         new.write_bytes(content)
@@ -164,15 +164,15 @@ def write(target: Path, content: bytes | memoryview) -> None:
 
 
 def check(target: Path, *, folder: bool = False) -> None:
-    """See before hours of work that `target` can be made, by making a part of it and removing that.
+    """Check, before hours of work, that `target` can be made, by making a part of it and removing that.
 
-    Folders that do not exist yet are not made: they are tried inside the part, in the nearest folder that does.
+    Folders that do not exist yet are not made: they are tried inside the part, in the nearest folder that exists.
 
     Raises:
         OSError: it cannot be made.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        os.lstat(target)  # refuses what is too long, which the name of a part need not be
+        os.lstat(target)  # refuses a name that is too long, which that of a part need not be
     place = next(place for place in target.parents if os.path.lexists(place))
     names = target.relative_to(place).parts
     deep = len(names) > 1
@@ -187,10 +187,10 @@ def check(target: Path, *, folder: bool = False) -> None:
 
 
 def make_folder(folder: Path, *, mode: int = 0o777) -> None:
-    """Make a folder, and those above it, where they are missing; with their names on the disk for certain.
+    """Make a folder, and those above it that are missing, with their names durably on disk.
 
     Raises:
-        OSError: that failed.
+        OSError: one could not be made or flushed.
     """
     missing = []
     for place in (folder, *folder.parents):
@@ -206,20 +206,20 @@ def remove(target: Path) -> None:
     """Remove a file or folder, which is gone at once: what a killed process leaves of it is a part of `target`.
 
     Raises:
-        OSError: it cannot be taken away, and is as it was. (What is taken away and cannot be deleted stays as a part.)
+        OSError: it cannot be moved away, and is unchanged. (What is moved away and cannot be deleted stays as a part.)
     """
     aside = _beside(target, "part")
     try:
         os.rename(target, aside)
-    finally:  # a signal may come as it is renamed
+    finally:  # a signal may arrive during the renaming
         _remove(aside)
 
 
 def settle(path: Path) -> None:
-    """Put a file, or a folder with all that is in it, on the disk for certain.
+    """Flush a file, or a folder with everything in it, to disk.
 
     Raises:
-        OSError: that failed.
+        OSError: it could not be flushed.
     """
     if path.is_dir():
         for inner in sorted(path.iterdir()):
@@ -228,9 +228,9 @@ def settle(path: Path) -> None:
 
 
 def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
-    """Remove what killed processes left unfinished in a folder, of those names that `of` takes; returns what went.
+    """Remove what killed processes left unfinished in a folder, of names that `of` accepts; return what went.
 
-    What a live process writes stays. So does an earlier folder that is the only one there is of its name, because its
+    What a live process is writing stays. So does an earlier folder that is the only one of its name, because its
     process was killed in the middle of replacing it. Nothing is raised: what cannot be removed now may be another time.
     """
     removed: list[Path] = []
@@ -253,12 +253,12 @@ def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
 
 
 def is_part(name: str) -> bool:
-    """Whether a name is one that something has while it is not finished."""
+    """Whether a name is that of something unfinished."""
     return _NAME.fullmatch(name) is not None
 
 
 def is_live(part: Path) -> bool:
-    """Whether a live process holds what has the name of a part. False also where that cannot be known."""
+    """Whether a live process holds what has the name of a part. False also if that cannot be known."""
     try:
         lock = _lock(part)
     except BlockingIOError:
@@ -270,16 +270,16 @@ def is_live(part: Path) -> bool:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two files or folders change places in one step; False where this system or file system cannot.
+    """Let two files or folders change places in one step; return False if this system or file system cannot.
 
     Raises:
-        OSError: it can, and that failed.
+        OSError: it can, but failed.
     """
     return _rename(one, other, _RENAME_EXCHANGE)
 
 
 def why(error: OSError) -> str:
-    """What happened and what to do, as the end of a message: `file 'a' cannot be written: ...`."""
+    """Say what happened and what to do, as the end of a message: `file 'a' cannot be written: ...`."""
     if error.errno in _FULL:
         advice = "Free some space there, or choose another place."
     elif error.errno == errno.EFBIG:
@@ -299,12 +299,12 @@ def why(error: OSError) -> str:
 
 
 def _beside(target: Path, kind: str) -> Path:
-    """A new name for a part of `target`, or for what it was."""
+    """Return a new name beside `target`, for a part of it or for its earlier state."""
     return target.parent / f".{_stem(target.name)}.{uuid.uuid4().hex}.{kind}"
 
 
 def _stem(name: str) -> str:
-    """NAME as it stands in the names of its parts."""
+    """Return NAME as it stands in the names of its parts."""
     encoded = os.fsencode(name)
     if len(encoded) <= _MOST_NAME:
         return name
@@ -316,12 +316,12 @@ def _stem(name: str) -> str:
 
 
 def _stands(folder: Path, stem: str, names: list[str]) -> bool:
-    """Whether something stands there whose parts are named so."""
+    """Whether the folder has something whose parts are named by this stem."""
     return any(_stem(name) == stem and os.path.lexists(folder / name) for name in names)
 
 
 def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
-    """A new part of `target`, and the descriptor that holds its lock."""
+    """Make a new part of `target`; return it with the descriptor that holds its lock."""
     earlier = _mode(target, folder=folder)
     while True:
         path, made = _beside(target, "part"), False
@@ -332,7 +332,7 @@ def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
                 path.touch(0o666 if earlier is None else 0o600 | earlier & 0o777, exist_ok=False)
             made = True
             return path, _lock(path)
-        except BaseException as error:  # a signal may have come as it was made
+        except BaseException as error:  # a signal may have arrived while it was made
             # Another process may have taken it for left behind, in the moment before it was locked.
             if not (made and isinstance(error, (BlockingIOError, FileNotFoundError))):
                 _remove(path)
@@ -340,7 +340,7 @@ def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
 
 
 def _mode(path: Path, *, folder: bool) -> int | None:
-    """The permissions of a file or folder; None where there is none, or something else."""
+    """Return the permissions of a file or folder; None if there is none, or something else."""
     try:
         found = os.lstat(path).st_mode
     except OSError:
@@ -349,7 +349,7 @@ def _mode(path: Path, *, folder: bool) -> int | None:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock on a file or folder until it is closed; None where there are no locks.
+    """Lock a file or folder; return the descriptor that holds the lock until closed, or None if there are no locks.
 
     Raises:
         BlockingIOError: a live process holds it.
@@ -360,7 +360,7 @@ def _lock(path: Path) -> int | None:
     descriptor = os.open(path, _OPEN_FLAGS)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever held it may have renamed it meanwhile: then it is nobody's to remove.
+        # The former holder may have renamed it meanwhile: then nobody may remove it.
         if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
             return descriptor
         raise BlockingIOError(errno.EWOULDBLOCK, "it is another one now", str(path))
@@ -372,10 +372,10 @@ def _lock(path: Path) -> int | None:
 
 
 def _put(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object]) -> None:
-    """As `put`, once, of what is on the disk."""
+    """Try once to `put` what has been flushed to disk."""
     earlier = os.path.lexists(target)
     replaced = overwrite and earlier and new.is_dir() and target.is_dir()
-    # The earlier folder is held until its fate is certain: as a part, nobody else is to take it for left behind.
+    # The earlier folder is locked until its fate is certain, or others might take it, as a part, for left behind.
     held = _lock_soon(target) if replaced else None
     try:
         if replaced:
@@ -387,7 +387,7 @@ def _put(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object
         try:
             _sync(target.parent)
         except OSError:
-            # Whoever is told that it failed must not find it there.
+            # A caller that is told of a failure must not find it there.
             with contextlib.suppress(OSError):
                 if replaced:
                     exchange(new, target)
@@ -399,7 +399,7 @@ def _put(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object
 
 
 def _lock_soon(target: Path) -> int | None:
-    """As `_lock`, of a folder that another process may be replacing, which is waited for; None if that does not end.
+    """Like `_lock`, for a folder that another process may be replacing: wait for that; None if it does not end.
 
     Raises:
         OSError: the folder is gone or cannot be opened.
@@ -414,7 +414,7 @@ def _lock_soon(target: Path) -> int | None:
 
 
 def _unlock(descriptor: int | None) -> None:
-    """Also where a process that was forked meanwhile has the descriptor as well."""
+    """Release the lock, even if a process that was forked meanwhile has the descriptor as well."""
     if descriptor is not None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -423,7 +423,7 @@ def _unlock(descriptor: int | None) -> None:
 
 
 def _put_where_nothing_is(new: Path, target: Path) -> None:
-    """As a rename; of two that put a file there at the same time one succeeds.
+    """Rename a file to a place where nothing is; of two that do so at the same time one succeeds.
 
     Raises:
         FileExistsError: something is there.
@@ -434,7 +434,7 @@ def _put_where_nothing_is(new: Path, target: Path) -> None:
         if error.errno not in _CANNOT_LINK:
             raise
     else:
-        # Both names are the file's now. What keeps this one from going is no harm: whoever comes next removes it.
+        # The file has both names now. If this one cannot be removed, no harm is done: the next process removes it.
         with contextlib.suppress(OSError):
             new.unlink()
         return
@@ -446,7 +446,7 @@ def _put_where_nothing_is(new: Path, target: Path) -> None:
 
 
 def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> None:
-    """Afterwards the earlier folder is at `new`."""
+    """Replace a folder; afterwards the earlier one is at `new`."""
     look(target)
     if exchange(new, target):
         try:
@@ -472,7 +472,7 @@ def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> 
 
 
 def _remove(path: Path) -> None:
-    """Remove what can be removed of it, also where a signal comes meanwhile."""
+    """Remove as much of a file or folder as can be removed, even if a signal arrives meanwhile."""
     try:
         _take_away(path)
     except BaseException:
@@ -485,7 +485,7 @@ def _take_away(path: Path) -> None:
         try:
             shutil.rmtree(path, ignore_errors=True)
         except OSError as error:
-            let_through(error)  # interrupted as it had closed a folder and not noted so, it closes it again and fails
+            let_through(error)  # interrupted after closing a folder, before noting that, it closes it again and fails
             raise
     else:
         with contextlib.suppress(OSError):
@@ -494,20 +494,20 @@ def _take_away(path: Path) -> None:
 
 def _sync(path: Path) -> None:
     folder = path.is_dir()
-    if os.name == "nt" and folder:  # which is not possible there
+    if os.name == "nt" and folder:  # which Windows cannot flush
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (folder and error.errno == errno.EINVAL):  # some file systems do not know it of folders
+        if not (folder and error.errno == errno.EINVAL):  # some file systems cannot flush folders
             raise
     finally:
         os.close(descriptor)
 
 
 def _rename(one: Path, other: Path, flag: int) -> bool:
-    """`renameat2`; False where this system or file system cannot."""
+    """Call `renameat2`; return False if this system or file system cannot."""
     renameat2 = _renameat2()
     if renameat2 is None:
         return False
@@ -521,7 +521,7 @@ def _rename(one: Path, other: Path, flag: int) -> bool:
 
 @functools.cache
 def _renameat2() -> Any:
-    """The C library's function; None where it has none."""
+    """Return the C library's `renameat2`; None if it has none."""
     if sys.platform != "linux":
         return None
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

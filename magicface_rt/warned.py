@@ -1,4 +1,4 @@
-"""What was done to an input and may not have been meant: told by Python's warnings, or to whoever collects it."""
+"""Warnings of changes to an input that may not have been meant: issued through Python's warnings, or collected."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _collecting: ContextVar[list[MagicFaceWarning] | None] = ContextVar("magicface_r
 
 
 def warn(kind: str, message: str) -> None:
-    """Warn of the line outside of this package that led here, or tell whoever collects it."""
+    """Issue a warning that points to the line outside this package that led here, or add it to those collected."""
     warning, collecting = MagicFaceWarning(message, kind), _collecting.get()
     if collecting is None:
         frame, level = sys._getframe(1), 2
@@ -44,7 +44,7 @@ def warn(kind: str, message: str) -> None:
 
 @contextmanager
 def collected() -> Iterator[list[MagicFaceWarning]]:
-    """What is warned of in the block, in this thread or task and those that have its context; each once."""
+    """Collect the warnings issued in the block, in this thread or task and those that share its context, each once."""
     found: list[MagicFaceWarning] = []
     before = _collecting.set(found)
     try:
@@ -55,7 +55,7 @@ def collected() -> Iterator[list[MagicFaceWarning]]:
 
 @contextmanager
 def placed(field: str) -> Iterator[None]:
-    """What is collected in the block is of that part of a request, unless it names one itself."""
+    """Attribute warnings collected in the block to that field of a request, unless they name one themselves."""
     found = _collecting.get()
     before = len(found or ())
     try:

@@ -1,4 +1,4 @@
-"""Requests of one number of steps on their way to pictures, stage by stage, in batches."""
+"""Requests with the same number of steps on their way to pictures, stage by stage, in batches."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class _Image:
 
 @dataclass
 class _References:
-    """For each request and concept its references as they will be placed, and those that are computed at each step:
-    their noise's seeds, clean latents [R, 4, h, w] and texts [R, 77, D].
+    """The sources of the references of every request and concept; and, of the references that are computed at each
+    step, the seeds of their noise, clean latents [R, 4, h, w] and texts [R, 77, D].
     """
 
     sources: list[list[list[Source]]]
@@ -73,13 +73,13 @@ class Work:
         self.course = course
         self.preparer = Preparer(bundle, tokenizer, keeper, place, course)
         self.held: dict[tuple[int, int], list[KeptReference | None]] = {}
-        """By concept and reference_seed what the store had of a bare concept when the request was planned."""
+        """What the store had of a bare concept when the request was planned, by the concept's id and reference_seed."""
         self.step_seconds: list[float] = []
         self.step_regions: dict[int, list[NDArray[np.uint8]]] = {}
-        """By request, where it asked for them, its pictures' regions [T, h/2, w/2] after every step."""
+        """For each request that asked for them, its pictures' regions [T, h/2, w/2] after every step."""
 
     def run(self, requests: Sequence[CheckedRequest], *, backend: str, provenance: bool) -> list[Result]:
-        """A result for each request; all have the same number of steps."""
+        """Return a result for each request; all must have the same number of steps."""
         start = perf_counter()
         self.requests = requests
         self.steps = requests[0].options.steps
@@ -121,7 +121,7 @@ class Work:
     # -------------------------------------------------------------------------------------------- before the loop
 
     def _load(self) -> dict[int, list[BareReference]]:
-        """The references of every bare concept, by the concept's id."""
+        """Load the references of every bare concept, by the concept's id."""
         found: dict[int, list[BareReference]] = {}
         for concept in (c for request in self.requests for c in request.concepts):
             if isinstance(concept, Concept) and id(concept) not in found:
@@ -129,14 +129,16 @@ class Work:
         return found
 
     def _described(self) -> dict[int, list[dict[str, Any]]]:
-        """What run.json says of every concept's references, by the concept's id: now, as they were read. When the
-        pictures are made, an array or image that was given may hold others.
+        """Return what run.json says of every concept's references, by the concept's id.
+
+        That is done when they are read, since an array or image that was given may hold something else by the time the
+        pictures are made.
         """
         concepts = {id(concept): concept for request in self.requests for concept in request.concepts}
         return {key: [one.describe() for one in concept.references] for key, concept in concepts.items()}
 
     def _references(self, loaded: dict[int, list[BareReference]], held: ExitStack) -> _References:
-        """Where the keys of every concept come from, after those that are to be prepared were prepared."""
+        """Prepare the references that are to be prepared, and return where the keys of every concept come from."""
         plan = self._plan(loaded)
         self.keeper.make_room(plan, self._identities())
         by_concept: dict[tuple[int, int], list[Source]] = {}
@@ -161,7 +163,7 @@ class Work:
         return references
 
     def _computed(self, loaded: Sequence[BareReference], references: _References, seed: int) -> list[Source]:
-        """References that are computed at each step."""
+        """Add references that are computed at each step, and return their sources."""
         first = len(references.bare)
         references.bare += loaded
         references.seeds += [seed] * len(loaded)
@@ -194,13 +196,13 @@ class Work:
         )
 
     def _take_room(self, *, preparing: bool) -> None:
-        """On a device, what the network takes is taken before the plan divides what is left among the keys."""
+        """On a device, let the network take its memory before the plan divides what is left among the keys."""
         if self.keeper.backend.free_device_memory() is not None:
             for graph in ("denoise_step", "vae_decoder", *(("vae_encoder", "reference_kv") if preparing else ())):
                 self.place.binding(graph)
 
     def _identities(self) -> set[Hashable]:
-        """Of the references that are used and were prepared before."""
+        """Return the identities of the references that are used and were prepared before."""
         found: set[Hashable] = set()
         for request in self.requests:
             for concept in request.concepts:
@@ -211,8 +213,8 @@ class Work:
         return found
 
     def _stored(self, kept: KeptReference, plan: MemoryPlan, sources: dict[Hashable, StoredKeys]) -> StoredKeys:
-        """A prepared reference on the host, as the plan's mode has it there. Its key is what its file says, so it is
-        told apart from others by its identity.
+        """Return a prepared reference as a source, on the host as the plan's mode requires. It is known by its
+        identity, since its key is only what its file says.
         """
         if kept.identity not in sources:
             read = plan.mode == "keep" and self.place.shelf() is None
@@ -220,11 +222,13 @@ class Work:
         return sources[kept.identity]
 
     def _put_on_device(self, sources: Sequence[StoredKeys], held: ExitStack) -> None:
-        """Have the keys of all steps there until the end of `held`. Where some find no room, all are streamed."""
+        """Put the keys of all steps on the device until the end of `held`. If some do not fit, all are streamed,
+        unless `memory="keep"` was asked for: that raises DeviceMemoryError.
+        """
         shelf, on_device = self.place.shelf(), self.keeper.on_device
         if shelf is None:
             return
-        # Those that are there come first, or the others might take their room.
+        # Those that are there already come first, or the others might take their room.
         ordered = sorted(sources, key=lambda source: not on_device.has(source.kept))
 
         def waiting() -> None:
@@ -253,7 +257,7 @@ class Work:
             references.text = encode_text(self.place, self.tokenizer, prompts)  # [R, 77, D]
 
     def _check_unwritten(self) -> None:
-        """What a mapped file held before it was written to is another concept's."""
+        """Check that no kept concept's file was written to, since it would then hold another concept's keys."""
         for concept in (c for request in self.requests for c in request.concepts):
             if isinstance(concept, KeptConcept):
                 concept.check_unwritten()
@@ -261,7 +265,7 @@ class Work:
     # -------------------------------------------------------------------------------------------------- the loop
 
     def _denoise_batches(self, references: _References) -> tuple[list[Float32Array], list[NDArray[np.int64]]]:
-        """All images, as many of them together as the bundle and its plan take; for each request its own."""
+        """Make all images, in batches as large as the bundle and its plans allow; return those of each request."""
         batches = self._batches(references)
         made = [self._denoise(references, batch, (n, len(batches))) for n, batch in enumerate(batches)]
         latents, regions = np.concatenate([m[0] for m in made]), np.concatenate([m[1] for m in made])
@@ -269,7 +273,7 @@ class Work:
         return np.split(latents, ends), np.split(regions, ends)
 
     def _batches(self, references: _References) -> list[list[_Image]]:
-        """In their order, as many together as the bundle and the plans of `denoise_step` and `reference_kv` take."""
+        """Split the images, in order, into batches as large as the bundle and the plans of both U-Net graphs allow."""
         images = [_Image(r, k) for r, request in enumerate(self.requests) for k in range(request.options.images)]
         size = min(self.bundle.limits.images, self.place.binding("denoise_step").largest("B") or len(images))
         computed = [
@@ -289,7 +293,7 @@ class Work:
         return batches
 
     def _fit_in_a_pass(self, references: _References, numbers: set[int]) -> bool:
-        """Whether these references can be computed at one step together."""
+        """Whether these references can be computed together in one pass at a step."""
         if not numbers:
             return True
         largest = self.place.binding("reference_kv").largest
@@ -300,12 +304,12 @@ class Work:
     def _denoise(
         self, references: _References, images: Sequence[_Image], place: tuple[int, int]
     ) -> tuple[Float32Array, NDArray[np.int64]]:
-        """Latents [B, 4, h, w] and the last region labels [B, h/2, w/2] of some of the images."""
+        """Denoise some of the images; return latents [B, 4, h, w] and the last region labels [B, h/2, w/2]."""
         latents, labels = self._steps(references, images, place)
         try:
             check_finite("denoise_step", "latents_out", latents)
         except NonFiniteError as error:
-            # On a device the steps went unseen: go through them again, until the first graph that made them is found.
+            # On a device the steps were not checked: go through them again, to the first graph that made such values.
             self._steps(references, images, None)
             raise NonFiniteError(
                 f"{error} Looked at one by one, the same steps gave numbers: the device may have erred."
@@ -315,7 +319,7 @@ class Work:
     def _steps(
         self, references: _References, images: Sequence[_Image], place: tuple[int, int] | None
     ) -> tuple[Float32Array, NDArray[np.int64]]:
-        """The denoising loop. Without a `place` every step is checked, and none is timed or reported."""
+        """Run the denoising loop. Without a `place` every step is checked, and none is timed or reported."""
         schedule, steps = self.bundle.schedule, self.steps
         together = [
             (number, [image.index for image in images if image.request == number])
@@ -360,7 +364,7 @@ class Work:
 
     @contextmanager
     def _naming(self, step: int, keys: KeyFeed) -> Iterator[None]:
-        """What is not finite within the block is named with its step; stored keys before the graph that they spoil."""
+        """Name the step if a value in the block is not finite; stored keys are named before the graph they spoil."""
         try:
             yield
         except NonFiniteError as error:
@@ -373,7 +377,7 @@ class Work:
                 self.step_regions.setdefault(image.request, []).append(of_steps)
 
     def _regions_per_step(self, number: int) -> NDArray[np.uint8] | None:
-        """Of a request, [T, B, h/2, w/2]; None where it did not ask for them."""
+        """Return the regions of a request, [T, B, h/2, w/2]; None if it did not ask for them."""
         found = self.step_regions.get(number)
         return None if found is None else np.stack(found, axis=1)
 
@@ -395,7 +399,7 @@ class Work:
         )
 
     def _keys(self, references: _References, together: Sequence[tuple[int, list[int]]]) -> KeyFeed:
-        """One row of keys for all images where they are the same for all, else a row for each."""
+        """Return the feed of keys: one row for all images if it is the same for all, otherwise a row for each."""
         rows = [self._placed(references, number) for number, _ in together]
         modes = {self.requests[number].options.weight_mode for number, _ in together}
         alphas = {self.requests[number].options.alpha for number, _ in together}
@@ -429,7 +433,7 @@ class Work:
     def _computing(
         self, references: _References, rows: Sequence[Sequence[PlacedKeys]]
     ) -> tuple[list[list[PlacedKeys]], ReferencePass]:
-        """The pass that computes the references which these rows need, and the rows with its sources in them."""
+        """Return the rows with the sources of a pass in them, and that pass, which computes what the rows need."""
         numbers = sorted({p.source.number for row in rows for p in row if isinstance(p.source, ComputedKeys)})
         assert references.latents is not None
         assert references.text is not None

@@ -1,4 +1,4 @@
-"""What one worker of a Session computes with: the bundle's graphs, bound beside each other."""
+"""The workplaces in which a Session's workers compute: the bundle's graphs, bound beside each other."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class Workplace:
         self.closed = False
 
     def binding(self, graph: str) -> Binding:
-        """A graph of the bundle, bound on first use."""
+        """Return the binding of a graph of the bundle, which is made on first use."""
         if graph not in self._bindings:
             beside = next(iter(self._bindings.values()), None)
             self._bindings[graph] = self._runner(graph).bind(SERVED_OUTPUTS.get(graph), beside=beside)
         return self._bindings[graph]
 
     def shelf(self) -> Shelf | None:
-        """Where `denoise_step` finds keys on the device; None where they come from the host."""
+        """Return where `denoise_step` finds keys on the device; None if they come from the host."""
         if self._shelf is None:
             self._shelf = self.binding("denoise_step").shelf()
         return self._shelf
 
     def drop(self, graph: str) -> None:
-        """Free what a graph's binding holds; it is bound anew when it is needed."""
+        """Free what a graph's binding holds; the graph is bound anew when it is needed."""
         if self._shelf is not None:
             self._shelf.close()
             self._shelf = None
@@ -55,7 +55,7 @@ class Workplace:
 
 
 class Workplaces:
-    """Workplaces to be used again, one for each worker that computes at the same time. Thread-safe."""
+    """A pool of workplaces, one for each worker that computes at the same time. Thread-safe."""
 
     def __init__(self, runner: Callable[[str], GraphRunner]) -> None:
         self._runner = runner
@@ -64,7 +64,7 @@ class Workplaces:
 
     @contextlib.contextmanager
     def take(self) -> Iterator[Workplace]:
-        """A workplace for the block. One in which a runtime failed is freed and not used again."""
+        """Lend a workplace for the block. One in which a runtime failed is freed and not used again."""
         with self._lock:
             place = self._free.pop() if self._free else Workplace(self._runner)
         try:
@@ -78,13 +78,13 @@ class Workplaces:
                     self._free.append(place)
 
     def drop(self, graph: str) -> None:
-        """Free a graph's bindings where nobody uses them."""
+        """Free a graph's bindings in all workplaces that are not in use."""
         with self._lock:
             for place in self._free:
                 place.drop(graph)
 
     def close(self) -> None:
-        """Free those that nobody uses."""
+        """Free the workplaces that are not in use."""
         with self._lock:
             places, self._free = self._free, []
         for place in places:

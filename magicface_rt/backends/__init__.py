@@ -1,8 +1,8 @@
 """Runtimes that serve bundles.
 
 A `Backend` makes a bundle's graphs ready; a `GraphRunner` runs one, and `bind` gives a `Binding`, which holds its
-tensors where the runtime computes. Any object with `load` and `_run` may be given to `Session(backend=...)`, which is
-also how tests plug in their own.
+tensors where the runtime computes. An instance of a subclass of `Backend` may be given to `Session(backend=...)`,
+which is also how tests plug in their own.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def open_backend(
     cuda_graphs: bool = True,
     bundle: Bundle | None = None,
 ) -> Backend:
-    """The backend of that name.
+    """Open the backend of that name.
 
     "auto" takes the fastest that works here: a TensorRT flavour whose plans of the `bundle` are all in the `store`,
     else "onnxruntime". "onnxruntime" takes CUDA where it works, else the CPU.
 
-    threads                of a CPU provider, 0 for its own choice
+    threads                threads of a CPU provider, 0 for its own choice
     store                  engine store, for the TensorRT flavours
     device                 the GPU's ordinal
     build_missing, target  see `TensorRT`
@@ -101,7 +101,7 @@ def open_backend(
 
 
 def _with_onnxruntime(asked: str, device: int) -> str:
-    """With CUDA where it works, else on the CPU; the log says why, where the wheel for GPUs is installed."""
+    """Return the CUDA backend's name if it works, else the CPU's; the log says why if the GPU wheel is installed."""
     reason = why_not("onnxruntime-cuda", device=device)
     if not reason:
         return "onnxruntime-cuda"
@@ -113,7 +113,7 @@ def _with_onnxruntime(asked: str, device: int) -> str:
 def _with_plans(
     flavour: str, bundle: Bundle, store: PlanStore | Path | str, device: int, target: Any, cuda_graphs: bool
 ) -> Backend | None:
-    """The flavour, if it works here and the store holds the bundle's plans, and they fit; if not, the log says why."""
+    """Open the flavour if it works here, and the store holds the bundle's plans, and they fit; else log why not."""
     if reason := why_not(flavour, device=device):
         logger.info("backend 'auto': %s is not used: %s", flavour, reason)
         return None
@@ -129,7 +129,7 @@ def _with_plans(
 
 
 def _cache_folder(store: PlanStore | Path | str | None, provider: str) -> Path | None:
-    """Beside the plans, for a provider that compiles graphs itself."""
+    """Return the folder, beside the plans, for a provider that compiles graphs itself; None without a store."""
     if store is None:
         return None
     root = Path(store) if isinstance(store, (str, Path)) else store.root

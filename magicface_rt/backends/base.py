@@ -1,4 +1,4 @@
-"""What a runtime must do to serve a bundle."""
+"""The interface that a runtime must implement to serve a bundle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GraphRunner(ABC):
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> Arrays:
         """Run the graph on host arrays and return the named outputs (all by default).
 
-        bfloat16 tensors are their bits in uint16 arrays; inputs may also be of ml_dtypes' bfloat16.
+        bfloat16 tensors are held as their bits, in uint16 arrays; inputs may also be of ml_dtypes' bfloat16.
 
         Raises:
             BackendError: an input is missing, unknown, or of another dtype or shape than the contract says; the
@@ -43,10 +43,10 @@ class GraphRunner(ABC):
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
-        """Run; inputs have been checked."""
+        """Run the graph; the inputs have been checked."""
 
     def bind(self, outputs: Sequence[str] | None = None, *, beside: Binding | None = None) -> Binding:
-        """The graph with its tensors held in place, for many runs by one worker.
+        """Return the graph with its tensors held in place, for many runs by one worker.
 
         outputs: those that will be read or linked, all by default; beside: a binding of the same worker, with which
         this one takes turns.
@@ -58,11 +58,11 @@ class GraphRunner(ABC):
 
     @property
     def limits(self) -> Limits:
-        """By input the smallest and the largest shape that it takes; an input that is not named takes any."""
+        """The smallest and the largest shape that each input takes, by input; an input that is not named takes any."""
         return {}
 
     def close(self) -> None:  # noqa: B027 - not every runner holds something
-        """Free what the runner holds; its bindings are closed before. May be called twice."""
+        """Free what the runner holds; its bindings must be closed before. May be called twice."""
 
 
 class Backend(ABC):
@@ -80,7 +80,7 @@ class Backend(ABC):
         """
 
     def check(self, bundle: Bundle) -> None:  # noqa: B027 - not every backend can know before it loads
-        """Find out, before anything is loaded, whether the bundle can be served.
+        """Check, before anything is loaded, that the bundle can be served.
 
         Raises:
             EngineError: a plan is missing or cannot be used.
@@ -88,8 +88,8 @@ class Backend(ABC):
         """
 
     def free_device_memory(self) -> int | None:
-        """Bytes that the device has left for keys; None where bindings have no `shelf` there."""
+        """Return the bytes that the device has left for keys; None if bindings have no `shelf` there."""
         return None
 
     def close(self) -> None:  # noqa: B027 - not every backend holds something
-        """Free what the backend holds; its runners are closed before. May be called twice."""
+        """Free what the backend holds; its runners must be closed before. May be called twice."""

@@ -1,8 +1,8 @@
 """A graph with its inputs and outputs held in place for many runs by one worker.
 
 An input has one source at a time, and the latest call says which: a host array (`set`), an output of another graph
-(`link`), an output of this graph's run before (`feed_back`), or pieces put together (`lay`). It keeps its source, and
-a host array its value, from run to run; so what does not change is uploaded once.
+(`link`), an output of this graph's previous run (`feed_back`), or pieces put together (`lay`). The input keeps its
+source, and a host array its value, from run to run, so what does not change is uploaded only once.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class Binding(ABC):
-    """For one thread at a time. `outputs`: the names that can be read or linked after a run.
+    """A bound graph, for one thread at a time. `outputs`: the names that can be read or linked after a run.
 
-    Bindings that were made beside each other (`GraphRunner.bind(beside=...)`) run in the order of the calls, one at
-    a time, and only they may be linked.
+    Bindings that were made beside each other (`GraphRunner.bind(beside=...)`) run one at a time, in the order of the
+    calls, and only such bindings may be linked.
     """
 
     def __init__(self, contract: GraphContract, outputs: Sequence[str] | None = None) -> None:
@@ -54,7 +54,7 @@ class Binding(ABC):
     # ------------------------------------------------------------------------------------------------- what callers do
 
     def set(self, name: str, array: NDArray[Any]) -> None:
-        """A host array becomes the input, now: the caller may change the array afterwards.
+        """Make a host array the input. It is copied at once, so the caller may change it afterwards.
 
         Raises:
             BackendError: the input is unknown, of another dtype or shape, or outside the plan's range.
@@ -71,9 +71,9 @@ class Binding(ABC):
         self._shapes[name] = array.shape
 
     def lay(self, name: str, shape: Shape, pieces: Sequence[Piece]) -> None:
-        """Pieces become the input [K, M, C], now; what they do not cover is zero.
+        """Put pieces together as the input [K, M, C], at once; what they do not cover is zero.
 
-        Host arrays may be changed afterwards. What is on the device is read there in the order of the calls.
+        Host arrays may be changed afterwards. Pieces on the device are read there in the order of the calls.
 
         Raises:
             BackendError: the input is unknown, of another shape, outside the plan's range, or there is no memory.
@@ -93,13 +93,13 @@ class Binding(ABC):
         self._laid[name] = wanted
 
     def shelf(self) -> Shelf | None:
-        """A place on the device for pieces, made for the caller to close; None where they come from the host."""
+        """Make a place on the device for pieces, for the caller to close; None if they come from the host."""
         return None
 
     def link(self, name: str, source: Binding, output: str) -> None:
-        """The input reads another binding's output in place, as it is when this graph runs.
+        """Make the input read another binding's output in place, as it is when this graph runs.
 
-        Where the output has one axis less than the input, an axis of size 1 is put in front.
+        If the output has one axis fewer than the input, an axis of size 1 is put in front.
         """
         tensor = self._input(name)
         if output not in source.outputs or not self._can_link(source):
@@ -114,7 +114,7 @@ class Binding(ABC):
         self._fed_back.pop(name, None)
 
     def feed_back(self, name: str, output: str) -> None:
-        """From the next run on, the input is that output of the run before.
+        """From the next run on, use that output of the previous run as the input.
 
         Raises:
             BackendError: the graph has not run; the two differ in dtype or shape; the output is fed back already.
@@ -130,10 +130,10 @@ class Binding(ABC):
         self._fed_back[name] = output
 
     def run(self) -> None:
-        """Run, or have it enqueued on the device: `wait` says when it is done.
+        """Run the graph, or enqueue it on the device: `wait` returns when it is done.
 
         Raises:
-            BackendError: an input has no source, or the shapes do not go together; nothing was enqueued.
+            BackendError: an input has no source, or the shapes do not match; nothing was enqueued.
         """
         self._check_open()
         shapes = self._current_shapes()
@@ -141,12 +141,12 @@ class Binding(ABC):
         sizes = match_sizes(self.contract, shapes)
         check_limits(self.contract, shapes, self.limits)
         self._sizes = sizes
-        self._has_run = False  # of what fails in the middle nothing is fed back or read
+        self._has_run = False  # after a failure in the middle nothing may be fed back or read
         self._execute(shapes)
         self._has_run = True
 
     def largest(self, symbol: str) -> int | None:
-        """The largest value of a symbol such as B that the graph takes, None where there is no limit."""
+        """Return the largest value of a symbol such as B that the graph takes; None if there is no limit."""
         sizes = [
             most
             for name, (_, shape) in self.limits.items()
@@ -156,24 +156,24 @@ class Binding(ABC):
         return min(sizes, default=None)
 
     def output_shape(self, name: str) -> Shape:
-        """The shape of an output of the last run."""
+        """Return the shape of an output of the last run."""
         if name not in self.outputs or not self._has_run:
             raise BackendError(f"graph {self.contract.name}: there is no {name} of a run before.")
         return output_shape(self._outputs[name], self._sizes)
 
     def read(self, name: str) -> NDArray[Any]:
-        """An output of the last run as a host array (bfloat16 as its bits, uint16); waits for it."""
+        """Wait for an output of the last run, and return it as a host array (bfloat16 as its bits, uint16)."""
         self._check_open()
         self.output_shape(name)
         return self._get(self._outputs[name])
 
     def check(self) -> None:
-        """Raises NonFiniteError where an output of the last run is not finite."""
+        """Raise NonFiniteError if an output of the last run is not finite."""
         for name in self.outputs:
             check_finite(self.contract.name, name, self.read(name), self._outputs[name].dtype)
 
     def once(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """Set all inputs, run, and return the outputs, which have been checked.
+        """Set all inputs, run, and return the outputs after checking that they are finite.
 
         Raises:
             BackendError, NonFiniteError: as `GraphRunner.run`.
@@ -199,18 +199,18 @@ class Binding(ABC):
     @property
     @abstractmethod
     def seconds(self) -> float:
-        """How long the last run took, without what it waited for; after `wait`."""
+        """How long the last run took, excluding time spent waiting; valid after `wait`."""
 
     @abstractmethod
     def _put(self, tensor: Tensor, array: NDArray[Any]) -> None:
         """Hold a checked array as the input."""
 
     def _lay(self, tensor: Tensor, shape: Shape, pieces: Sequence[Piece], clear: bool) -> None:
-        """Hold the pieces as the input. `clear`: the last ones covered something else."""
+        """Hold the pieces as the input. `clear`: the previous pieces covered something else."""
         self._put(tensor, self._assemble(tensor, shape, pieces, clear))
 
     def _assemble(self, tensor: Tensor, shape: Shape, pieces: Sequence[Piece], clear: bool) -> NDArray[Any]:
-        """The pieces in one host array, the same from run to run."""
+        """Put the pieces into one host array, which stays the same from run to run."""
         if clear:
             self._assembled[tensor.name] = np.zeros(shape, host_dtype(tensor.dtype))
         into = self._assembled[tensor.name]
@@ -223,7 +223,7 @@ class Binding(ABC):
 
     @abstractmethod
     def _get(self, tensor: Tensor) -> NDArray[Any]:
-        """An output on the host."""
+        """Return an output on the host."""
 
     def _can_link(self, source: Binding) -> bool:
         return isinstance(source, type(self))
@@ -257,7 +257,7 @@ class Binding(ABC):
 
 
 class HostBinding(Binding):
-    """For runtimes that take and return host arrays: holds them, and calls `GraphRunner.run`."""
+    """A binding for runtimes that take and return host arrays: holds them, and calls `GraphRunner.run`."""
 
     def __init__(self, runner: GraphRunner, outputs: Sequence[str] | None = None) -> None:
         super().__init__(runner.contract, outputs)
@@ -291,7 +291,7 @@ class HostBinding(Binding):
         return self._results[tensor.name]
 
     def check(self) -> None:
-        """Nothing to do: `GraphRunner.run` has checked every output."""
+        """Do nothing: `GraphRunner.run` has checked every output."""
 
     def close(self) -> None:
         super().close()

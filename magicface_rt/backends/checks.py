@@ -1,4 +1,4 @@
-"""What is compared with a graph's contract before it runs, and of its outputs after."""
+"""Checks of a graph's inputs before it runs, against its contract, and of its outputs afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .host import holds, non_finite
 
 Shape = tuple[int, ...]
 Limits = Mapping[str, tuple[Shape, Shape]]
-"""By input, the smallest and the largest shape that a plan takes."""
+"""The smallest and the largest shape that a plan takes, by input."""
 
 
 def check_inputs(contract: GraphContract, inputs: Mapping[str, NDArray[Any]]) -> None:
@@ -31,7 +31,7 @@ def check_inputs(contract: GraphContract, inputs: Mapping[str, NDArray[Any]]) ->
 
 
 def check_names(contract: GraphContract, given: Iterable[str]) -> None:
-    """Raises BackendError where an input is missing or unknown."""
+    """Raise BackendError if an input is missing or unknown."""
     found, known = set(given), {t.name for t in contract.inputs}
     unknown, missing = sorted(found - known), sorted(known - found)
     if unknown or missing:
@@ -41,7 +41,7 @@ def check_names(contract: GraphContract, given: Iterable[str]) -> None:
 
 
 def check_input(graph: str, tensor: Tensor, array: NDArray[Any]) -> None:
-    """Raises BackendError where dtype, rank or a fixed size differ."""
+    """Raise BackendError if the dtype, the rank or a fixed size differs."""
     found = f"{array.dtype}{list(array.shape)}"
     fixed = all(d == e for d, e in zip(array.shape, tensor.shape, strict=False) if isinstance(e, int))
     if not holds(array, tensor.dtype) or array.ndim != len(tensor.shape) or not fixed:
@@ -49,7 +49,7 @@ def check_input(graph: str, tensor: Tensor, array: NDArray[Any]) -> None:
 
 
 def match_sizes(contract: GraphContract, shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """The value of each symbol. `shapes`: of all inputs, with the contract's ranks.
+    """Return the value of each symbol. `shapes`: those of all inputs, with the contract's ranks.
 
     Raises:
         BackendError: a symbol has two values, or one below 1; K is neither 1 nor B.
@@ -74,7 +74,7 @@ def match_sizes(contract: GraphContract, shapes: Mapping[str, Shape]) -> dict[st
 
 
 def check_limits(contract: GraphContract, shapes: Mapping[str, Shape], limits: Limits) -> None:
-    """Raises BackendError where a shape is outside the range that a plan was built for."""
+    """Raise BackendError if a shape is outside the range that a plan was built for."""
     for tensor in contract.inputs:
         if tensor.name not in limits:
             continue
@@ -89,12 +89,12 @@ def check_limits(contract: GraphContract, shapes: Mapping[str, Shape], limits: L
 
 
 def output_shape(tensor: Tensor, sizes: Mapping[str, int]) -> Shape:
-    """The shape of an output, with its symbols' values put in."""
+    """Return the shape of an output, with the values of its symbols put in."""
     return tuple(d if isinstance(d, int) else sizes[d] for d in tensor.shape)
 
 
 def check_finite(graph: str, name: str, array: NDArray[Any], dtype: str | None = None) -> None:
-    """Raises NonFiniteError, naming the graph and the output, where a floating-point array is not finite."""
+    """Raise NonFiniteError, naming the graph and the output, if a floating-point array is not finite."""
     dtype = dtype or array.dtype.name
     if bad := non_finite(array, dtype):
         raise NonFiniteError(

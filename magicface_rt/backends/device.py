@@ -1,7 +1,7 @@
 """A thin layer over CUDA's runtime (cuda-bindings): a device, memory, streams, events, captured graphs.
 
-Every failed call is a `DeviceError` that names the call. What is allocated here is freed by `free` or `close`, which
-may be called twice and never raise: they run while something else has gone wrong.
+Every failed call is a `DeviceError` that names the call. What is allocated here is freed by `free` or `destroy`, which
+may be called twice and never raise, since they also run after something else has failed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _LOCKING = "cudaHostAlloc"
 _HOST_MEMORY = Path("/proc/meminfo")
 
 Reclaim = Callable[[int], int]
-"""Frees device memory that nobody needs now: at least so many bytes, if it can. Returns how many it freed."""
+"""Frees device memory that is not needed now, at least so many bytes if it can, and returns how many it freed."""
 
 logger = logging.getLogger("magicface_rt.device")
 
 
 def import_cuda() -> Any:
-    """The module `cuda.bindings.runtime`.
+    """Import the module `cuda.bindings.runtime`.
 
     Raises:
         BackendMissingError: cuda-bindings is not installed or does not load.
@@ -60,7 +60,7 @@ class CudaCallError(DeviceError):
 
     @property
     def may_be_of_earlier_work(self) -> bool:
-        """CUDA reports what failed on the device at whatever call comes next; only a lack of memory is the call's."""
+        """Whether earlier work may have failed: CUDA reports that at a later call. A lack of memory is this call's."""
         return self.code != _OUT_OF_MEMORY
 
 
@@ -71,7 +71,7 @@ class CudaMemoryError(CudaCallError, DeviceMemoryError):
 class Device:
     """One GPU, by its ordinal. `cuda`: the module `cuda.bindings.runtime`, or a stand-in for it.
 
-    Who holds memory that can be done without registers with `reclaim_from`, and is asked before memory is refused.
+    Holders of memory that they can do without register with `reclaim_from`, and are asked before memory is refused.
 
     Raises:
         BackendMissingError: cuda-bindings is not installed.
@@ -93,7 +93,7 @@ class Device:
         return f"device {self.ordinal} (compute capability {self.compute_capability})"
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function of CUDA's runtime; returns its result, or a tuple of several, without the status.
+        """Call a function of CUDA's runtime; return its result, or a tuple of several, without the status.
 
         Raises:
             DeviceError: the call failed.
@@ -109,7 +109,7 @@ class Device:
 
     @property
     def compute_capability(self) -> str:
-        """For example "8.9"."""
+        """The compute capability, for example "8.9"."""
         attribute = self.cuda.cudaDeviceAttr
         major = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, self.ordinal)
         minor = self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, self.ordinal)
@@ -126,9 +126,9 @@ class Device:
         return _version(self.call("cudaRuntimeGetVersion"))
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes.
+        """Return free and total bytes.
 
-        A GPU that shares its memory with the host (Jetson) has free as well what the host would give up, which
+        On a GPU that shares its memory with the host (Jetson), what the host would give up is free as well, which
         cudaMemGetInfo leaves out: after a bundle was read, much of the memory is cached files.
         """
         self.use()
@@ -143,10 +143,10 @@ class Device:
         return bool(self.call("cudaDeviceGetAttribute", self.cuda.cudaDeviceAttr.cudaDevAttrIntegrated, self.ordinal))
 
     def require(self, nbytes: int, what: str) -> None:
-        """See to it that `nbytes` are free, which `what` will hold. Allocates nothing.
+        """Make sure that `nbytes` are free, which `what` will hold. Allocates nothing.
 
         Raises:
-            DeviceMemoryError: less are free, even without what could be reclaimed.
+            DeviceMemoryError: fewer are free, even after reclaiming.
         """
         free, total = self.memory()
         while nbytes > free and self.reclaim(nbytes - free):
@@ -158,17 +158,17 @@ class Device:
             )
 
     def reclaim_from(self, reclaim: Reclaim) -> None:
-        """Call `reclaim` when memory is short, in whichever thread it is; it must not wait for other threads' work."""
+        """Have `reclaim` called when memory is short, in whichever thread; it must not wait for other threads' work."""
         if reclaim not in self._reclaims:
             self._reclaims.append(reclaim)
 
     def no_longer_from(self, reclaim: Reclaim) -> None:
-        """Take back `reclaim_from`."""
+        """Undo `reclaim_from`."""
         if reclaim in self._reclaims:
             self._reclaims.remove(reclaim)
 
     def reclaim(self, nbytes: int) -> int:
-        """Have memory freed that nobody needs now, until it is so many bytes; returns how many were freed."""
+        """Free memory that nobody needs now, until `nbytes` are freed; return how many were."""
         freed = 0
         for reclaim in tuple(self._reclaims):
             if freed < nbytes:
@@ -176,10 +176,10 @@ class Device:
         return freed
 
     def call_for_memory(self, name: str, *arguments: Any, nbytes: int = 1) -> Any:
-        """As `call`, for what takes device memory, about `nbytes`: where there is none, some is reclaimed first.
+        """Like `call`, for a function that takes about `nbytes` of device memory: if there is none, some is reclaimed.
 
         Raises:
-            DeviceMemoryError: there is too little memory, even without what could be reclaimed.
+            DeviceMemoryError: there is too little memory, even after reclaiming.
             DeviceError: the call failed.
         """
         while True:
@@ -221,7 +221,7 @@ class Device:
         return CudaMemoryError(f"{said} Free {whose}, or ask for fewer images or references.", code)
 
     def release(self, name: str, *arguments: Any) -> None:
-        """As `call`, for what frees something: a failure is logged, because the cause of it was raised before."""
+        """Like `call`, for a function that frees something: a failure is logged, as its cause was raised before."""
         try:
             self.call(name, *arguments)
         except CudaCallError as error:
@@ -247,7 +247,7 @@ class Buffer:
 
 
 class Staging:
-    """Page-locked host memory through which one input goes up, so that its upload does not stop the host."""
+    """Page-locked host memory through which one input is uploaded, so that the upload does not block the host."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -257,14 +257,14 @@ class Staging:
         self._in_flight = False
 
     def upload(self, array: NDArray[Any], to: Buffer, stream: Stream, *, offset: int = 0) -> None:
-        """Enqueue a copy of the array to `offset` of the buffer; it may be changed as soon as this returns."""
+        """Enqueue a copy of the array to `offset` of the buffer; the array may be changed as soon as this returns."""
         if offset + array.nbytes > to.nbytes:
             raise ValueError(f"{array.nbytes} bytes do not fit into a buffer of {to.nbytes} at {offset}.")
         self.memory(array.nbytes)[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self.send(array.nbytes, to, stream, offset=offset)
 
     def memory(self, nbytes: int) -> NDArray[np.uint8]:
-        """The page-locked bytes to write into, once what they held has been copied; `send` enqueues their copy."""
+        """Return page-locked bytes to write into, once their last content has been copied; `send` enqueues the copy."""
         if self._in_flight:
             self._copied.wait()
             self._in_flight = False
@@ -296,7 +296,7 @@ class Staging:
 
 
 class Stream:
-    """An order of work on the device."""
+    """A CUDA stream: a queue of work on the device."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -312,15 +312,15 @@ class Stream:
         self.device.call("cudaMemcpyAsync", to, source, nbytes, kind, self.handle)
 
     def clear(self, buffer: Buffer) -> None:
-        """Enqueue the filling of a buffer with zeros."""
+        """Enqueue filling a buffer with zeros."""
         self.device.call("cudaMemsetAsync", buffer.address, 0, buffer.nbytes, self.handle)
 
     def wait_for(self, event: Event) -> None:
-        """What is enqueued from now on waits for an event of another stream; the host does not."""
+        """Make what is enqueued from now on wait for an event of another stream; the host does not wait."""
         self.device.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
 
     def download(self, buffer: Buffer, into: NDArray[Any]) -> None:
-        """Copy to the host, after what was enqueued before; returns when it is there."""
+        """Copy a buffer to the host, after the work enqueued before; return when the copy is there."""
         if into.nbytes > buffer.nbytes or not into.flags.c_contiguous:
             raise ValueError(f"{into.nbytes} bytes cannot be read from a buffer of {buffer.nbytes}.")
         kind = self.device.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -348,7 +348,7 @@ class Event:
         self.device.call("cudaEventSynchronize", self.handle)
 
     def seconds_since(self, earlier: Event) -> float:
-        """Both must have passed."""
+        """Return the seconds since an earlier event; both must have passed."""
         return float(self.device.call("cudaEventElapsedTime", earlier.handle, self.handle)) / 1000
 
     def destroy(self) -> None:
@@ -375,14 +375,14 @@ class CapturedGraph:
 
 
 class Capture:
-    """What `capture` gives: after the block, `graph` holds what was enqueued in it."""
+    """The result of `capture`: after the block, `graph` holds what was enqueued in it."""
 
     graph: CapturedGraph
 
 
 @contextmanager
 def capture(stream: Stream) -> Iterator[Capture]:
-    """Record what the block enqueues on the stream instead of doing it.
+    """Record what the block enqueues on the stream instead of running it.
 
     Raises:
         DeviceError: something in the block cannot be recorded. The stream is usable again.
@@ -407,7 +407,7 @@ def capture(stream: Stream) -> Iterator[Capture]:
 
 
 def _available_to_host() -> int:
-    """Bytes that a program can get without swapping, 0 where the system does not say."""
+    """Return the bytes that a program can get without swapping; 0 if the system does not say."""
     try:
         for line in _HOST_MEMORY.read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""What the bindings of one worker share: a stream, and scratch memory, which only one of them uses at a time."""
+"""What the bindings of one worker share: a stream, and scratch memory that only one of them uses at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .device import Buffer, CudaCallError, Device, Stream
 
 
 class Slot:
-    """Device memory that grows when more is asked for than there is. Growing loses what it held, and moves it."""
+    """Device memory that grows when more is needed than there is. Growing moves it, and loses what it held."""
 
     def __init__(self) -> None:
         self.buffer: Buffer | None = None
@@ -26,7 +26,7 @@ class Slot:
 
 
 class Lane:
-    """Made by the first binding of a worker; freed when the last one has left."""
+    """The stream and the scratch memory of one worker. Made by its first binding; freed when the last one has left."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -36,7 +36,7 @@ class Lane:
         self._enqueued: list[str] = []
 
     def join(self) -> None:
-        """Raises DeviceError where no stream can be made; then nobody has joined."""
+        """Register one more binding. Raises DeviceError if no stream can be made; then none was registered."""
         self.device.use()
         if self._users == 0:
             self.stream = Stream(self.device)
@@ -50,13 +50,13 @@ class Lane:
             self.stream.destroy()
 
     def enqueued(self, graph: str) -> None:
-        """Remember for the error message: CUDA reports a failure at some later call."""
+        """Remember a graph for error messages: CUDA reports its failure at some later call."""
         if graph not in self._enqueued:
             self._enqueued.append(graph)
 
     @contextmanager
     def naming(self, graph: str, what: str = "") -> Iterator[None]:
-        """Failures of CUDA calls in the block name the graphs that may have caused them: the block is `graph`'s.
+        """Make failures of CUDA calls in the block name the graphs that may have caused them; the block is `graph`'s.
 
         Raises:
             DeviceMemoryError: a call found too little memory.
@@ -72,7 +72,7 @@ class Lane:
             raise kind(f"{which}: {error}") from error
 
     def settle(self) -> None:
-        """Wait for all that was enqueued, whatever has gone wrong; for those who free what it uses. Never raises."""
+        """Wait for all that was enqueued, whatever has failed, before what it uses is freed. Never raises."""
         self.device.release("cudaSetDevice", self.device.ordinal)
         self.device.release("cudaStreamSynchronize", self.stream.handle)
 
@@ -80,18 +80,18 @@ class Lane:
         """Wait for all that was enqueued.
 
         Raises:
-            DeviceError: something failed there; the message names the graphs that it may have been.
+            DeviceError: something failed there; the message names the graphs that may have.
         """
         with self.naming(graph):
             self.stream.synchronize()
         self._enqueued = []
 
     def reserve(self, needs: Mapping[Slot, int], graph: str, what: str = "") -> bool:
-        """Grow the slots that are too small; returns whether any moved.
+        """Grow the slots that are too small; return whether any moved.
 
         Raises:
-            DeviceMemoryError: the device has not enough memory, even without what could be reclaimed. Where that was
-                known beforehand nothing was allocated; else a slot may be left without memory.
+            DeviceMemoryError: the device has not enough memory, even after reclaiming. If that was known beforehand,
+                nothing was allocated; otherwise a slot may be left without memory.
         """
         small = {slot: nbytes for slot, nbytes in needs.items() if slot.nbytes < nbytes}
         if not small:

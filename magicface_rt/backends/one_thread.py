@@ -1,4 +1,4 @@
-"""All calls of a backend in one thread of its own, for a runtime that asks for that."""
+"""Makes all calls of a backend in one thread of its own, for a runtime that requires that."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class InTurn(Protocol):
 
 
 def at_once(function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result:
-    """In the caller's thread."""
+    """Call a function in the caller's thread."""
     return function(*args, **kwargs)
 
 
 class OneThread:
-    """Calls from any threads, one after the other in one that starts with the first of them.
+    """Makes calls from any threads one after the other in a single one, which starts with the first of them.
 
     It ends with `close`, with this object, or with the program. A call from within a call is made at once. In a process
     that was forked there is no such thread: a call raises `OtherProcessError`, and `close` does nothing.
@@ -53,13 +53,13 @@ class OneThread:
             self._put(call)
             call.done.wait()
         except BaseException:
-            # Ctrl-C comes to the caller, while the call goes on: nothing that it uses may be freed before its end.
+            # Ctrl-C interrupts the caller while the call goes on: nothing that it uses may be freed before it ends.
             call.abandon()
             raise
         try:
             return call.result()  # type: ignore[no-any-return]
         finally:
-            del call  # an exception holds this frame
+            del call  # an exception holds this frame, and so would hold the call
 
     def _put(self, call: _Call) -> None:
         with self._lock:
@@ -107,7 +107,7 @@ class _Call:
             self.done.set()
 
     def abandon(self) -> None:
-        """Wait for its end, if it has begun; else it is not made any more."""
+        """Wait for the call to end if it has begun; otherwise it is not made any more."""
         with self._lock:
             self._abandoned = True
             begun = self._begun
@@ -127,4 +127,4 @@ class _Call:
 def _work(calls: SimpleQueue[_Call | None]) -> None:
     while (call := calls.get()) is not None:
         call.make()
-        del call  # what it used is not held until the next one comes
+        del call  # or what it used would be held until the next one comes

@@ -32,7 +32,7 @@ from .private_folder import why_not_private
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 COMPILING_PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
-"""They build TensorRT engines of their own, and take the graph with the body that TensorRT fuses."""
+"""Providers that build TensorRT engines of their own, and take the graph with the body that TensorRT fuses."""
 
 _ALL = {**PROVIDERS, **COMPILING_PROVIDERS}
 _CURES = {
@@ -57,23 +57,23 @@ _CUDA_PRECISION = {
 }
 
 ORT_ADDRESSES = 96 << 20
-"""What it takes to load the library; with less the system's loader may end the process."""
+"""The bytes of address space that loading the library takes; with less, the system's loader may end the process."""
 
 THREADS_ADDRESSES = 16 << 20
-"""What is left beside the stacks of a graph's threads as they start: without it they may end the process."""
+"""Bytes of address space, besides their stacks, without which a graph's threads may end the process as they start."""
 
 logger = logging.getLogger("magicface_rt.onnxruntime")
 
 
 def import_onnxruntime() -> Any:
-    """The onnxruntime module, with its telemetry off unless the environment has decided.
+    """Import onnxruntime, with its telemetry off unless the environment has decided.
 
     Raises:
         BackendMissingError: neither wheel is installed; the message names both.
-        HostMemoryError: a limit of addresses leaves too few for it.
+        HostMemoryError: a limit of the address space leaves too little for it.
     """
     # Official builds report to their maker, and leave an identifier in the temporary folder. The variable is read when
-    # the library starts, and later there is no way to have none of it.
+    # the library starts; there is no way to switch all of it off later.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if "onnxruntime" not in sys.modules:
         check_addresses(ORT_ADDRESSES, "ONNX Runtime")
@@ -100,20 +100,20 @@ class OnnxRuntime(Backend):
     device       the GPU's ordinal
     cuda_graphs  capture a graph's work once and launch it as one thing afterwards, where the provider can
     fused        with "cuda", take the graph that was rewritten for its kernels, where the bundle holds one
-    target       of magicface_rt.engines, by name or as it is: the shapes that a provider that compiles does it for;
-                 None for what this GPU has
-    cache        a folder where a provider that compiles may keep what it made, None for nowhere
+    target       a target of magicface_rt.engines, by name or as an object, with the shapes that a compiling provider
+                 compiles for; None for that of this GPU
+    cache        a folder where a compiling provider may keep what it compiled, None for nowhere
 
-    With CUDA graphs, all that touches the device is done in one thread of this backend's, whoever calls: ONNX Runtime
-    does not allow `Run` from several threads then, keeps graphs by thread, and what other threads allocate or copy
-    spoils a capture. So workers wait for each other's runs; without CUDA graphs they do not.
+    With CUDA graphs, all that touches the device is done in one thread of this backend, whichever thread calls: ONNX
+    Runtime then does not allow `Run` from several threads and keeps graphs by thread, and what other threads allocate
+    or copy spoils a capture. So workers wait for each other's runs; without CUDA graphs they do not.
 
-    Products of float32 are not rounded to TF32, also in 16-bit bundles, whose guidance and schedule are in float32.
-    The providers that compile have no setting for that: NVIDIA_TF32_OVERRIDE=0 in the environment turns TF32 off there.
-    They take every tensor's type from the graph, as long as none of their precisions is switched on.
+    Products of float32 are not rounded to TF32, not even in 16-bit bundles, whose guidance and schedule are in float32.
+    The compiling providers have no setting for that: NVIDIA_TF32_OVERRIDE=0 in the environment turns TF32 off there.
+    They take every tensor's type from the graph, as long as none of their precision options is switched on.
 
-    What a compiling provider keeps is native code that it runs unseen: no digest stands between the file and the GPU,
-    unlike a store's plans. So the cache folder must belong to this user, with no one else allowed to write into it.
+    What a compiling provider keeps is native code that it runs unchecked: unlike for a store's plans, no digest stands
+    between the file and the GPU. So the cache folder must belong to this user, and nobody else may write into it.
 
     Raises:
         BackendMissingError: this onnxruntime does not have the provider.
@@ -197,7 +197,7 @@ class OnnxRuntime(Backend):
             give_back(self._ort)
 
     def _file(self, contract: GraphContract) -> str:
-        """The graph with the operators that the provider has kernels for."""
+        """Return the file of the graph with the operators that the provider has kernels for."""
         if self.provider in COMPILING_PROVIDERS:
             return contract.files["tensorrt"]
         if self.provider == "cuda" and self._fused and CUDA_RUNTIME in contract.files:
@@ -205,7 +205,7 @@ class OnnxRuntime(Backend):
         return contract.files["onnxruntime"]
 
     def run_model(self, model: bytes, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """The outputs of a small ONNX model that holds its weights; to find out whether the provider works.
+        """Run a small ONNX model that holds its weights and return the outputs, to see whether the provider works.
 
         Raises:
             BackendError: the provider did not start.
@@ -223,7 +223,7 @@ class OnnxRuntime(Backend):
             )
 
     def _say_that_placement_is_not_known(self) -> None:
-        """Once."""
+        """Log, once, that onnxruntime does not say what it leaves to the CPU."""
         if not self._placement_missed:
             self._placement_missed = True
             logger.warning(
@@ -234,7 +234,7 @@ class OnnxRuntime(Backend):
             )
 
     def _open(self, model: str | bytes, cache_name: str | None, profile: dict[str, str]) -> tuple[Any, bool]:
-        """A session, and whether it captures CUDA graphs."""
+        """Open a session; return it, and whether it captures CUDA graphs."""
         reason = ""
         if self._cuda_graphs and cache_name is not None:
             try:
@@ -249,7 +249,7 @@ class OnnxRuntime(Backend):
         return session, False
 
     def _session(self, model: str | bytes, settings: dict[str, str]) -> Any:
-        """Never one on the CPU in the place of another that cannot start, or that fails as it runs."""
+        """Make a session that never falls back to the CPU when the provider cannot start, or fails as it runs."""
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads
@@ -266,7 +266,7 @@ class OnnxRuntime(Backend):
         return self._ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
 
     def _settings(self, cache_name: str | None, *, captures: bool) -> dict[str, str]:
-        """The provider's options."""
+        """Return the provider's options."""
         if self.provider == "cpu":
             return {}
         settings = {} if self._plugin_devices else {"device_id": str(self._ordinal)}
@@ -282,7 +282,7 @@ class OnnxRuntime(Backend):
         return settings
 
     def _profile(self, bundle: Bundle, contract: GraphContract) -> dict[str, str]:
-        """For a provider that compiles, the shapes for which it does: else it would again for each that is new.
+        """Return the shapes for a compiling provider to compile for, which would otherwise do so for every new one.
 
         Raises:
             TargetError: the target that was asked for is not known, or for another flavour.
@@ -316,7 +316,7 @@ class OnnxRuntime(Backend):
             return None
 
     def _cache_folder(self, name: str | None) -> str:
-        """Where the provider may keep what it compiled, for its owner only; "" where it may not."""
+        """Return where the provider may keep what it compiled, for its owner only; "" if it may not."""
         if self._cache is None or name is None or self.provider not in COMPILING_PROVIDERS:
             return ""
         folder = self._cache / name
@@ -334,7 +334,7 @@ class OnnxRuntime(Backend):
         return str(folder)
 
     def _register_plugin(self) -> list[Any]:
-        """The GPUs that the provider's own wheel offers; none where it is not installed."""
+        """Register the provider's own wheel, and return the GPUs that it offers; none if it is not installed."""
         try:
             plugin = importlib.import_module(_RTX_PLUGIN)
         except (ImportError, OSError) as error:
@@ -359,7 +359,7 @@ class OnnxRuntime(Backend):
 
 
 class _Runner(GraphRunner):
-    """Takes and returns host arrays."""
+    """Runs a graph on host arrays."""
 
     def __init__(self, contract: GraphContract, session: Any) -> None:
         super().__init__(contract)
@@ -379,7 +379,7 @@ class _Runner(GraphRunner):
 
 
 class DeviceRunner(GraphRunner):
-    """Tensors on the device. `run` binds them for one run; `bind` holds them for many."""
+    """Runs a graph with its tensors on the device. `run` binds them for one run; `bind` holds them for many."""
 
     def __init__(
         self,
@@ -428,7 +428,7 @@ class DeviceRunner(GraphRunner):
 
 
 def _preload_libraries(ort: Any) -> None:
-    """Load CUDA and cuDNN out of NVIDIA's wheels, where the system's loader does not look. Never raises."""
+    """Load CUDA and cuDNN from NVIDIA's wheels, where the system's loader does not look. Never raises."""
     preload, said = getattr(ort, "preload_dlls", None), io.StringIO()
     if preload is None:
         return

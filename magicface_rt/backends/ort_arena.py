@@ -1,9 +1,8 @@
-"""Working memory of all graphs that ONNX Runtime runs on the CPU: one arena for the process.
+"""One arena per process, for the working memory of all graphs that ONNX Runtime runs on the CPU.
 
-By itself each graph keeps an arena of its own and plans a block of it for every shape that it has seen. A request runs
-its graphs one after the other, so that the arenas lie idle beside each other: at full size, in fp32 with three kept
-concepts, 9.4 GB at the peak, against 5.8 GB with one arena and no such plans
-(docs/design.md, "On the device").
+By default each graph keeps an arena of its own and plans a block of it for every shape that it has seen. A request runs
+its graphs one after the other, so most arenas lie idle: at full size, in fp32 with three kept concepts, 9.4 GB at the
+peak, against 5.8 GB with one arena and no such plans (docs/design.md, "On the device").
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from .sum_model import sum_model
 
 logger = logging.getLogger("magicface_rt.onnxruntime")
 _registering = threading.Lock()
-_usable: bool | None = None  # None before it was tried
+_usable: bool | None = None  # None: not tried yet
 
 
 def _leave_to_parent() -> None:
-    """In a forked process: a thread that held the lock there does not exist, and nobody would give it back.
+    """Replace the lock in a forked process: a thread that held it does not exist there and would never release it.
 
-    Nor would anybody give back the arena's own lock, in ONNX Runtime: its graphs go without what the parent has used.
+    The same goes for the arena's own lock, inside ONNX Runtime, so graphs do without an arena that the parent has used.
     """
     global _registering, _usable
     if _usable is not None or _registering.locked():
@@ -41,12 +40,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def registering() -> threading.Lock:
-    """The lock to hold while something is registered with ONNX Runtime for the whole process."""
+    """Return the lock to hold while something is registered with ONNX Runtime for the whole process."""
     return _registering
 
 
 def use_shared_arena(ort: Any, options: Any) -> None:
-    """Change the options of a session on the CPU: its tensors lie in the arena, its weights do not."""
+    """Set the options of a session on the CPU so that its tensors lie in the arena, but not its weights."""
     global _usable
     with registering():
         if _usable is None:
@@ -65,7 +64,7 @@ def use_shared_arena(ort: Any, options: Any) -> None:
 
 
 def give_back(ort: Any) -> None:
-    """Return to the system what no graph uses now. Graphs may run meanwhile."""
+    """Return to the system the memory that no graph uses now. Graphs may run meanwhile."""
     if _usable:
         shrinking = ort.RunOptions()
         shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")

@@ -24,22 +24,22 @@ logger = logging.getLogger("magicface_rt.onnxruntime")
 
 ONNX_BFLOAT16 = 16
 MAX_GRAPHS = 8
-"""CUDA graphs that a session may capture. ONNX Runtime frees them with the session only, so their number is limited. It
-has them once for each thread that runs the session, so there must be one thread; see `OnnxRuntime`."""
+"""The most CUDA graphs that a session may capture: ONNX Runtime frees them only with the session. It keeps them once
+for each thread that runs the session, so there must be only one; see `OnnxRuntime`."""
 
 
 OrtDevice = tuple[str, int] | tuple[str, int, int]
 
 
 class GraphIds:
-    """Numbers for a session's CUDA graphs, by what they were captured for. "-1" means: run without."""
+    """The numbers of a session's CUDA graphs, by what they were captured for. "-1" means running without."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
         self._known: dict[tuple[Any, ...], int] = {}
 
     def disable(self) -> None:
-        """No more graphs, and those that there are are not used."""
+        """Capture no more graphs, and do not use those that there are."""
         self._enabled = False
 
     def of(self, key: tuple[Any, ...]) -> str:
@@ -49,8 +49,10 @@ class GraphIds:
 
 
 class OrtBinding(Binding):
-    """`device`: as ONNX Runtime names it, ("cuda", ordinal), ("cpu", 0), or ("gpu", ordinal, vendor) for a provider
-    that came as a plugin. `in_turn` calls all that touches the device. A run is done when it returns.
+    """A binding of OrtValues on a device. A run is done when it returns.
+
+    device: as ONNX Runtime names it, ("cuda", ordinal), ("cpu", 0), or ("gpu", ordinal, vendor) for a provider that
+    came as a plugin; in_turn: makes every call that touches the device.
     """
 
     def __init__(
@@ -125,7 +127,9 @@ class OrtBinding(Binding):
         self._session.run_with_iobinding(self._binding, options)
 
     def _graph_id(self, shapes: Mapping[str, Shape]) -> str:
-        """A captured graph holds addresses, and is final only after a run with the same shapes."""
+        """Return the number of the graph to capture or replay, "-1" for none: it holds addresses, and is final only
+        after a run with the same shapes.
+        """
         key = tuple(shapes[name] for name in self._inputs)
         warm, self._run_shapes = self._run_shapes == key, key
         if not warm:
@@ -133,7 +137,7 @@ class OrtBinding(Binding):
         return self._graph_ids.of((key, tuple((name, v.data_ptr()) for name, v in sorted(self._bound.items()))))
 
     def _value(self, tensor: Tensor, shape: Shape) -> Any:
-        """Memory of that shape for a tensor; it moves only when the shape changes."""
+        """Return memory of that shape for a tensor; it moves only when the shape changes."""
         value = self._values.get(tensor.name)
         if value is None or tuple(value.shape()) != shape:
             try:
@@ -148,7 +152,7 @@ class OrtBinding(Binding):
         return value
 
     def _bind_input(self, tensor: Tensor, shape: Shape) -> None:
-        """Bind the input's own memory, or that of the output it is linked to, in the shape of the input."""
+        """Bind an input to its own memory, or to that of the output it is linked to, in the input's shape."""
         name, value = tensor.name, self._values.get(tensor.name)
         if name in self._links:
             source, output = self._links[name]

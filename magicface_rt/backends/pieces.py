@@ -1,4 +1,4 @@
-"""What an input is laid together from, piece by piece, on the host or on the device."""
+"""The pieces that an input is put together from, on the host or on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """`nbytes` bytes of a buffer from `offset` on. `ready`: passes when they are there; None where they are already."""
+    """`nbytes` bytes of a buffer from `offset` on. `ready`: passes when they are there; None if they are already."""
 
     buffer: Buffer
     offset: int
@@ -47,7 +47,7 @@ class Piece:
     source: NDArray[Any] | DeviceArray | OutputRows
 
     def first_element(self, shape: Shape) -> int:
-        """Where it begins in an array of that shape, in elements."""
+        """Return where the piece begins in an array of that shape, in elements."""
         return (self.row * shape[1] + self.start) * math.prod(shape[2:])
 
 
@@ -55,7 +55,7 @@ Layout = tuple[Shape, tuple[tuple[int, int, int], ...]]
 
 
 def layout(shape: Shape, pieces: Sequence[Piece]) -> Layout:
-    """Which part of an input the pieces cover."""
+    """Return which part of an input the pieces cover."""
     return shape, tuple((piece.row, piece.start, piece.count) for piece in pieces)
 
 
@@ -67,6 +67,6 @@ def lay_on_host(into: NDArray[Any], pieces: Sequence[Piece]) -> None:
             source = source.binding.read(source.output)[source.first : source.first + source.count]
         if isinstance(source, DeviceArray):
             raise TypeError("an array on the device cannot be laid on the host")
-        if source.dtype != into.dtype:  # bfloat16 of ml_dtypes beside its bits
+        if source.dtype != into.dtype:  # ml_dtypes' bfloat16, where `into` holds bits
             source = source.view(np.uint16)
         into[piece.row, piece.start : piece.start + piece.count] = source

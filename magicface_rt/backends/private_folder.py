@@ -1,4 +1,4 @@
-"""Folders of native code that is run unseen: whoever can write there can run code as this user."""
+"""Folders of native code that is run unchecked: whoever can write there can run code as this user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["why_not_private"]
 
 
 def why_not_private(folder: Path) -> str:
-    """Why another user may have put something into a folder, "" where none can."""
+    """Return why another user may have put something into a folder; "" if none can have."""
     if os.name != "posix":
         return ""
     found = os.lstat(folder)

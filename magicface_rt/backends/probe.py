@@ -1,4 +1,4 @@
-"""Whether a backend works on this machine, found by trying and not by looking at what is installed."""
+"""Finds out whether a backend works on this machine, by trying it and not by looking at what is installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sum_model import sum_model
 
 
 def why_not(name: str, *, device: int = 0, cuda: Any = None) -> str:
-    """Why a backend cannot compute here, "" where it can. Never raises.
+    """Return why a backend cannot compute here; "" if it can. Never raises.
 
     `name`: "onnxruntime-cpu", "tensorrt-rtx", ...; `device`: the GPU's ordinal. Plans and bundles are not looked at.
     """
@@ -37,7 +37,7 @@ def why_not(name: str, *, device: int = 0, cuda: Any = None) -> str:
 
 
 def no_plan_for(name: str, capability: str | None) -> str:
-    """Why a backend has no plan for a GPU of that compute capability, "" where it has, or where none is known."""
+    """Return why a backend has no plan for a GPU of that compute capability; "" if it has, or if that is None."""
     capabilities = importlib.import_module("magicface_rt.engines.targets").RTX_CAPABILITIES
     if not name.endswith("tensorrt-rtx") or capability is None or capability in capabilities:
         return ""
@@ -45,7 +45,7 @@ def no_plan_for(name: str, capability: str | None) -> str:
 
 
 def _add_on_provider(provider: str, device: int) -> None:
-    """Compute 1 + 1 there, and not on the CPU in its place: a listed provider may lack its libraries or its device."""
+    """Compute 1 + 1 on the provider, without a fallback to the CPU: it may be listed but lack libraries or a device."""
     backend = OnnxRuntime(provider, device=device)
     (total,) = backend.run_model(sum_model(), {"x": np.ones(1, np.float32)})
     if total[0] != 2:

@@ -22,7 +22,7 @@ from .pieces import DeviceArray, OutputRows, Piece
 from .shelf import Shelf
 
 MAX_CAPTURED = 8
-"""Captured graphs kept for one binding: 2 to 4 for each set of shapes, and the oldest goes first."""
+"""The most captured graphs kept for one binding: 2 to 4 for each set of shapes. The least recently used goes first."""
 
 
 class Executor(ABC):
@@ -34,7 +34,7 @@ class Executor(ABC):
     @property
     @abstractmethod
     def scratch_bytes(self) -> int:
-        """Memory for intermediate results that `use_scratch` must bring."""
+        """Bytes of memory for intermediate results, which `use_scratch` must provide."""
 
     @abstractmethod
     def set_shape(self, name: str, shape: Shape) -> None: ...
@@ -53,14 +53,14 @@ class Executor(ABC):
         """Whether a CUDA graph of it would be complete and final, now that it has run with these shapes."""
 
     def keep_what_was_compiled(self) -> None:  # noqa: B027 - not every runtime compiles as it runs
-        """Called when a run with new shapes is done. Never raises."""
+        """Save what was compiled; called when a run with new shapes is done. Never raises."""
 
     @abstractmethod
     def close(self) -> None: ...
 
 
 def check_produced(graph: str, wanted: Sequence[str], produced: Sequence[str]) -> None:
-    """Raises BackendError where a plan was built without an output that is wanted."""
+    """Raise BackendError if a plan was built without an output that is wanted."""
     missing = sorted(set(wanted) - set(produced))
     if missing:
         raise BackendError(
@@ -79,7 +79,7 @@ _Key = tuple[tuple[Shape, ...], tuple[int, ...]]
 
 
 class ResidentBinding(Binding):
-    """`make` gives the executor; what it needs is freed again if it or anything else here fails."""
+    """A binding in device memory. `make` gives the executor; if that or anything else here fails, all is freed."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class ResidentBinding(Binding):
         after.record(self.lane.stream)
 
     def _reserve(self) -> None:
-        """Memory for outputs and scratch, all of it or none."""
+        """Reserve memory for outputs and scratch, all of it or none."""
         assert self._executor
         needs = {self.lane.scratch: self._executor.scratch_bytes}
         for name in self._produced:
@@ -213,7 +213,7 @@ class ResidentBinding(Binding):
         captured.graph.launch(self.lane.stream)
 
     def _buffers(self) -> dict[str, Buffer]:
-        """The memory of every tensor, and of the scratch under the name ""."""
+        """Return the memory of every tensor, and the scratch under the name ""."""
         found = {}
         for name in (*self._inputs, *self._produced):
             source, output = self._links.get(name, (self, name))
@@ -227,7 +227,7 @@ class ResidentBinding(Binding):
         return found
 
     def _may_capture(self, shapes: dict[str, Shape]) -> bool:
-        """Only after a run with these shapes: the first one may compile, allocate and upload."""
+        """Whether to capture: only after a run with these shapes, since the first may compile, allocate and upload."""
         assert self._executor
         if not self._cuda_graphs or self._warm != shapes:
             return False
@@ -245,7 +245,7 @@ class ResidentBinding(Binding):
             with capture(self.lane.stream) as made:
                 self._executor.enqueue(int(self.lane.stream.handle))
         except DeviceError as error:
-            # The picture can be made without it, so this is said once and not raised.
+            # The picture can be made without it, so this is logged once and not raised.
             self._cuda_graphs = False
             logger.warning("graph %s: no CUDA graph could be captured, it runs without: %s", self.contract.name, error)
             return None

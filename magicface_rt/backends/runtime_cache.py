@@ -1,8 +1,8 @@
 """What TensorRT-RTX compiled on this GPU, kept beside the store so that the next start need not compile it again.
 
-A file holds the SHA-256 of the rest, and the rest as the library gave it. A cache that cannot be used is no error:
-the kernels are compiled again, and the file is replaced. One in a folder that others may write into is left alone: its
-digest says that nothing was damaged, and not who wrote it.
+A file holds the SHA-256 of the rest, and the rest as the library gave it. A cache that cannot be used is no error: the
+kernels are compiled again, and the file is replaced. One in a folder that others may write into is ignored: its digest
+shows that nothing was damaged, but not who wrote it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .private_folder import why_not_private
 
 FOLDER = "runtime-cache"
 SAVED_AT_MOST_EVERY = 60.0
-"""Seconds, while requests are served; each set of shapes may add kernels, and a file is written whole."""
+"""Seconds, while requests are served: each set of shapes may add kernels, and the file is written as a whole."""
 
 MOST_BYTES = 4 << 30
 _DIGEST_BYTES = 32
@@ -32,15 +32,15 @@ logger = logging.getLogger("magicface_rt.tensorrt")
 
 
 def cache_path(store: Path, plan_digest: str, compute_capability: str, driver: str, version: str) -> Path:
-    """One file for each plan, kind of GPU, driver and version of the library."""
+    """Return the cache's path: one file for each plan, kind of GPU, driver and version of the library."""
     where = re.sub(r"[^0-9A-Za-z.-]", "_", f"sm{compute_capability}-driver{driver}-{version}")
     return store / FOLDER / f"{plan_digest[:32]}-{where}.cache"
 
 
 class RuntimeCache:
-    """The file of one plan, and the library's `IRuntimeCache` that it goes into. Thread-safe.
+    """The file of one plan, and the library's `IRuntimeCache` that it is loaded into. Thread-safe.
 
-    `make`: another, empty cache of the library's, in which what another process wrote meanwhile is put together with
+    `make`: makes another, empty cache of the library's, in which what another process wrote meanwhile is merged with
     what is here.
     """
 
@@ -54,7 +54,7 @@ class RuntimeCache:
         self._saved_at: float | None = None
 
     def load(self) -> bool:
-        """Fill the library's cache from the file; False where there is none that can be used."""
+        """Fill the library's cache from the file; return False if there is none that can be used."""
         digest, blob = self._read()
         if not blob:
             return False
@@ -65,15 +65,16 @@ class RuntimeCache:
         return True
 
     def save_now_and_then(self) -> bool:
-        """`save`, unless that was `SAVED_AT_MOST_EVERY` seconds ago or less."""
+        """Call `save`, unless that was done `SAVED_AT_MOST_EVERY` seconds ago or less."""
         if self._saved_at is not None and monotonic() - self._saved_at <= SAVED_AT_MOST_EVERY:
             return False
         return self.save()
 
     def save(self) -> bool:
-        """Write the library's cache where it has more than the file, all of it or nothing; False where not written.
+        """Write the library's cache, whole or not at all, if it has more than the file; return whether it was written.
 
-        What another process wrote since is kept. Two that write in the same moment may lose what one of them compiled.
+        What another process wrote since is kept. If two write at the same moment, what one of them compiled may be
+        lost.
         """
         with self._lock:
             self._saved_at = monotonic()
@@ -103,7 +104,7 @@ class RuntimeCache:
             return bool(merged)
 
     def _with_that_of_others(self, blob: bytes) -> bytes:
-        """What the file should hold: `blob`, and what another process wrote. Empty where the file is to be left."""
+        """Return what the file should hold: `blob`, and what another process wrote. Empty if it should be left."""
         digest, theirs = self._read(quiet=True)
         if not theirs or digest == self._in_file:
             return blob
@@ -115,7 +116,7 @@ class RuntimeCache:
         return merged if len(merged) >= len(theirs) else b""
 
     def _read(self, *, quiet: bool = False) -> tuple[bytes, bytes]:
-        """Digest and content of the file; both empty where there is none, or a damaged one."""
+        """Return the digest and the content of the file; both empty if there is none, or a damaged one."""
         level = logging.DEBUG if quiet else logging.WARNING
         if not self._is_private(level):
             return b"", b""
@@ -137,7 +138,7 @@ class RuntimeCache:
         try:
             reason = why_not_private(self.path.parent)
         except FileNotFoundError:
-            return True  # where it is made, it is
+            return True  # it is private when it is made
         except OSError as error:
             reason = f"cannot be looked at ({error.strerror})"
         if reason:

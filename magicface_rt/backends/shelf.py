@@ -1,4 +1,4 @@
-"""Reference keys in a device's memory: put there for good, or brought up ahead of need on a stream of their own."""
+"""Reference keys in a device's memory: kept there, or uploaded ahead of need on a stream of their own."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .pieces import DeviceArray
 Key = TypeVar("Key", bound=Hashable)
 
 DEPTH = 2
-"""Steps on the device: the one that is being used, and the one that comes up meanwhile."""
+"""The number of steps on the device: the one in use, and the one that is being uploaded."""
 
 GRAPH, WHAT = "denoise_step", "reference keys"
 
 
 class Shelf:
-    """For one worker, beside its lane. `close` before the lane's last binding closes."""
+    """One worker's reference keys on the device, beside its lane. Close it before the lane's last binding."""
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
@@ -32,9 +32,9 @@ class Shelf:
     def keep(
         self, sizes: Mapping[Key, int], array: Callable[[Key], NDArray[Any]]
     ) -> tuple[Buffer, dict[Key, DeviceArray]]:
-        """Arrays into memory of their own, which is the caller's to free. They are there when this returns.
+        """Copy arrays into memory of their own, for the caller to free. They are there when this returns.
 
-        sizes: the bytes of each; array: gives one after the other.
+        sizes: the bytes of each; array: returns the array of a key, called for one after the other.
 
         Raises:
             DeviceMemoryError: the device has not enough memory, or the host not enough that can be page-locked.
@@ -61,9 +61,9 @@ class Shelf:
         return buffer, {key: DeviceArray(buffer, offsets[key], size) for key, size in sizes.items()}
 
     def bring(self, arrays: Mapping[Key, NDArray[Any]]) -> dict[Key, DeviceArray]:
-        """Start copying arrays up, while the lane computes; what was brought `DEPTH` calls before is overwritten.
+        """Start uploading arrays while the lane computes; what was uploaded `DEPTH` calls before is overwritten.
 
-        Call `used` when the lane's reading of them is enqueued.
+        Call `used` when everything on the lane that reads them is enqueued.
 
         Raises:
             DeviceMemoryError: the device has not enough memory, or the host not enough that can be page-locked.
@@ -80,12 +80,12 @@ class Shelf:
             return place.bring(arrays, self._stream)
 
     def used(self) -> None:
-        """All that reads what `bring` brought last is enqueued on the lane."""
+        """Note that everything that reads what `bring` uploaded last is enqueued on the lane."""
         if self._places:
             self._places[self._next - 1].used(self.lane.stream)
 
     def close(self) -> None:
-        """Free what was brought; what is kept is the callers'. May be called twice."""
+        """Free what was uploaded by `bring`; what `keep` copied is the caller's. May be called twice."""
         if self._stream is None:
             return
         device, stream, self._stream = self.lane.device, self._stream, None
@@ -98,7 +98,7 @@ class Shelf:
 
 
 class _Place:
-    """Memory for one step's keys, and the page-locked memory through which they come."""
+    """Device memory for one step's keys, and the page-locked memory through which they are uploaded."""
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
@@ -143,7 +143,7 @@ def _bytes_into(memory: NDArray[np.uint8], array: NDArray[Any]) -> None:
 
 
 def _offsets(sizes: Mapping[Key, int]) -> tuple[dict[Key, int], int]:
-    """Where each array begins when they are laid end to end, and how many bytes that takes."""
+    """Return where each array begins when they are laid end to end, and how many bytes that takes."""
     offsets, end = {}, 0
     for key, nbytes in sizes.items():
         offsets[key] = end

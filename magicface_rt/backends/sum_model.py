@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def sum_model() -> bytes:
-    """The ONNX model y = x + x for float32 [1], written out as protobuf, since the onnx package may not be here."""
+    """Return the ONNX model y = x + x for float32 [1], written out as protobuf: the onnx package may be missing."""
 
     def field(number: int, content: bytes | int) -> bytes:
         if isinstance(content, int):

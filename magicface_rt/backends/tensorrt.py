@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX, which share one API: plans out of an engine store, run over device memory."""
+"""TensorRT and TensorRT-RTX, which share one API: plans from an engine store, run over device memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": BFLOAT16, "INT64": "in
 
 
 class PlanKey(Protocol):
-    """What is used here of `magicface_rt.engines.plan_key.PlanKey`."""
+    """The part of `magicface_rt.engines.plan_key.PlanKey` that is used here."""
 
     @property
     def digest(self) -> str: ...
@@ -42,7 +42,7 @@ class PlanKey(Protocol):
 
 
 class Plan(Protocol):
-    """What is used here of `magicface_rt.engines.store.Plan`."""
+    """The part of `magicface_rt.engines.store.Plan` that is used here."""
 
     @property
     def key(self) -> PlanKey: ...
@@ -55,7 +55,7 @@ class Plan(Protocol):
 
 
 class PlanStore(Protocol):
-    """What is used here of `magicface_rt.engines.store.EngineStore`."""
+    """The part of `magicface_rt.engines.store.EngineStore` that is used here."""
 
     root: Path
 
@@ -69,15 +69,15 @@ class PlanStore(Protocol):
 
 
 class TensorRT(Backend):
-    """Both flavours.
+    """The backend of both flavours.
 
     flavour        "tensorrt" or "tensorrt-rtx"
     store          the engine store, or its folder
     device         the GPU's ordinal
     build_missing  build a plan that the store does not hold, or holds damaged; else that is an error
-    target         a target of magicface_rt.engines, by name or as it is; None for what this GPU can load
+    target         a target of magicface_rt.engines, by name or as an object; None for what this GPU can load
     cuda_graphs    capture a graph's work once and launch it as one thing afterwards
-    report         called with a line of text as a missing plan is built
+    report         called with lines of text while a missing plan is built
 
     Raises:
         BackendMissingError: the flavour or cuda-bindings is not installed.
@@ -132,11 +132,13 @@ class TensorRT(Backend):
             raise
 
     def check(self, bundle: Bundle) -> None:
-        """Find every graph's plan, and memory for all of them. With `build_missing`, nothing is known before a build.
+        """Check that the store has every graph's plan, and that there is memory for all of them.
+
+        With `build_missing` nothing is checked, as nothing is known before a build.
 
         Raises:
             PlanError: the store lacks a plan.
-            TargetError: no target is for this GPU and the bundle's precision.
+            TargetError: no target serves this GPU and the bundle's precision.
             DeviceMemoryError: the plans and the largest scratch memory do not fit into what is free.
         """
         if self._build_missing:
@@ -156,13 +158,13 @@ class TensorRT(Backend):
         self._runtime = None
 
     def find(self, bundle: Bundle, graph: str) -> Plan:
-        """The plan of a graph in the store; it is neither read nor built.
+        """Return the plan of a graph in the store; it is neither read nor built.
 
         Without a target of its own, the backend takes a plan for any target that this GPU can load.
 
         Raises:
             PlanError: there is none that can be used; the message says why.
-            TargetError: no target is for this GPU and the bundle's precision.
+            TargetError: no target serves this GPU and the bundle's precision.
         """
         first, *others = keys = self._keys(bundle, graph)
         for key in keys if others else ():
@@ -173,7 +175,7 @@ class TensorRT(Backend):
         return only
 
     def _keys(self, bundle: Bundle, graph: str) -> list[Any]:
-        """The keys of the plans that would do, the one to be built first."""
+        """Return the keys of the plans that would do, beginning with that of the plan to be built."""
         plan_key = _engines("builder").plan_key
         if self._target is not None:
             return [plan_key(bundle, graph, self.flavour, self._chosen_target())]
@@ -187,7 +189,7 @@ class TensorRT(Backend):
         return keys
 
     def _chosen_target(self) -> Any:
-        """What was given, by name or as it is; else the narrowest target for this GPU."""
+        """Return the target that was given, by name or as an object; else the narrowest target for this GPU."""
         targets = _engines("targets")
         if self._target is None:
             return targets.target_for(self.name, self.device.compute_capability)
@@ -203,7 +205,7 @@ class TensorRT(Backend):
         return self._build(bundle, graph)
 
     def _read(self, plan: Plan) -> tuple[Plan, Any, bytes]:
-        """The plan with a lease on it and its bytes."""
+        """Return the plan, with a lease on it and its bytes."""
         lease = self.store.in_use(plan)
         try:
             return plan, lease, self.store.read(plan)
@@ -212,7 +214,7 @@ class TensorRT(Backend):
             raise
 
     def _build(self, bundle: Bundle, graph: str) -> Plan:
-        """A new plan, also in place of a damaged one."""
+        """Build a new plan, replacing a damaged one if there is one."""
         self.device.use()
         built: Plan = _engines("builder").build_plan(
             bundle,
@@ -241,8 +243,8 @@ class TensorRT(Backend):
         return engine
 
     def make(self, making: Callable[[], Any], nbytes: int = 1) -> Any:
-        """What the library makes, None where it does not. It takes device memory of its own, `nbytes` or more, and does
-        not say when it found too little; so memory is reclaimed, and it tries again.
+        """Return what the library makes, or None if it fails. It takes device memory of its own, `nbytes` or more, and
+        does not say when it found too little; so memory is reclaimed, and it tries again.
         """
         self.forget_errors()
         made = making()
@@ -252,11 +254,11 @@ class TensorRT(Backend):
         return made
 
     def forget_errors(self) -> None:
-        """What the library said so far is about something else than what is done next."""
+        """Forget the library's errors so far, which are not about what is done next."""
         self._logger.errors = []
 
     def said(self) -> str:
-        """The library's errors since `forget_errors`, for an error message."""
+        """Return the library's errors since `forget_errors`, for an error message."""
         errors = self._logger.errors
         if not errors:
             return "It gave no reason; set the log level of magicface_rt.tensorrt to DEBUG."
@@ -264,7 +266,7 @@ class TensorRT(Backend):
 
 
 class _Runner(GraphRunner):
-    """A deserialised plan. `run` is for single runs, one at a time; `bind` makes contexts of their own."""
+    """A deserialised plan. `run` is for single runs, one at a time; `bind` gives bindings contexts of their own."""
 
     def __init__(self, backend: TensorRT, contract: GraphContract, engine: Any, plan: Plan, lease: Any) -> None:
         self._inputs, self._outputs = _compare(contract, engine, backend.flavour.trt)
@@ -340,7 +342,7 @@ class _Runner(GraphRunner):
         )
 
     def _context(self) -> Any:
-        """An execution context whose scratch memory we bring."""
+        """Make an execution context whose scratch memory is provided by the binding."""
         trt = self._backend.flavour.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._making:  # the plan's contexts share a runtime cache; an engine is not said to be thread-safe
@@ -377,7 +379,7 @@ class _Runner(GraphRunner):
 
 
 class _ContextExecutor(Executor):
-    """An `IExecutionContext`, with what it refuses turned into errors that name the graph."""
+    """An `IExecutionContext`, whose refusals become errors that name the graph."""
 
     def __init__(
         self,
@@ -441,17 +443,17 @@ class _ContextExecutor(Executor):
 
 
 def _engines(module: str) -> Any:
-    """A module of `magicface_rt.engines`, loaded when a plan is wanted and not before."""
+    """Import a module of `magicface_rt.engines`, when a plan is wanted and not before."""
     return importlib.import_module(f"magicface_rt.engines.{module}")
 
 
 def _compare(contract: GraphContract, engine: Any, trt: Any) -> tuple[list[str], list[str]]:
-    """Names of the plan's inputs and outputs, after they were compared with the contract.
+    """Compare a plan's inputs and outputs with the contract, and return their names.
 
-    A plan may lack outputs that exist only to be compared, and inputs that nothing depends on.
+    A plan may lack outputs that exist only for comparison, and inputs that nothing depends on.
 
     Raises:
-        PlanError: a tensor that the contract does not have, or of another dtype, or to be kept on the host.
+        PlanError: a tensor is not in the contract, has another dtype, or is to be kept on the host.
     """
     known = {
         trt.TensorIOMode.INPUT: {t.name: t for t in contract.inputs},
@@ -477,7 +479,7 @@ def _compare(contract: GraphContract, engine: Any, trt: Any) -> tuple[list[str],
 
 
 def _limits(engine: Any, inputs: Sequence[str]) -> dict[str, tuple[Shape, Shape]]:
-    """The range of the plan's one profile, for the inputs of which a size may vary."""
+    """Return the range of the plan's only profile, for the inputs of which a size may vary."""
     limits = {}
     for name in inputs:
         if -1 not in tuple(engine.get_tensor_shape(name)):

@@ -1,6 +1,6 @@
-"""Kept concepts: a reference's keys and values, computed once for all steps and used for every picture after.
+"""Kept concepts: a reference's keys and values, computed once for all steps and used for every later picture.
 
-What they are and the form of their files: docs/kept-concepts.md.
+Their form and that of their files are described in docs/kept-concepts.md.
 """
 
 from __future__ import annotations

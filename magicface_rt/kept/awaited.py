@@ -1,4 +1,4 @@
-"""What one thread makes while others wait for it, such that no interrupt leaves them waiting for ever."""
+"""A result that one thread makes while others wait for it, such that no interrupt leaves them waiting for ever."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ WAIT_SECONDS = 0.2
 
 
 class Awaited:
-    """`over`: it is there, or it is known that it will not be.
+    """A result that is awaited. `over`: it is there, or it is known that it will not be.
 
     Its maker sets `over` in a `finally` and then calls `wake`, in this order. Setting an attribute calls nothing, so
-    that Ctrl-C cannot come in between; a call may be interrupted before it does anything, and then those who wait see
-    `over` a moment later.
+    Ctrl-C cannot come in between; a call may be interrupted before it does anything, and then those who wait see `over`
+    a moment later.
     """
 
     def __init__(self) -> None:
@@ -21,10 +21,10 @@ class Awaited:
         self._woken = threading.Event()
 
     def wake(self) -> None:
-        """Let those go on who wait."""
+        """Wake the waiting threads."""
         self._woken.set()
 
     def wait(self, waiting: Callable[[], object]) -> None:
-        """Until it is over. `waiting` is called from time to time, and may raise."""
+        """Wait until it is over. `waiting` is called from time to time, and may raise."""
         while not self.over and not self._woken.wait(WAIT_SECONDS):
             waiting()

@@ -22,7 +22,7 @@ MAX_NOTE = 2000
 
 
 def check_note(note: object, word: str) -> None:
-    """Raise `KeptConceptError` for what cannot be the note of a concept of this word."""
+    """Raise `KeptConceptError` if this cannot be the note of a kept concept, which is named by its word."""
     if note is not None and (not isinstance(note, str) or not 1 <= len(note) <= MAX_NOTE):
         found = f"{len(note)} characters" if isinstance(note, str) else shown(note)
         raise KeptConceptError(
@@ -40,13 +40,13 @@ class KeptConcept(NamedConcept):
         kept.save("man.concept")
         KeptConcept.load("man.concept")
 
-    It is good for one bundle, number of steps and `reference_seed`. Word, weight and token_index are free.
+    It serves one bundle, number of steps and `reference_seed`. Word, weight and token_index may be changed.
 
     references  tuple of `KeptReference`
     origin      what the keys were made for
-    source      the concept it was made from, None where it came from a file
+    source      the concept it was made from, None if it came from a file
     pictures    what a file with images holds: `image_0`, uint8 [h,w,3], and `mask_0`, uint8 [128,128], ...
-    note        text that goes with it, such as who agreed to what, see `noted`; None without
+    note        text that goes with it, such as who agreed to what, see `noted`; None if there is none
     """
 
     references: tuple[KeptReference, ...]
@@ -86,12 +86,12 @@ class KeptConcept(NamedConcept):
 
     @property
     def steps(self) -> int:
-        """The number of steps that it is good for."""
+        """The number of steps that it serves."""
         return self.origin.steps
 
     @property
     def reference_seed(self) -> int:
-        """The seed of the noise on its references."""
+        """The seed of the noise put on its references."""
         return self.origin.reference_seed
 
     @property
@@ -100,10 +100,10 @@ class KeptConcept(NamedConcept):
         return sum(reference.nbytes for reference in self.references)
 
     def check_unwritten(self) -> None:
-        """See that no file of its keys was written to since it was loaded. Takes microseconds.
+        """Check that no file of its keys was written to since it was loaded. Takes microseconds.
 
         Raises:
-            KeptConceptError: one was, or cannot be looked at.
+            KeptConceptError: a file was, or cannot be examined.
         """
         for file in {reference.file for reference in self.references if reference.file is not None}:
             file.check_unwritten()
@@ -121,9 +121,9 @@ class KeptConcept(NamedConcept):
         token_index: int | Sequence[int] | None = None,
         name: str | None = None,
     ) -> KeptConcept:
-        """The same keys under another word, weight, name or place; what is not given stays.
+        """Return the same keys under another word, weight, token_index or name; what is not given stays.
 
-        A new word leaves the old token_index and name behind.
+        A new word drops the old token_index and name.
 
         Raises:
             ConceptError: a value that cannot be used.
@@ -137,31 +137,30 @@ class KeptConcept(NamedConcept):
         )
 
     def noted(self, note: str | None) -> KeptConcept:
-        """The same with a note, at most 2000 characters: whose likeness it is, who agreed to what, until when.
+        """Return a copy with a note of at most 2000 characters: whose likeness it is, who agreed to what, until when.
 
         It is kept in the file as it is, for people to read (`magicface-rt inspect`); nothing here acts on it.
 
         Raises:
-            KeptConceptError: no text of that length.
+            KeptConceptError: the note is not a text of that length.
         """
         return self._like(note=note)
 
     def _like(self, **changes: Any) -> KeptConcept:
-        """The same but for some fields."""
+        """Return a copy with some fields changed."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return KeptConcept(**{**fields, **changes})
 
     def save(self, path: str | os.PathLike[str], *, with_image: bool = False, overwrite: bool = False) -> Path:
-        """Write a file, which appears complete or not at all, and return its path; that of a link is where it leads to.
+        """Write a file, which appears complete or not at all, and return its path; for a link, that is where it leads.
 
         with_image  store the reference images and masks as well; they are not needed for pictures. They are read from
-                    the concept's `source` once more
+                    the concept's `source` once more, or from the file that it was loaded from
 
         Raises:
-            KeptConceptError: `with_image`, and the images are not there: it came from a file without them; or they are
-                not what the keys were made from, because they have changed since. Or it came from a file that was
-                written to since.
-            ImageError, MaskError: `with_image`, and an image or mask can no longer be read.
+            KeptConceptError: it came from a file that was written to since; or, with `with_image`, the images are not
+                there, because it came from a file without them, or are no longer those that the keys were made from.
+            ImageError, MaskError: with `with_image`, an image or mask can no longer be read.
             OutputError: the file exists (without `overwrite`) or cannot be written.
         """
         from .files import save
@@ -175,18 +174,18 @@ class KeptConcept(NamedConcept):
         check_hashes  read the whole file once and compare it with its manifest, about a second per gigabyte. Without,
                       the header, the manifest and the size are checked, and a changed bit in the keys goes unseen.
 
-        Do not change a file in place while it is loaded: requests with it are refused then, and one that is cut short
-        ends the process. `save` puts a new one in its place, which is safe.
+        Do not change a file in place while it is loaded: requests with it are then refused, and cutting it short ends
+        the process. `save` puts a new one in its place, which is safe.
 
         Raises:
-            KeptConceptError: no such file, another format version, damaged, or cut short.
+            KeptConceptError: the file does not exist, has another format version, is damaged, or is cut short.
         """
         from .files import load
 
         return load(Path(path), check_hashes=check_hashes)
 
     def to_dict(self) -> dict[str, Any]:
-        """What it is, as JSON can hold it."""
+        """Return its description, as JSON can hold it."""
         return {
             "word": self.word,
             "name": self.name,

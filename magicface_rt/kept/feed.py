@@ -1,5 +1,4 @@
-"""Step by step, the keys of a batch's references into `denoise_step`: computed beside it, laid from the host, or from
-the device.
+"""Feeds a batch's reference keys into `denoise_step`, step by step: computed beside it, or from host or device.
 
 The tokens of an image's references lie end to end in the order of its concepts, then padding. All images of a batch
 share one row of keys, or each has its own.
@@ -33,7 +32,7 @@ class Source(ABC):
 
 
 class StoredKeys(Source):
-    """Keys that were prepared. `on_device`: by step and name, where all of them are there."""
+    """Keys that were prepared. `on_device`: their arrays by step and name, if all of them are on the device."""
 
     def __init__(self, kept: KeptReference, on_device: Mapping[tuple[int, str], DeviceArray] | None = None) -> None:
         self.kept = kept
@@ -42,7 +41,7 @@ class StoredKeys(Source):
 
 
 class ComputedKeys(Source):
-    """Keys that a `ReferencePass` computes at each step. `number`: of the reference in the pass."""
+    """Keys that a `ReferencePass` computes at each step. `number`: the reference's number in the pass."""
 
     def __init__(self, number: int, tokens: Mapping[int, int]) -> None:
         self.number = number
@@ -51,7 +50,7 @@ class ComputedKeys(Source):
 
 @dataclass(frozen=True)
 class PlacedKeys:
-    """A reference in an image: `concept` counts the image's concepts from 0."""
+    """The keys of a reference in an image. `concept` counts the image's concepts from 0."""
 
     source: Source
     concept: int
@@ -59,10 +58,10 @@ class PlacedKeys:
 
 
 class ReferencePass:
-    """References through `reference_kv` at each step, beside the target.
+    """Runs references through `reference_kv` at each step, beside the target.
 
-    masks: uint8 [128, 128] each; text: [R, 77, D]; noised: from a step to the references' latents at its timestep,
-    float32 [R, 4, h, w]; padded: whether token counts are filled up to buckets.
+    masks: uint8 [128, 128] each; text: [R, 77, D]; noised: a function from a step to the references' latents at its
+    timestep, float32 [R, 4, h, w]; padded: whether token counts are padded to buckets.
     """
 
     def __init__(
@@ -90,16 +89,16 @@ class ReferencePass:
 
     @property
     def references(self) -> int:
-        """R, how many of them there are."""
+        """The number of references, R."""
         return self._rows
 
     def sources(self) -> list[ComputedKeys]:
-        """One for each reference."""
+        """Return a source for each reference."""
         counts = {factor: np.diff(first) for factor, first in self._first.items()}
         return [ComputedKeys(n, {f: int(c[n]) for f, c in counts.items()}) for n in range(self._rows)]
 
     def rows_of(self, source: ComputedKeys, factor: int, output: str) -> OutputRows:
-        """Where a reference's keys are in an output."""
+        """Return where a reference's keys are in an output."""
         return OutputRows(self.binding, output, int(self._first[factor][source.number]), source.tokens[factor])
 
     def prepare(self, step: int) -> None:
@@ -117,12 +116,12 @@ class ReferencePass:
 
 
 class KeyFeed:
-    """The keys of a batch. `rows`: for each row of keys its references in order, one row for all images or one each.
+    """The keys of a batch. `rows`: the references of each row of keys, in order; one row for all images or one each.
 
-    binding    of `denoise_step`
-    computing  the pass that computes the `ComputedKeys`, None where there are none
-    padded     fill token counts up to buckets; where rows differ in number they are always filled up to the longest
-    shelf      brings keys up ahead of need, None where there is no device or all keys are on it
+    binding    the binding of `denoise_step`
+    computing  the pass that computes the `ComputedKeys`, None if there are none
+    padded     pad token counts to buckets; rows of different lengths are always padded to the longest
+    shelf      uploads keys ahead of need, None if there is no device or all keys are on it
     """
 
     def __init__(
@@ -156,12 +155,12 @@ class KeyFeed:
         self._brought: tuple[int, dict[tuple[int, str], DeviceArray]] | None = None
 
     def access(self, stages: Sequence[Stage], weight_modes: Sequence[WeightMode]) -> Arrays:
-        """`key_group`, `key_bias` and `key_scale` [K, M] for each factor; a stage and a weight mode for each row."""
+        """Return `key_group`, `key_bias` and `key_scale` [K, M] by factor, for each row's stage and weight mode."""
         rows = [key_access(t, s, w) for t, s, w in zip(self.tokens, stages, weight_modes, strict=True)]
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
     def start(self, step: int) -> None:
-        """Put the step's keys into place, or have that enqueued."""
+        """Put the step's keys into place, or enqueue that."""
         if self._computing is not None:
             self._computing.run(step)
         if self._linked:
@@ -182,28 +181,28 @@ class KeyFeed:
 
     @property
     def rows(self) -> int:
-        """1 where all images of the batch share their keys, else their number."""
+        """The number of rows of keys: 1 if all images of the batch share theirs, else the number of images."""
         return len(self._rows)
 
     @property
     def seconds(self) -> float:
-        """Of the last step's reference pass, without what it waited for."""
+        """How long the last step's reference pass took, excluding time spent waiting."""
         return self._computing.binding.seconds if self._computing is not None else 0.0
 
     def check(self) -> None:
-        """Raises NonFiniteError where the last step's reference pass gave what is not finite."""
+        """Raise NonFiniteError if the last step's reference pass gave values that are not finite."""
         if self._computing is not None:
             self._computing.binding.check()
 
     def spoiled(self, step: int) -> str:
-        """What is said of stored keys of a step that are not finite, "" where all are."""
+        """Return a message on stored keys of a step that are not finite; "" if all are finite."""
         for source in (placed.source for row in self._rows for placed in row):
             if isinstance(source, StoredKeys) and (said := source.kept.spoiled(step)):
                 return said
         return ""
 
     def _is_the_pass(self) -> bool:
-        """Whether one row of keys is what the pass puts out, as it is."""
+        """Whether there is one row of keys, and it is just what the pass puts out."""
         if self._computing is None or len(self._rows) != 1:
             return False
         numbers = [p.source.number if isinstance(p.source, ComputedKeys) else None for p in self._rows[0]]
@@ -237,7 +236,7 @@ class KeyFeed:
             for placed in row:
                 count = placed.source.tokens[factor]
                 if count:
-                    if id(placed.source) not in seen:  # in 8 bits it is computed, so once for all rows
+                    if id(placed.source) not in seen:  # 8-bit keys must be decoded, so once for all rows
                         seen[id(placed.source)] = self._values(placed.source, step, name, factor)
                     pieces.append(Piece(number, start, count, seen[id(placed.source)]))
                     start += count
@@ -257,7 +256,7 @@ class KeyFeed:
 
 
 def _row_tokens(row: Sequence[PlacedKeys], factor: int) -> KeptTokens:
-    """As `kept_tokens`, of references whose keys are laid end to end."""
+    """Like `kept_tokens`, for references whose keys are laid end to end."""
     counts = [placed.source.tokens[factor] for placed in row]
     total = sum(counts)
     if not total:

@@ -1,4 +1,4 @@
-"""Kept concepts as files: safetensors, with a manifest in the header. Their form: docs/kept-concepts.md."""
+"""Kept concepts as files: safetensors, with a manifest in the header. For the format see docs/kept-concepts.md."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ METADATA = "magicface_rt.kept_concept"
 MAX_HEADER_BYTES = 1 << 22
 ALIGNMENT = 64
 MAX_REFERENCES = 64
-"""What any bundle takes; a header could name so many that looking at them took hours."""
+"""The most that any bundle takes; a header could name so many that reading them would take hours."""
 
 _AT_ONCE = 1 << 24
-"""Bytes that are looked at together."""
+"""How many bytes are checked together."""
 
 _NAMES = {"float32": "F32", "float16": "F16", BFLOAT16: "BF16", "uint8": "U8"}
 
 
 def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool, follow: bool = True) -> Path:
-    """See `KeptConcept.save`. Without `follow` a link is replaced, and not the file that it leads to."""
+    """Write a file; see `KeptConcept.save`. Without `follow`, a link is replaced, and not the file that it leads to."""
     target = _free(path, overwrite, follow)
     concept.check_unwritten()
     arrays = _arrays(concept)
@@ -56,7 +56,7 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool,
             concept.check_unwritten()
             try:
                 unfinished.put(part, target, overwrite=overwrite)
-            except FileExistsError as error:  # it was not there as this began, and whoever put it there keeps it
+            except FileExistsError as error:  # it appeared after this began, and is left alone
                 raise _exists(path) from error
     except OSError as error:
         let_through(error)
@@ -65,7 +65,7 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool,
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
-    """See before minutes of work that `save` can put a file there, as `unfinished.check` does.
+    """Check, before minutes of work, that `save` can put a file there, as `unfinished.check` does.
 
     Raises:
         OutputError: as `save`.
@@ -79,7 +79,7 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
 
 
 def load(path: Path, *, check_hashes: bool) -> KeptConcept:
-    """See `KeptConcept.load`."""
+    """Open a file; see `KeptConcept.load`."""
     file, data, header, start = _open(path)
     manifest = _manifest(path, header)
     views = _views(path, data, header, start, manifest)
@@ -97,7 +97,7 @@ def load(path: Path, *, check_hashes: bool) -> KeptConcept:
 
 
 def _free(path: Path, overwrite: bool, follow: bool = True) -> Path:
-    """The absolute path, where a file may be put or replaced."""
+    """Return the absolute path, after checking that a file may be put or replaced there."""
     try:
         target = unfinished.place(path) if follow else path.absolute()
     except OSError as error:
@@ -122,7 +122,7 @@ _Arrays = dict[str, tuple[NDArray[Any], str]]
 
 
 def _arrays(concept: KeptConcept) -> _Arrays:
-    """Every stored array with its dtype, by name: the number of the reference, the tensor, what of it."""
+    """Return every stored array with its dtype, by name: the reference's number, the tensor, the array's suffix."""
     arrays: _Arrays = {}
     for number, reference in enumerate(concept.references):
         for name, stored in reference.tensors.items():
@@ -176,7 +176,7 @@ def _header(concept: KeptConcept, arrays: _Arrays) -> bytes:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
-"""What reading JSON of another form than the expected may raise."""
+"""The exceptions that reading JSON of an unexpected form may raise."""
 
 
 def _damaged(path: Path, what: str, cause: BaseException | None = None) -> NoReturn:
@@ -186,7 +186,7 @@ def _damaged(path: Path, what: str, cause: BaseException | None = None) -> NoRet
 
 
 def _open(path: Path) -> tuple[MappedFile, NDArray[np.uint8], dict[str, Any], int]:
-    """The mapped file, what it holds, its header, and where the data begin."""
+    """Map a file; return it, its bytes, its header, and the position where the data begin."""
     try:
         if not path.is_file():
             raise KeptConceptError(f"kept concept {str(path)!r} does not exist or is not a file.")
@@ -239,7 +239,7 @@ def _manifest(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
 def _views(
     path: Path, data: NDArray[np.uint8], header: Mapping[str, Any], start: int, manifest: Mapping[str, Any]
 ) -> dict[str, NDArray[np.uint8]]:
-    """The bytes of every tensor. They must lie end to end and fill the file."""
+    """Return the bytes of every tensor, after checking that they lie end to end and fill the file."""
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     if set(entries) != set(manifest["sha256"]):
         _damaged(path, "its header and its manifest name different tensors")
@@ -264,28 +264,28 @@ def _views(
 def _check_content(
     path: Path, concept: KeptConcept, manifest: Mapping[str, Any], views: Mapping[str, NDArray[np.uint8]]
 ) -> None:
-    """Read every byte: it is that of the manifest, and no key or value is NaN or infinite."""
+    """Read every byte, and check that it is as in the manifest and that no key or value is NaN or infinite."""
     for name, view in views.items():
         found, expected = hashlib.sha256(view.data).hexdigest(), manifest["sha256"][name]
         if found != expected:
             _damaged(path, f"the SHA-256 of {name} is {found[:16]}..., expected {expected[:16]}...")
     for position, reference in enumerate(concept.references):
         for name, stored in reference.tensors.items():
-            # One NaN among the keys makes every cell that looks at them one.
+            # One NaN among the keys makes every cell that looks at them NaN.
             if bad := _non_finite(stored, concept.origin):
                 _damaged(path, f"{position}.{name} holds {bad} values that are NaN or infinite")
         reference.known_as(_content(reference, position, manifest["sha256"]))
 
 
 def _non_finite(stored: Stored, origin: Origin) -> int:
-    """How many values are NaN or infinite: many steps at once where they are small, or one at a time."""
+    """Count the values that are NaN or infinite, many steps at once if they are small, or else one at a time."""
     at_once = max(1, _AT_ONCE * origin.steps // max(stored.nbytes, 1))
     parts = (slice(first, first + at_once) for first in range(0, origin.steps, at_once))
     return sum(non_finite(stored.extremes(part), origin.dtype) for part in parts)
 
 
 def _content(reference: KeptReference, position: int, hashes: Mapping[str, str]) -> tuple[str, str]:
-    """The key that the file claims with a digest of what was found to be in it: one alone would not tell it apart."""
+    """Return the key that the file claims and a digest of what it was found to hold; one alone does not identify it."""
     names = sorted(f"{name}{suffix}" for name, stored in reference.tensors.items() for suffix in stored.arrays)
     found = [[name, hashes[f"{position}.{name}"]] for name in names]
     described = [reference.storage, sorted(reference.tokens.items()), found]

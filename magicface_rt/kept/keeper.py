@@ -20,7 +20,7 @@ from .store import KeptStore
 
 @dataclass(frozen=True)
 class KeepSettings:
-    """How a Session keeps; see there. `keep` and `budget` in bytes, `budget` None for what there is."""
+    """How a Session keeps references; see `Session`. `keep` and `budget` in bytes; a budget of None is what is free."""
 
     keep: int = 0
     memory: str = "auto"
@@ -37,7 +37,7 @@ class KeepSettings:
         storage: str,
         pad_keys: bool,
     ) -> KeepSettings:
-        """Raises OptionError, naming the option, for what cannot be used."""
+        """Make settings from a Session's options. Raises OptionError, naming the option, if one cannot be used."""
         if not one_of(memory, MEMORY):
             raise OptionError(f"memory is {shown(memory)}, expected one of {', '.join(MEMORY)}.")
         return cls(
@@ -50,14 +50,14 @@ class KeepSettings:
 
 
 def checked_storage(storage: str) -> Storage:
-    """Raises OptionError for one that there is not."""
+    """Return the form of storage. Raises OptionError if there is no such form."""
     if one_of(storage, STORAGES):
         return "8-bit" if storage == "8-bit" else "exact"
     raise OptionError(f"storage is {shown(storage)}, expected one of {', '.join(STORAGES)}.")
 
 
 class Keeper:
-    """`store` holds prepared references on the host, `on_device` on the device. Thread-safe."""
+    """Keeps prepared references: `store` holds them on the host, `on_device` on the device. Thread-safe."""
 
     def __init__(self, bundle: Bundle, backend: Backend, settings: KeepSettings) -> None:
         self.bundle = bundle
@@ -77,7 +77,7 @@ class Keeper:
         memory: str | None = None,
         budget: int | None = None,
     ) -> MemoryPlan:
-        """The plan of a request, by the Session's settings where nothing else is given.
+        """Make the plan of a request, by the Session's settings where nothing else is given.
 
         keys: content keys of the references that may be on the device already.
         """
@@ -109,30 +109,31 @@ class Keeper:
         largest: Mapping[str, int | None],
         workspace: int | None = None,
     ) -> int:
-        """Rows of a pass that prepares a reference. `largest`: what the graph takes, by symbol."""
+        """Return the number of rows in a pass that prepares a reference. `largest`: what the graph takes, by symbol."""
         if workspace is None:
             budget = self.settings.budget
             workspace = WORKSPACE if budget is None else min(WORKSPACE, budget // 4)
         return rows_per_pass(self.bundle, tokens, steps, largest, workspace)
 
     def check_room(self, tokens: Mapping[int, int], steps: int, storage: Storage) -> None:
-        """Raises HostMemoryError where the keys of a reference would not fit under a limit of this process."""
+        """Raise HostMemoryError if the keys of a reference would not fit under a limit of this process."""
         need, left = stored_bytes(self.bundle, tokens, steps, storage), room()
         if left is not None and need > left:
             raise foreseen(f"the keys of a reference for {steps} steps need {need / 1e6:,.1f} MB more on the host")
 
     def make_room(self, plan: MemoryPlan, wanted: Collection[Hashable]) -> None:
-        """See to it that a request keeps its budget on the device, whatever earlier ones left there.
+        """Make sure that a request keeps to its budget on the device, whatever earlier ones left there.
 
-        wanted: identities of the references that the request will use. What other requests use meanwhile stays, and is
-        in their budgets. Without a budget of the caller's all memory may be used, and is freed when it is needed.
+        wanted: identities of the references that the request will use. What other running requests use stays, and
+        counts in their budgets. If the caller set no budget, all memory may be used, and is freed when it is needed.
         """
         if plan.on_device and plan.bytes_per_step and self.settings.budget is not None:
             self.on_device.trim(self.settings.budget - plan.peak.device, wanted if plan.mode == "keep" else ())
 
     def forget(self, keys: Collection[str] | None) -> bool:
-        """Drop what is kept under these content keys, on the host and where no request uses it on the device; None:
-        everything. Returns whether it is gone, as a look at both says afterwards.
+        """Drop what is kept under these content keys, on the host and, unless in use, on the device; None: everything.
+
+        Returns whether it is gone, as found by looking at both afterwards.
         """
         self.store.forget(keys)
         self.on_device.forget(keys)

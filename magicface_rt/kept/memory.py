@@ -1,8 +1,8 @@
-"""What the reference keys of a request need, said before anything is computed.
+"""The memory that the reference keys of a request need, known before anything is computed.
 
-What is counted: the keys, what they are laid together in, the pass of the references through the network, and the
-request's own pictures. What is not: the network itself, its weights and the work of the target's rows, which a request
-without concepts needs as well.
+This counts the keys, the inputs in which they are laid together, the references' pass through the network, and the
+request's own pictures. It does not count the network itself, its weights and the work of the target's rows, which a
+request without concepts needs as well.
 
 Units are bytes. On a CPU backend there is no device: all is host memory.
 """
@@ -24,20 +24,21 @@ MODES: tuple[MemoryMode, ...] = ("keep", "stream", "recompute")
 MEMORY = ("auto", *MODES)
 
 WORKSPACE = 512 * 2**20
-"""What the passes that prepare a reference may use, unless a budget says otherwise."""
+"""Bytes that the passes that prepare a reference may use, unless a budget says otherwise."""
 
 ROW_TENSORS = 60
-"""What one row of the reference pass takes, in tensors as large as an injection layer's largest; see docs."""
+"""The memory for one row of the reference pass, in tensors as large as an injection layer's largest; see
+docs/kept-concepts.md."""
 
 FREE_SHARE = 0.9
-"""Of a device's free memory, the part that `auto` counts on."""
+"""The share of a device's free memory that a request without a budget may use."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A reference as the plan sees it: its kept tokens by factor, and in which form its keys are there already.
+    """A reference as the plan sees it: its kept tokens by factor, and where its keys are already.
 
-    held: "no", "memory", or "file"; nbytes: of its keys as they are stored; used: whether its weight is not 0.
+    held: "no", "memory", or "file"; nbytes: the size of its keys as they are stored; used: whether its weight is not 0.
     """
 
     tokens: Mapping[int, int]
@@ -48,7 +49,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes at the peak."""
+    """Memory at the peak, in bytes."""
 
     host: int
     device: int
@@ -59,11 +60,11 @@ class MemoryPlan:
     """What a request needs in each mode, and the mode that it would be run in.
 
     keep        keys of all steps on the device (on a CPU backend: in memory)
-    stream      keys of all steps on the host (those of a file stay in it), brought up step by step, ahead of need
+    stream      keys of all steps on the host (those of a file stay in it), uploaded step by step, ahead of need
     recompute   references run beside the target at each step; nothing is kept
 
     modes           MemoryUse by mode
-    mode            what `memory` and the budget come to
+    mode            the mode that `memory` and the budget lead to
     bytes_kept      the keys as they are stored, all steps, on the host or in files
     bytes_per_step  the keys of one step in the bundle's dtype, without padding
     tokens          kept tokens by factor, all references together
@@ -83,11 +84,11 @@ class MemoryPlan:
 
     @property
     def peak(self) -> MemoryUse:
-        """Of the chosen mode."""
+        """The peak of the chosen mode."""
         return self.modes[self.mode]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Return the plan, as JSON can hold it."""
         return {
             "mode": self.mode,
             "budget": self.budget,
@@ -103,20 +104,20 @@ class MemoryPlan:
 
 
 def step_bytes(bundle: Bundle, tokens: Mapping[int, int]) -> int:
-    """The keys and values of one step in the bundle's dtype."""
+    """Return the bytes of the keys and values of one step in the bundle's dtype."""
     itemsize = host_dtype(bundle.dtype).itemsize
     return sum(2 * tokens[layer.factor] * layer.width * itemsize for layer in bundle.injection_layers)
 
 
 def stored_bytes(bundle: Bundle, tokens: Mapping[int, int], steps: int, storage: Storage) -> int:
-    """The keys and values of all steps as they are stored."""
+    """Return the bytes of the keys and values of all steps as they are stored."""
     if storage == "exact":
         return steps * step_bytes(bundle, tokens)
     return steps * sum(2 * layer.width * (tokens[layer.factor] + 8) for layer in bundle.injection_layers)
 
 
 def row_bytes(bundle: Bundle) -> int:
-    """About what one row of the reference pass takes while it is computed."""
+    """Return about how many bytes one row of the reference pass takes while it is computed."""
     largest = max(
         bundle.grid(layer.factor)[0] * bundle.grid(layer.factor)[1] * layer.width for layer in bundle.injection_layers
     )
@@ -126,7 +127,7 @@ def row_bytes(bundle: Bundle) -> int:
 def rows_per_pass(
     bundle: Bundle, tokens: Mapping[int, int], steps: int, largest: Mapping[str, int | None], workspace: int
 ) -> int:
-    """Rows of one reference that go through `reference_kv` together, one row a step.
+    """Return how many rows of one reference go through `reference_kv` together, one row per step.
 
     largest: by symbol, what the graph takes at most; None for no limit.
     """
@@ -154,15 +155,15 @@ def make_plan(
     rows: int,
     host_room: int | None = None,
 ) -> MemoryPlan:
-    """The plan of a request.
+    """Make the plan of a request.
 
-    at_once: images in one batch; own_keys: each image of a batch has keys of its own, as images of different requests
-    have; budget: bytes that the peak may have, on the device where there is one, None for no limit; rows: of a pass
-    that prepares; host_room: bytes of the host that the process may still take, None for no limit.
+    at_once: images in one batch; own_keys: whether each image of a batch has its own keys, as images of different
+    requests have; budget: bytes that the peak may reach, on the device if there is one, None for no limit; rows: the
+    rows of a pass that prepares; host_room: bytes of the host that the process may still take, None for no limit.
 
     Raises:
         BudgetError: not even the mode that needs least fits.
-        HostMemoryError: none that fits the budget has room on the host.
+        HostMemoryError: no mode that fits the budget has room on the host.
     """
     used = [r for r in references if r.used]
     tokens = {factor: sum(r.tokens[factor] for r in used) for factor in bundle.factors}
@@ -206,7 +207,7 @@ def make_plan(
 
 
 def request_bytes(bundle: Bundle, images: int, references: int) -> int:
-    """The request's own arrays: pictures, latents, texts."""
+    """Return the bytes of the request's own arrays: pictures, latents, texts."""
     pixels = bundle.height * bundle.width * 3
     latents = bundle.latent_channels * bundle.rows * bundle.columns * 4
     text = 77 * bundle.text_width * 4
@@ -232,7 +233,7 @@ def _choose(
     if memory == "auto":
         # Preparing pays where the keys serve again: in a later request, or in a later batch of this one.
         worth = not bare or batches > 1 or stored["no"] <= store_limit
-        # On a CPU a step reads a mapped file as fast as memory, so that nothing is gained by copying it.
+        # On a CPU a step reads a mapped file as fast as memory, so nothing is gained by copying it.
         ready: tuple[MemoryMode, ...] = ("keep", "stream") if on_device or not stored["file"] else ("stream", "keep")
         order: tuple[MemoryMode, ...] = (*ready, "recompute") if worth else ("recompute", *ready)
         order = tuple(mode for mode in order if bare or mode != "recompute")
@@ -257,7 +258,7 @@ def _choose(
 
 
 def _padded(nbytes: int) -> int:
-    """With the keys that fill a bucket up."""
+    """Add the keys that fill up a bucket."""
     return nbytes + nbytes // 4
 
 

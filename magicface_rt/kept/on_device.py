@@ -1,4 +1,4 @@
-"""Keys of all steps in a device's memory, for one request after the other. Thread-safe."""
+"""Keys of all steps in a device's memory, kept there from one request to the next. Thread-safe."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ StepKeys = Mapping[tuple[int, str], DeviceArray]
 
 
 class OnDevice:
-    """References by their identity, on one device. What no request uses makes room for whatever needs it there.
+    """References on one device, by their identity. Those that no request uses make room for whatever needs it there.
 
-    A content key is what a file says, so it does for forgetting and for plans, and never to find keys by.
+    A content key is only what a file says, so it serves for forgetting and for plans, and never for finding keys.
     """
 
     def __init__(self) -> None:
-        # Never held while keys go up, or while anything waits for the device. A Session may be closed in between.
+        # Never held while keys are uploaded or anything waits for the device. A Session may be closed in between.
         self._lock = threading.RLock()
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._device: Device | None = None
@@ -42,15 +42,16 @@ class OnDevice:
         steps: int,
         waiting: Callable[[], object] = lambda: None,
     ) -> Iterator[StepKeys]:
-        """The keys by step and name, which stay for the block, and until others need their room.
+        """Provide a reference's keys, by step and name. They stay for the block, and then until others need their room.
 
-        While another thread brings them up, `waiting` is called from time to time, and may raise. However the block
-        ends, what it enqueued on the shelf's lane is waited for: it may still read them.
+        While another thread uploads them, `waiting` is called from time to time, and may raise. However the block ends,
+        what it enqueued on the shelf's lane is waited for, since it may still read them.
 
         Raises:
             DeviceMemoryError: the device has not enough memory, even without what no request uses.
             DeviceError: a copy failed.
-            KeptConceptError: keys of another size are there under the same identity; or its file was written to.
+            KeptConceptError: keys of another size are there under the same identity; or the reference's file was
+                written to.
         """
         user = _User()
         try:
@@ -59,40 +60,40 @@ class OnDevice:
             try:
                 shelf.lane.settle()
             finally:
-                # No call of ours, at whose beginning Ctrl-C could leave the user there for ever.
+                # Not a function of ours, at whose beginning Ctrl-C could leave the user there for ever.
                 user.entry.users.discard(user)
 
     def has(self, reference: KeptReference) -> bool:
-        """Whether its keys are there, or on their way."""
+        """Whether the keys of a reference are on the device, or being uploaded."""
         with self._lock:
             return reference.identity in self._present()
 
     def holds(self, key: str) -> bool:
-        """Whether any are there, or on their way, that have this content key."""
+        """Whether any keys with this content key are on the device, or being uploaded."""
         with self._lock:
             return any(entry.key == key for entry in self._present().values())
 
     @property
     def nbytes(self) -> int:
-        """What it holds now."""
+        """The bytes that are held now."""
         with self._lock:
             return sum(entry.nbytes for entry in self._present().values())
 
     def unused_bytes(self, wanted: Iterable[str]) -> int:
-        """What could be freed, and what is there already of the wanted content keys."""
+        """Return the bytes that could be freed, or that belong to the wanted content keys and are there already."""
         with self._lock:
             chosen = set(wanted)
             return sum(e.nbytes for e in self._present().values() if e.key in chosen or not e.users)
 
     def reclaim(self, nbytes: float) -> int:
-        """Free what was used longest ago and no request uses, until it is so many bytes; returns how many it is."""
+        """Free what no request uses, least recently used first, until `nbytes` are freed; return how many were."""
         with self._lock:
             unused = self._remove(nbytes, ())
         return _free(unused)
 
     def trim(self, nbytes: int, wanted: Collection[Hashable]) -> None:
-        """The same, until no more than so many bytes are left beside those with the wanted identities, or all that is
-        left is used.
+        """Free what no request uses, least recently used first, until no more than `nbytes` are left beside the wanted
+        identities, or all that is left is in use.
         """
         with self._lock:
             beside = sum(entry.nbytes for identity, entry in self._present().items() if identity not in wanted)
@@ -100,18 +101,18 @@ class OnDevice:
         _free(unused)
 
     def free_unused(self) -> None:
-        """Free what no request uses; all of it, when none runs."""
+        """Free what no request uses, which is everything when none is running."""
         self.reclaim(math.inf)
 
     def forget(self, keys: Collection[str] | None = None) -> None:
-        """Free what has these content keys and no request uses; None: everything that none uses."""
+        """Free what has these content keys and is not in use by a request; None: everything that is not in use."""
         with self._lock:
             others = () if keys is None else {i for i, entry in self._present().items() if entry.key not in keys}
             unused = self._remove(math.inf, others)
         _free(unused)
 
     def close(self) -> None:
-        """Free what no request uses, and let the device go."""
+        """Free what no request uses, and let go of the device."""
         self.free_unused()
         with self._lock:
             device, self._device = self._device, None
@@ -127,11 +128,13 @@ class OnDevice:
         steps: int,
         waiting: Callable[[], object],
     ) -> _Entry:
-        """The entry, with one user more. Who comes while another thread brings it up waits for that."""
+        """Return the entry of a reference with `user` added to it; upload its keys if they are not there. If another
+        thread is uploading them, wait for that.
+        """
         sizes = _sizes(reference, bundle, steps)
         while True:
             mine = _Entry(reference.key, sizes)
-            try:  # from before it is registered on: Ctrl-C may come at any moment
+            try:  # begins before it is registered: Ctrl-C may come at any moment
                 with self._lock:
                     self._serve(shelf.lane.device)
                     entry = self._present().setdefault(reference.identity, mine)
@@ -142,7 +145,7 @@ class OnDevice:
                 if entry is mine:
                     buffer, arrays = shelf.keep(sizes, lambda key: reference.tensors[key[1]].step(key[0]))
                     try:
-                        reference.check_unwritten()  # or others of its identity would find another one's keys
+                        reference.check_unwritten()  # or others with its identity would find another one's keys
                     except BaseException:
                         buffer.free()
                         raise
@@ -156,15 +159,15 @@ class OnDevice:
                     self._present()
             if entry.buffer is not None:
                 return entry
-            # The other's attempt failed; whoever waited for it makes one of its own.
+            # The other thread's attempt failed; each thread that waited for it makes its own.
 
     def _serve(self, device: Device) -> None:
         if self._device is None:
-            device.reclaim_from(self.reclaim)  # which may be said twice
+            device.reclaim_from(self.reclaim)  # may be called twice
             self._device = device
 
     def _present(self) -> OrderedDict[Hashable, _Entry]:
-        """The entries, without those of which it is known that they will not be there."""
+        """Return the entries, after removing those of which it is known that they will not be there."""
         for identity, entry in list(self._entries.items()):
             if entry.over and entry.buffer is None:
                 self._entries.pop(identity, None)
@@ -180,7 +183,7 @@ class OnDevice:
 
 
 class _Entry(Awaited):
-    """`key`: the content key; `sizes`: bytes by step and name."""
+    """The keys of one reference. `key`: its content key; `sizes`: bytes by step and name."""
 
     def __init__(self, key: str, sizes: Mapping[tuple[int, str], int]) -> None:
         super().__init__()
@@ -195,7 +198,7 @@ class _Entry(Awaited):
         return self.buffer.nbytes if self.buffer is not None else sum(self.sizes.values())
 
     def check(self, sizes: Mapping[tuple[int, str], int]) -> None:
-        """Raises KeptConceptError where other sizes are wanted: copied, such keys would run into their neighbours."""
+        """Raise KeptConceptError if other sizes are wanted: such keys, when copied, would run into their neighbours."""
         if sizes != self.sizes:
             raise KeptConceptError(
                 f"kept keys {shown(self.key[:16])} on the device have {sum(self.sizes.values())} bytes, and a request "
@@ -205,7 +208,7 @@ class _Entry(Awaited):
 
 
 class _User:
-    """One use of an entry; at first of none that is there."""
+    """One use of an entry; at first, of one that is not on the device."""
 
     def __init__(self) -> None:
         self.entry = _Entry("", {})
@@ -223,7 +226,7 @@ def _sizes(reference: KeptReference, bundle: Bundle, steps: int) -> dict[tuple[i
 
 
 def _free(entries: Iterable[_Entry]) -> int:
-    """Outside the lock: freeing may wait for the device."""
+    """Free entries; return how many bytes were freed. Call this without the lock: freeing may wait for the device."""
     freed = 0
     for entry in entries:
         assert entry.buffer

@@ -1,4 +1,4 @@
-"""What kept keys were made for, and what names their content."""
+"""What kept keys were made for, and the key that identifies their content."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..shown import shown
 DTYPES = ("float32", "float16", BFLOAT16)
 MAX_LAYERS = 16
 MAX_STEPS = 1000
-"""What there are, and what `Options` takes. A file that says more would have its reader work for hours."""
+"""The most layers there are, and the most steps that `Options` takes. A file with more would take hours to read."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Keys are good for requests of the same origin only: one bundle, one schedule and number of steps, one noise.
+    """What keys were made for: one bundle, schedule, number of steps and noise. They serve no other requests.
 
     layers: (index, factor, width) of the injection layers; scheduler: `Schedule.to_config`.
     """
@@ -41,7 +41,7 @@ class Origin:
 
     @classmethod
     def of(cls, bundle: Bundle, steps: int, reference_seed: int) -> Origin:
-        """What a request of that bundle needs.
+        """Return the origin that a request to this bundle needs.
 
         Raises:
             OptionError: the schedule cannot make so many steps.
@@ -60,29 +60,29 @@ class Origin:
 
     @property
     def steps(self) -> int:
-        """T."""
+        """The number of steps, T."""
         return len(self.timesteps)
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
-        """(factor, C) of every kept tensor, by its name as input of `denoise_step`."""
+        """(factor, C) of every kept tensor, by the name of its input of `denoise_step`."""
         return {f"{kind}_ref_{index}": (factor, width) for index, factor, width in self.layers for kind in "kv"}
 
     @property
     def factors(self) -> tuple[int, ...]:
-        """Grids of the injection layers, finest first."""
+        """The factors of the injection layers' grids, finest grid first."""
         return tuple(sorted({factor for _, factor, _ in self.layers}))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; `from_dict` reads it back to an equal one."""
+        """Return the origin, as JSON can hold it; `from_dict` reads it back as an equal one."""
         return {**asdict(self), "layers": [list(layer) for layer in self.layers], "timesteps": list(self.timesteps)}
 
     @classmethod
     def from_dict(cls, data: object) -> Origin:
-        """From what JSON gave.
+        """Make an origin from parsed JSON.
 
         Raises:
-            ValueError: it is no origin; the message names the entry.
+            ValueError: it is not an origin; the message names the entry.
         """
         names = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != names:
@@ -118,7 +118,7 @@ class Origin:
         )
 
     def check(self, wanted: Origin, name: str) -> None:
-        """Raises KeptConceptError, saying by what, where keys of this origin are not good for the wanted one."""
+        """Raise KeptConceptError, naming the difference, if keys of this origin do not serve the wanted one."""
         again = f"Prepare it again: magicface-rt prepare, or session.prepare(concept, steps={wanted.steps})."
         if self.bundle_hash != wanted.bundle_hash:
             raise KeptConceptError(
@@ -150,7 +150,7 @@ class Origin:
 
 
 def content_key(origin: Origin, loaded: LoadedReference, prompt: str, storage: str) -> str:
-    """A SHA-256 over all that a reference's keys depend on: its pixels and mask as they are used, not their files."""
+    """Return a SHA-256 of all that a reference's keys depend on: its pixels and mask as used, not their files."""
     pixels = loaded.pixels(origin.height, origin.width)
     parts = {
         "origin": origin.to_dict(),
@@ -167,28 +167,28 @@ def content_key(origin: Origin, loaded: LoadedReference, prompt: str, storage: s
 
 
 def whole_number(value: object, name: str, least: int = 0) -> int:
-    """The value, a whole number from `least` to 2**64 - 1; JSON's true and 1.0 are none. Raises ValueError."""
+    """Return `value` if it is a whole number from `least` to 2**64 - 1, unlike true or 1.0; else raise ValueError."""
     if type(value) is not int or not least <= value < 2**64:
         raise ValueError(f"{name} is {shown(value)}, expected a whole number from {least}")
     return value
 
 
 def whole_numbers(value: object, name: str, least: int = 0) -> list[int]:
-    """The value, a list of whole numbers. Raises ValueError."""
+    """Return `value` if it is a list of whole numbers, as `whole_number`; else raise ValueError."""
     if not isinstance(value, list):
         raise ValueError(f"{name} is {shown(value)}, expected a list of whole numbers")
     return [whole_number(entry, name, least) for entry in value]
 
 
 def finite_number(value: object, name: str) -> float:
-    """The value, a finite number from 0. Raises ValueError."""
+    """Return `value` as a float if it is a finite number of at least 0; else raise ValueError."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e308:
         raise ValueError(f"{name} is {shown(value)}, expected a number from 0")
     return float(value)
 
 
 def text_entry(data: Mapping[str, object], name: str) -> str:
-    """The entry of that name, a text. Raises ValueError."""
+    """Return the entry of that name if it is a text; else raise ValueError."""
     value = data.get(name)
     if not isinstance(value, str):
         raise ValueError(f"{name} is {shown(value)}, expected text")
@@ -196,5 +196,5 @@ def text_entry(data: Mapping[str, object], name: str) -> str:
 
 
 def _is_setting(value: object) -> bool:
-    """Whether `Schedule.to_config` may hold it."""
+    """Whether `Schedule.to_config` may hold the value."""
     return isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value))

@@ -1,4 +1,4 @@
-"""References through the network once for all steps, rows of many steps in one pass."""
+"""Runs references through the network once for all steps, with rows of many steps in one pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ Float32Array = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class EncodedReference:
-    """latents: float32 [1, 4, h, w], clean; text: [1, 77, D], its prompt in the bundle's dtype."""
+    """A reference as the network takes it.
+
+    latents: float32 [1, 4, h, w], clean; text: [1, 77, D], its prompt in the bundle's dtype.
+    """
 
     loaded: LoadedReference
     prompt: str
@@ -32,7 +35,7 @@ class EncodedReference:
 
 
 def inside(loaded: LoadedReference, bundle: Bundle) -> dict[int, NDArray[np.int64]]:
-    """The tokens inside the mask, by factor: positions on the grid laid out row by row, rising."""
+    """Return the tokens inside the mask, by factor: positions on the grid laid out row by row, ascending."""
     return {
         factor: np.flatnonzero(layer_mask(loaded.mask_grid, *bundle.grid(factor))).astype(np.int64)
         for factor in bundle.factors
@@ -40,7 +43,7 @@ def inside(loaded: LoadedReference, bundle: Bundle) -> dict[int, NDArray[np.int6
 
 
 def token_counts(loaded: LoadedReference, bundle: Bundle) -> dict[int, int]:
-    """The kept tokens of a reference, by factor."""
+    """Return the number of a reference's kept tokens, by factor."""
     return {factor: len(tokens) for factor, tokens in inside(loaded, bundle).items()}
 
 
@@ -56,9 +59,10 @@ def prepare_reference(
     report: Callable[[int], object] = lambda done: None,
     noise: Callable[[int], Float32Array] | None = None,
 ) -> KeptReference:
-    """Compute and keep. `rows`: steps in one pass; `report` is called after each with the steps that are done.
+    """Compute a reference's keys for all steps.
 
-    noise: from a step to what is put on the reference, float32 [1, 4, h, w]; by the origin's seed, unless given.
+    rows: steps in one pass; report: called after each pass with the number of steps done; noise: a function from a step
+    to the noise that is put on the reference, float32 [1, 4, h, w]; by the origin's seed, unless given.
 
     Raises:
         BackendError, NonFiniteError: the graph failed, or gave what is not finite.
@@ -90,12 +94,12 @@ def prepare_reference(
             raise NonFiniteError(f"{which} of {origin.steps}: {error}") from error
         report(steps.stop)
     kept = KeptReference(key, encoded.prompt, storage, counts, tensors, worst_error(tensors))
-    # What was computed here from what the key names has the keys of every other that was. Other noise is not named.
+    # Whatever is computed here for the same content key has the same keys. Other noise is not part of the key.
     return kept if noise is not None else kept.known_as(("computed", key))
 
 
 def _indices(tokens: Mapping[int, NDArray[np.int64]], rows: int, bundle: Bundle) -> dict[str, NDArray[np.int64]]:
-    """`reference_kv`'s kept_<factor>: the tokens in each of the rows laid end to end; one stands in for none."""
+    """Return `reference_kv`'s inputs kept_<factor>: the tokens of all rows laid end to end; one stands in for none."""
     indices = {}
     for factor, found in tokens.items():
         height, width = bundle.grid(factor)

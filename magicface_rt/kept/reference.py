@@ -1,4 +1,4 @@
-"""The keys and values of one reference over all steps, as they are or in 8 bits."""
+"""The keys and values of one reference over all steps, stored as they are or in 8 bits."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ LEVELS = 255
 
 
 class Stored(ABC):
-    """One tensor over all steps, [T, M, C]."""
+    """One tensor over all steps, [T, M, C], in the form in which it is stored."""
 
     @abstractmethod
     def put(self, step: int, values: NDArray[Any]) -> None:
         """Store a step's values [M, C].
 
         Raises:
-            NonFiniteError: they cannot be stored so.
+            NonFiniteError: the values cannot be stored in this form.
         """
 
     @abstractmethod
     def step(self, step: int) -> NDArray[Any]:
-        """A step's values [M, C], in the bundle's dtype (bfloat16 as bits)."""
+        """Return a step's values [M, C], in the bundle's dtype (bfloat16 as bits)."""
 
     @abstractmethod
     def extremes(self, steps: slice) -> NDArray[Any]:
-        """Values [..., C] in the bundle's dtype that are all finite exactly where those of the steps are sure to be."""
+        """Return values [..., C] in the bundle's dtype, all finite exactly if those of the steps are sure to be."""
 
     @property
     @abstractmethod
     def arrays(self) -> Mapping[str, NDArray[Any]]:
-        """What is stored, by a suffix to the tensor's name."""
+        """The arrays that are stored, by their suffix to the tensor's name."""
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +55,7 @@ class Stored(ABC):
 
 
 class Exact(Stored):
-    """`values`: [T, M, C] in the bundle's dtype."""
+    """Values stored as they are. `values`: [T, M, C] in the bundle's dtype."""
 
     def __init__(self, values: NDArray[Any]) -> None:
         self._values = values
@@ -83,7 +83,7 @@ class Exact(Stored):
 
 
 class EightBit(Stored):
-    """value = level * scale + low, with a scale and a low of its own for each step and channel.
+    """Values stored in 8 bits: value = level * scale + low, with a separate scale and low for each step and channel.
 
     levels: uint8 [T, M, C]; scale, low: float32 [T, C]. The channels of keys differ much in size and lie far from 0,
     which is why each has both.
@@ -161,16 +161,16 @@ class EightBit(Stored):
 
 @dataclass(frozen=True)
 class MappedFile:
-    """The file that tensors lie in. `path`: absolute and without links; `stamp`: of when it was mapped."""
+    """The file in which tensors lie. `path`: absolute and without links; `stamp`: its stamp when it was mapped."""
 
     path: str
     stamp: Stamp
 
     def check_unwritten(self) -> None:
-        """See that it was not written to in its place, where its keys would be others now. Takes microseconds.
+        """Check that the file was not written to in place, which would have changed its keys. Takes microseconds.
 
         Raises:
-            KeptConceptError: it was, or cannot be looked at.
+            KeptConceptError: it was, or cannot be examined.
         """
         name = shown(os.path.basename(self.path))
         try:
@@ -187,16 +187,16 @@ class MappedFile:
 
 @dataclass(frozen=True, eq=False)
 class KeptReference:
-    """The keys of one reference. They cannot be changed: requests and the Session's store share them.
+    """The keys of one reference. They are read-only, since requests and the Session's store share them.
 
     A copy, by `copy.deepcopy` or out of a pickle, is the same reference, and lies in memory. One with other keys is
     made by `dataclasses.replace(reference, tensors={...}, file=None)`.
 
-    key      names its content, see `content_key`. Of one that came from a file it is what the file says
+    key      identifies its content, see `content_key`. If it came from a file, this is what the file says
     tokens   kept tokens by factor; 0 where the mask vanishes on that grid
     tensors  by name, such as "k_ref_10"
-    error    what 8 bits cost: relative 2-norm of the worst tensor; 0 where the values are as they were computed
-    file     what the tensors lie in, None where they are in memory
+    error    what 8 bits cost: relative 2-norm of the worst tensor; 0 if the values are as they were computed
+    file     the file that the tensors lie in, None if they are in memory
     identity    equal only for references that are sure to have the same keys, see `known_as`; not for comparing across
                 processes. `dataclasses.replace` gives the new one an identity of its own
     """
@@ -221,7 +221,7 @@ class KeptReference:
 
     def __deepcopy__(self, memo: object) -> KeptReference:
         read = self._read()
-        self.check_unwritten()  # what was read then is not what the identity tells
+        self.check_unwritten()  # otherwise what was read is not what the identity stands for
         return read
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -232,20 +232,20 @@ class KeptReference:
 
     @property
     def mapped(self) -> bool:
-        """Whether the tensors lie in a file and not in memory."""
+        """Whether the tensors lie in a file rather than in memory."""
         return self.file is not None
 
     def describe(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """Return the entry of run.json for this reference."""
         return {"kept": self.key, "storage": self.storage, "prompt": self.prompt}
 
     def check_unwritten(self) -> None:
-        """See `MappedFile.check_unwritten`; what is in memory always is."""
+        """See `MappedFile.check_unwritten`; tensors in memory always pass."""
         if self.file is not None:
             self.file.check_unwritten()
 
     def known_as(self, identity: Hashable) -> KeptReference:
-        """Itself, from now on with an identity that tells its content and that no file can claim."""
+        """Give this reference an identity that stands for its content and that no file can claim; return itself."""
         object.__setattr__(self, "identity", identity)
         return self
 
@@ -254,7 +254,7 @@ class KeptReference:
         return sum(stored.nbytes for stored in self.tensors.values())
 
     def spoiled(self, step: int) -> str:
-        """What is said of a step's keys that are not finite, "" where all are."""
+        """Return a message on a step's keys that are not finite; "" if all are finite."""
         for name, stored in self.tensors.items():
             values = stored.step(step)
             # only bfloat16 is held as bits
@@ -267,11 +267,11 @@ class KeptReference:
         return ""
 
     def in_memory(self) -> KeptReference:
-        """The same with tensors that are read from the file, now; itself where they are in memory."""
+        """Return the reference with tensors read from the file now; itself if they are in memory."""
         return self._read() if self.mapped else self
 
     def _read(self) -> KeptReference:
-        """The same with tensors of its own in memory."""
+        """Return the same reference with tensors of its own in memory."""
         tensors: dict[str, Stored] = {}
         for name, stored in self.tensors.items():
             if isinstance(stored, EightBit):
@@ -287,7 +287,7 @@ def _restored(fields: tuple[Any, ...], identity: Hashable) -> KeptReference:
 
 
 def empty_tensors(origin: Origin, tokens: Mapping[int, int], storage: Storage) -> dict[str, Stored]:
-    """Room for a reference's keys over all steps."""
+    """Make room for a reference's keys over all steps."""
     kind: type[Exact] | type[EightBit] = EightBit if storage == "8-bit" else Exact
     return {
         name: kind.empty(origin.steps, tokens[factor], width, origin.dtype)
@@ -296,6 +296,6 @@ def empty_tensors(origin: Origin, tokens: Mapping[int, int], storage: Storage) -
 
 
 def worst_error(tensors: Mapping[str, Stored]) -> float:
-    """The relative 2-norm of what 8 bits cost, of the tensor where it is largest."""
+    """Return the relative 2-norm of what 8 bits cost, for the tensor where it is largest."""
     errors = [s.squared_error / s.squared for s in tensors.values() if isinstance(s, EightBit) and s.squared]
     return float(np.sqrt(max(errors, default=0.0)))

@@ -11,31 +11,31 @@ from .reference import KeptReference
 
 
 class KeptStore:
-    """`limit`: bytes that it may hold; 0 holds nothing, but two requests for one reference still compute it once.
+    """Holds up to `limit` bytes; with 0 it holds nothing, but two requests for one reference still compute it once.
 
     What is forgotten while a request uses it lives until that request ends.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._lock = threading.RLock()  # a Session may be closed in between, in the same thread
+        self._lock = threading.RLock()  # re-entrant: a Session may be closed in between, in the same thread
         self._entries: OrderedDict[str, KeptReference] = OrderedDict()
         self._making: dict[str, _Making] = {}
 
     @property
     def nbytes(self) -> int:
-        """What it holds now."""
+        """The bytes that are held now."""
         with self._lock:
             return self._held()
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What it holds, the least recently used first."""
+        """The content keys of what is held, the least recently used first."""
         with self._lock:
             return tuple(self._entries)
 
     def find(self, key: str) -> KeptReference | None:
-        """The reference of that content key, if it is there."""
+        """Return the reference with that content key, or None."""
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
@@ -45,14 +45,14 @@ class KeptStore:
     def get_or_make(
         self, key: str, make: Callable[[], KeptReference], waiting: Callable[[], object] = lambda: None
     ) -> KeptReference:
-        """The reference of that content key; `make` computes it where it is not there.
+        """Return the reference with that content key; `make` computes it if it is not there.
 
-        Whoever comes while another thread makes it waits for that, and calls `waiting` from time to time, which may
-        raise. Should the other fail, one of those who waited makes it; each gets the errors of its own attempt only.
+        If another thread is making it, wait for that, and call `waiting` from time to time, which may raise. If that
+        thread fails, one of those that waited makes it; each gets the errors of its own attempt only.
         """
         while True:
             mine = _Making()
-            try:  # from before it is registered on: Ctrl-C may come at any moment
+            try:  # begins before it is registered: Ctrl-C may come at any moment
                 with self._lock:
                     found = self._entries.get(key)
                     if found is not None:
@@ -75,7 +75,7 @@ class KeptStore:
                     self._drop_what_is_over()
 
     def forget(self, keys: Collection[str] | None = None) -> None:
-        """Drop what has these content keys; None: everything."""
+        """Drop the references with these content keys; None: all."""
         with self._lock:
             self._drop_what_is_over()
             for key in tuple(self._entries) if keys is None else keys:
@@ -90,7 +90,7 @@ class KeptStore:
             self._entries[key] = made
 
     def _drop_what_is_over(self) -> None:
-        """Also what an interrupt kept its own maker from dropping; until then nobody waits for it."""
+        """Remove computations that are over, also those whose maker was interrupted first; nobody waits for these."""
         for key, making in tuple(self._making.items()):
             if making.over:
                 self._making.pop(key, None)
