@@ -106,6 +106,7 @@ def test_a_bundle_whose_graph_was_changed_is_noticed(tiny_bundle: Path, tiny_che
     assert [r.graph for r in verdict.reports if hasattr(r, "graph") and not r.passed] == ["denoise_step"]
 
 
+@pytest.mark.slow
 def test_a_session_that_drives_the_graphs_wrongly_is_noticed(
     tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

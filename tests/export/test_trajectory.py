@@ -56,13 +56,13 @@ def session(tiny_bundle: Path) -> Iterator[Changed]:
     ("change", "passes"),
     [
         ({}, True),
-        ({"weights": 1.05}, False),
+        pytest.param({"weights": 1.05}, False, marks=pytest.mark.slow),
         ({"guidance": 7.6}, False),
-        ({"alpha": 0.7}, False),
+        pytest.param({"alpha": 0.7}, False, marks=pytest.mark.slow),
         ({"swapped": True}, False),
-        ({"reference_seed": 1}, False),
-        ({"semantic_guidance": False}, False),
-        ({"seed": 8}, False),
+        pytest.param({"reference_seed": 1}, False, marks=pytest.mark.slow),
+        pytest.param({"semantic_guidance": False}, False, marks=pytest.mark.slow),
+        pytest.param({"seed": 8}, False, marks=pytest.mark.slow),
     ],
     ids=str,
 )

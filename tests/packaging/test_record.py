@@ -112,7 +112,10 @@ def put_down(folder: Path) -> tuple[dict[str, str], int]:
 FIGURES = {f"case {number}": f"{number} kills" for number in range(4)}
 
 
-@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), id="one process"), pytest.param(("-n", "2"), id="two processes", marks=pytest.mark.slow)],
+)
 def test_all_that_was_counted_is_told_and_put_down(tmp_path: Path, options: tuple[str, ...]) -> None:
     if options:
         pytest.importorskip("xdist")
