@@ -217,8 +217,8 @@ def open_safetensors(file: Path, what: str) -> Iterator[Any]:
         except MemoryError as error:
             size = file.stat().st_size
             raise CheckpointError(
-                f"{what} {file}: its {size:,} bytes are more than this process may map. Is it another file? Else allow "
-                "more addresses (ulimit -v)."
+                f"{what} {file}: cannot be opened: its {size:,} bytes are more than this process may map. Is it "
+                "another file? Else allow more addresses (ulimit -v)."
             ) from error
         with opened as stream:
             yield stream
