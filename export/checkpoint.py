@@ -214,12 +214,12 @@ def open_safetensors(file: Path, what: str) -> Iterator[Any]:
             raise CheckpointError(f"{what} {file}: it is missing, or not a file")
         try:
             opened = safe_open(file, framework="pt")
-        except MemoryError as error:
+        except MemoryError:
             size = file.stat().st_size
             raise CheckpointError(
                 f"{what} {file}: cannot be opened: its {size:,} bytes are more than this process may map. Is it "
                 "another file? Else allow more addresses (ulimit -v)."
-            ) from error
+            ) from None  # it is the file that is at fault, and no shortage
         with opened as stream:
             yield stream
     except (SafetensorError, OSError, ValueError) as error:

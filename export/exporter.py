@@ -15,8 +15,9 @@ from diffusers import UNet2DConditionModel
 
 from magicface_rt.backends.ort_arena import trim
 from magicface_rt.bundle import CUDA_RUNTIME, Bundle
-from magicface_rt.errors import BackendError, HostMemoryError, OptionError, ParityError
+from magicface_rt.errors import BackendError, OptionError, ParityError
 from magicface_rt.schedule import Schedule
+from magicface_rt.shortage import shortage
 
 from .attention import DEFAULT_INJECTION_LAYERS, SELF_ATTENTIONS
 from .bundle_writer import BundleWriter
@@ -196,9 +197,9 @@ def _write(
             report(f"{one.graph}: comparing the form for CUDA with PyTorch")
             try:
                 parity[one.graph][CUDA_RUNTIME] = _passed(compare_graph(hidden, one, DefinedCuda())).to_json()
-            except HostMemoryError:
-                raise
             except (ParityError, BackendError) as error:  # the plain form has passed, and CUDA can serve it as well
+                if shortage(error) is not None:  # which says nothing of the form
+                    raise
                 report(f"warning: without the form for CUDA: {error}")
                 writer.drop_cuda_file(one.graph)
     writer.write_manifest({**manifest, "parity": parity})

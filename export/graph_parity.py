@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from magicface_rt import unfinished
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
 from magicface_rt.backends.checks import Limits
 from magicface_rt.backends.host import BFLOAT16, from_bfloat16, stored
 from magicface_rt.bundle import Bundle
-from magicface_rt.errors import BackendError, NonFiniteError, ParityError
+from magicface_rt.errors import BackendError, NonFiniteError, OutputError, ParityError
+from magicface_rt.interrupts import let_through
 
 from .graphs import DenoiseStep, Graph
 from .guidance import SemanticGuidance
@@ -195,14 +197,22 @@ def compare_graph(
     Raises:
         ParityError: an output is not finite; the message names the graph and the output.
         BackendError: the runtime refused the graph.
+        OutputError: there is no room for the weights of a bfloat16 graph in float32.
     """
     if backend is None:
         with closing(OnnxRuntime("cpu")) as own:  # closing it gives back what its graphs worked in
             return compare_graph(bundle, expected, own, runner, scratch=scratch)
     if bundle.dtype == BFLOAT16 and backend.name == CPU:
-        with tempfile.TemporaryDirectory(prefix="magicface-rt-", dir=scratch) as folder:
-            wide = widen(bundle, expected.graph, Path(folder))
-            found = compare_graph(wide, expected, backend)
+        try:
+            with tempfile.TemporaryDirectory(prefix="magicface-rt-", dir=scratch) as folder:
+                wide = widen(bundle, expected.graph, Path(folder))
+                found = compare_graph(wide, expected, backend)
+        except OSError as error:
+            let_through(error)
+            raise OutputError(
+                f"graph {expected.graph}: its weights in float32 cannot be written to "
+                f"{scratch or tempfile.gettempdir()}: {unfinished.why(error)}"
+            ) from error
         return dataclasses.replace(found, note=IN_FLOAT32)
     if runner is None:
         with closing(backend.load(bundle, expected.graph)) as loaded:

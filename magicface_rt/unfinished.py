@@ -136,9 +136,8 @@ def put(
             to disk: then a file stays replaced, and so does a folder if two cannot change places.
     """
     settle(new)
-    mode = _mode(target, folder=new.is_dir()) if overwrite else None
-    if mode is not None and mode != _mode(new, folder=new.is_dir()):
-        os.chmod(new, mode)
+    if overwrite:
+        _take_permissions(new, target)
     last = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
@@ -322,14 +321,14 @@ def _stands(folder: Path, stem: str, names: list[str]) -> bool:
 
 def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
     """Make a new part of `target`; return it with the descriptor that holds its lock."""
-    earlier = _mode(target, folder=folder)
+    earlier = _mode(target, folder=folder)  # its group may be another one, so that only `put` has its permissions
     while True:
         path, made = _beside(target, "part"), False
         try:
             if folder:
-                os.mkdir(path, 0o777 if earlier is None else 0o700 | earlier & 0o777)
+                os.mkdir(path, 0o777 if earlier is None else 0o700 | earlier & 0o007)
             else:
-                path.touch(0o666 if earlier is None else 0o600 | earlier & 0o777, exist_ok=False)
+                path.touch(0o666 if earlier is None else 0o600 | earlier & 0o006, exist_ok=False)
             made = True
             return path, _lock(path)
         except BaseException as error:  # a signal may have arrived while it was made
@@ -346,6 +345,32 @@ def _mode(path: Path, *, folder: bool) -> int | None:
     except OSError:
         return None
     return stat.S_IMODE(found) if (stat.S_ISDIR if folder else stat.S_ISREG)(found) else None
+
+
+def _take_permissions(new: Path, target: Path) -> None:
+    """Give `new` the group and the permissions of what it will replace, if that is of the same kind.
+
+    Raises:
+        OSError: it would be readable by more users, and that cannot be changed.
+    """
+    try:
+        earlier, mine = os.lstat(target), os.lstat(new)
+    except OSError:
+        return
+    if stat.S_IFMT(earlier.st_mode) != stat.S_IFMT(mine.st_mode):
+        return
+    mode, has = stat.S_IMODE(earlier.st_mode), stat.S_IMODE(mine.st_mode)
+    if earlier.st_gid != mine.st_gid:
+        try:
+            os.chown(new, -1, earlier.st_gid)
+        except OSError:
+            mode &= ~0o070  # they were another group's
+    if mode != has:
+        try:
+            os.chmod(new, mode)
+        except OSError:  # some file systems know no permissions
+            if has & ~mode & 0o077:
+                raise
 
 
 def _lock(path: Path) -> int | None:
@@ -482,6 +507,8 @@ def _remove(path: Path) -> None:
 
 def _take_away(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(OSError):
+            os.chmod(path, 0o700)  # nothing can be removed from a folder that its owner may not write to
         try:
             shutil.rmtree(path, ignore_errors=True)
         except OSError as error:

@@ -118,7 +118,7 @@ class RuntimeCache:
     def _read(self, *, quiet: bool = False) -> tuple[bytes, bytes]:
         """Return the digest and the content of the file; both empty if there is none, or a damaged one."""
         level = logging.DEBUG if quiet else logging.WARNING
-        if not self._is_private(level):
+        if not self._is_private(level) or not self._is_private(level, folder=False):
             return b"", b""
         try:
             content = read_plain(self.path, MOST_BYTES)
@@ -133,16 +133,17 @@ class RuntimeCache:
             return b"", b""
         return digest, blob
 
-    def _is_private(self, level: int) -> bool:
-        """Whether nobody else can have written the file."""
+    def _is_private(self, level: int, *, folder: bool = True) -> bool:
+        """Return whether nobody else can have written the file, by its folder or by its own permissions."""
+        place = self.path.parent if folder else self.path
         try:
-            reason = why_not_private(self.path.parent)
+            reason = why_not_private(place, folder=folder)
         except FileNotFoundError:
-            return True  # it is private when it is made
+            return True  # it is made private
         except OSError as error:
             reason = f"cannot be looked at ({error.strerror})"
         if reason:
-            logger.log(level, "runtime cache: %s %s; it is not used.", self.path.parent, reason)
+            logger.log(level, "runtime cache: %s %s; it is not used.", place, reason)
         return not reason
 
     def _write(self, content: bytes) -> None:
@@ -150,4 +151,6 @@ class RuntimeCache:
         with unfinished.part(self.path) as part:
             part.chmod(0o600)  # readable by its owner only
             part.write_bytes(content)
+            if not self._is_private(logging.DEBUG, folder=False):
+                self.path.unlink()  # else `put` would keep its permissions
             unfinished.put(part, self.path)

@@ -44,7 +44,8 @@ def handlers_restored() -> Iterator[None]:
     try:
         yield
     finally:
-        if earlier is not None and signal.getsignal(signal.SIGTERM) is not earlier:
+        main = threading.current_thread() is threading.main_thread()  # elsewhere none was set, and none can be
+        if main and earlier is not None and signal.getsignal(signal.SIGTERM) is not earlier:
             signal.signal(signal.SIGTERM, earlier)
 
 

@@ -148,7 +148,8 @@ def _watched(name: str, make: Callable[[Callable[[str, int, int], object]], Plan
 
         def work() -> None:
             try:
-                made.append(make(advance))
+                if not stop.is_set():  # else nobody waits for it any more
+                    made.append(make(advance))
             except BaseException as error:
                 failure.append(error)
             finally:

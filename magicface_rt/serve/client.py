@@ -220,16 +220,20 @@ class Client:
         order = order_of(prompt, listed(concepts), settings)
         if progress is None:
             return read(self._send("POST", "/v1/images", **_sent(order)), made_of)
-        with _callbacks_own():
-            for attempt in range(self._retries.most + 1):
-                try:
-                    return self._streamed({**order, "stream": True}, progress)
-                except ServiceError as error:
-                    wait = self._retries.wait("POST", error, attempt)
-                    if wait is None:
-                        raise
-                    time.sleep(wait)
-        raise AssertionError("the last attempt ends the loop")
+        for attempt in range(self._retries.most + 1):
+            try:
+                return self._streamed({**order, "stream": True}, progress)
+            except _CallbackError as carried:
+                raised = carried.raised
+                break
+            except ServiceError as error:
+                wait = self._retries.wait("POST", error, attempt)
+                if wait is None:
+                    raise
+                time.sleep(wait)
+        else:
+            raise AssertionError("the last attempt ends the loop")
+        raise raised  # not from within the handler, which would become its context
 
     def put_concept(
         self, concept: Concept, *, steps: int | None = None, reference_seed: int = 0, storage: str = "exact"
@@ -350,16 +354,20 @@ class AsyncClient:
         order = await asyncio.to_thread(order_of, prompt, listed(concepts), settings)
         if progress is None:
             return read(await self._send("POST", "/v1/images", **_sent(order)), made_of)
-        with _callbacks_own():
-            for attempt in range(self._retries.most + 1):
-                try:
-                    return await self._streamed({**order, "stream": True}, progress)
-                except ServiceError as error:
-                    wait = self._retries.wait("POST", error, attempt)
-                    if wait is None:
-                        raise
-                    await asyncio.sleep(wait)
-        raise AssertionError("the last attempt ends the loop")
+        for attempt in range(self._retries.most + 1):
+            try:
+                return await self._streamed({**order, "stream": True}, progress)
+            except _CallbackError as carried:
+                raised = carried.raised
+                break
+            except ServiceError as error:
+                wait = self._retries.wait("POST", error, attempt)
+                if wait is None:
+                    raise
+                await asyncio.sleep(wait)
+        else:
+            raise AssertionError("the last attempt ends the loop")
+        raise raised  # not from within the handler, which would become its context
 
     async def put_concept(
         self, concept: Concept, *, steps: int | None = None, reference_seed: int = 0, storage: str = "exact"
@@ -484,17 +492,6 @@ def _answer(progress: ProgressCallback, step: Progress) -> object:
         return progress(step)
     except Exception as error:
         raise _CallbackError(error) from error
-
-
-@contextlib.contextmanager
-def _callbacks_own() -> Iterator[None]:
-    """Re-raise what a progress callback raised unchanged: if the callback lost a connection of its own, that says
-    nothing about the service.
-    """
-    try:
-        yield
-    except _CallbackError as carried:
-        raise carried.raised from carried.raised.__cause__
 
 
 @contextlib.contextmanager

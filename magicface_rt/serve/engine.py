@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -323,6 +324,7 @@ class Engine:
             if len(jobs) == 1:
                 if not isinstance(error, MagicFaceError):
                     logger.exception("a job failed")
+                _clear_frames(error)
                 jobs[0].fail(error if isinstance(error, Exception) else _ending(error))
                 return
             failed = True
@@ -341,6 +343,18 @@ class Engine:
             self._observer.batch(jobs, seconds)
         except BaseException:
             logger.exception("the observer failed")
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Drop what the frames of an attempt hold, keys and latents: whoever asks for the outcome may keep the error."""
+    seen: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        one = chain.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            chain += [one.__cause__, one.__context__]
 
 
 def _cut_off() -> DrainingError:

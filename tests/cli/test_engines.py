@@ -155,13 +155,13 @@ def test_a_build_that_is_interrupted_as_its_thread_starts_waits_for_nothing(monk
         if thread.name == "build x":
             threads.append(thread)
             monkeypatch.undo()
-            hold.acquire()
             real(thread)
             raise KeyboardInterrupt
         real(thread)
 
     threads: list[threading.Thread] = []
     hold = threading.Lock()
+    hold.acquire()
 
     def held(advance: Callable[[str, int, int], bool]) -> Any:
         with hold:

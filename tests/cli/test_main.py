@@ -268,6 +268,23 @@ def test_a_missing_extra_exits_3(
     assert "pip install 'magicface_rt[export]'" in capsys.readouterr().err
 
 
+def test_weights_that_are_too_large_to_be_mapped_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too little memory would be said of the host, where it is the file that is another one."""
+    checkpoint = importlib.import_module("magicface_rt.export.checkpoint")
+
+    def too_large(*_: object, **__: object) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(checkpoint, "safe_open", too_large)
+    (tmp_path / "large.safetensors").write_bytes(b"12345678")
+    assert main(["export", str(tmp_path / "large.safetensors"), "--out", str(tmp_path / "bundle")]) == 2
+    said = capsys.readouterr().err
+    assert "large.safetensors" in said
+    assert "8 bytes are more than this process may map. Is it another file?" in said
+
+
 def test_bench_without_the_extra_exits_3_before_anything_is_measured(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

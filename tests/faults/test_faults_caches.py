@@ -64,6 +64,14 @@ def test_something_else_in_its_place(place: str, path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are told in another way")
+@pytest.mark.parametrize("mode", [0o660, 0o606])
+def test_a_cache_that_others_may_write_is_not_used_and_is_replaced(mode: int, path: Path) -> None:
+    path.chmod(mode)
+    assert given(path) == b""
+    assert path.stat().st_mode & 0o777 == 0o600, "it was written anew, for its owner only"
+    assert given(path) == BLOB
+
+
 @pytest.mark.parametrize("whose", ["the group's", "everybody's", "another user's", "a link to it"])
 def test_a_cache_in_a_folder_that_others_may_write_into_is_left_alone(
     whose: str, path: Path, monkeypatch: pytest.MonkeyPatch

@@ -673,7 +673,11 @@ def test_a_file_that_cannot_be_read_is_told(path: Path, monkeypatch: pytest.Monk
         KeptConcept.load(path)
 
 
-def test_keys_that_are_no_numbers_are_found_by_the_full_check(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 1 << 24], ids=["a step at a time", "all steps together"])
+def test_keys_that_are_no_numbers_are_found_by_the_full_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("magicface_rt.kept.files._AT_ONCE", at_once)
     kept = made()
     array = kept.references[1].tensors["v_ref_13"].arrays[""]
     array.setflags(write=True)

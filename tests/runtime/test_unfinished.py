@@ -130,6 +130,29 @@ def test_what_is_replaced_keeps_its_permissions(kind: str, mode: int, tmp_path: 
         os.umask(umask)
 
 
+def test_what_belonged_to_another_group_is_not_shown_to_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "x"
+    target.touch()
+    os.chmod(target, 0o640)
+    real = os.lstat
+
+    def of_another_group(path: Any) -> Any:
+        found = real(path)
+        return os.stat_result([*found[:5], found.st_gid + 1, *found[6:]]) if Path(path) == target else found
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with unfinished.part(target) as part:
+        monkeypatch.setattr(os, "lstat", of_another_group)
+        monkeypatch.setattr(os, "chown", refused)
+        unfinished.put(part, target)
+        monkeypatch.undo()
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
 def test_what_is_replaced_is_not_taken_for_left_behind(tmp_path: Path) -> None:
     """By another that clears the place as it has the name of a part, and may still have to come back."""
     out, looks = tmp_path / "out", []

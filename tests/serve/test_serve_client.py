@@ -162,7 +162,12 @@ def generate(kind: Any, sent: Sent, progress: Any) -> Any:
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 @pytest.mark.parametrize(
     "raised",
-    [httpx.ConnectError("another service is away"), QueueFullError("another queue"), RuntimeError("x"), KeyError("x")],
+    [
+        httpx.ConnectError("another service is away"),
+        QueueFullError("another queue"),
+        RuntimeError("x"),
+        KeyError("x"),
+    ],
 )
 def test_what_a_progress_callback_raises_comes_out_as_it_is(kind: Any, raised: Exception) -> None:
     """And the request is not sent again for it, though a lost connection would have it sent again."""

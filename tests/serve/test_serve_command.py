@@ -298,10 +298,18 @@ def test_a_warm_up_that_fails_ends_the_process(
         raise NonFiniteError("made to fail")
 
     monkeypatch.setattr(Session, "warm_up", fails)
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert main(["serve", str(tiny_bundle), "--port", "0"]) == 1
+    earlier = signal.signal(signal.SIGTERM, _noted)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["serve", str(tiny_bundle), "--port", "0"]) == 1
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [before, _noted]
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
     assert "made to fail" in capsys.readouterr().err
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def _noted(*_: object) -> None:
+    """The handler of a program that calls `main`."""
 
 
 def _tokens(folder: Path) -> Path:

@@ -161,8 +161,8 @@ def test_what_a_batch_that_failed_held_is_gone_before_its_requests_are_made_alon
         """What an attempt takes memory for."""
 
     def failing(self: Gated, requests: Any, **settings: Any) -> Any:
-        if len(requests) == 1:
-            assert [one() for one in held] == [None]
+        assert [one() for one in held] == [None] * len(held)
+        if [request.options.seed for request in requests] == [3]:
             return real(self, requests, **settings)
         keys = Keys()
         held.append(weakref.ref(keys))
@@ -171,9 +171,13 @@ def test_what_a_batch_that_failed_held_is_gone_before_its_requests_are_made_alon
     monkeypatch.setattr(Gated, "generate_batch", failing)
     engine = Engine([session], ServeSettings(batch_wait=0.5))
     engine.start()
-    for one in [engine.submit(job(seed, alone=False)) for seed in (1, 2)]:
-        assert one.future.result(30).batch == 1
+    jobs = [engine.submit(job(seed, alone=False)) for seed in (1, 2, 3)]
+    for one in jobs[:2]:
+        with pytest.raises(HostMemoryError):
+            one.future.result(30)
+    assert jobs[2].future.result(30).batch == 1
     engine.close()
+    assert len(held) == 3
 
 
 def test_an_unexpected_error_ends_its_job_and_not_the_engine(engine: Engine) -> None:

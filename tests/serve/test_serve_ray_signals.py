@@ -49,10 +49,13 @@ def test_a_front_that_does_not_answer_is_ended_all_the_same(monkeypatch: pytest.
 
     deleted: list[str] = []
     monkeypatch.setattr("ray.serve.delete", deleted.append)
-    signals = Signals()
-    signals.stops = 2
+    told: list[str] = []
+    signals = Signals(told.append)
+    signals._noted(signal.SIGTERM, None)
+    signals._noted(signal.SIGTERM, None)
     running = Running(RayPlan("bundle", "concepts"), "127.0.0.1", 1, signals=signals)
     handle: Any = SimpleNamespace(drain=SimpleNamespace(remote=lambda _: SimpleNamespace(result=never)))
     running._handle = handle
     assert running.end() == 0
     assert len(deleted) == 1
+    assert told[-1] == "SIGTERM again: ending now"

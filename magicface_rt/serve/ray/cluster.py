@@ -95,6 +95,7 @@ def serve(
     with signals.caught(), started(plan, told=told) as plan, signals.caught():  # again: Ray catches some at its start
         running = Running(plan, str(address[0]), int(address[1]), signals=signals)
         running.start()
+        signals.wait(0)
         if signals.stops:
             return 0
         told(f"listening on {running.url}")
@@ -301,6 +302,7 @@ class Running:
             cut_off = self._drained()
         except gone:  # the front is gone or does not answer, and its requests are lost with it
             cut_off = 0
+        self._signals.wait(0)
         with contextlib.suppress(*gone):
             serve.delete(APPLICATION)  # returns once the last answers are out
         return cut_off
@@ -308,10 +310,10 @@ class Running:
     def _drained(self) -> int:
         answer = self._handle.drain.remote(self._plan.settings.drain)
         while True:
-            self._signals.wait(0)
             try:
                 return int(answer.result(timeout_s=0.2))
             except TimeoutError:
+                self._signals.wait(0)  # tells of a second one
                 if self._signals.stops > 1:
                     return int(self._handle.drain.remote(0.0).result(timeout_s=10))
 

@@ -22,7 +22,8 @@ window.magicface = (() => {
     before: [], // for undo
     erasing: false,
     cursor: null, // [x, y] of the keyboard's brush
-    turn: 0,
+    turn: 0, // of the photograph
+    maskTurn: 0,
     note: "",
     root: null,
   });
@@ -105,9 +106,9 @@ window.magicface = (() => {
     if (!e.mask) return;
     remember(e);
     e.loaded = base64;
-    const turn = (e.turn = ++turns);
+    const turn = (e.maskTurn = ++turns);
     const picture = await pictureOf(base64);
-    if (e.turn !== turn) return;
+    if (e.maskTurn !== turn) return;
     const { width, height } = e.mask;
     const context = e.mask.getContext("2d", { willReadFrequently: true });
     context.clearRect(0, 0, width, height);
@@ -232,7 +233,12 @@ window.magicface = (() => {
     const part = (name) => root.querySelector(name);
     const canvas = part(".mf-canvas");
 
-    const take = async (file) => file && setPhotograph(e, await base64Of(file), file.name, null);
+    const take = async (file) => {
+      if (!file) return;
+      const turn = (e.turn = ++turns);
+      const base64 = await base64Of(file);
+      if (e.turn === turn) await setPhotograph(e, base64, file.name, null);
+    };
     const chosen = (event) => {
       const file = event.target.files[0];
       event.target.value = ""; // so that the same file may be chosen again
@@ -241,7 +247,10 @@ window.magicface = (() => {
     part(".mf-photo").addEventListener("change", (event) => take(chosen(event)));
     part(".mf-mask").addEventListener("change", async (event) => {
       const file = chosen(event);
-      if (file) await setMask(e, await base64Of(file));
+      if (!file) return;
+      const [of, turn] = [e.turn, (e.maskTurn = ++turns)];
+      const base64 = await base64Of(file);
+      if (e.turn === of && e.maskTurn === turn) await setMask(e, base64);
     });
     root.addEventListener("dragover", (event) => {
       event.preventDefault();
