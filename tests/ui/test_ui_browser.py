@@ -272,16 +272,21 @@ def test_a_photograph_is_dropped_and_mask_and_picture_are_saved(page: Page, file
     assert (picture, picture_name) == (source, "magicface-0.png")
 
 
-def test_of_two_photographs_that_are_read_at_once_the_last_is_shown_and_sent(page: Page, tmp_path: Path) -> None:
-    """The first takes longer to decode: it may not come back over the second."""
+@pytest.mark.parametrize(("kind", "holder"), [("Image", "HTMLElement"), ("FileReader", "FileReader")])
+def test_of_two_photographs_that_are_chosen_at_once_the_last_is_shown(
+    page: Page, tmp_path: Path, kind: str, holder: str
+) -> None:
+    """The first takes longer to decode, or to read: it may not come back over the second."""
     wide, tall = tmp_path / "wide.png", tmp_path / "tall.png"
     Image.new("RGB", (400, 200), "red").save(wide)
     Image.new("RGB", (200, 400), "blue").save(tall)
-    page.run("""
-        const real = Object.getOwnPropertyDescriptor(HTMLElement.prototype, "onload");
+    page.run(
+        """
+        const [kind, holder] = [window[arguments[0]].prototype, window[arguments[1]].prototype];
+        const real = Object.getOwnPropertyDescriptor(holder, "onload");
         let first = true;
         window.late = 0;
-        Object.defineProperty(HTMLImageElement.prototype, "onload", {
+        Object.defineProperty(kind, "onload", {
           configurable: true,
           set(loaded) {
             const slow = first;
@@ -289,7 +294,10 @@ def test_of_two_photographs_that_are_read_at_once_the_last_is_shown_and_sent(pag
             real.set.call(this, slow ? () => setTimeout(() => { loaded(); window.late = 1; }, 1500) : loaded);
           },
         });
-    """)
+    """,
+        kind,
+        holder,
+    )
     page.concept(1).find_element(By.CSS_SELECTOR, ".mf-photo").send_keys(str(wide))
     page.upload(1, tall)
     page.wait(lambda: page.run("return window.late"), "the first photograph was not decoded")
