@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,17 +203,17 @@ def compare_graph(
         with closing(OnnxRuntime("cpu")) as own:  # closing it gives back what its graphs worked in
             return compare_graph(bundle, expected, own, runner, scratch=scratch)
     if bundle.dtype == BFLOAT16 and backend.name == CPU:
-        try:
-            with tempfile.TemporaryDirectory(prefix="magicface-rt-", dir=scratch) as folder:
+        with ExitStack() as made:
+            try:
+                folder = made.enter_context(tempfile.TemporaryDirectory(prefix="magicface-rt-", dir=scratch))
                 wide = widen(bundle, expected.graph, Path(folder))
-                found = compare_graph(wide, expected, backend)
-        except OSError as error:
-            let_through(error)
-            raise OutputError(
-                f"graph {expected.graph}: its weights in float32 cannot be written to "
-                f"{scratch or tempfile.gettempdir()}: {unfinished.why(error)}"
-            ) from error
-        return dataclasses.replace(found, note=IN_FLOAT32)
+            except OSError as error:
+                let_through(error)
+                raise OutputError(
+                    f"graph {expected.graph}: its weights in float32 cannot be written to "
+                    f"{scratch or tempfile.gettempdir()}: {unfinished.why(error)}"
+                ) from error
+            return dataclasses.replace(compare_graph(wide, expected, backend), note=IN_FLOAT32)
     if runner is None:
         with closing(backend.load(bundle, expected.graph)) as loaded:
             return compare_graph(bundle, expected, backend, loaded)

@@ -143,10 +143,7 @@ class EightBit(Stored):
             return self._in_dtype(ends * self.scale[steps] + self.low[steps])
 
     def _values(self, step: int) -> NDArray[np.float32]:
-        return self._decoded(self.levels[step], step)
-
-    def _decoded(self, levels: NDArray[np.uint8], step: int) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = levels.astype(np.float32)
+        values: NDArray[np.float32] = self.levels[step].astype(np.float32)
         values *= self.scale[step]
         values += self.low[step]
         return values

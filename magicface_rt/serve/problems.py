@@ -19,7 +19,6 @@ from ..errors import (
     ConceptError,
     DeviceError,
     EngineError,
-    HostMemoryError,
     ImageError,
     InputError,
     KeptConceptError,
@@ -39,7 +38,6 @@ MEDIA_TYPE = "application/problem+json"
 
 _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (BudgetError, 507, "memory-budget"),
-    (HostMemoryError, 503, "out-of-memory"),
     (KeptConceptError, 422, "kept-concept"),
     (PromptError, 422, "prompt"),
     (MaskError, 422, "mask"),
@@ -54,9 +52,9 @@ _STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (BackendMissingError, 503, "backend-missing"),
     (DeviceError, 503, "device"),
     (NonFiniteError, 500, "not-finite"),
+    (MemoryError, 503, "out-of-memory"),  # HostMemoryError, which is a BackendError as well, among them
     (BackendError, 503, "backend"),
     (Cancelled, 499, "client-gone"),
-    (MemoryError, 503, "out-of-memory"),
 )
 """The status and kind of an error: those of the first class that fits. A `ServiceError` has its own."""
 

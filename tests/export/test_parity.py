@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,6 +19,7 @@ import pytest
 from magicface_rt import BackendError, Bundle, BundleError, ExportError, OptionError, OutputError, ParityError
 from magicface_rt.backends import OnnxRuntime
 from magicface_rt.bundle import GraphContract, Tensor
+from magicface_rt.export import graph_parity
 from magicface_rt.export.bundle_runner import BundleStepRunner
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
@@ -212,6 +217,24 @@ def test_bfloat16_holds_parity_in_float32_arithmetic(tiny_checkpoint: Path, tmp_
         assert "float32 arithmetic" in parity["note"]
     with pytest.raises(BackendError, match="bf16"):
         OnnxRuntime("cpu").load(bundle, "vae_decoder")
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["in a folder", "among temporary files"])
+def test_where_a_bfloat16_graph_cannot_be_widened_the_place_is_named(
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object, __: object, folder: Path) -> None:
+        (folder / "half.bin").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setattr(graph_parity, "widen", full)
+    monkeypatch.setattr(tempfile, "tempdir", None if given else str(place))
+    stub, wanted = SimpleNamespace(dtype="bfloat16"), SimpleNamespace(graph="g")
+    with pytest.raises(OutputError, match=f"graph g: .*{place}: .*Free some space"):
+        graph_parity.compare_graph(stub, wanted, OnnxRuntime("cpu"), scratch=place if given else None)  # type: ignore[arg-type]
+    assert list(place.iterdir()) == []
 
 
 def test_widening_keeps_every_value(tmp_path: Path) -> None:
