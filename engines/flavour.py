@@ -10,9 +10,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from magicface_rt.backends.tensorrt import FLAVOURS
 from magicface_rt.errors import BackendMissingError
 from magicface_rt.interrupts import let_through
+from magicface_rt.store_folders import FLAVOURS
 
 __all__ = ["FLAVOURS", "Flavour", "load_flavour"]
 

@@ -19,6 +19,7 @@ from ..cores import cores
 from ..errors import BackendError, BackendMissingError, TargetError
 from ..interrupts import let_through
 from ..shortage import check_addresses, share_heap, stack_bytes
+from ..store_folders import COMPILING_PROVIDERS
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
 from .device import Device
@@ -30,9 +31,6 @@ from .ort_placement import left_to_the_cpu, record_placement
 from .private_folder import why_not_private
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-COMPILING_PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
-"""Providers that build TensorRT engines of their own, and take the graph with the body that TensorRT fuses."""
 
 _ALL = {**PROVIDERS, **COMPILING_PROVIDERS}
 _CURES = {

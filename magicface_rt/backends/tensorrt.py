@@ -23,8 +23,6 @@ from .lane import Lane
 from .resident import Executor, ResidentBinding, check_produced
 from .runtime_cache import RuntimeCache, cache_path
 
-FLAVOURS = ("tensorrt", "tensorrt-rtx")
-
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": BFLOAT16, "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 
 
