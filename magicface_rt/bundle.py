@@ -176,9 +176,9 @@ class Bundle:
         Raises:
             BundleError: a file was written to since it was opened, or cannot be examined.
         """
-        said = self.written_to()
-        if said is not None:
-            raise BundleError(said)
+        message = self.written_to()
+        if message is not None:
+            raise BundleError(message)
 
     def written_to(self) -> str | None:
         """Return what `check_unwritten` would report of the first file that was written to; None if none was.
