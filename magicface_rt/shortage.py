@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import BackendError, BuildError, DeviceError, HostMemoryError, MagicFaceError
-from .interrupts import let_through
+from .interrupts import reraise_if_interrupt
 
 try:
     import resource
@@ -63,7 +63,7 @@ def told_as_ours() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         found = shortage(error)
         if found is None or found is error:
             raise

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendMissingError, DeviceError, DeviceMemoryError
-from ..interrupts import let_through
+from ..interrupts import reraise_if_interrupt
 
 MEGABYTE = 1_000_000
 ALIGNMENT = 256
@@ -43,7 +43,7 @@ def import_cuda() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except (ImportError, OSError, RuntimeError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BackendMissingError(
             f"cuda-bindings is not installed or does not load ({type(error).__name__}: {error}). Install it with the "
             "backend that needs it: pip install 'magicface_rt[tensorrt]', 'magicface_rt[tensorrt-rtx]' or "

@@ -16,12 +16,12 @@ from ..bundle import Bundle, GraphContract
 from ..errors import BackendError, DeviceError, PlanError, TargetError
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
-from .checks import Limits, Shape
+from .checks import Shape, ShapeRanges
 from .device import Device, megabytes
 from .host import BFLOAT16
-from .lane import Lane
 from .resident import Executor, ResidentBinding, check_produced
 from .runtime_cache import RuntimeCache, cache_path
+from .worker_stream import WorkerStream
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": BFLOAT16, "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 
@@ -275,18 +275,20 @@ class _Runner(GraphRunner):
             raise BackendError(f"graph {self.contract.name}: it was closed; load it again.")
         device = self._backend.device
         if beside is None:
-            lane = Lane(device)
-        elif isinstance(beside, ResidentBinding) and beside.lane.device.ordinal == device.ordinal:
-            lane = beside.lane
+            worker_stream = WorkerStream(device)
+        elif isinstance(beside, ResidentBinding) and beside.worker_stream.device.ordinal == device.ordinal:
+            worker_stream = beside.worker_stream
         else:
             raise BackendError(
                 f"graph {self.contract.name}: it cannot be bound beside graph {beside.contract.name} of another "
                 "backend or device."
             )
-        return ResidentBinding(self._whole, self._executor, lane, outputs, cuda_graphs=self._backend._cuda_graphs)
+        return ResidentBinding(
+            self._whole, self._executor, worker_stream, outputs, cuda_graphs=self._backend._cuda_graphs
+        )
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ShapeRanges:
         return self._limits
 
     def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
@@ -375,7 +377,7 @@ class _ContextExecutor(Executor):
         engine: Any,
         inputs: Sequence[str],
         outputs: Sequence[str],
-        limits: Limits,
+        limits: ShapeRanges,
         backend: TensorRT,
         runtime_cache: RuntimeCache | None,
     ) -> None:
