@@ -21,13 +21,18 @@ from pathlib import Path
 
 from magicface_rt import unfinished
 from magicface_rt.errors import StoreError
+from magicface_rt.store_folders import FLAVOURS
+
+from . import caches
 
 _SHARD = re.compile(r"[0-9a-f]{2}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_FOLDERS = (*FLAVOURS, *caches.FOLDERS)
+_SHOWN = 3
 _LEFTOVER = re.compile(r"\.([0-9a-f]{64})\.([0-9a-f]{32}\.part|lock)")
 
 
-def place(root: Path, flavour: str, digest: str) -> Path:
+def plan_folder(root: Path, flavour: str, digest: str) -> Path:
     """The folder of a plan."""
     return root / flavour / digest[:2] / digest
 
@@ -57,13 +62,32 @@ def make_parents(root: Path, folder: Path) -> None:
             raise StoreError(f"engine store {root}: {above} is not a folder of the store's own. Remove it.")
 
 
+def check_root(root: Path) -> None:
+    """Check that a folder can be a store's: it holds a folder of a flavour or of a cache, or nothing, or is not there.
+
+    Raises:
+        StoreError: it holds only other things, which are named, or cannot be read.
+    """
+    found = _listed(root, links=True)
+    if found and not any(path.name in _FOLDERS and path.is_dir() for path in found):
+        first = ", ".join(repr(path.name) for path in found[:_SHOWN])
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise StoreError(
+            f"engine store {root}: this folder is not one. It holds {first}{more}, expected some of "
+            f"{', '.join(_FOLDERS)}, or nothing. Name the folder that `magicface-rt build BUNDLE --store DIR` filled."
+        )
+
+
 def linked_parent(folder: Path) -> Path | None:
     """The closest folder above a plan's, below the root, that is a symbolic link; None if there is none."""
     return next((above for above in (folder.parent, folder.parent.parent) if os.path.islink(above)), None)
 
 
 def plan_folders(root: Path) -> list[Path]:
-    """Everything that stands in a plan's place, whatever it is."""
+    """Everything that stands in a plan's place, whatever it is.
+
+    Only folders of known flavours are looked into: others keep files in `*/<two digits>/<digest>` as well.
+    """
     return [path for shard in _shards(root) for path in _listed(shard, links=True) if _DIGEST.fullmatch(path.name)]
 
 
@@ -82,7 +106,8 @@ def leftovers(root: Path) -> list[Path]:
 def remove_parts(folder: Path) -> None:
     """Remove the temporary folders of a plan; the caller holds its lock."""
     for path in folder.parent.glob(f".{folder.name}.*.part"):
-        _remove(path)
+        if _LEFTOVER.fullmatch(path.name):
+            _remove(path)
 
 
 def keep_only(folder: Path, name: str) -> None:
@@ -115,8 +140,9 @@ def last_used(folder: Path) -> float:
 
 
 def _shards(root: Path) -> Iterator[Path]:
-    for flavour in _listed(root):
-        for shard in _listed(flavour):
+    for name in FLAVOURS:
+        flavour = root / name
+        for shard in [] if os.path.islink(flavour) else _listed(flavour):
             if _SHARD.fullmatch(shard.name):
                 yield shard
 

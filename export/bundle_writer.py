@@ -18,7 +18,7 @@ import torch
 from magicface_rt import unfinished
 from magicface_rt.bundle import CUDA_RUNTIME, FORMAT, MANIFEST, RUNTIMES, WEIGHTS, Bundle, Tensor, sha256
 from magicface_rt.errors import ExportError, OutputError
-from magicface_rt.interrupts import let_through
+from magicface_rt.interrupts import reraise_if_interrupt
 
 from .fusion import Fused, fuse
 from .graphs import Graph
@@ -106,7 +106,7 @@ class BundleWriter:
         try:
             yield
         except OSError as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             raise OutputError(f"output folder {self.out} cannot be written: {unfinished.why(error)}") from error
 
     def add_graph(self, graph: Graph, model: ir.Model) -> Fused:

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from magicface_rt import unfinished
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
-from magicface_rt.backends.checks import Limits
-from magicface_rt.backends.host import BFLOAT16, from_bfloat16, stored
+from magicface_rt.backends.checks import ShapeRanges
+from magicface_rt.backends.host import BFLOAT16, from_bfloat16, to_contract_dtype
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import BackendError, NonFiniteError, OutputError, ParityError
-from magicface_rt.interrupts import let_through
+from magicface_rt.interrupts import reraise_if_interrupt
 
 from .graphs import DenoiseStep, Graph
 from .guidance import SemanticGuidance
@@ -118,7 +118,7 @@ class GraphParity:
         }
 
 
-def expected_outputs(graph: Graph, vocabulary: int, limits: Limits | None = None) -> Expected:
+def expected_outputs(graph: Graph, vocabulary: int, limits: ShapeRanges | None = None) -> Expected:
     """Run a module on seeded inputs. A 16-bit module is turned into float32 on the way and stays so.
 
     `limits`: the smallest and largest shape of each input, for a runtime that does not accept all shapes.
@@ -150,7 +150,7 @@ def expected_outputs(graph: Graph, vocabulary: int, limits: Limits | None = None
     return Expected(graph.name, inputs, outputs, floor, step)
 
 
-def _sizes(graph: Graph, limits: Limits) -> dict[str, int]:
+def _sizes(graph: Graph, limits: ShapeRanges) -> dict[str, int]:
     """PARITY_SIZES, or the nearest sizes that a runtime accepts."""
     sizes = dict(PARITY_SIZES)
     for tensor in graph.inputs:
@@ -208,7 +208,7 @@ def compare_graph(
                 folder = made.enter_context(tempfile.TemporaryDirectory(prefix="magicface-rt-", dir=scratch))
                 wide = widen(bundle, expected.graph, Path(folder))
             except OSError as error:
-                let_through(error)
+                reraise_if_interrupt(error)
                 raise OutputError(
                     f"graph {expected.graph}: its weights in float32 cannot be written to "
                     f"{scratch or tempfile.gettempdir()}: {unfinished.why(error)}"
@@ -223,7 +223,7 @@ def compare_graph(
             f"graph {expected.graph}: {backend.name} has no outputs {', '.join(missing)}, which are compared. "
             "Build plans with them: magicface-rt build BUNDLE --parity"
         )
-    inputs = {t.name: stored(expected.inputs[t.name], t.dtype) for t in runner.contract.inputs}
+    inputs = {t.name: to_contract_dtype(expected.inputs[t.name], t.dtype) for t in runner.contract.inputs}
     try:
         outputs = {
             t.name: from_bfloat16(array) if t.dtype == BFLOAT16 else array

@@ -25,7 +25,7 @@ from .graphs import Form
 from .recordings import Recording
 from .reference import MagicFaceReference
 from .replay import ReferenceStepRunner, ReplayReport, replay_free, replay_steps
-from .threads import one_thread
+from .threads import single_torch_thread
 from .trajectory import compare_trajectory
 
 Report = Callable[[str], object]
@@ -68,7 +68,7 @@ def verify_case(case: str | Path, *, work: Path | None = None, report: Report = 
     """
     recording = Recording.load(case)
     reference = ReferenceStepRunner(recording)
-    with one_thread():
+    with single_torch_thread():
         reports = _replays(recording, reference, report)
     with tempfile.TemporaryDirectory(prefix="magicface-rt-") as temporary:
         bundle = _case_bundle(recording, work or Path(temporary), report)

@@ -26,7 +26,7 @@ from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.schedule import Schedule
 
 from .architectures import Architecture, architecture
-from .threads import one_thread
+from .threads import single_torch_thread
 from .tokenizer import (
     END,
     START,
@@ -85,7 +85,7 @@ def write_checkpoint(
     try:
         unfinished.make_folder(out.absolute().parent)
         with unfinished.part(out, folder=True) as scratch:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), single_torch_thread():
                 _write_components(chosen, scratch, seed=seed, dtype=getattr(torch, dtype))
             readme = README.format(name=chosen.name, summary=chosen.summary, seed=seed, dtype=dtype)
             (scratch / "README.md").write_text(readme, encoding="utf-8")

@@ -16,7 +16,7 @@ from typing import Any
 
 from .bundle_form import check_form
 from .errors import BundleError, CheckpointError
-from .interrupts import let_through
+from .interrupts import reraise_if_interrupt
 from .plain_file import read_plain
 from .schedule import Schedule
 from .shown import shown
@@ -160,7 +160,7 @@ class Bundle:
                     "bundle again and open it again."
                 ) from error
             except OSError as error:
-                let_through(error)
+                reraise_if_interrupt(error)
                 raise BundleError(f"bundle {self.path}: {name} cannot be read: {error}.") from error
             if found != opened:
                 raise BundleError(
@@ -176,9 +176,9 @@ class Bundle:
         Raises:
             BundleError: a file was written to since it was opened, or cannot be examined.
         """
-        said = self.written_to()
-        if said is not None:
-            raise BundleError(said)
+        message = self.written_to()
+        if message is not None:
+            raise BundleError(message)
 
     def written_to(self) -> str | None:
         """Return what `check_unwritten` would report of the first file that was written to; None if none was.
@@ -190,7 +190,7 @@ class Bundle:
             try:
                 found = opened.rewritten(os.path.join(self.path, name))
             except OSError as error:
-                let_through(error)
+                reraise_if_interrupt(error)
                 raise BundleError(f"bundle {self.path}: {name} cannot be looked at: {error}.") from error
             if found is not None:
                 return (
@@ -234,7 +234,7 @@ def _where(path: str | Path) -> Path:
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BundleError(f"bundle {shown(str(path))}: it cannot be looked for: {error}.") from error
 
 
@@ -250,7 +250,7 @@ def _read_manifest(folder: Path) -> bytes:
             raise BundleError(f"bundle {folder}: there is no {MANIFEST}, so this is not a bundle.{hint}")
         return read_plain(manifest, MAX_MANIFEST_BYTES)
     except (OSError, ValueError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BundleError(f"bundle {folder}: {MANIFEST} cannot be read: {error}.") from error
 
 
@@ -349,7 +349,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: b
     except FileNotFoundError as error:
         raise BundleError(f"bundle {folder}: the file {name} is missing. {again}") from error
     except OSError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BundleError(f"bundle {folder}: {name} cannot be read: {error}.") from error
     if stat.S_ISLNK(found_there.st_mode):
         raise BundleError(f"bundle {folder}: {name} is a symbolic link, expected a file of the bundle's own. {again}")
@@ -383,6 +383,6 @@ def sha256(path: Path) -> str:
             while block := stream.read(1 << 22):
                 digest.update(block)
     except OSError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BundleError(f"{path} cannot be read: {error}.") from error
     return digest.hexdigest()

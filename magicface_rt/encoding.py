@@ -14,7 +14,7 @@ from .errors import MaskError
 from .images import LoadedReference, layer_mask, load_reference
 from .tokenizer import Tokenizer
 from .warned import warn
-from .workplace import Workplace
+from .worker_context import WorkerContext
 
 Float32Array = NDArray[np.float32]
 
@@ -54,7 +54,7 @@ def _check_mask(loaded: LoadedReference, bundle: Bundle) -> None:
         )
 
 
-def encode_text(place: Workplace, tokenizer: Tokenizer, prompts: Sequence[str]) -> NDArray[Any]:
+def encode_text(place: WorkerContext, tokenizer: Tokenizer, prompts: Sequence[str]) -> NDArray[Any]:
     """Encode prompts into embeddings [n, 77, D]."""
     ids = np.stack([tokenizer.encode(prompt) for prompt in prompts])
     encoder = place.binding("text_encoder")
@@ -62,7 +62,7 @@ def encode_text(place: Workplace, tokenizer: Tokenizer, prompts: Sequence[str]) 
     return np.concatenate([encoder.once({"token_ids": ids[i : i + size]})["text"] for i in range(0, len(ids), size)])
 
 
-def encode_image(place: Workplace, bundle: Bundle, loaded: LoadedReference) -> Float32Array:
+def encode_image(place: WorkerContext, bundle: Bundle, loaded: LoadedReference) -> Float32Array:
     """Encode a reference into clean latents, float32 [1, 4, h, w]."""
     pixels = loaded.pixels(bundle.height, bundle.width)
     return place.binding("vae_encoder").once({"pixels": pixels})["latents"]

@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-__all__ = ["let_through", "was_interrupted"]
+__all__ = ["reraise_if_interrupt", "was_interrupted"]
 
 
-def let_through(error: BaseException) -> None:
+def reraise_if_interrupt(error: BaseException) -> None:
     """Re-raise what a signal handler raised; call this first wherever a foreign library's error becomes one of ours.
 
     Raises `error` again if a signal handler raised it, such as one that ends a task at its time limit. If a library
@@ -20,17 +20,17 @@ def let_through(error: BaseException) -> None:
     they are the caller's as well. Not detected are a handler that is not Python code, or that has let go of its
     argument, and an exception that one thread raises in another (`PyThreadState_SetAsyncExc`).
     """
-    for one in _with_what_it_came_of(error):
-        if isinstance(one, KeyboardInterrupt) or _is_of_a_handler(one):
+    for one in _causes(error):
+        if isinstance(one, KeyboardInterrupt) or _raised_by_handler(one):
             raise one
 
 
 def was_interrupted(error: BaseException) -> bool:
     """Whether an error is Ctrl-C, or what a library made of it: C modules report it as a failed import."""
-    return any(isinstance(one, KeyboardInterrupt) for one in _with_what_it_came_of(error))
+    return any(isinstance(one, KeyboardInterrupt) for one in _causes(error))
 
 
-def _with_what_it_came_of(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException) -> Iterator[BaseException]:
     """Yield `error` and the errors behind it: what it was raised from, or what was being handled on its way then.
 
     Errors that the caller was already handling are left out: they were caught in a frame that `error` has not passed.
@@ -53,11 +53,11 @@ def _steps(error: BaseException) -> Iterator[TracebackType]:
         step = step.tb_next
 
 
-def _is_of_a_handler(error: BaseException) -> bool:
-    return any(step.tb_next and _was_given(step.tb_next.tb_frame, step.tb_frame) for step in _steps(error))
+def _raised_by_handler(error: BaseException) -> bool:
+    return any(step.tb_next and _received_frame(step.tb_next.tb_frame, step.tb_frame) for step in _steps(error))
 
 
-def _was_given(called: FrameType, interrupted: FrameType) -> bool:
+def _received_frame(called: FrameType, interrupted: FrameType) -> bool:
     given = inspect.getargvalues(called)
     named = [given.locals.get(name) for name in given.args]
     rest = given.locals.get(given.varargs, ()) if given.varargs else ()

@@ -31,7 +31,7 @@ import yaml
 
 from .concept import Concept, Reference
 from .errors import InputError, JobError
-from .interrupts import let_through
+from .interrupts import reraise_if_interrupt
 from .options import Options
 from .plain_file import read_plain
 from .plain_numbers import is_number, is_whole
@@ -100,7 +100,7 @@ def load_job(path: str | os.PathLike[str]) -> Job:
         folder = path.absolute().parent
         raw = read_plain(path, MAX_JOB_BYTES)
     except (OSError, ValueError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise JobError(f"job {name} cannot be read: {error}. Is it another file?") from error
     try:
         text = raw.decode("utf-8-sig")
@@ -380,5 +380,5 @@ def _read_yaml(text: str) -> object:
     except JobError:
         raise
     except Exception as error:  # scalars that only look like dates or numbers raise whatever their parsers raise
-        let_through(error)
+        reraise_if_interrupt(error)
         raise JobError(f"it is not YAML: {error}.") from error

@@ -19,7 +19,7 @@ from .kept.preparation import EncodedReference, prepare_reference, token_counts
 from .kept.reference import Storage
 from .request import Progress, check_concept, check_number
 from .tokenizer import Tokenizer
-from .workplace import Workplace
+from .worker_context import WorkerContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +36,11 @@ class BareReference:
 
 
 class Preparer:
-    """Prepares references at one workplace."""
+    """Prepares references in one worker context."""
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, keeper: Keeper, place: Workplace, course: Course) -> None:
+    def __init__(
+        self, bundle: Bundle, tokenizer: Tokenizer, keeper: Keeper, place: WorkerContext, course: Course
+    ) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer
         self.keeper = keeper

@@ -22,7 +22,7 @@ from . import unfinished
 from .concept import NamedConcept
 from .errors import OptionError, OutputError
 from .images import region_overlay
-from .interrupts import let_through
+from .interrupts import reraise_if_interrupt
 from .options import Options
 from .plain_file import read_plain
 from .provenance import SOFTWARE, ProvenancePicture, software
@@ -165,7 +165,7 @@ class Result:
                     (part / name).write_bytes(content)
                 unfinished.put(part, target, overwrite=overwrite, look=lambda earlier: _check_own(earlier, target))
         except OSError as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             if error.errno in _OCCUPIED:  # somebody put a folder there meanwhile
                 check_replaceable(target, overwrite)
             raise OutputError(f"output folder {str(target)!r} cannot be written: {unfinished.why(error)}") from error

@@ -53,7 +53,7 @@ from .shown import shown
 from .sizes import parse_size
 from .tokenizer import Tokenizer
 from .work import Work
-from .workplace import Workplace, Workplaces
+from .worker_context import WorkerContext, WorkerContextPool
 
 __all__ = ["Progress", "ProgressCallback", "Request", "Session", "tokenizer_of"]
 
@@ -168,7 +168,7 @@ class Session:
         self._loading = threading.RLock()  # `close` may be called in between, by a signal handler or a finalizer
         self._inside = False
         self._runners: dict[str, GraphRunner] = {}
-        self._workplaces = Workplaces(self.runner)
+        self._worker_contexts = WorkerContextPool(self.runner)
         self._closed = False
         keep_in_forks(self)
         end_at_exit(self)
@@ -209,7 +209,7 @@ class Session:
 
     def _free_if_idle(self) -> None:
         if not self._running:
-            self._workplaces.close()
+            self._worker_contexts.close()
             self._keeper.close()
             for runner in self._runners.values():
                 runner.close()
@@ -453,7 +453,7 @@ class Session:
             if self._running:
                 raise OptionError("graphs cannot be unloaded while a request is running; wait for it to end.")
             for graph in graphs:
-                self._workplaces.drop(graph)
+                self._worker_contexts.drop(graph)
                 runner = self._runners.pop(graph, None)
                 if runner is not None:
                     runner.close()
@@ -489,18 +489,18 @@ class Session:
 
     def _let_go(self, keys: frozenset[str] | None) -> bool:
         for graph in HOLD_REFERENCES:
-            self._workplaces.drop(graph)
+            self._worker_contexts.drop(graph)
         return self._keeper.forget(keys)
 
     @contextmanager
-    def _place(self) -> Iterator[Workplace]:
-        """Provide a workplace for the block. If the runtime fails, what no request uses is freed on the device.
+    def _place(self) -> Iterator[WorkerContext]:
+        """Provide a worker context for the block. If the runtime fails, what no request uses is freed on the device.
 
         Backends may have mapped the bundle's files, and then compute with whatever was written to them; so that is
         checked before and after the block.
         """
         try:
-            with self._workplaces.take() as place, told_as_ours():
+            with self._worker_contexts.take() as place, told_as_ours():
                 self.bundle.check_unwritten()
                 yield place
                 self.bundle.check_unwritten()
@@ -576,7 +576,7 @@ class Session:
 
     def natively_held(self) -> object:
         """Return everything that waits for threads when it is freed; see `forks.Opened`."""
-        return (*self._runners.values(), self._workplaces, self.backend)
+        return (*self._runners.values(), self._worker_contexts, self.backend)
 
     def __reduce__(self) -> NoReturn:
         raise OtherProcessError(

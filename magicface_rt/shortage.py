@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import BackendError, BuildError, DeviceError, HostMemoryError, MagicFaceError
-from .interrupts import let_through
+from .interrupts import reraise_if_interrupt
 
 try:
     import resource
@@ -50,9 +50,9 @@ def shortage(error: BaseException) -> HostMemoryError | None:
         seen.add(id(cause))
         if isinstance(cause, DeviceError):
             return None
-        if _says_so(cause):
+        if _is_memory_message(cause):
             said = " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
-            return HostMemoryError(f"there is too little memory on the host: {said[:300]}. {_limits_said()}{_CURE}")
+            return HostMemoryError(_with_limits(f"there is too little memory on the host: {said[:300]}."))
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
@@ -63,14 +63,14 @@ def told_as_ours() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         found = shortage(error)
         if found is None or found is error:
             raise
         raise found from error
 
 
-def _says_so(error: BaseException) -> bool:
+def _is_memory_message(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     if isinstance(error, MagicFaceError) and not isinstance(error, (BackendError, BuildError)):
@@ -93,7 +93,7 @@ def room() -> int | None:
 
 def foreseen(need: str) -> HostMemoryError:
     """Make the error for what is known beforehand to find too little memory. `need`: a clause that says so."""
-    return HostMemoryError(f"{need}. {_limits_said()}{_CURE}")
+    return HostMemoryError(_with_limits(f"{need}."))
 
 
 def check_addresses(need: int, what: str) -> None:
@@ -133,12 +133,13 @@ def address_hint() -> str:
     return f"It may be for its limit of addresses (ulimit -v), by which {_may_take(found[0][1])}." if found else ""
 
 
-def _limits_said() -> str:
-    """Return a sentence on the limit that leaves least; "" if none is set."""
+def _with_limits(message: str) -> str:
+    """Return the message with a sentence on the limit that leaves least, if one is set, and on what to do."""
+    limit = ""
     with suppress(MemoryError):  # reading the limits takes some as well
         found = sorted((left, name) for name, left in _limits())
-        return f"By its {found[0][1]} {_may_take(found[0][0])}. " if found else ""
-    return ""
+        limit = f" By its {found[0][1]} {_may_take(found[0][0])}." if found else ""
+    return f"{message}{limit} {_CURE}"
 
 
 def _may_take(left: int) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import tokenizers
 
 from .errors import BundleError, PromptError
-from .interrupts import let_through
+from .interrupts import reraise_if_interrupt
 from .plain_file import read_plain
 
 __all__ = ["Tokenizer", "guarded"]
@@ -52,7 +52,7 @@ class Tokenizer:
         try:
             raw = read_plain(path, MAX_FILE_BYTES)
         except (OSError, ValueError) as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             raise BundleError(f"{name} cannot be read: {error}.") from error
         try:
             return guarded(
@@ -61,7 +61,7 @@ class Tokenizer:
         except BundleError as error:
             raise BundleError(f"{name}: {str(error).removeprefix('tokenizer: ')}") from error
         except Exception as error:  # the wheel raises plain Exception
-            let_through(error)
+            reraise_if_interrupt(error)
             raise BundleError(f"{name} cannot be read: {str(error)[:500]}.") from error
 
     def encode(self, prompt: str) -> npt.NDArray[np.int64]:
@@ -136,7 +136,7 @@ class Tokenizer:
         except (TypeError, ValueError) as error:  # lone surrogates have no UTF-8
             raise PromptError(f"the {what} {_excerpt(text)!r} is not valid Unicode text.") from error
         except Exception as error:  # a model without a token for unknown text, for example
-            let_through(error)
+            reraise_if_interrupt(error)
             raise BundleError(f"tokenizer: it cannot encode the {what} {_excerpt(text)!r}: {error}.") from error
 
     def _text(self, token_id: int) -> str:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .interrupts import let_through
+from .interrupts import reraise_if_interrupt
 
 try:
     import fcntl
@@ -512,7 +512,8 @@ def _take_away(path: Path) -> None:
         try:
             shutil.rmtree(path, ignore_errors=True)
         except OSError as error:
-            let_through(error)  # interrupted after closing a folder, before noting that, it closes it again and fails
+            # Interrupted after closing a folder, before noting that, it closes it again and fails.
+            reraise_if_interrupt(error)
             raise
     else:
         with contextlib.suppress(OSError):

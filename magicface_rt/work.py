@@ -29,7 +29,7 @@ from .request import CheckedRequest, Progress
 from .results import Result, Timings
 from .schedule import is_region_step, reference_noise, target_noise
 from .tokenizer import Tokenizer
-from .workplace import Workplace
+from .worker_context import WorkerContext
 
 logger = logging.getLogger("magicface_rt.session")
 
@@ -63,7 +63,7 @@ class Work:
         bundle: Bundle,
         tokenizer: Tokenizer,
         keeper: Keeper,
-        place: Workplace,
+        place: WorkerContext,
         course: Course,
     ) -> None:
         self.bundle = bundle
@@ -217,7 +217,7 @@ class Work:
         identity, since its key is only what its file says.
         """
         if kept.identity not in sources:
-            read = plan.mode == "keep" and self.place.shelf() is None
+            read = plan.mode == "keep" and self.place.key_uploader() is None
             sources[kept.identity] = StoredKeys(kept.in_memory() if read else kept)
         return sources[kept.identity]
 
@@ -225,8 +225,8 @@ class Work:
         """Put the keys of all steps on the device until the end of `held`. If some do not fit, all are streamed,
         unless `memory="keep"` was asked for: that raises DeviceMemoryError.
         """
-        shelf, on_device = self.place.shelf(), self.keeper.on_device
-        if shelf is None:
+        key_uploader, on_device = self.place.key_uploader(), self.keeper.on_device
+        if key_uploader is None:
             return
         # Those that are there already come first, or the others might take their room.
         ordered = sorted(sources, key=lambda source: not on_device.has(source.kept))
@@ -237,7 +237,7 @@ class Work:
         try:
             with ExitStack() as taken:
                 for source in ordered:
-                    use = on_device.use(source.kept, shelf, self.bundle, self.steps, waiting)
+                    use = on_device.use(source.kept, key_uploader, self.bundle, self.steps, waiting)
                     source.on_device = taken.enter_context(use)
                 held.enter_context(taken.pop_all())
         except DeviceMemoryError as error:
@@ -418,7 +418,7 @@ class Work:
             rows,
             computing=computing,
             padded=self.keeper.settings.pad_keys,
-            shelf=self.place.shelf() if stored else None,
+            key_uploader=self.place.key_uploader() if stored else None,
         )
 
     def _placed(self, references: _References, number: int) -> list[PlacedKeys]:

@@ -19,9 +19,9 @@ from typing import Any
 
 from .. import unfinished
 from ..plain_file import read_plain
+from ..store_folders import RUNTIME_CACHE
 from .private_folder import why_not_private
 
-FOLDER = "runtime-cache"
 SAVED_AT_MOST_EVERY = 60.0
 """Seconds, while requests are served: each set of shapes may add kernels, and the file is written as a whole."""
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("magicface_rt.tensorrt")
 def cache_path(store: Path, plan_digest: str, compute_capability: str, driver: str, version: str) -> Path:
     """Return the cache's path: one file for each plan, kind of GPU, driver and version of the library."""
     where = re.sub(r"[^0-9A-Za-z.-]", "_", f"sm{compute_capability}-driver{driver}-{version}")
-    return store / FOLDER / f"{plan_digest[:32]}-{where}.cache"
+    return store / RUNTIME_CACHE / f"{plan_digest[:32]}-{where}.cache"
 
 
 class RuntimeCache:

@@ -21,7 +21,7 @@ from rich.console import Console, RenderableType
 
 from magicface_rt import unfinished
 from magicface_rt.errors import BackendError, BackendMissingError, EngineError, MagicFaceError, OutputError
-from magicface_rt.interrupts import let_through, was_interrupted
+from magicface_rt.interrupts import reraise_if_interrupt, was_interrupted
 from magicface_rt.results import check_replaceable
 from magicface_rt.shortage import address_hint, check_addresses, shortage
 from magicface_rt.shown import one_line
@@ -219,7 +219,7 @@ def export_module(name: str) -> Any:
     try:
         return importlib.import_module(f"magicface_rt.export.{name}")
     except ImportError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BackendMissingError(
             f"this needs the export extra, which is not installed or not whole ({error}). "
             "Install it: pip install 'magicface_rt[export]'"

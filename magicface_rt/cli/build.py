@@ -16,11 +16,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import Cancelled, OptionError
 from magicface_rt.shortage import check_addresses
+from magicface_rt.sizes import parse_size
 
 from ._backend_options import DeviceOption
 from ._bundle_view import grid, size
 from ._command import Command, JsonOption, command
-from ._sizes import parse_size
 
 if TYPE_CHECKING:
     from magicface_rt.engines.store import Plan

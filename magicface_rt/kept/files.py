@@ -17,7 +17,7 @@ from .. import unfinished
 from ..backends.host import BFLOAT16, host_dtype, non_finite
 from ..errors import InputError, KeptConceptError, OutputError
 from ..images import MASK_GRID, load_reference
-from ..interrupts import let_through
+from ..interrupts import reraise_if_interrupt
 from ..shown import shown
 from ..stamps import Stamp
 from ..strict_json import read_json
@@ -59,7 +59,7 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool,
             except FileExistsError as error:  # it appeared after this began, and is left alone
                 raise _exists(path) from error
     except OSError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
     return target
 
@@ -74,7 +74,7 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
     try:
         unfinished.check(target)
     except OSError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
 
 
@@ -101,7 +101,7 @@ def _free(path: Path, overwrite: bool, follow: bool = True) -> Path:
     try:
         target = unfinished.place(path) if follow else path.absolute()
     except OSError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
     if not os.path.lexists(target):
         return target
@@ -198,7 +198,7 @@ def _open(path: Path) -> tuple[MappedFile, NDArray[np.uint8], dict[str, Any], in
                 _damaged(path, f"it has {size} bytes")
             data = np.memmap(stream, np.uint8, "r")
     except OSError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise KeptConceptError(f"kept concept {str(path)!r} cannot be read: {error}.") from error
     length = int.from_bytes(data[:8].tobytes(), "little")
     if not 2 <= length <= MAX_HEADER_BYTES or 8 + length > size:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 from ..backends.device import Buffer, Device
 from ..backends.host import host_dtype
+from ..backends.key_uploader import KeyUploader
 from ..backends.pieces import DeviceArray
-from ..backends.shelf import Shelf
 from ..bundle import Bundle
 from ..errors import KeptConceptError
 from ..shown import shown
@@ -37,7 +37,7 @@ class OnDevice:
     def use(
         self,
         reference: KeptReference,
-        shelf: Shelf,
+        key_uploader: KeyUploader,
         bundle: Bundle,
         steps: int,
         waiting: Callable[[], object] = lambda: None,
@@ -45,7 +45,7 @@ class OnDevice:
         """Provide a reference's keys, by step and name. They stay for the block, and then until others need their room.
 
         While another thread uploads them, `waiting` is called from time to time, and may raise. However the block ends,
-        what it enqueued on the shelf's lane is waited for, since it may still read them.
+        what it enqueued on the key uploader's worker stream is waited for, since it may still read them.
 
         Raises:
             DeviceMemoryError: the device has not enough memory, even without what no request uses.
@@ -55,10 +55,10 @@ class OnDevice:
         """
         user = _User()
         try:
-            yield self._take(user, reference, shelf, bundle, steps, waiting).arrays
+            yield self._take(user, reference, key_uploader, bundle, steps, waiting).arrays
         finally:
             try:
-                shelf.lane.settle()
+                key_uploader.worker_stream.wait_quietly()
             finally:
                 # Not a function of ours, at whose beginning Ctrl-C could leave the user there for ever.
                 user.entry.users.discard(user)
@@ -123,7 +123,7 @@ class OnDevice:
         self,
         user: _User,
         reference: KeptReference,
-        shelf: Shelf,
+        key_uploader: KeyUploader,
         bundle: Bundle,
         steps: int,
         waiting: Callable[[], object],
@@ -136,14 +136,14 @@ class OnDevice:
             mine = _Entry(reference.key, sizes)
             try:  # begins before it is registered: Ctrl-C may come at any moment
                 with self._lock:
-                    self._serve(shelf.lane.device)
+                    self._serve(key_uploader.worker_stream.device)
                     entry = self._present().setdefault(reference.identity, mine)
                     entry.check(sizes)
                     self._entries.move_to_end(reference.identity)
                     user.entry = entry
                     entry.users.add(user)
                 if entry is mine:
-                    buffer, arrays = shelf.keep(sizes, lambda key: reference.tensors[key[1]].step(key[0]))
+                    buffer, arrays = key_uploader.keep(sizes, lambda key: reference.tensors[key[1]].step(key[0]))
                     try:
                         reference.check_unwritten()  # or others with its identity would find another one's keys
                     except BaseException:

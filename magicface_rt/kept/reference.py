@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..backends.host import BFLOAT16, from_bfloat16, host_dtype, non_finite, to_bfloat16
 from ..errors import KeptConceptError, NonFiniteError
-from ..interrupts import let_through
+from ..interrupts import reraise_if_interrupt
 from ..shown import shown
 from ..stamps import Stamp
 from .origin import Origin
@@ -173,7 +173,7 @@ class MappedFile:
         try:
             found = self.stamp.rewritten(self.path)
         except OSError as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             raise KeptConceptError(f"kept concept {name} cannot be looked at: {error.strerror}.") from error
         if found is not None:
             raise KeptConceptError(

@@ -32,8 +32,8 @@ from threads_signalled import OUTSIDE, Ended, Forks
 import magicface_rt
 from magicface_rt import Bundle, Concept, KeptConcept, Session
 from magicface_rt.backends.device import Device
-from magicface_rt.backends.lane import Lane
-from magicface_rt.backends.shelf import Shelf
+from magicface_rt.backends.key_uploader import KeyUploader
+from magicface_rt.backends.worker_stream import WorkerStream
 from magicface_rt.kept.on_device import OnDevice
 from tests.runtime.drawn_backend import Drawn
 from tests.runtime.fake_cuda import FakeCuda
@@ -417,10 +417,10 @@ def test_ctrl_c_while_a_thread_draws_reaches_the_main_thread_alone(mixed: Mixed)
 
 PACKAGE = Path(magicface_rt.__file__).parent
 KEEPING = ("kept/store", "kept/on_device", "kept/awaited")
-DRAWING = ("session", "work", "workplace", "preparing", "course", "denoiser", "request", "results", *KEEPING)
+DRAWING = ("session", "work", "worker_context", "preparing", "course", "denoiser", "request", "results", *KEEPING)
 """Modules whose calls are interrupted. What Python's own library does in between, such as taking a semaphore, has
 moments at which an interrupt loses it; these cannot be mended here."""
-COUNTING = ("session.py", "workplace.py", "store.py", "on_device.py", "awaited.py")
+COUNTING = ("session.py", "worker_context.py", "store.py", "on_device.py", "awaited.py")
 """Those which keep count of who is at work, or for whom others wait."""
 SAVING = ("results", "unfinished", "provenance")
 
@@ -508,13 +508,15 @@ def test_ctrl_c_at_any_call_of_bringing_keys_up_and_using_them(tiny_bundle: Path
     with Session(bundle, backend=Drawn()) as session:
         reference = session.prepare(HAT, steps=STEPS).references[0]
     cuda, on_device = FakeCuda(), OnDevice()
-    lane = Lane(Device(0, cuda=cuda))
-    lane.join()
+    worker_stream = WorkerStream(Device(0, cuda=cuda))
+    worker_stream.join()
     files = {str(PACKAGE / f"{name}.py") for name in KEEPING}
     stopped = tried = 0
 
     def use() -> np.ndarray:
-        with on_device.use(reference, Shelf(lane), bundle, STEPS) as keys:
+        with on_device.use(
+            reference, KeyUploader(worker_stream, "denoise_step", "reference keys"), bundle, STEPS
+        ) as keys:
             found = keys[STEPS - 1, "k_ref_10"]
             return cuda.view(found.buffer.address + found.offset, found.nbytes).copy()
 
@@ -536,7 +538,7 @@ def test_ctrl_c_at_any_call_of_bringing_keys_up_and_using_them(tiny_bundle: Path
             assert len(on_device._entries) == 1, interrupt.where
     assert stopped >= 0.95 * tried
     on_device.close()
-    lane.leave()
+    worker_stream.leave()
     assert not cuda.alive()
 
 

@@ -196,7 +196,9 @@ def close_at_calls(bundle: str, most: str) -> dict[str, Any]:
     Says how often, at how many calls there are, and after which graphs were left open.
     """
     package, opened = os.path.dirname(magicface_rt.__file__), Bundle.open(bundle, check_hashes=False)
-    files = {os.path.join(package, name) for name in ("session.py", "workplace.py", "kept/store.py", "kept/keeper.py")}
+    files = {
+        os.path.join(package, name) for name in ("session.py", "worker_context.py", "kept/store.py", "kept/keeper.py")
+    }
     files.add(threading.__file__)
 
     def work(at: int) -> tuple[int, bool]:

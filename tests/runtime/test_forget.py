@@ -115,7 +115,7 @@ def test_the_buffers_of_the_graphs_are_let_go_of_and_the_graphs_stay(bundle: Bun
     with Session(bundle, backend=backend) as session:
         expected = latents(session)
         loaded = dict(session._runners)
-        (place,) = session._workplaces._free
+        (place,) = session._worker_contexts._free
         assert place._bindings.keys() > HOLD_REFERENCES
         inputs = {name: place._bindings[name]._arrays for name in HOLD_REFERENCES}  # type: ignore[attr-defined]
         results = place._bindings["reference_kv"]._results  # type: ignore[attr-defined]
@@ -137,7 +137,7 @@ def test_a_request_that_runs_goes_on_and_then_nothing_is_left(bundle: Bundle, ba
         same(latents(session, progress=lambda step: said.append(session.forget(man))), expected)
         assert said == [False] * STEPS
         assert of_man.alive == 0
-        (place,) = session._workplaces._free
+        (place,) = session._worker_contexts._free
         assert not place._bindings.keys() & HOLD_REFERENCES
         assert session.forget(man) is True
 

@@ -22,7 +22,7 @@ from magicface_rt.cli._command import export_module
 from magicface_rt.cli.bench import benchmark_module
 from magicface_rt.decoding import decode
 from magicface_rt.engines.flavour import load_flavour
-from magicface_rt.interrupts import let_through
+from magicface_rt.interrupts import reraise_if_interrupt
 from magicface_rt.provenance import read_provenance
 from magicface_rt.serve.uploads import open_image
 from tests.runtime.test_backends import Pair, ort_runner
@@ -94,8 +94,8 @@ def test_what_a_library_raises_is_not_let_through() -> None:
         try:
             library(given)
         except ValueError as error:
-            let_through(error)
-    let_through(ValueError("it was never raised"))
+            reraise_if_interrupt(error)
+    reraise_if_interrupt(ValueError("it was never raised"))
 
 
 @pytest.mark.parametrize("what", ["an import", "a clean-up"])
@@ -118,7 +118,7 @@ def test_what_a_library_makes_of_an_interrupt_is_let_through(strike: Callable[..
         try:
             {"an import": imports, "a clean-up": cleans_up}[what]()
         except (ImportError, OSError) as error:
-            let_through(error)
+            reraise_if_interrupt(error)
 
 
 def test_what_was_handled_already_is_not_let_through(strike: Callable[..., Any]) -> None:
@@ -128,7 +128,7 @@ def test_what_was_handled_already_is_not_let_through(strike: Callable[..., Any])
         try:
             os.close(-1)
         except OSError as error:
-            let_through(error)
+            reraise_if_interrupt(error)
 
     try:
         strike()

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from magicface_rt import BudgetError, Concept, ConceptError, KeptConcept, KeptConceptError, OptionError, Reference
-from magicface_rt.backends.checks import Limits
+from magicface_rt.backends.checks import ShapeRanges
 from magicface_rt.backends.device import Device
 from magicface_rt.backends.host import from_bfloat16, to_bfloat16
-from magicface_rt.backends.lane import Lane
+from magicface_rt.backends.key_uploader import KeyUploader
 from magicface_rt.backends.pieces import Piece, lay_on_host
-from magicface_rt.backends.shelf import Shelf
+from magicface_rt.backends.worker_stream import WorkerStream
 from magicface_rt.errors import DeviceMemoryError, HostMemoryError, NonFiniteError
 from magicface_rt.images import LoadedReference
 from magicface_rt.kept import KeptReference, MemoryUse, Origin, awaited
@@ -396,7 +396,7 @@ class Graph:
     """`reference_kv`, whose keys say their timestep, their row's place and the token; see `expected`."""
 
     def __init__(self) -> None:
-        self.limits: Limits = {}
+        self.limits: ShapeRanges = {}
         self.inputs: list[Mapping[str, np.ndarray]] = []
 
     def once(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -769,7 +769,7 @@ def test_what_a_pass_puts_out_is_laid_where_it_is_not_all_or_in_another_order(or
 
 
 class Brought:
-    """As much of a `Shelf` as the feed calls: what it brings stays on the host."""
+    """As much of a `KeyUploader` as the feed calls: what it brings stays on the host."""
 
     def __init__(self) -> None:
         self.wanted: list[dict[Any, Any]] = []
@@ -791,33 +791,33 @@ def test_keys_that_are_not_on_the_device_are_brought_there_ahead_and_once() -> N
     computing, _ = beside(Held(), 17)
     computed = computing.sources()[0]
     placed = {name: PlacedKeys(one, 0, 1.0) for name, one in zip("mhtc", (man, hat, there, computed), strict=True)}
-    shelf: Any = Brought()
+    key_uploader: Any = Brought()
     binding = Held()
     rows = [[placed[name] for name in row] for row in ("mtc", "hmt")]
-    found = feed(binding, rows, computing=computing, shelf=shelf)
+    found = feed(binding, rows, computing=computing, key_uploader=key_uploader)
     names = ["k_ref_10", "v_ref_10", "k_ref_13", "v_ref_13"]
     wanted = {*((id(man), name) for name in names), *((id(hat), name) for name in names[2:])}
     for step, ahead in ((0, False), (1, True), (0, False)):
         if ahead:
             found.prepare(step)
-        before = len(shelf.wanted)
+        before = len(key_uploader.wanted)
         found.start(step)
-        assert len(shelf.wanted) == before + (not ahead), "what was brought ahead is not brought again"
-        assert set(shelf.wanted[-1]) == wanted
+        assert len(key_uploader.wanted) == before + (not ahead), "what was brought ahead is not brought again"
+        assert set(key_uploader.wanted[-1]) == wanted
         keys = binding.inputs["k_ref_13"]
         np.testing.assert_array_equal(keys[0, :3], laid(man, "k_ref_13", step) + 0.5)
         np.testing.assert_array_equal(keys[0, 3:4], laid(there, "k_ref_13", step) + 0.25)
         np.testing.assert_array_equal(keys[0, 4:8], computing.binding.read("k_ref_13")[:4])
         np.testing.assert_array_equal(keys[1, :2], laid(hat, "k_ref_13", step) + 0.5)
         np.testing.assert_array_equal(keys[1, 2:5], laid(man, "k_ref_13", step) + 0.5)
-    assert shelf.uses == 3
-    assert len(shelf.wanted) == 3
+    assert key_uploader.uses == 3
+    assert len(key_uploader.wanted) == 3
 
 
-def test_where_nothing_has_to_be_brought_the_shelf_rests() -> None:
-    shelf: Any = Brought()
-    feed(Held(), [[]], shelf=shelf).start(0)
-    assert (shelf.wanted, shelf.uses) == ([], 1)
+def test_where_nothing_has_to_be_brought_the_key_uploader_rests() -> None:
+    key_uploader: Any = Brought()
+    feed(Held(), [[]], key_uploader=key_uploader).start(0)
+    assert (key_uploader.wanted, key_uploader.uses) == ([], 1)
 
 
 # --------------------------------------------------------------------------------------------------------- on a device
@@ -828,14 +828,14 @@ class OneDevice:
 
     def __init__(self) -> None:
         self.cuda = FakeCuda()
-        self.lane = Lane(Device(0, cuda=self.cuda))
-        self.lane.join()
+        self.worker_stream = WorkerStream(Device(0, cuda=self.cuda))
+        self.worker_stream.join()
         self.held = OnDevice()
         self.bundle: Any = SmallBundle()
         self.bundle.dtype = "float32"
 
     def use(self, kept: KeptReference) -> Any:
-        return self.held.use(kept, Shelf(self.lane), self.bundle, 2)
+        return self.held.use(kept, KeyUploader(self.worker_stream, "denoise_step", "reference keys"), self.bundle, 2)
 
     def bring(self, *references: KeptReference) -> None:
         for kept in references:
@@ -848,8 +848,8 @@ def device() -> Iterator[OneDevice]:
     made = OneDevice()
     yield made
     made.held.close()
-    assert not made.lane.device._reclaims, "what is closed is not asked any more"
-    made.lane.leave()
+    assert not made.worker_stream.device._reclaims, "what is closed is not asked any more"
+    made.worker_stream.leave()
     assert not made.cuda.alive()
 
 
@@ -927,8 +927,8 @@ def test_a_device_that_is_short_gets_what_no_request_uses(device: OneDevice) -> 
     device.bring(MAN_KEYS)
     device.cuda.total = device.cuda.allocated() + 100
     with device.use(MAN_KEYS), pytest.raises(DeviceMemoryError, match=r"a graph needs 0\.\d MB more"):
-        device.lane.device.require(200, "a graph")
-    device.lane.device.require(200, "a graph")
+        device.worker_stream.device.require(200, "a graph")
+    device.worker_stream.device.require(200, "a graph")
     assert device.held.nbytes == 0
 
 
@@ -952,7 +952,7 @@ def test_what_failed_to_come_up_is_not_there_and_is_tried_again(device: OneDevic
 def test_what_was_enqueued_is_done_before_keys_may_be_freed(device: OneDevice) -> None:
     done: list[int] = []
     with device.use(MAN_KEYS):
-        device.cuda.submit(device.lane.stream.handle, lambda: done.append(1))
+        device.cuda.submit(device.worker_stream.stream.handle, lambda: done.append(1))
     assert done == [1]
 
 
@@ -971,11 +971,11 @@ def coming(device: OneDevice) -> Iterator[threading.Event]:
     slow = replace(MAN_KEYS, tensors=tensors).known_as(MAN_KEYS.identity)
 
     def bring() -> None:
-        lane = Lane(device.lane.device)
-        lane.join()
-        with device.held.use(slow, Shelf(lane), device.bundle, 2):
+        worker_stream = WorkerStream(device.worker_stream.device)
+        worker_stream.join()
+        with device.held.use(slow, KeyUploader(worker_stream, "denoise_step", "reference keys"), device.bundle, 2):
             pass
-        lane.leave()
+        worker_stream.leave()
 
     bringing = threading.Thread(target=bring)
     bringing.start()
@@ -996,7 +996,9 @@ def test_who_waits_for_keys_of_another_is_asked_and_may_go(
         if len(asked) == 3:
             raise KeyboardInterrupt
 
-    used = device.held.use(MAN_KEYS, Shelf(device.lane), device.bundle, 2, waiting)
+    used = device.held.use(
+        MAN_KEYS, KeyUploader(device.worker_stream, "denoise_step", "reference keys"), device.bundle, 2, waiting
+    )
     with pytest.raises(KeyboardInterrupt), used:
         raise AssertionError("it was given")
     assert asked == [0, 1, 2]
@@ -1013,11 +1015,13 @@ def test_who_waits_for_keys_of_another_goes_on_as_soon_as_they_are_there(
         wait(self, waiting)
 
     def use() -> None:
-        lane = Lane(device.lane.device)
-        lane.join()
-        with device.held.use(MAN_KEYS, Shelf(lane), device.bundle, 2) as keys:
+        worker_stream = WorkerStream(device.worker_stream.device)
+        worker_stream.join()
+        with device.held.use(
+            MAN_KEYS, KeyUploader(worker_stream, "denoise_step", "reference keys"), device.bundle, 2
+        ) as keys:
             assert len(keys) == 8
-        lane.leave()
+        worker_stream.leave()
 
     monkeypatch.setattr(awaited, "WAIT_SECONDS", 1000)
     monkeypatch.setattr(Awaited, "wait", waited)

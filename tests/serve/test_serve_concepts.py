@@ -133,7 +133,7 @@ def test_what_a_session_keeps_by_itself_and_its_bindings_are_cleared_too(tiny_bu
         kept = client.put_concept(MAN)
         client.generate(PROMPT, [kept], seed=1)
         assert session._keeper.store.keys
-        (place,) = session._workplaces._free
+        (place,) = session._worker_contexts._free
         assert held <= place._bindings.keys()
         client.erase(kept)
         assert not session._keeper.store.keys

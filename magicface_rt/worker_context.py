@@ -1,4 +1,4 @@
-"""The workplaces in which a Session's workers compute: the bundle's graphs, bound beside each other."""
+"""The worker contexts in which a Session's workers compute: the bundle's graphs, bound beside each other."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import threading
 from collections.abc import Callable, Iterator
 
 from .backends import Binding, GraphRunner
-from .backends.shelf import Shelf
+from .backends.key_uploader import KeyUploader
 from .denoiser import SERVED_OUTPUTS
 from .errors import BackendError
 
 
-class Workplace:
+class WorkerContext:
     """Bindings that take turns on one stream and share scratch memory. For one thread at a time."""
 
     def __init__(self, runner: Callable[[str], GraphRunner]) -> None:
         self._runner = runner
         self._bindings: dict[str, Binding] = {}
-        self._shelf: Shelf | None = None
+        self._key_uploader: KeyUploader | None = None
         self.closed = False
 
     def binding(self, graph: str) -> Binding:
@@ -28,17 +28,17 @@ class Workplace:
             self._bindings[graph] = self._runner(graph).bind(SERVED_OUTPUTS.get(graph), beside=beside)
         return self._bindings[graph]
 
-    def shelf(self) -> Shelf | None:
-        """Return where `denoise_step` finds keys on the device; None if they come from the host."""
-        if self._shelf is None:
-            self._shelf = self.binding("denoise_step").shelf()
-        return self._shelf
+    def key_uploader(self) -> KeyUploader | None:
+        """Return what brings keys to the device for `denoise_step`; None if they come from the host."""
+        if self._key_uploader is None:
+            self._key_uploader = self.binding("denoise_step").key_uploader("reference keys")
+        return self._key_uploader
 
     def drop(self, graph: str) -> None:
         """Free what a graph's binding holds; the graph is bound anew when it is needed."""
-        if self._shelf is not None:
-            self._shelf.close()
-            self._shelf = None
+        if self._key_uploader is not None:
+            self._key_uploader.close()
+            self._key_uploader = None
         binding = self._bindings.pop(graph, None)
         if binding is not None:
             binding.close()
@@ -46,27 +46,27 @@ class Workplace:
     def close(self) -> None:
         """Free what the bindings hold. May be called twice."""
         self.closed = True
-        if self._shelf is not None:
-            self._shelf.close()
-            self._shelf = None
+        if self._key_uploader is not None:
+            self._key_uploader.close()
+            self._key_uploader = None
         for binding in self._bindings.values():
             binding.close()
         self._bindings.clear()
 
 
-class Workplaces:
-    """A pool of workplaces, one for each worker that computes at the same time. Thread-safe."""
+class WorkerContextPool:
+    """A pool of worker contexts, one for each worker that computes at the same time. Thread-safe."""
 
     def __init__(self, runner: Callable[[str], GraphRunner]) -> None:
         self._runner = runner
-        self._free: list[Workplace] = []
+        self._free: list[WorkerContext] = []
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def take(self) -> Iterator[Workplace]:
-        """Lend a workplace for the block. One in which a runtime failed is freed and not used again."""
+    def take(self) -> Iterator[WorkerContext]:
+        """Lend a worker context for the block. One in which a runtime failed is freed and not used again."""
         with self._lock:
-            place = self._free.pop() if self._free else Workplace(self._runner)
+            place = self._free.pop() if self._free else WorkerContext(self._runner)
         try:
             yield place
         except BackendError:
@@ -78,13 +78,13 @@ class Workplaces:
                     self._free.append(place)
 
     def drop(self, graph: str) -> None:
-        """Free a graph's bindings in all workplaces that are not in use."""
+        """Free a graph's bindings in all worker contexts that are not in use."""
         with self._lock:
             for place in self._free:
                 place.drop(graph)
 
     def close(self) -> None:
-        """Free the workplaces that are not in use."""
+        """Free the worker contexts that are not in use."""
         with self._lock:
             places, self._free = self._free, []
         for place in places:

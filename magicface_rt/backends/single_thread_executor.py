@@ -15,18 +15,18 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-class InTurn(Protocol):
+class Caller(Protocol):
     """Calls a function, here and now or in a thread of its own, and returns its result or raises its exception."""
 
     def __call__(self, function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result: ...
 
 
-def at_once(function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result:
+def call_directly(function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result:
     """Call a function in the caller's thread."""
     return function(*args, **kwargs)
 
 
-class OneThread:
+class SingleThreadExecutor:
     """Makes calls from any threads one after the other in a single one, which starts with the first of them.
 
     It ends with `close`, with this object, or with the program. A call from within a call is made at once. In a process
