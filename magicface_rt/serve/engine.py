@@ -81,6 +81,7 @@ class Engine:
         self._running: set[Job] = set()
         self._busy = 0
         self._cold = len(sessions) * workers
+        self._warming = 0  # apart from `_busy`, since draining need not wait for a warm-up
         self._failure: BaseException | None = None
         self._draining = self._closed = False
         self._paused = 0
@@ -162,12 +163,14 @@ class Engine:
             self._changed.notify_all()
 
     def exclusive(self, action: Callable[[Sequence[Session]], T]) -> T:
-        """Run `action` while no job runs; jobs in the queue go on waiting. Blocks until the running jobs have ended."""
+        """Run `action` while no job and no warm-up runs; jobs in the queue go on waiting, and threads that have not
+        warmed up wait as well. Blocks until what runs has ended.
+        """
         with self._exclusive:
             with self._changed:
                 self._paused += 1
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: not self._busy)
+                self._changed.wait_for(lambda: not self._busy and not self._warming)
             try:
                 return action(self.sessions)
             finally:
@@ -204,16 +207,32 @@ class Engine:
     def _serve(self, session: Session) -> None:
         doing = WARMING
         try:
-            if self._warm is not None:
-                self._warm(session)
-            with self._changed:
-                self._cold -= 1
-                self._changed.notify_all()
+            if not self._warm_up(session):
+                return
             doing = "a thread that computes has ended"
             while self._do_next(session):
                 pass
         except BaseException as error:
             self._fail(doing, error)
+
+    def _warm_up(self, session: Session) -> bool:
+        """Do what a thread does first, once nothing runs exclusively; return False when the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self._paused)
+            if self._closed:
+                return False
+            self._warming += 1
+        warmed = False
+        try:
+            if self._warm is not None:
+                self._warm(session)
+            warmed = True
+        finally:
+            with self._changed:
+                self._warming -= 1
+                self._cold -= warmed
+                self._changed.notify_all()
+        return True
 
     def _fail(self, doing: str, error: BaseException) -> None:
         """Record that no work can be done any more, and end every job so that nobody waits in vain."""

@@ -400,7 +400,9 @@ class LocalService(Service):
             try:
                 await self._in(self._files, self.store.used)
                 if self.store.take_vanished():
-                    await self._scrubbed()
+                    # Not in `_alone`, where it would wait for what runs: a Session that is busy drops the rest by
+                    # itself, when the requests that run now have ended.
+                    await asyncio.to_thread(scrub, self.engine.sessions)
             except Exception as error:  # such as a folder that cannot be read now; try again next time
                 logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
             try:
@@ -410,7 +412,7 @@ class LocalService(Service):
             except MagicFaceError as error:  # likewise
                 logger.warning("%s", error)
 
-    async def _scrubbed(self, end: float = math.inf) -> str | None:
+    async def _scrubbed(self, end: float) -> str | None:
         """Once the running batches have ended, make the Sessions drop what is no longer kept. Returns where something
         is left.
 

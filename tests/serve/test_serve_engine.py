@@ -332,6 +332,49 @@ def test_what_runs_exclusively_runs_alone(engine: Engine, session: Gated) -> Non
     assert seen == [(True, 1)]
 
 
+def test_what_runs_exclusively_runs_beside_no_warm_up(session: Gated) -> None:
+    """Neither before it has ended nor the other way round; and draining does not wait for it."""
+    seen: list[str] = []
+    warming, warmed, alone, go = (threading.Event() for _ in range(4))
+
+    def warm(_: object) -> None:
+        seen.append("warm-up begins")
+        warming.set()
+        assert warmed.wait(30)
+        seen.append("warm-up ends")
+
+    engine = Engine([session], warm=warm)
+    engine.start()
+    assert warming.wait(30)
+    thread = threading.Thread(target=lambda: engine.exclusive(lambda _: seen.append("alone")))
+    thread.start()
+    assert engine.drain(30) == 0
+    time.sleep(0.05)
+    warmed.set()
+    thread.join(30)
+    assert seen == ["warm-up begins", "warm-up ends", "alone"]
+    assert engine.close()
+
+    engine = Engine([session], warm=warm)
+    seen.clear()
+
+    def exclusively(_: object) -> None:
+        alone.set()
+        assert go.wait(30)
+        seen.append("alone")
+
+    thread = threading.Thread(target=lambda: engine.exclusive(exclusively))
+    thread.start()
+    assert alone.wait(30)
+    engine.start()
+    time.sleep(0.05)
+    go.set()
+    until(lambda: engine.warm, "it did not warm up")
+    thread.join(30)
+    assert seen == ["alone", "warm-up begins", "warm-up ends"]
+    assert engine.close()
+
+
 def test_a_job_lets_go_of_its_images_when_it_has_ended(engine: Engine, session: Gated) -> None:
     done = job(1)
     engine.submit(done).future.result(30)
