@@ -18,8 +18,8 @@ from magicface_rt.errors import OptionError
 from magicface_rt.serve import module as serving_module
 from magicface_rt.shortage import check_addresses
 from magicface_rt.sizes import parse_size
+from magicface_rt.soft_warnings import MagicFaceWarning
 from magicface_rt.ui import module as ui_module
-from magicface_rt.warned import MagicFaceWarning
 
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._command import Command, JsonOption, command
@@ -131,7 +131,7 @@ def serve(
         # A bundle takes long to open, so check first whether it can be served here.
         with contextlib.closing(serving.listen(host, port)) as where:
             address = str(where.getsockname()[0])
-        if not accepted and serving_module("gate").names_of(address) is None:
+        if not accepted and serving_module("access").names_of(address) is None:
             verb.note(f"warning: {host} can be reached by others, and no --tokens were given: anyone may use it.")
         if on_ray:
             of_each = {"backend": backend, "threads": threads, "provenance": provenance, "target": target}
@@ -148,7 +148,7 @@ def serve(
                     settings=settings,
                     tokens=accepted,
                 )
-                cut_off = serving_module("ray.cluster").serve(plan, host=host, port=port, told=verb.note)
+                cut_off = serving_module("ray.cluster").serve(plan, host=host, port=port, report=verb.note)
             _say_how_it_ended(verb, cut_off)
             return
         with Session(
@@ -179,7 +179,7 @@ def serve(
                 host=host,
                 port=port,
                 page=ui,
-                told=verb.note,
+                report=verb.note,
             )
         _say_how_it_ended(verb, cut_off)
 

@@ -30,7 +30,7 @@ from ..strict_json import read_json
 from .answers import ANSWER_BYTES, PACKED, Answer, Body, Lines
 from .wire import (
     UNREADABLE,
-    Events,
+    EventParser,
     Given,
     KeptId,
     Made,
@@ -289,7 +289,7 @@ class Client:
         raise AssertionError("the last attempt ends the loop")
 
     def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
-        events, lines = Events(), Lines()
+        events, lines = EventParser(), Lines()
         with _reached(self._http), self._http.stream("POST", "/v1/images", **_sent(order)) as response:
             if not response.is_success:
                 raise _failed(self._read(response)) or AssertionError
@@ -422,7 +422,7 @@ class AsyncClient:
         raise AssertionError("the last attempt ends the loop")
 
     async def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
-        events, lines = Events(), Lines()
+        events, lines = EventParser(), Lines()
         with _reached(self._http):
             async with self._http.stream("POST", "/v1/images", **_sent(order)) as response:
                 if not response.is_success:
@@ -468,7 +468,7 @@ def _check_events(response: httpx.Response) -> None:
 
 
 def _hear(
-    response: httpx.Response, pieces: Iterable[bytes], lines: Lines, events: Events, progress: ProgressCallback
+    response: httpx.Response, pieces: Iterable[bytes], lines: Lines, events: EventParser, progress: ProgressCallback
 ) -> None:
     """Report to `progress` the steps whose events end in these pieces. Raises Cancelled when it declines."""
     for piece in pieces:

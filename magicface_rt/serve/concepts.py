@@ -32,7 +32,7 @@ from ..errors import (
 )
 from ..kept import KeptConcept
 from ..kept.files import save
-from .problems import refused
+from .problems import refusal
 
 __all__ = [
     "NO_WORD",
@@ -103,7 +103,7 @@ def unknown(id: str) -> UnknownConceptError:
 def unreadable(error: OSError) -> AnswerError:
     """Make the error for when it cannot be seen what is kept; that is not the same as nothing being kept."""
     logger.error("the folder of concepts cannot be read: %s", error)
-    return refused(503, "store-unusable", "the folder of concepts cannot be read; the service's log says more.")
+    return refusal(503, "store-unusable", "the folder of concepts cannot be read; the service's log says more.")
 
 
 class ConceptStore(ABC):
@@ -185,7 +185,7 @@ class _Limited(ConceptStore):
         with self._room:
             with self._reserving:
                 reserved = dict(self._reserved)
-            self._check_room(nbytes, [held for other, held in reserved.items() if not self._keeps(other)])
+            self._check_room(nbytes, [room for other, room in reserved.items() if not self._keeps(other)])
             with self._reserving:
                 self._reserved[id] = nbytes
 
@@ -201,14 +201,14 @@ class _Limited(ConceptStore):
 
     def _check_room(self, nbytes: int, others: Sequence[int] = ()) -> None:
         """Raise StoreFullError if a concept does not fit. others: bytes of other concepts about to be kept."""
-        count, held = self.used()
-        count, held = count + len(others), held + sum(others)
+        count, used_bytes = self.used()
+        count, used_bytes = count + len(others), used_bytes + sum(others)
         if count >= self._most:
             raise StoreFullError(f"{count} concepts are kept, which is the limit. Erase one that is not needed.")
-        if held + nbytes > self._most_bytes:
+        if used_bytes + nbytes > self._most_bytes:
             raise StoreFullError(
-                f"the concept needs {nbytes:,} bytes, and {held:,} of {self._most_bytes:,} are used. Erase concepts, "
-                "or put it with fewer steps, a smaller mask or 8-bit storage."
+                f"the concept needs {nbytes:,} bytes, and {used_bytes:,} of {self._most_bytes:,} are used. Erase "
+                "concepts, or put it with fewer steps, a smaller mask or 8-bit storage."
             )
 
 

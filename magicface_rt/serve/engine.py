@@ -18,10 +18,10 @@ from ..request import Progress, Request
 from ..session import Session
 from ..shortage import shortage
 from .fair import FairQueue
-from .job import Job
+from .job import EngineJob
 from .settings import ServeSettings
 
-__all__ = ["Engine", "Observer"]
+__all__ = ["Engine", "EngineObserver"]
 
 logger = logging.getLogger("magicface_rt.serve")
 
@@ -30,13 +30,13 @@ T = TypeVar("T")
 WARMING = "the warm-up failed"
 
 
-class Observer:
+class EngineObserver:
     """Is notified of the work as it is done; this base class does nothing. Called in the engine's threads.
 
     What a method raises is logged and does not affect the jobs.
     """
 
-    def batch(self, jobs: Sequence[Job], seconds: float) -> None:
+    def batch(self, jobs: Sequence[EngineJob], seconds: float) -> None:
         """Called when jobs have been made together, before anyone receives them."""
 
 
@@ -45,7 +45,7 @@ class Engine:
 
         engine = Engine([session], ServeSettings(queue=8))
         engine.start()
-        job = engine.submit(Job(Request("a man", options=Options(steps=20)), owner="me"))
+        job = engine.submit(EngineJob(Request("a man", options=Options(steps=20)), owner="me"))
         job.future.result().result.images[0].save("out.png")
         engine.drain(60)
         engine.close()
@@ -64,7 +64,7 @@ class Engine:
         *,
         workers: int = 1,
         warm: Callable[[Session], object] | None = None,
-        observer: Observer | None = None,
+        observer: EngineObserver | None = None,
     ) -> None:
         sessions = tuple(sessions)
         if not sessions or len({session.bundle.hash for session in sessions}) > 1:
@@ -75,10 +75,10 @@ class Engine:
         self.bundle = sessions[0].bundle
         self.settings = settings or ServeSettings()
         self._warm = warm
-        self._observer = observer or Observer()
-        self._queue: FairQueue[Job] = FairQueue()
+        self._observer = observer or EngineObserver()
+        self._queue: FairQueue[EngineJob] = FairQueue()
         self._changed = threading.Condition()
-        self._running: set[Job] = set()
+        self._running: set[EngineJob] = set()
         self._busy = 0
         self._cold = len(sessions) * workers
         self._warming = 0  # apart from `_busy`, since draining need not wait for a warm-up
@@ -134,7 +134,7 @@ class Engine:
         except Exception as error:  # such as too little memory for its stack
             self._fail(WARMING, error)
 
-    def submit(self, job: Job) -> Job:
+    def submit(self, job: EngineJob) -> EngineJob:
         """Queue a job and return it.
 
         Raises:
@@ -154,7 +154,7 @@ class Engine:
             self._changed.notify_all()
         return job
 
-    def cancel(self, job: Job, error: MagicFaceError) -> None:
+    def cancel(self, job: EngineJob, error: MagicFaceError) -> None:
         """End a job with this error: at once if it waits, at its next step if it runs."""
         job.cancel(error)
         with self._changed:
@@ -268,7 +268,7 @@ class Engine:
                 self._changed.notify_all()
         return True
 
-    def _next(self) -> list[Job] | None:
+    def _next(self) -> list[EngineJob] | None:
         """Wait for the next job, and return it with those that may be made together with it; None when the engine is
         closed.
         """
@@ -287,15 +287,15 @@ class Engine:
                     self._busy -= 1
                     raise
 
-    def _companions(self, first: Job) -> list[Job]:
+    def _companions(self, first: EngineJob) -> list[EngineJob]:
         """Take waiting requests with the same number of steps, as many as fit, for as long as the first may wait."""
-        found: list[Job] = []
+        found: list[EngineJob] = []
         images = first.images
         bare = first.bare
         most = min(self.settings.batch, self.bundle.limits.images)
         until = first.enqueued + self.settings.batch_wait
 
-        def fits(job: Job) -> bool:
+        def fits(job: EngineJob) -> bool:
             return (
                 job.is_request
                 and not job.alone
@@ -318,7 +318,7 @@ class Engine:
             self._changed.wait(left)
         return found
 
-    def _run(self, session: Session, batch: Sequence[Job]) -> None:
+    def _run(self, session: Session, batch: Sequence[EngineJob]) -> None:
         jobs = [job for job in batch if job.begin()]
         if not jobs:
             return
@@ -357,7 +357,7 @@ class Engine:
             for job in jobs:
                 self._run(session, [job])
 
-    def _observe(self, jobs: Sequence[Job], seconds: float) -> None:
+    def _observe(self, jobs: Sequence[EngineJob], seconds: float) -> None:
         try:
             self._observer.batch(jobs, seconds)
         except BaseException:

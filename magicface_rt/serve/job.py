@@ -15,7 +15,7 @@ from ..request import Progress, ProgressCallback, Request
 from ..results import Result
 from ..session import Session
 
-__all__ = ["Done", "Job", "Task", "deadline_passed"]
+__all__ = ["Done", "EngineJob", "Task", "deadline_passed"]
 
 Task = Callable[[Session, ProgressCallback], Any]
 """Work other than a request for pictures, such as preparing a concept. Gets the Session, and a callback for its
@@ -37,7 +37,7 @@ class Done:
     batch: int
 
 
-class Job:
+class EngineJob:
     """A request for pictures, or a `Task`. `future` resolves to a `Done`, or raises.
 
     owner     who the job belongs to; owners take turns

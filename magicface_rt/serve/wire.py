@@ -46,7 +46,7 @@ from ..strict_json import read_json
 
 __all__ = [
     "UNREADABLE",
-    "Events",
+    "EventParser",
     "Given",
     "KeptId",
     "Made",
@@ -375,7 +375,7 @@ def _seconds(retry_after: str) -> float:
     return max(0.0, seconds) if math.isfinite(seconds) else 1.0
 
 
-class Events:
+class EventParser:
     """Reads server-sent events line by line. `content`: what the last event, `pictures`, held, once it has arrived."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from ...errors import Cancelled, DeadlineError, DrainingError, EraseError, Magic
 from ..concepts import StoredConcept, unknown
 from ..erasure import Erasures, not_begun
 from ..orders import check_named
-from ..problems import refused
+from ..problems import refusal
 from ..schemas import BundleInfo, ConceptInfo, ConceptPut, Erasure, PictureOrder
 from ..service import Accepted, ConceptUpload, Listener, Outcome, Service
 from ..settings import ServeSettings
@@ -67,7 +67,7 @@ class _Call:
     waited: float = 0.0
     task: asyncio.Task[Any] | None = None
 
-    def told(self, waiting: int) -> None:
+    def report_accepted(self, waiting: int) -> None:
         """Report that the request has a place in the queue; only the first call reports it."""
         if self.listener is not None and not self.accepted:
             self.listener(Accepted(waiting))
@@ -179,7 +179,7 @@ class RayService(Service):
 
     async def bundle(self) -> BundleInfo:
         if not self._view.ready:
-            starting = refused(503, "not-ready", "no replica is warm yet.")
+            starting = refusal(503, "not-ready", "no replica is warm yet.")
             starting.retry_after = 1.0
             raise starting
         newest = list(self._view.ready.values())[-1]
@@ -206,23 +206,23 @@ class RayService(Service):
             raise unknown(id)
         try:
             with self._erasures.one():
-                verdict = await self._roster.actor.erase.remote(
+                report = await self._roster.actor.erase.remote(
                     id, str(self._store.folder), self.settings.deadline + ERASE_SPARE
                 )
         except RayError as error:
             logger.error("the roster was lost: %s", type(error).__name__)
             self._roster.lost()
             raise EraseError(f"concept {id}: not every replica could be told. Erase it again.") from error
-        if not verdict.begun:
+        if not report.begun:
             raise not_begun(id)
-        left = [f"{part.place} of replica {name}" for name, part in verdict.parts.items() if part.place is not None]
-        left += [f"replica {name}, which does not answer" for name in verdict.silent]
-        left += [verdict.left] if verdict.left is not None else []
+        left = [f"{part.place} of replica {name}" for name, part in report.parts.items() if part.place is not None]
+        left += [f"replica {name}, which does not answer" for name in report.silent]
+        left += [report.left] if report.left is not None else []
         if left:
             raise EraseError(f"concept {id}: something of it is left in {', '.join(left)}. Erase it again, or restart.")
-        if not verdict.files and not any(part.found for part in verdict.parts.values()):
+        if not report.files and not any(part.found for part in report.parts.values()):
             raise unknown(id)
-        return Erasure(id=id, files=verdict.files, stopped=sum(part.stopped for part in verdict.parts.values()))
+        return Erasure(id=id, files=report.files, stopped=sum(part.stopped for part in report.parts.values()))
 
     # ----------------------------------------------------------------------------------------------------------- inside
 
@@ -237,7 +237,7 @@ class RayService(Service):
 
     async def _do(self, call: _Call) -> Any:
         """Return the result of a call, or raise its error. Whatever ends the wait ends the call."""
-        call.task = task = asyncio.ensure_future(self._placed(call, time.monotonic() + call.seconds))
+        call.task = task = asyncio.ensure_future(self._in_turn(call, time.monotonic() + call.seconds))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
         self._calls.add(call)
         self._idle.clear()
@@ -257,9 +257,9 @@ class RayService(Service):
             if not self._calls:
                 self._idle.set()
 
-    async def _placed(self, call: _Call, end: float) -> Any:
+    async def _in_turn(self, call: _Call, end: float) -> Any:
         start = time.monotonic()
-        async with self._places.taken(call.owner, call.told):
+        async with self._places.taken(call.owner, call.report_accepted):
             call.waited = time.monotonic() - start
             for _ in range(ATTEMPTS):
                 try:
@@ -269,11 +269,11 @@ class RayService(Service):
                     await asyncio.sleep(0.1)
                     continue
                 if ended.tally is not None:
-                    self._metrics.told(ended.tally)
+                    self._metrics.add_tally(ended.tally)
                 if ended.error is not None:
                     raise ended.error
                 return ended.result
-        gone = refused(503, "replica-lost", f"the request was given to {ATTEMPTS} replicas, and each has ended.")
+        gone = refusal(503, "replica-lost", f"the request was given to {ATTEMPTS} replicas, and each has ended.")
         gone.retry_after = 1.0
         raise gone
 
@@ -297,7 +297,7 @@ class RayService(Service):
                 if isinstance(one, Ended):
                     ended = one
                 elif isinstance(one, Accepted):
-                    call.told(one.waiting)
+                    call.report_accepted(one.waiting)
                 else:
                     call.begun = True
                     if call.listener is not None:
@@ -309,7 +309,7 @@ class RayService(Service):
             raise
         except RayTaskError as error:  # the replica lives, but could not read what it was sent, or the like
             logger.error("a replica failed: %s", type(error.cause).__name__)
-            raise refused(500, "internal", "An unexpected error in a replica; the service's log says more.") from None
+            raise refusal(500, "internal", "An unexpected error in a replica; the service's log says more.") from None
         except (RayError, RayServeException) as error:
             if ended is None:
                 raise _LostError(type(error).__name__) from error
