@@ -13,12 +13,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ..errors import BackendError, Cancelled, DrainingError, MagicFaceError, OptionError, QueueFullError
+from ..errors import BackendError, Cancelled, MagicFaceError, OptionError
 from ..request import Progress, Request
 from ..session import Session
 from ..shortage import shortage
 from .fair import FairQueue
 from .job import EngineJob
+from .refusals import cut_off, draining, queue_full
 from .settings import ServeSettings
 
 __all__ = ["Engine", "EngineObserver"]
@@ -143,12 +144,9 @@ class Engine:
         """
         with self._changed:
             if self._draining or self._failure is not None:
-                raise DrainingError("the service is ending and takes no more work.", retry_after=1.0)
+                raise draining()
             if len(self._queue) >= self.settings.queue:
-                raise QueueFullError(
-                    f"{len(self._queue)} requests wait, which is the limit. Try again later.",
-                    retry_after=self.retry_after(),
-                )
+                raise queue_full(len(self._queue), self.retry_after())
             job.enqueued = time.monotonic()
             self._queue.put(job)
             self._changed.notify_all()
@@ -187,7 +185,7 @@ class Engine:
             self._changed.wait_for(lambda: not self._queue and not self._busy, max(0.0, end - time.monotonic()))
             left = [job for job in (*self._queue, *self._running) if not job.done]
         for job in left:
-            self.cancel(job, _cut_off())
+            self.cancel(job, cut_off())
         return len(left)
 
     def close(self, seconds: float = 30.0) -> bool:
@@ -255,7 +253,7 @@ class Engine:
             self._run(session, batch)
         except BaseException:
             for job in batch:
-                job.fail(_cut_off())
+                job.fail(cut_off())
             raise
         finally:
             seconds = time.monotonic() - start
@@ -374,10 +372,6 @@ def _clear_frames(error: BaseException) -> None:
             seen.add(id(one))
             traceback.clear_frames(one.__traceback__)
             chain += [one.__cause__, one.__context__]
-
-
-def _cut_off() -> DrainingError:
-    return DrainingError("the service has ended before this request was done.", retry_after=1.0)
 
 
 def _ending(error: BaseException) -> MagicFaceError:

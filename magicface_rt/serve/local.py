@@ -40,9 +40,10 @@ from ..soft_warnings import MagicFaceWarning, collect_warnings, warn
 from .concepts import NO_WORD, ConceptStore, StoredConcept, concept_id, without_source
 from .engine import Engine
 from .erasure import STILL_RUNS, Erasures, Trace, not_begun, scrub
-from .job import Done, EngineJob, deadline_passed
+from .job import Done, EngineJob
 from .orders import check_named, kept_bytes, parse_order, pixels_of, read_upload
 from .problems import at, refusal
+from .refusals import deadline_passed, draining, queue_full, remaining_seconds
 from .schemas import BundleInfo, BundleLimits, ConceptInfo, ConceptPut, Erasure, PictureOrder, Warned
 from .service import Accepted, ConceptUpload, Listener, Outcome, Service
 
@@ -157,7 +158,7 @@ class LocalService(Service):
     # --------------------------------------------------------------------------------------------------------- pictures
 
     async def generate(self, order: PictureOrder, *, owner: str, listener: Listener | None = None) -> Outcome:
-        end = time.monotonic() + self._seconds(order.deadline)
+        end = time.monotonic() + remaining_seconds(order.deadline, self.settings.deadline)
         check_named(order)
         with collect_warnings() as warned, self._using([use.id for use in order.concepts if use.id is not None]) as use:
             with self._taken():
@@ -306,9 +307,6 @@ class LocalService(Service):
         self._unfinished.pop(id, None)
         return files, stopped
 
-    def _seconds(self, wanted: float | None) -> float:
-        return self.settings.deadline if wanted is None else min(wanted, self.settings.deadline)
-
     @contextmanager
     def _taken(self) -> Iterator[None]:
         """Hold a place in the queue while the block decodes a request's images, before the Engine has the request.
@@ -318,13 +316,10 @@ class LocalService(Service):
             DrainingError: no more work is taken.
         """
         if self.engine.draining:
-            raise DrainingError("the service is ending and takes no more work.", retry_after=1.0)
+            raise draining()
         waiting = self.engine.waiting + self._arriving
         if waiting >= self.settings.queue:
-            raise QueueFullError(
-                f"{waiting} requests wait, which is the limit. Try again later.",
-                retry_after=self.engine.retry_after(),
-            )
+            raise queue_full(waiting, self.engine.retry_after())
         self._arriving += 1
         try:
             yield

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from ...errors import Cancelled, DeadlineError, DrainingError, EraseError, MagicFaceError, SessionClosedError
+from ...errors import Cancelled, DrainingError, EraseError, MagicFaceError, SessionClosedError
 from ..concepts import StoredConcept, unknown
 from ..erasure import Erasures, not_begun
 from ..orders import check_named
 from ..problems import refusal
+from ..refusals import cut_off, deadline_passed, remaining_seconds
 from ..schemas import BundleInfo, ConceptInfo, ConceptPut, Erasure, PictureOrder
 from ..service import Accepted, ConceptUpload, Listener, Outcome, Service
 from ..settings import ServeSettings
@@ -149,7 +150,7 @@ class RayService(Service):
             await asyncio.wait_for(self._idle.wait(), max(0.001, seconds))
         left = list(self._calls)
         for call in left:
-            call.stop(DrainingError("the service has ended before this request was done.", retry_after=1.0))
+            call.stop(cut_off())
         return len(left)
 
     async def close(self) -> None:
@@ -163,7 +164,7 @@ class RayService(Service):
 
     async def generate(self, order: PictureOrder, *, owner: str, listener: Listener | None = None) -> Outcome:
         check_named(order)
-        seconds = self.settings.deadline if order.deadline is None else min(order.deadline, self.settings.deadline)
+        seconds = remaining_seconds(order.deadline, self.settings.deadline)
         model = await self._first_kept(order)
         call = _Call("generate", order, owner, model, listener, seconds)
         outcome: Outcome = await self._do(call)
@@ -244,10 +245,7 @@ class RayService(Service):
         try:
             await asyncio.wait({task}, timeout=call.seconds)
             if not task.done():
-                raise DeadlineError(
-                    "the deadline passed before the request was done. Allow more time, or ask for fewer steps or "
-                    "pictures."
-                )
+                raise deadline_passed()
             if call.error is not None:
                 raise call.error
             return task.result()
