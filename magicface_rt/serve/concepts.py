@@ -32,6 +32,7 @@ from ..errors import (
 )
 from ..kept import KeptConcept
 from ..kept.files import save
+from ..stamps import Stamp
 from .problems import refusal
 
 __all__ = [
@@ -279,7 +280,7 @@ class FolderConcepts(_Limited):
         if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
             raise OutputError(f"folder of concepts {str(folder)!r} may not be read and written.")
         self._lock = threading.Lock()
-        self._mapped: dict[str, tuple[_Stamp, StoredConcept]] = {}
+        self._mapped: dict[str, tuple[Stamp, StoredConcept]] = {}
         self._vanished: set[str] = set()
 
     def get(self, id: str) -> StoredConcept:
@@ -314,7 +315,7 @@ class FolderConcepts(_Limited):
             if stamp is None:
                 raise unknown(id)
             with _reading(id, path):
-                stored = StoredConcept(id, KeptConcept.load(path, check_hashes=False), stamp.seconds)
+                stored = StoredConcept(id, KeptConcept.load(path, check_hashes=False), stamp.written / 1e9)
         except (OutputError, UnknownConceptError) as error:
             cause, written = error.__cause__, isinstance(error, UnknownConceptError)
             if not (cause is None if written else isinstance(cause, FileNotFoundError)):
@@ -374,7 +375,7 @@ class FolderConcepts(_Limited):
     def used(self) -> tuple[int, int]:
         self._let_go_of_what_is_gone()
         stamps = [stamp_of(path) for path in self._all()]
-        sizes = [stamp.nbytes for stamp in stamps if stamp is not None]
+        sizes = [stamp.size for stamp in stamps if stamp is not None]
         return len(sizes), sum(sizes)
 
     def take_vanished(self) -> frozenset[str]:
@@ -420,9 +421,9 @@ class FolderConcepts(_Limited):
         return [self.folder / name for name in names]
 
     @staticmethod
-    def _read(id: str, path: Path, stamp: _Stamp, *, check_hashes: bool = True) -> StoredConcept:
+    def _read(id: str, path: Path, stamp: Stamp, *, check_hashes: bool = True) -> StoredConcept:
         with _reading(id, path):
-            return StoredConcept(id, load_own(id, path, check_hashes=check_hashes), stamp.seconds)
+            return StoredConcept(id, load_own(id, path, check_hashes=check_hashes), stamp.written / 1e9)
 
     def _path(self, id: str) -> Path | None:
         """Return the path of a concept's file, or None for a text that is no id, so that no name leads out of the
@@ -431,23 +432,10 @@ class FolderConcepts(_Limited):
         return self.folder / f"{id}{SUFFIX}" if _ID.fullmatch(id) else None
 
 
-@dataclass(frozen=True)
-class _Stamp:
-    """What distinguishes a file from another one put in its place."""
-
-    inode: int
-    nbytes: int
-    changed: int
-
-    @property
-    def seconds(self) -> float:
-        return self.changed / 1e9
-
-
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 
 
-def stamp_of(path: Path) -> _Stamp | None:
+def stamp_of(path: Path) -> Stamp | None:
     """Return a file's stamp, or None if there is no file.
 
     Raises:
@@ -459,7 +447,7 @@ def stamp_of(path: Path) -> _Stamp | None:
         return None
     except OSError as error:
         raise unreadable(error) from error
-    return _Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
+    return Stamp.of(found)
 
 
 @contextlib.contextmanager
