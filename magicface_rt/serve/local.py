@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import io
 import logging
 import math
 import time
@@ -33,7 +32,7 @@ from ..kept.keeper import checked_storage
 from ..kept.origin import content_key
 from ..provenance import software
 from ..request import Progress, ProgressCallback
-from ..results import Result
+from ..results import Result, encode_png
 from ..session import Session
 from ..shown import shown
 from ..soft_warnings import MagicFaceWarning, collect_warnings, warn
@@ -586,13 +585,8 @@ def _warn_of_word(concept: KeptConcept, word: str | None) -> None:
 
 def _outcome(done: Done, warnings: Sequence[Warned]) -> Outcome:
     result: Result = done.result
-    pngs = []
-    for image in result.images:
-        file = io.BytesIO()
-        image.save(file, format="PNG")
-        pngs.append(file.getvalue())
     return Outcome(
-        pngs=pngs,
+        pngs=[encode_png(image) for image in result.images],
         regions=result.regions,
         names=result.concept_names,
         timings={**result.timings.to_dict(), "queued": done.queued},
