@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from .errors import ImageError, MaskError
 from .interrupts import reraise_if_interrupt
-from .warned import MagicFaceWarning, warn
+from .soft_warnings import MagicFaceWarning, warn
 
 __all__ = ["MAX_FILE_BYTES", "MAX_PIXELS", "MAX_SIDE", "Decoded", "ImageSource", "as_seen", "decode"]
 

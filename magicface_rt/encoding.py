@@ -12,8 +12,8 @@ from .bundle import Bundle
 from .concept import Concept
 from .errors import MaskError
 from .images import LoadedReference, layer_mask, load_reference
+from .soft_warnings import warn
 from .tokenizer import Tokenizer
-from .warned import warn
 from .worker_context import WorkerContext
 
 Float32Array = NDArray[np.float32]

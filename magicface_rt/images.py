@@ -20,7 +20,7 @@ from .decoding import MAX_PIXELS, MAX_SIDE, Decoded, ImageSource, decode
 from .errors import ImageError, MaskError, NonFiniteError, OptionError
 from .plain_words import one_of
 from .shown import shown
-from .warned import warn
+from .soft_warnings import warn
 
 if TYPE_CHECKING:
     from .concept import Reference

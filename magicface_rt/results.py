@@ -28,7 +28,7 @@ from .plain_file import read_plain
 from .provenance import SOFTWARE, ProvenancePicture, software
 from .strict_json import read_json
 
-__all__ = ["Result", "Timings"]
+__all__ = ["Result", "Timings", "encode_png"]
 
 _OCCUPIED = {errno.EEXIST, errno.ENOTEMPTY}
 _RUN, _REGIONS = "run.json", "regions.npz"
@@ -215,8 +215,8 @@ class Result:
         count = len(self.images)
         names = zip(_pictures("image", count), _pictures("regions", count), strict=True)
         for index, (picture, overlay) in enumerate(names):
-            yield picture, _png(self.images[index])
-            yield overlay, _png(self.overlay(index))
+            yield picture, encode_png(self.images[index])
+            yield overlay, encode_png(self.overlay(index))
         concept_names = np.array(self.concept_names, dtype=np.str_)
         arrays: dict[str, Any] = {"regions": self.regions, "concept_names": concept_names}
         if self.regions_per_step is not None:
@@ -291,7 +291,8 @@ def _pictures(kind: str, count: int) -> list[str]:
     return [f"{kind}-{k}.png" for k in range(count)]
 
 
-def _png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
+    """Return an image as a PNG file, with the text that it carries."""
     encoded = io.BytesIO()
     image.save(encoded, "PNG")
     return encoded.getvalue()

@@ -29,7 +29,7 @@ from .errors import (
     SessionClosedError,
 )
 from .exits import end_at_exit
-from .forks import keep_in_forks
+from .forks import leak_in_forks
 from .kept import KeptConcept, MemoryPlan, Origin
 from .kept.keeper import Keeper, KeepSettings, checked_storage
 from .kept.memory import MEMORY
@@ -170,7 +170,7 @@ class Session:
         self._runners: dict[str, GraphRunner] = {}
         self._worker_contexts = WorkerContextPool(self.runner)
         self._closed = False
-        keep_in_forks(self)
+        leak_in_forks(self)
         end_at_exit(self)
 
     def __enter__(self) -> Session:
@@ -191,12 +191,12 @@ class Session:
         self._closed = True
         self._alone(lambda: None)
 
-    def end_soon(self) -> None:
-        """End running requests at their next step, and begin no more; see `exits.Ending`."""
+    def request_stop(self) -> None:
+        """End running requests at their next step, and begin no more; see `exits.Stoppable`."""
         self._closed = True
 
-    def ended(self, seconds: float) -> bool:
-        """Wait at most `seconds` for running requests to end; return whether none is left; see `exits.Ending`."""
+    def wait_stopped(self, seconds: float) -> bool:
+        """Wait at most `seconds` for running requests to end; return whether none is left; see `exits.Stoppable`."""
         if os.getpid() != self._process:
             return True
         end = time.monotonic() + seconds
@@ -574,7 +574,7 @@ class Session:
                 "What a runtime computes with does not survive a fork: open a Session in each process."
             )
 
-    def natively_held(self) -> object:
+    def native_objects(self) -> object:
         """Return everything that waits for threads when it is freed; see `forks.Opened`."""
         return (*self._runners.values(), self._worker_contexts, self.backend)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ._signals import handlers_restored
-from ._streams import open_closed_streams, told
+from ._streams import lossy_streams, open_closed_streams
 
 __all__ = ["main"]
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     silently.
     """
     open_closed_streams()
-    with handlers_restored(), told() as (stdout, _):
+    with handlers_restored(), lossy_streams() as (stdout, _):
         code = _ended(argv)
         fault = None if code == INTERRUPTED else stdout.fault()  # flushes, which may wait for a reader
         if fault:

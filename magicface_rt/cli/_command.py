@@ -25,7 +25,7 @@ from magicface_rt.interrupts import reraise_if_interrupt, was_interrupted
 from magicface_rt.results import check_replaceable
 from magicface_rt.shortage import address_hint, check_addresses, shortage
 from magicface_rt.shown import one_line
-from magicface_rt.warned import MagicFaceWarning
+from magicface_rt.soft_warnings import MagicFaceWarning
 
 from . import INTERRUPTED, INTERRUPTED_TEXT
 from ._signals import came, raise_lost

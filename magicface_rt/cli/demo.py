@@ -28,7 +28,7 @@ from magicface_rt.strict_json import read_json
 
 from ._command import Command, JsonOption, check_output_folder, command, export_module
 from ._demo_sheet import TILES, contact_sheet
-from .run import print_result, progress_bar, request_of
+from .run import build_request, print_result, progress_bar
 
 JOB = Path("demo") / "portrait" / "job.json"
 WEIGHTS = Path("benchmarks") / "miniature" / "weights"
@@ -57,7 +57,7 @@ def demo(
         portrait, sheet = out / PORTRAIT, out / SHEET
         check_output_folder(portrait, overwrite=True)
         _check_sheet(sheet)
-        request = request_of(job or _find(JOB, JobError, "--job FILE"), None, [], {"steps": steps})
+        request = build_request(job or _find(JOB, JobError, "--job FILE"), None, [], {"steps": steps})
         options, concepts = request.options, [one for one in request.concepts if isinstance(one, Concept)]
         parity = export_module("parity")
         source = checkpoint or _find(WEIGHTS, CheckpointError, "--checkpoint DIR")

@@ -25,7 +25,7 @@ from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, S
 from ._bundle_view import size
 from ._command import JsonOption, command
 from ._kept_options import StorageOption, bare_concepts
-from .run import request_of
+from .run import build_request
 
 SUFFIX = ".concept"
 
@@ -65,7 +65,7 @@ def prepare(
     """Prepare concepts: compute their references' keys once, so that no later picture does."""
     with command(json_to) as verb:
         prompt = None if job is not None else ""
-        request = request_of(job, prompt, concept or [], {"steps": steps, "reference_seed": reference_seed})
+        request = build_request(job, prompt, concept or [], {"steps": steps, "reference_seed": reference_seed})
         concepts = bare_concepts(request.concepts)
         if not concepts:
             raise OptionError("there is no concept to prepare; give --concept, or a --job that has some.")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..warned import MagicFaceWarning
+from ..soft_warnings import MagicFaceWarning
 from .concepts import NO_WORD, StoredConcept
 
 MOST_TEXT = 2000

@@ -118,7 +118,7 @@ class Form:
 
         return replace(self, concepts=[replace(one, photograph=named(one.photograph)) for one in self.concepts])
 
-    def place(self, name: str | None) -> str:
+    def field_label(self, name: str | None) -> str:
         """Return a field of the order in the page's words: concepts[0].references[0].mask is "Concept 1, mask"."""
         if name is None:
             return ""

@@ -15,7 +15,7 @@ from PIL import Image
 
 from magicface_rt import Concept, KeptConcept, Options, Progress, Session
 from magicface_rt.cli import main
-from magicface_rt.cli.run import progress_bar, request_of
+from magicface_rt.cli.run import build_request, progress_bar
 from magicface_rt.kept.keeper import KeepSettings
 from tests.cli.jobs import write_job
 
@@ -276,7 +276,7 @@ def test_a_file_that_two_concepts_could_give_way_to_is_refused(
     assert plan["steps"] == 2, "a file that is for neither of them stands behind"
     named = [{**men[0], "name": "the other"}, men[1]]
     twice = write_job(tmp_path, "named.json", prompt="a man with a man", concepts=named)
-    request = request_of(twice, None, [], {}, [str(kept / "man.concept")])
+    request = build_request(twice, None, [], {}, [str(kept / "man.concept")])
     assert [type(concept) for concept in request.concepts] == [Concept, KeptConcept]
 
 

@@ -39,7 +39,7 @@ from magicface_rt.backends import GraphRunner
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import SessionClosedError
 from magicface_rt.serve.engine import Engine
-from magicface_rt.serve.job import Job
+from magicface_rt.serve.job import EngineJob
 
 CHILD_SECONDS = 60
 HANG_SECONDS = 240
@@ -279,8 +279,8 @@ def end_engine(session: Session) -> None:
     engine.start()
     stepped = threading.Event()
     request = Request(PROMPT, [MAN, HAT], Options(steps=500))
-    engine.submit(Job(request, progress=lambda _: stepped.set()))
-    engine.submit(Job(request))
+    engine.submit(EngineJob(request, progress=lambda _: stepped.set()))
+    engine.submit(EngineJob(request))
     assert stepped.wait(CHILD_SECONDS)
 
 

@@ -216,7 +216,7 @@ def test_files_that_appear_meanwhile_are_not_removed(
 ) -> None:
     folder = result().save(tmp_path / "out")
     before = (folder / "run.json").read_bytes()
-    real = {"_png": results._png, "exchange": unfinished.exchange, "rename": Path.rename}
+    real = {"encode_png": results.encode_png, "exchange": unfinished.exchange, "rename": Path.rename}
 
     def appears(name: str, *arguments: Any) -> Any:
         if (folder / "run.json").exists() and not (folder / "thesis.txt").exists():
@@ -224,7 +224,7 @@ def test_files_that_appear_meanwhile_are_not_removed(
         return real[name](*arguments)
 
     if moment == "while it is written":
-        monkeypatch.setattr(results, "_png", lambda *arguments: appears("_png", *arguments))
+        monkeypatch.setattr(results, "encode_png", lambda *arguments: appears("encode_png", *arguments))
     elif exchange:
         monkeypatch.setattr(unfinished, "exchange", lambda *arguments: appears("exchange", *arguments))
     if not exchange:
@@ -241,14 +241,14 @@ def test_files_that_appear_meanwhile_are_not_removed(
 def test_a_folder_that_appears_meanwhile_is_refused_as_one_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    png = results._png
+    png = results.encode_png
 
     def slow(image: Image.Image) -> bytes:
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "run.json").write_text("somebody's")
         return png(image)
 
-    monkeypatch.setattr(results, "_png", slow)
+    monkeypatch.setattr(results, "encode_png", slow)
     with pytest.raises(OutputError, match=r"out' exists. Choose another, or allow overwriting"):
         result().save(tmp_path / "out")
     assert (tmp_path / "out" / "run.json").read_text() == "somebody's"

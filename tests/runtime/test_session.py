@@ -39,7 +39,7 @@ from magicface_rt import (
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
 from magicface_rt.bundle import Bundle
 from magicface_rt.request import check_request
-from magicface_rt.warned import MagicFaceWarning
+from magicface_rt.soft_warnings import MagicFaceWarning
 
 PROMPT = "a man with a hat"
 

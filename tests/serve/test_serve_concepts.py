@@ -35,6 +35,7 @@ from magicface_rt.errors import (
 from magicface_rt.serve import AsyncClient, FolderConcepts, KeptId, Made, MemoryConcepts, ServeSettings
 from magicface_rt.serve.concepts import ConceptStore, StoredConcept, concept_id
 from magicface_rt.serve.erasure import Trace
+from magicface_rt.serve.server import local_service
 
 MAN, HAT = concept("man", 1), concept("hat", 2)
 STEPS = 2
@@ -212,29 +213,44 @@ def test_a_second_process_serves_what_the_first_prepared(
         assert other.concepts() == []
 
 
+@pytest.mark.parametrize("runs", ["nothing", "another request", "a request that uses it"])
 def test_what_another_process_erased_is_let_go_of_though_nobody_asks_for_it(
-    session: Gated, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    session: Gated, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: str
 ) -> None:
+    """At once, but for what a request has that runs there: it gets its picture, and that goes with it."""
     monkeypatch.setattr("magicface_rt.serve.local.LOOK_SECONDS", 0.1)
     settings = ServeSettings(default_steps=STEPS)
     here, there = FolderConcepts(tmp_path), FolderConcepts(tmp_path)
     with (
-        Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1) as beside,
+        Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1, keep="1GiB") as beside,
         running(session, store=here, settings=settings) as first,
         running(beside, store=there, settings=settings) as second,
         first.client() as one,
         second.client() as other,
+        ThreadPoolExecutor(1) as pool,
     ):
         kept = one.put_concept(MAN)
         other.generate(PROMPT, [kept], seed=4)
+        other.generate(PROMPT, [MAN], seed=4)  # the Session keeps what it has prepared by itself
         trace = Trace(there.get(kept.id).concept)
         assert trace.alive()
-        forgotten: list[int] = []
-        real = beside.forget
-        monkeypatch.setattr(beside, "forget", lambda: forgotten.append(1) or real())
+        assert beside.kept_bytes
+        beside.reset()
+        if runs != "nothing":
+            beside.free.clear()
+            request = pool.submit(other.generate, PROMPT, [kept] if runs == "a request that uses it" else [], seed=5)
+            beside.wait_for_step()
         one.erase(kept)
-        until(lambda: forgotten and not trace.alive(), "the other process holds it")
-        assert not there._mapped
+        until(lambda: not there._mapped and not beside.kept_bytes, "the other process keeps it for later requests")
+        if runs == "a request that uses it":
+            assert trace.alive()
+        else:
+            until(lambda: not trace.alive(), "the other process holds it")
+        if runs != "nothing":
+            assert not request.done()
+            beside.free.set()
+            assert len(request.result(30).pngs) == 1
+        until(lambda: not trace.alive() and not beside.kept_bytes, "the other process holds it")
 
 
 @pytest.mark.parametrize("look", ["entries", "used", "get"])
@@ -606,6 +622,35 @@ def test_who_gives_room_back_does_not_wait_for_a_disk_that_others_wait_for() -> 
         store.go.set()
         other.result(30)()
     assert store._reserved == {}
+
+
+def test_an_erasure_while_a_service_warms_up_waits_for_that(session: Gated, tmp_path: Path) -> None:
+    """A concept may be in the folder before a service begins."""
+    prepared, store = session.prepare(MAN, steps=1), FolderConcepts(tmp_path)
+    id = concept_id([reference.key for reference in prepared.references])
+    store.put(id, prepared)
+    del prepared
+    session.reset()
+
+    async def erase_early() -> None:
+        service = local_service([session], store=store)
+        session.free.clear()
+        await service.start()
+        try:
+            await asyncio.to_thread(session.wait_for_step)
+            erasing = asyncio.ensure_future(service.erase(id))
+            await asyncio.wait({erasing}, timeout=1.0)
+            assert not erasing.done()
+            assert not list(tmp_path.iterdir())
+            session.free.set()
+            assert (await asyncio.wait_for(erasing, 60)).erased
+            while service.not_ready() is not None:
+                await asyncio.sleep(0.01)
+        finally:
+            session.free.set()
+            await service.close()
+
+    asyncio.run(erase_early())
 
 
 def test_many_erasures_beside_a_batch_hold_up_nobody_else(session: Gated) -> None:

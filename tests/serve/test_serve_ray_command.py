@@ -267,7 +267,7 @@ def test_a_process_starts_one_ray_after_another(tmp_path: Path) -> None:
         "from magicface_rt.serve.ray import RayPlan\n"
         "from magicface_rt.serve.ray.cluster import started\n"
         "for _ in range(2):\n"
-        "    with started(RayPlan('bundle', 'concepts', replicas=(1, 1)), told=print):\n"
+        "    with started(RayPlan('bundle', 'concepts', replicas=(1, 1)), report=print):\n"
         "        print('answered', ray.get(ray.remote(lambda: 3).remote()))\n"
         "ray.init(address='local', num_cpus=1, include_dashboard=False)\n"
         "print('answered', ray.get(ray.remote(lambda: 4).remote()))\n"
