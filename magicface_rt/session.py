@@ -30,6 +30,7 @@ from .errors import (
 )
 from .exits import end_at_exit
 from .forks import keep_in_forks
+from .graphs import LoadedGraphs
 from .kept import KeptConcept, MemoryPlan, Origin
 from .kept.keeper import Keeper, KeepSettings, checked_storage
 from .kept.memory import MEMORY
@@ -63,7 +64,8 @@ WAIT_SECONDS = 0.2
 """How often, in seconds, a request that waits for a worker reports progress, so that it can be cancelled."""
 
 WARM_UP_STEPS = 3
-"""A GPU runs the first one as it is and captures the others: latents alternate between two buffers, a graph each."""
+"""A GPU runs a graph's first step uncaptured and captures a CUDA graph at the next one for each latent buffer. There
+are two buffers, so three steps capture everything."""
 
 HOLD_REFERENCES = ("vae_encoder", "reference_kv", "denoise_step")
 """The graphs whose bindings hold pixels, latents or keys of the last references that went through them."""
@@ -162,13 +164,14 @@ class Session:
         self._process = os.getpid()
         self._workers = workers
         self._running: dict[_Running, None] = {}
+        self._loading: dict[object, None] = {}
         self._over: dict[_Running, None] = {}
         self._ended = threading.Event()
         self._here = threading.local()
-        self._loading = threading.RLock()  # `close` may be called in between, by a signal handler or a finalizer
+        self._lock = threading.RLock()  # `close` may be called in between, by a signal handler or a finalizer
         self._inside = False
-        self._runners: dict[str, GraphRunner] = {}
-        self._workplaces = Workplaces(self.runner)
+        self._graphs = LoadedGraphs(self.bundle, self.backend, self._check_open)
+        self._workplaces = Workplaces(self._get_or_load)
         self._closed = False
         keep_in_forks(self)
         end_at_exit(self)
@@ -182,8 +185,9 @@ class Session:
     def close(self) -> None:
         """Free the graphs. May be called more than once, from any thread, and from a signal handler or a finalizer.
 
-        A request that is running ends with `SessionClosedError` at its next step, one that waits for a worker ends with
-        it soon; what they use is freed once they have ended. In a process forked from the Session's own this frees
+        A request that is running ends with `SessionClosedError` at its next step, or when the graph is loaded that it
+        loads; one that waits for a worker or for another thread that loads a graph ends with it soon. What they use is
+        freed once they have ended: this waits for none of them. In a process forked from the Session's own this frees
         nothing, since it is not that process's to free.
         """
         if os.getpid() != self._process:  # the runtime's threads are not there, and a lock may be held for ever
@@ -200,20 +204,18 @@ class Session:
         if os.getpid() != self._process:
             return True
         end = time.monotonic() + seconds
-        while self._running and time.monotonic() < end:
+        while (self._running or self._loading) and time.monotonic() < end:
             time.sleep(0.01)
-        if not self._loading.acquire(timeout=max(0.0, end - time.monotonic())):  # a thread loads a graph or frees some
+        if not self._lock.acquire(timeout=max(0.0, end - time.monotonic())):  # a thread frees what they shared
             return False
-        self._loading.release()
-        return not self._running
+        self._lock.release()
+        return not self._running and not self._loading
 
     def _free_if_idle(self) -> None:
-        if not self._running:
+        if not self._running and not self._loading:
             self._workplaces.close()
             self._keeper.close()
-            for runner in self._runners.values():
-                runner.close()
-            self._runners.clear()
+            self._graphs.close()
             if self._owns_backend:
                 self.backend.close()
 
@@ -251,7 +253,8 @@ class Session:
     def _warm_decoder(self) -> None:
         """Decode one image of zeros, since a request that stopped early has not reached the decoder."""
         latents = np.zeros((1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
-        with self._worker(Course(None, self._check_open), 1), self._place() as place:
+        course = Course(None, self._check_open, 1)
+        with self._worker(course), self._place(course) as place:
             place.binding("vae_decoder").once({"latents": latents})
 
     def generate(
@@ -299,10 +302,10 @@ class Session:
             whatever `generate` raises.
         """
         requests = check_batch(requests)
-        course = Course(progress, self._check_open)
-        with self._worker(course, requests[0].options.steps):
+        course = Course(progress, self._check_open, requests[0].options.steps)
+        with self._worker(course):
             checked = [check_request(request, self.bundle, self.tokenizer) for request in requests]
-            with self._place() as place:
+            with self._place(course) as place:
                 work = Work(self.bundle, self.tokenizer, self._keeper, place, course)
                 return work.run(checked, backend=self.backend.name, provenance=self.provenance)
 
@@ -336,11 +339,11 @@ class Session:
         options = Options(steps=steps, reference_seed=reference_seed)
         form = self._keeper.settings.storage if storage is None else checked_storage(storage)
         room = None if workspace is None else parse_size(workspace, "workspace")
-        course = Course(progress, self._check_open)
-        with self._worker(course, options.steps * len(concept.references)):
+        course = Course(progress, self._check_open, options.steps * len(concept.references))
+        with self._worker(course):
             origin = Origin.of(self.bundle, options.steps, options.reference_seed)
             loaded = load_alone(concept, origin, self.bundle, self.tokenizer)
-            with self._place() as place:
+            with self._place(course) as place:
                 preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, course)
                 kept = preparer.prepare(concept, loaded, origin, form, workspace=room)
         return KeptConcept(
@@ -454,38 +457,35 @@ class Session:
                 raise OptionError("graphs cannot be unloaded while a request is running; wait for it to end.")
             for graph in graphs:
                 self._workplaces.drop(graph)
-                runner = self._runners.pop(graph, None)
-                if runner is not None:
-                    runner.close()
+                self._graphs.unload(graph)
 
         self._alone(unload)
 
     def runner(self, graph: str) -> GraphRunner:
         """Return a graph of the bundle, which is loaded on first use.
 
+        Graphs are loaded one at a time. Closing the Session ends waiting for another thread that loads one.
+
         Raises:
             BundleError: the bundle has no such graph, or a file of it was replaced since it was opened.
+            SessionClosedError: the session is closed.
+            OtherProcessError: this process was forked from the one that opened the Session.
         """
-        self._check_process()
+        return self._get_or_load(graph, self._check_open)
 
-        def loaded() -> GraphRunner:
-            self._check_open()
-            if graph not in self._runners:
-                self._runners[graph] = self._load(graph)
-            return self._runners[graph]
-
-        return self._alone(loaded)
-
-    def _load(self, graph: str) -> GraphRunner:
-        """Load a graph, making sure that it is from the files that were opened: backends find them by path."""
-        self.bundle.check_unchanged()
-        runner = self.backend.load(self.bundle, graph)
+    def _get_or_load(self, graph: str, waiting: Callable[[], object]) -> GraphRunner:
+        """Return a graph; see `LoadedGraphs.get_or_load`. What is loaded is not freed before that has ended."""
+        self._check_open()
+        mine = object()
         try:
-            self.bundle.check_unchanged()
-        except BaseException:
-            runner.close()
-            raise
-        return runner
+            with self._lock:
+                self._check_open()
+                self._loading[mine] = None
+            return self._graphs.get_or_load(graph, waiting)
+        finally:
+            self._loading.pop(mine, None)
+            if self._closed:
+                self._alone(lambda: None)
 
     def _let_go(self, keys: frozenset[str] | None) -> bool:
         for graph in HOLD_REFERENCES:
@@ -493,14 +493,14 @@ class Session:
         return self._keeper.forget(keys)
 
     @contextmanager
-    def _place(self) -> Iterator[Workplace]:
+    def _place(self, course: Course) -> Iterator[Workplace]:
         """Provide a workplace for the block. If the runtime fails, what no request uses is freed on the device.
 
         Backends may have mapped the bundle's files, and then compute with whatever was written to them; so that is
         checked before and after the block.
         """
         try:
-            with self._workplaces.take() as place, told_as_ours():
+            with self._workplaces.take(course.report_again) as place, told_as_ours():
                 self.bundle.check_unwritten()
                 yield place
                 self.bundle.check_unwritten()
@@ -509,8 +509,8 @@ class Session:
             raise
 
     @contextmanager
-    def _worker(self, course: Course, steps: int) -> Iterator[None]:
-        """Occupy one of the workers for the block. While all are busy, step 0 of `steps` is reported as progress."""
+    def _worker(self, course: Course) -> Iterator[None]:
+        """Occupy one of the workers for the block. While all are busy, its first progress is reported repeatedly."""
         if getattr(self._here, "busy", False):
             raise OptionError("generate was called from within a progress callback of the same Session.")
         self._check_process()
@@ -518,20 +518,20 @@ class Session:
         try:
             self._here.busy = True
             while True:
-                with self._loading:
+                with self._lock:
                     self._check_open()
                     if len(self._running) < self._workers:
                         self._running[mine] = None  # nothing is called after it is counted: Ctrl-C comes at a call
                         break
                     self._ended.clear()
                 self._ended.wait(WAIT_SECONDS)
-                course.report(Progress(0, steps, "prepare", 0, 1))
+                course.report_again()
             with told_as_ours():
                 yield
         finally:
             self._here.busy = False
             if mine in self._running:
-                with self._loading:  # nothing is called before it is counted off: Ctrl-C comes at a call or a loop
+                with self._lock:  # nothing is called before it is counted off: Ctrl-C comes at a call or a loop
                     self._over[mine] = None
                     del self._running[mine]
                     self._ended.set()
@@ -550,7 +550,7 @@ class Session:
         `close` may be called in the middle of it in the same thread: the outermost action then frees everything when it
         ends.
         """
-        with self._loading:
+        with self._lock:
             before, self._inside = self._inside, True
             try:
                 return action()
@@ -576,7 +576,7 @@ class Session:
 
     def natively_held(self) -> object:
         """Return everything that waits for threads when it is freed; see `forks.Opened`."""
-        return (*self._runners.values(), self._workplaces, self.backend)
+        return (*list(self._graphs.runners.values()), self._workplaces, self.backend)
 
     def __reduce__(self) -> NoReturn:
         raise OtherProcessError(

@@ -417,10 +417,10 @@ def test_ctrl_c_while_a_thread_draws_reaches_the_main_thread_alone(mixed: Mixed)
 
 PACKAGE = Path(magicface_rt.__file__).parent
 KEEPING = ("kept/store", "kept/on_device", "kept/awaited")
-DRAWING = ("session", "work", "workplace", "preparing", "course", "denoiser", "request", "results", *KEEPING)
+DRAWING = ("session", "work", "workplace", "graphs", "preparing", "course", "denoiser", "request", "results", *KEEPING)
 """Modules whose calls are interrupted. What Python's own library does in between, such as taking a semaphore, has
 moments at which an interrupt loses it; these cannot be mended here."""
-COUNTING = ("session.py", "workplace.py", "store.py", "on_device.py", "awaited.py")
+COUNTING = ("session.py", "workplace.py", "graphs.py", "store.py", "on_device.py", "awaited.py")
 """Those which keep count of who is at work, or for whom others wait."""
 SAVING = ("results", "unfinished", "provenance")
 
@@ -491,8 +491,9 @@ def test_ctrl_c_at_any_call_leaves_the_session_usable(tiny_bundle: Path, most: i
             interrupt = Interrupt(files, at)
             stopped += interrupted(interrupt, draw)
             assert not session._running, interrupt.where
+            assert not session._loading, interrupt.where
             assert not session._inside, interrupt.where
-            assert not session._loading._is_owned(), interrupt.where
+            assert not session._lock._is_owned(), interrupt.where
             found = draw_in_time(draw, interrupt.where)
             np.testing.assert_array_equal(found, expected, interrupt.where)
     assert stopped >= 0.95 * len(chosen)
