@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 
+from .admission import Admission, RunningRequest
 from .backends import Backend, GraphRunner, open_backend
 from .backends.tensorrt import PlanStore
 from .bundle import Bundle
@@ -57,11 +56,6 @@ from .work import Work
 from .workplace import Workplace, Workplaces
 
 __all__ = ["Progress", "ProgressCallback", "Request", "Session", "tokenizer_of"]
-
-T = TypeVar("T")
-
-WAIT_SECONDS = 0.2
-"""How often, in seconds, a request that waits for a worker reports progress, so that it can be cancelled."""
 
 WARM_UP_STEPS = 3
 """A GPU runs a graph's first step uncaptured and captures a CUDA graph at the next one for each latent buffer. There
@@ -130,51 +124,41 @@ class Session:
         pad_keys: bool | None = None,
     ) -> None:
         KeepSettings.of(keep, memory, budget, storage, bool(pad_keys))
-        for name, value, least in (("workers", workers, 1), ("threads", threads, 0), ("device", device, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise OptionError(f"{name} is {shown(value)}, expected a whole number from {least}.")
-        if threads > MOST_THREADS:
-            raise OptionError(f"threads is {shown(threads)}, expected a whole number from 0 to {MOST_THREADS}.")
+        workers, threads, device = _checked_numbers(workers, threads, device)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, check_hashes=check_hashes)
         self.tokenizer = tokenizer_of(self.bundle)
         self.provenance = provenance
         self._owns_backend = not isinstance(backend, Backend)
-        self.backend: Backend
-        if isinstance(backend, Backend):
-            self.backend = backend
-        else:
-            self.backend = open_backend(
-                backend,
-                threads=threads_of_each(threads, workers),
-                store=store,
-                device=device,
-                build_missing=build_missing,
-                target=target,
-                cuda_graphs=cuda_graphs,
-                bundle=self.bundle,
-            )
-        try:
-            self.backend.check(self.bundle)
-        except BaseException:
-            if self._owns_backend:
-                self.backend.close()
-            raise
+        self.backend = self._open_backend(
+            backend,
+            threads=threads_of_each(threads, workers),
+            store=store,
+            device=device,
+            build_missing=build_missing,
+            target=target,
+            cuda_graphs=cuda_graphs,
+        )
         padded = self.backend.free_device_memory() is not None if pad_keys is None else pad_keys
         self._keeper = Keeper(self.bundle, self.backend, KeepSettings.of(keep, memory, budget, storage, padded))
         self._process = os.getpid()
-        self._workers = workers
-        self._running: dict[_Running, None] = {}
-        self._loading: dict[object, None] = {}
-        self._over: dict[_Running, None] = {}
-        self._ended = threading.Event()
-        self._here = threading.local()
-        self._lock = threading.RLock()  # `close` may be called in between, by a signal handler or a finalizer
-        self._inside = False
+        self._admission = Admission(workers, self._check_open, self._drop_forgotten_again, self._free)
         self._graphs = LoadedGraphs(self.bundle, self.backend, self._check_open)
         self._workplaces = Workplaces(self._get_or_load)
-        self._closed = False
         keep_in_forks(self)
         end_at_exit(self)
+
+    def _open_backend(self, backend: str | Backend, **settings: Any) -> Backend:
+        """Return the backend, opened with these settings of `open_backend` if it is a name, after it has checked the
+        bundle.
+        """
+        opened = backend if isinstance(backend, Backend) else open_backend(backend, **settings, bundle=self.bundle)
+        try:
+            opened.check(self.bundle)
+        except BaseException:
+            if self._owns_backend:
+                opened.close()
+            raise
+        return opened
 
     def __enter__(self) -> Session:
         return self
@@ -192,32 +176,25 @@ class Session:
         """
         if os.getpid() != self._process:  # the runtime's threads are not there, and a lock may be held for ever
             return
-        self._closed = True
-        self._alone(lambda: None)
+        self._admission.close()
 
     def end_soon(self) -> None:
         """End running requests at their next step, and begin no more; see `exits.Ending`."""
-        self._closed = True
+        self._admission.closed = True
 
     def ended(self, seconds: float) -> bool:
         """Wait at most `seconds` for running requests to end; return whether none is left; see `exits.Ending`."""
         if os.getpid() != self._process:
             return True
-        end = time.monotonic() + seconds
-        while (self._running or self._loading) and time.monotonic() < end:
-            time.sleep(0.01)
-        if not self._lock.acquire(timeout=max(0.0, end - time.monotonic())):  # a thread frees what they shared
-            return False
-        self._lock.release()
-        return not self._running and not self._loading
+        return self._admission.drained(seconds)
 
-    def _free_if_idle(self) -> None:
-        if not self._running and not self._loading:
-            self._workplaces.close()
-            self._keeper.close()
-            self._graphs.close()
-            if self._owns_backend:
-                self.backend.close()
+    def _free(self) -> None:
+        """Free what requests share. May be called twice."""
+        self._workplaces.close()
+        self._keeper.close()
+        self._graphs.close()
+        if self._owns_backend:
+            self.backend.close()
 
     def warm_up(self, prompt: str = "", concepts: Sequence[NamedConcept] = (), **settings: Any) -> None:
         """Load the graphs that a request like this needs and run three of its steps, so that the first need not wait.
@@ -232,15 +209,15 @@ class Session:
         typical = {"steps": WARM_UP_STEPS}
         if kept is not None:
             typical = {"steps": kept.steps, "reference_seed": kept.reference_seed}
-        told: ProgressCallback | None = settings.pop("progress", None)
-        check_progress(told)
+        progress: ProgressCallback | None = settings.pop("progress", None)
+        check_progress(progress)
         enough = False
 
-        def few(progress: Progress) -> bool:
+        def few(now: Progress) -> bool:
             nonlocal enough
-            if told is not None and declined(told(progress)):
+            if progress is not None and declined(progress(now)):
                 return False
-            enough = progress.stage != "prepare" and WARM_UP_STEPS <= progress.step < progress.steps
+            enough = now.stage != "prepare" and WARM_UP_STEPS <= now.step < now.steps
             return not enough
 
         try:
@@ -254,7 +231,7 @@ class Session:
         """Decode one image of zeros, since a request that stopped early has not reached the decoder."""
         latents = np.zeros((1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
         course = Course(None, self._check_open, 1)
-        with self._worker(course), self._place(course) as place:
+        with self._worker_slot(course), self._borrow_workplace(course) as place:
             place.binding("vae_decoder").once({"latents": latents})
 
     def generate(
@@ -303,9 +280,9 @@ class Session:
         """
         requests = check_batch(requests)
         course = Course(progress, self._check_open, requests[0].options.steps)
-        with self._worker(course):
+        with self._worker_slot(course):
             checked = [check_request(request, self.bundle, self.tokenizer) for request in requests]
-            with self._place(course) as place:
+            with self._borrow_workplace(course) as place:
                 work = Work(self.bundle, self.tokenizer, self._keeper, place, course)
                 return work.run(checked, backend=self.backend.name, provenance=self.provenance)
 
@@ -340,10 +317,10 @@ class Session:
         form = self._keeper.settings.storage if storage is None else checked_storage(storage)
         room = None if workspace is None else parse_size(workspace, "workspace")
         course = Course(progress, self._check_open, options.steps * len(concept.references))
-        with self._worker(course):
+        with self._worker_slot(course):
             origin = Origin.of(self.bundle, options.steps, options.reference_seed)
             loaded = load_alone(concept, origin, self.bundle, self.tokenizer)
-            with self._place(course) as place:
+            with self._borrow_workplace(course) as place:
                 preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, course)
                 kept = preparer.prepare(concept, loaded, origin, form, workspace=room)
         return KeptConcept(
@@ -413,16 +390,16 @@ class Session:
         Raises:
             OptionError: `keys` is not a collection of texts.
         """
-        chosen = None if keys is None else _checked_keys(keys)
+        chosen = None if keys is None else _checked_content_keys(keys)
         self._check_process()
 
         def forget() -> bool:
-            gone = self._let_go(chosen)
-            for running in self._running:
-                running.note(chosen)
-            return gone and not self._running
+            running = self._admission.running
+            for request in running:
+                request.note(chosen)
+            return self._drop_references(chosen) and not running
 
-        return self._alone(forget)
+        return self._admission.exclusively(forget)
 
     @property
     def kept_bytes(self) -> int:
@@ -453,13 +430,13 @@ class Session:
         self._check_process()
 
         def unload() -> None:
-            if self._running:
+            if self._admission.running:
                 raise OptionError("graphs cannot be unloaded while a request is running; wait for it to end.")
             for graph in graphs:
                 self._workplaces.drop(graph)
                 self._graphs.unload(graph)
 
-        self._alone(unload)
+        self._admission.exclusively(unload)
 
     def runner(self, graph: str) -> GraphRunner:
         """Return a graph of the bundle, which is loaded on first use.
@@ -474,26 +451,29 @@ class Session:
         return self._get_or_load(graph, self._check_open)
 
     def _get_or_load(self, graph: str, waiting: Callable[[], object]) -> GraphRunner:
-        """Return a graph; see `LoadedGraphs.get_or_load`. What is loaded is not freed before that has ended."""
-        self._check_open()
-        mine = object()
-        try:
-            with self._lock:
-                self._check_open()
-                self._loading[mine] = None
+        """Return a graph; see `LoadedGraphs.get_or_load`. Nothing that is shared is freed before that has ended."""
+        with self._admission.in_use():
             return self._graphs.get_or_load(graph, waiting)
-        finally:
-            self._loading.pop(mine, None)
-            if self._closed:
-                self._alone(lambda: None)
 
-    def _let_go(self, keys: frozenset[str] | None) -> bool:
+    def _drop_references(self, keys: frozenset[str] | None) -> bool:
+        """Drop what is kept of references with these content keys (None: of all), and what the buffers of idle graphs
+        hold of any. Return whether nothing of them is left.
+        """
         for graph in HOLD_REFERENCES:
             self._workplaces.drop(graph)
         return self._keeper.forget(keys)
 
+    def _drop_forgotten_again(self, request: RunningRequest) -> None:
+        """Drop what was forgotten while a request ran that has finished since, because it may have put it back."""
+        if request.forgotten_all or request.forgotten:
+            self._drop_references(None if request.forgotten_all else frozenset(request.forgotten))
+
+    def _worker_slot(self, course: Course) -> AbstractContextManager[None]:
+        """Occupy one of the workers for the block. While all are busy, the first progress is reported repeatedly."""
+        return self._admission.slot(course.report_again)
+
     @contextmanager
-    def _place(self, course: Course) -> Iterator[Workplace]:
+    def _borrow_workplace(self, course: Course) -> Iterator[Workplace]:
         """Provide a workplace for the block. If the runtime fails, what no request uses is freed on the device.
 
         Backends may have mapped the bundle's files, and then compute with whatever was written to them; so that is
@@ -508,62 +488,9 @@ class Session:
             self._keeper.on_device.free_unused()
             raise
 
-    @contextmanager
-    def _worker(self, course: Course) -> Iterator[None]:
-        """Occupy one of the workers for the block. While all are busy, its first progress is reported repeatedly."""
-        if getattr(self._here, "busy", False):
-            raise OptionError("generate was called from within a progress callback of the same Session.")
-        self._check_process()
-        mine = _Running()
-        try:
-            self._here.busy = True
-            while True:
-                with self._lock:
-                    self._check_open()
-                    if len(self._running) < self._workers:
-                        self._running[mine] = None  # nothing is called after it is counted: Ctrl-C comes at a call
-                        break
-                    self._ended.clear()
-                self._ended.wait(WAIT_SECONDS)
-                course.report_again()
-            with told_as_ours():
-                yield
-        finally:
-            self._here.busy = False
-            if mine in self._running:
-                with self._lock:  # nothing is called before it is counted off: Ctrl-C comes at a call or a loop
-                    self._over[mine] = None
-                    del self._running[mine]
-                    self._ended.set()
-                    self._alone(self._let_go_again)
-
-    def _let_go_again(self) -> None:
-        """Drop what was forgotten while requests ran that have ended since, because they may have put it back."""
-        for over in list(self._over):
-            if over.forgotten_all or over.forgotten:
-                self._let_go(None if over.forgotten_all else frozenset(over.forgotten))
-            del self._over[over]
-
-    def _alone(self, action: Callable[[], T]) -> T:
-        """Run an action on what all requests share, while no other does, and return its result.
-
-        `close` may be called in the middle of it in the same thread: the outermost action then frees everything when it
-        ends.
-        """
-        with self._lock:
-            before, self._inside = self._inside, True
-            try:
-                return action()
-            finally:
-                try:
-                    if self._closed and not before:
-                        self._free_if_idle()
-                finally:
-                    self._inside = before
-
     def _check_open(self) -> None:
         self._check_process()
-        if self._closed:
+        if self._admission.closed:
             raise SessionClosedError("this Session is closed; open a new one to generate.")
 
     def _check_process(self) -> None:
@@ -584,21 +511,6 @@ class Session:
         )
 
 
-class _Running:
-    """A running request, and what was forgotten meanwhile, since the request may put it back."""
-
-    def __init__(self) -> None:
-        self.forgotten: set[str] = set()
-        self.forgotten_all = False
-
-    def note(self, keys: frozenset[str] | None) -> None:
-        """Note that these content keys were forgotten; None: all that is kept."""
-        if keys is None:
-            self.forgotten_all = True
-        else:
-            self.forgotten |= keys
-
-
 def tokenizer_of(bundle: Bundle) -> Tokenizer:
     """Return the tokenizer of a bundle from which pictures can be made.
 
@@ -617,7 +529,7 @@ def tokenizer_of(bundle: Bundle) -> Tokenizer:
     )
 
 
-def _checked_keys(keys: Iterable[str]) -> frozenset[str]:
+def _checked_content_keys(keys: Iterable[str]) -> frozenset[str]:
     listed = None if isinstance(keys, str) or not isinstance(keys, Iterable) else list(keys)
     if listed is None or not all(isinstance(key, str) for key in listed):
         raise OptionError(
@@ -625,3 +537,13 @@ def _checked_keys(keys: Iterable[str]) -> frozenset[str]:
             "[reference.key for reference in kept.references]."
         )
     return frozenset(listed)
+
+
+def _checked_numbers(workers: int, threads: int, device: int) -> tuple[int, int, int]:
+    """Return the numbers if each is a whole number in its range. Raises OptionError."""
+    for name, value, least in (("workers", workers, 1), ("threads", threads, 0), ("device", device, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"{name} is {shown(value)}, expected a whole number from {least}.")
+    if threads > MOST_THREADS:
+        raise OptionError(f"threads is {shown(threads)}, expected a whole number from 0 to {MOST_THREADS}.")
+    return workers, threads, device

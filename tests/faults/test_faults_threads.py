@@ -251,7 +251,7 @@ def test_closing_ends_those_that_run_and_those_that_wait(mixed: Mixed) -> None:
     asking.join()
     assert ended == ["closed"] * 6
     assert not session._graphs.runners
-    assert not session._running
+    assert not session._admission._running
     session.close()
 
 
@@ -288,7 +288,7 @@ def test_who_waits_for_a_worker_can_cancel(mixed: Mixed) -> None:
                 with pytest.raises(Cancelled, match=said):
                     ask(lambda progress, told=told: told.append(progress) or len(told) < 3)
                 assert [(one.step, one.stage) for one in told] == [(0, "prepare")] * 3
-        assert not session._running
+        assert not session._admission._running
         assert mixed.ask(session, "bare", 1) == mixed.ask(session, "bare", 1)
 
 

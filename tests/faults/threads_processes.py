@@ -117,7 +117,7 @@ def fork_busy(bundle: str) -> dict[str, Any]:
                 time.sleep(0.1)
 
         def hold() -> None:
-            with session._lock:
+            with session._admission._lock:
                 holding.set()
                 let_go.wait(CHILD_SECONDS)
 
@@ -196,7 +196,7 @@ def close_at_calls(bundle: str, most: str) -> dict[str, Any]:
     Says how often, at how many calls there are, and after which graphs were left open.
     """
     package, opened = os.path.dirname(magicface_rt.__file__), Bundle.open(bundle, check_hashes=False)
-    names = ("session.py", "workplace.py", "graphs.py", "kept/store.py", "kept/keeper.py")
+    names = ("session.py", "admission.py", "workplace.py", "graphs.py", "kept/store.py", "kept/keeper.py")
     files = {os.path.join(package, name) for name in names}
     files.add(threading.__file__)
 

@@ -185,9 +185,9 @@ def test_in_a_session_that_is_never_idle_it_goes_with_those_that_ran(bundle: Bun
             go_on.set()
             earlier.result(30)
             assert session._keeper.store.keys == (), "what was made meanwhile has gone, though another one runs"
-            assert not session._over
+            assert not session._admission._finished
             earlier, go_on = later, last
-        assert [running.forgotten for running in session._running] == [set()]
+        assert [running.forgotten for running in session._admission.running] == [set()]
         go_on.set()
         earlier.result(30)
         assert session.forget(keys) is True
