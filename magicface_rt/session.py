@@ -169,9 +169,9 @@ class Session:
     def close(self) -> None:
         """Free the graphs. May be called more than once, from any thread, and from a signal handler or a finalizer.
 
-        A request that is running ends with `SessionClosedError` at its next step, or when the graph is loaded that it
-        loads; one that waits for a worker or for another thread that loads a graph ends with it soon. What they use is
-        freed once they have ended: this waits for none of them. In a process forked from the Session's own this frees
+        A request that is running ends with `SessionClosedError` at its next step, or once the graph that it loads is
+        there; one that waits for a worker, or for another thread that loads a graph, ends with it soon. This waits for
+        none of them: what they use is freed once they have ended. In a process forked from the Session's own this frees
         nothing, since it is not that process's to free.
         """
         if os.getpid() != self._process:  # the runtime's threads are not there, and a lock may be held for ever
