@@ -1,4 +1,20 @@
-"""Exceptions that a signal handler raises while a library works: they are the caller's, not failures of the library."""
+"""Exceptions that signal handlers raise, such as KeyboardInterrupt: where they may arise, and whose they are.
+
+CPython runs Python's signal handlers in the main thread, and only at certain points: as a Python function begins or
+goes on after a `yield`, after a call, and at a jump (of 3.10 any that is taken, from 3.11 on one that goes back). A C
+function that waits, as for a lock that another thread holds, runs them as well. So none runs, and no KeyboardInterrupt
+arises, between two plain assignments: to a local name, to an attribute without a property, to an item of a dict, or
+`del` of one of these.
+
+What counts who is at work, or says for whom others wait, follows three rules:
+
+R1  Count up as the last statement before leaving the guarded block, and count down inside `finally` before any call.
+R2  Enter `try` before registering, so that an interrupt after it is cleaned up.
+R3  In a `finally`, call C methods directly (`set.discard`, `dict.pop`): entering a Python function is itself a point
+    where an interrupt may arise, before the function has done anything.
+
+What a library makes of such an exception is told from the library's own failures by `reraise_if_interrupt`.
+"""
 
 from __future__ import annotations
 

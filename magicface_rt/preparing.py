@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
@@ -64,39 +65,52 @@ class Preparer:
         total = origin.steps * len(references)
         kept = []
         for number, bare in enumerate(references):
-            key = bare.key(origin, storage)
-
-            def make(bare: BareReference = bare, key: str = key, before: int = number * origin.steps) -> KeptReference:
-                self.keeper.check_room(bare.tokens, origin.steps, storage)
-                with self.course.timed("image_encoding"):
-                    latents = encode_image(self.place, self.bundle, bare.loaded)
-                with self.course.timed("text_encoding"):
-                    text = encode_text(self.place, self.tokenizer, [bare.prompt])
-                binding = self.place.binding("reference_kv")
-                symbols = ["R", *(f"M{factor}" for factor in self.bundle.factors)]
-                largest = {symbol: binding.largest(symbol) for symbol in symbols}
-                with self.course.timed("reference_pass"):
-                    prepared = prepare_reference(
-                        self.bundle,
-                        binding,
-                        EncodedReference(bare.loaded, bare.prompt, latents, text),
-                        origin,
-                        key,
-                        storage=storage,
-                        rows=self.keeper.rows(bare.tokens, origin.steps, largest, workspace),
-                        report=lambda done: self.course.report(Progress(before + done, total, "prepare", 0, 1)),
-                    )
-                self.bundle.check_unwritten()  # otherwise the store would hold keys made with other weights
-                return prepared
-
-            def waiting(before: int = number * origin.steps) -> None:
-                self.course.report(Progress(before, total, "prepare", 0, 1))
-
+            key, before = bare.key(origin, storage), number * origin.steps
+            make = partial(self._prepare_one, bare, origin, storage, key, workspace, before, total)
             try:
-                kept.append(self.keeper.store.get_or_make(key, make, waiting))
+                kept.append(
+                    self.keeper.store.get_or_make(key, make, partial(self._report_prepared_steps, before, total))
+                )
             except NonFiniteError as error:
                 raise NonFiniteError(f"concept {concept.name!r}: {error}") from error
         return kept
+
+    def _prepare_one(
+        self,
+        bare: BareReference,
+        origin: Origin,
+        storage: Storage,
+        key: str,
+        workspace: int | None,
+        before: int,
+        total: int,
+    ) -> KeptReference:
+        """Compute a reference's keys for all steps. `before` of `total` steps were prepared for references before."""
+        self.keeper.check_room(bare.tokens, origin.steps, storage)
+        with self.course.timed("image_encoding"):
+            latents = encode_image(self.place, self.bundle, bare.loaded)
+        with self.course.timed("text_encoding"):
+            text = encode_text(self.place, self.tokenizer, [bare.prompt])
+        binding = self.place.binding("reference_kv")
+        symbols = ["R", *(f"M{factor}" for factor in self.bundle.factors)]
+        largest = {symbol: binding.largest(symbol) for symbol in symbols}
+        with self.course.timed("reference_pass"):
+            prepared = prepare_reference(
+                self.bundle,
+                binding,
+                EncodedReference(bare.loaded, bare.prompt, latents, text),
+                origin,
+                key,
+                storage=storage,
+                rows=self.keeper.rows(bare.tokens, origin.steps, largest, workspace),
+                report=lambda done: self._report_prepared_steps(before + done, total),
+            )
+        self.bundle.check_unwritten()  # otherwise the store would hold keys made with other weights
+        return prepared
+
+    def _report_prepared_steps(self, done: int, total: int) -> None:
+        """Report that `done` of the `total` steps of all references are prepared, also while this request waits."""
+        self.course.report(Progress(done, total, "prepare", 0, 1))
 
 
 def load_bare(concept: Concept, bundle: Bundle) -> list[BareReference]:

@@ -28,8 +28,9 @@ MAX_SCALE_WEIGHT = 10.0
 class Progress:
     """Where a request stands: `step` of `steps` is done, in batch `batch` of `batches`.
 
-    stage: "rsa" or "rba" for denoising steps; "prepare" while references are prepared, step by step of each, and from
-        time to time, with the step that it has reached, while it waits for other requests.
+    stage: "rsa" or "rba" for denoising steps; "prepare" while references are prepared, step by step of each.
+
+    While a request waits for others, where it stands is reported again from time to time.
     """
 
     step: int

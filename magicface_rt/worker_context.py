@@ -11,12 +11,23 @@ from .backends.key_uploader import KeyUploader
 from .denoiser import SERVED_OUTPUTS
 from .errors import BackendError
 
+LoadGraph = Callable[[str, Callable[[], object]], GraphRunner]
+"""Returns a graph. While it waits for another thread that loads one, it calls its second argument from time to time."""
+
+
+def _wait_on() -> object:
+    """Nobody asks to stop waiting."""
+
 
 class WorkerContext:
-    """Bindings that take turns on one stream and share scratch memory. For one thread at a time."""
+    """Bindings that take turns on one stream and share scratch memory. For one thread at a time.
 
-    def __init__(self, runner: Callable[[str], GraphRunner]) -> None:
-        self._runner = runner
+    `waiting` is called from time to time while another thread loads a graph, and may raise.
+    """
+
+    def __init__(self, load: LoadGraph) -> None:
+        self._load = load
+        self.waiting: Callable[[], object] = _wait_on
         self._bindings: dict[str, Binding] = {}
         self._key_uploader: KeyUploader | None = None
         self.closed = False
@@ -25,7 +36,7 @@ class WorkerContext:
         """Return the binding of a graph of the bundle, which is made on first use."""
         if graph not in self._bindings:
             beside = next(iter(self._bindings.values()), None)
-            self._bindings[graph] = self._runner(graph).bind(SERVED_OUTPUTS.get(graph), beside=beside)
+            self._bindings[graph] = self._load(graph, self.waiting).bind(SERVED_OUTPUTS.get(graph), beside=beside)
         return self._bindings[graph]
 
     def key_uploader(self) -> KeyUploader | None:
@@ -57,22 +68,27 @@ class WorkerContext:
 class WorkerContextPool:
     """A pool of worker contexts, one for each worker that computes at the same time. Thread-safe."""
 
-    def __init__(self, runner: Callable[[str], GraphRunner]) -> None:
-        self._runner = runner
+    def __init__(self, load: LoadGraph) -> None:
+        self._load = load
         self._free: list[WorkerContext] = []
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def take(self) -> Iterator[WorkerContext]:
-        """Lend a worker context for the block. One in which a runtime failed is freed and not used again."""
+    def take(self, waiting: Callable[[], object]) -> Iterator[WorkerContext]:
+        """Lend a worker context for the block. One in which a runtime failed is freed and not used again.
+
+        `waiting` is called from time to time while another thread loads a graph, and may raise.
+        """
         with self._lock:
-            place = self._free.pop() if self._free else WorkerContext(self._runner)
+            place = self._free.pop() if self._free else WorkerContext(self._load)
         try:
+            place.waiting = waiting
             yield place
         except BackendError:
             place.close()
             raise
         finally:
+            place.waiting = _wait_on  # else it would hold what the request's callback holds
             with self._lock:
                 if not place.closed:
                     self._free.append(place)

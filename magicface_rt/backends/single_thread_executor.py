@@ -53,13 +53,16 @@ class SingleThreadExecutor:
             self._put(call)
             call.done.wait()
         except BaseException:
-            # Ctrl-C interrupts the caller while the call goes on: nothing that it uses may be freed before it ends.
+            # After Ctrl-C the call goes on in its thread, so nothing that it uses may be freed before it ends.
+            # `abandon` waits for that, or withdraws a call that has not begun.
             call.abandon()
             raise
         try:
             return call.result()  # type: ignore[no-any-return]
         finally:
-            del call  # an exception holds this frame, and so would hold the call
+            # The traceback of an exception keeps this frame alive; without `del` it would keep the call's arguments
+            # too.
+            del call
 
     def _put(self, call: _Call) -> None:
         with self._lock:

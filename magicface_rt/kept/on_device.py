@@ -60,7 +60,8 @@ class OnDevice:
             try:
                 key_uploader.worker_stream.wait_quietly()
             finally:
-                # Not a function of ours, at whose beginning Ctrl-C could leave the user there for ever.
+                # A method of C (rule R3 of `interrupts`): an interrupt at the beginning of one of ours would leave the
+                # user there for ever.
                 user.entry.users.discard(user)
 
     def has(self, reference: KeptReference) -> bool:
@@ -134,7 +135,7 @@ class OnDevice:
         sizes = _sizes(reference, bundle, steps)
         while True:
             mine = _Entry(reference.key, sizes)
-            try:  # begins before it is registered: Ctrl-C may come at any moment
+            try:  # before `mine` is registered (rule R2 of `interrupts`)
                 with self._lock:
                     self._serve(key_uploader.worker_stream.device)
                     entry = self._present().setdefault(reference.identity, mine)
@@ -153,7 +154,7 @@ class OnDevice:
                 else:
                     entry.wait(waiting)
             finally:
-                mine.over = True
+                mine.finished = True  # before any call (rule R1)
                 mine.wake()
                 with self._lock:
                     self._present()
@@ -169,7 +170,7 @@ class OnDevice:
     def _present(self) -> OrderedDict[Hashable, _Entry]:
         """Return the entries, after removing those of which it is known that they will not be there."""
         for identity, entry in list(self._entries.items()):
-            if entry.over and entry.buffer is None:
+            if entry.finished and entry.buffer is None:
                 self._entries.pop(identity, None)
         return self._entries
 

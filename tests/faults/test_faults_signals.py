@@ -23,6 +23,7 @@ import figures
 import numpy as np
 import pytest
 from killing_checks import plan_at, whole_result
+from memory_hollow import Hollow
 from memory_limits import Scene
 from PIL import Image
 from safetensors.numpy import load_file
@@ -30,7 +31,7 @@ from threads_requests import HAT, MAN, PROMPT, STEPS, Mixed, digest
 from threads_signalled import OUTSIDE, Ended, Forks
 
 import magicface_rt
-from magicface_rt import Bundle, Concept, KeptConcept, Session
+from magicface_rt import Bundle, Concept, KeptConcept, Progress, Session
 from magicface_rt.backends.device import Device
 from magicface_rt.backends.key_uploader import KeyUploader
 from magicface_rt.backends.worker_stream import WorkerStream
@@ -415,12 +416,53 @@ def test_ctrl_c_while_a_thread_draws_reaches_the_main_thread_alone(mixed: Mixed)
         assert digest(session.generate(PROMPT, [MAN, HAT], steps=8, seed=1)) == expected
 
 
+@pytest.mark.usefixtures("heard")
+def test_ctrl_c_while_a_request_that_ends_waits_for_a_lock_leaves_its_worker_free(mixed: Mixed) -> None:
+    """Another thread holds what the request must have to be counted off."""
+    held, interrupted = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with session._admission._lock:
+            held.set()
+            time.sleep(1.0)  # the request has ended by then, and waits
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupted.wait(SOON_SECONDS)
+
+    def step(progress: Progress) -> None:
+        if progress.stage != "prepare":
+            holder.start()
+            assert held.wait(SOON_SECONDS)
+
+    with Session(mixed.bundle, backend=Hollow()) as session:
+        session.generate(PROMPT, steps=1)  # all graphs are bound
+        holder = threading.Thread(target=hold)
+        with pytest.raises(KeyboardInterrupt):
+            session.generate(PROMPT, steps=1, progress=step)
+        interrupted.set()
+        holder.join(SOON_SECONDS)
+        assert not session._admission._running
+        session.generate(PROMPT, steps=1)
+        assert not session._admission._finished, "whoever comes next settles it"
+
+
 PACKAGE = Path(magicface_rt.__file__).parent
 KEEPING = ("kept/store", "kept/on_device", "kept/awaited")
-DRAWING = ("session", "work", "worker_context", "preparing", "course", "denoiser", "request", "results", *KEEPING)
+DRAWING = (
+    "session",
+    "admission",
+    "work",
+    "worker_context",
+    "graphs",
+    "preparing",
+    "course",
+    "denoiser",
+    "request",
+    "results",
+    *KEEPING,
+)
 """Modules whose calls are interrupted. What Python's own library does in between, such as taking a semaphore, has
 moments at which an interrupt loses it; these cannot be mended here."""
-COUNTING = ("session.py", "worker_context.py", "store.py", "on_device.py", "awaited.py")
+COUNTING = ("session.py", "admission.py", "worker_context.py", "graphs.py", "store.py", "on_device.py", "awaited.py")
 """Those which keep count of who is at work, or for whom others wait."""
 SAVING = ("results", "unfinished", "provenance")
 
@@ -490,9 +532,11 @@ def test_ctrl_c_at_any_call_leaves_the_session_usable(tiny_bundle: Path, most: i
         for at in chosen:
             interrupt = Interrupt(files, at)
             stopped += interrupted(interrupt, draw)
-            assert not session._running, interrupt.where
-            assert not session._inside, interrupt.where
-            assert not session._loading._is_owned(), interrupt.where
+            admission = session._admission
+            assert not admission._running, interrupt.where
+            assert not admission._users, interrupt.where
+            assert not admission._in_exclusive, interrupt.where
+            assert not admission._lock._is_owned(), interrupt.where
             found = draw_in_time(draw, interrupt.where)
             np.testing.assert_array_equal(found, expected, interrupt.where)
     assert stopped >= 0.95 * len(chosen)

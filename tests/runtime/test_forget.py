@@ -114,7 +114,7 @@ def test_on_the_exported_network_the_picture_is_the_same_byte_for_byte(bundle: B
 def test_the_buffers_of_the_graphs_are_let_go_of_and_the_graphs_stay(bundle: Bundle, backend: Drawn) -> None:
     with Session(bundle, backend=backend) as session:
         expected = latents(session)
-        loaded = dict(session._runners)
+        loaded = dict(session._graphs.runners)
         (place,) = session._worker_contexts._free
         assert place._bindings.keys() > HOLD_REFERENCES
         inputs = {name: place._bindings[name]._arrays for name in HOLD_REFERENCES}  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def test_the_buffers_of_the_graphs_are_let_go_of_and_the_graphs_stay(bundle: Bun
         assert session.forget([]) is True
         assert held.alive == 0
         assert not place._bindings.keys() & HOLD_REFERENCES
-        assert session._runners == loaded
+        assert session._graphs.runners == loaded
         same(latents(session), expected)
 
 
@@ -185,9 +185,9 @@ def test_in_a_session_that_is_never_idle_it_goes_with_those_that_ran(bundle: Bun
             go_on.set()
             earlier.result(30)
             assert session._keeper.store.keys == (), "what was made meanwhile has gone, though another one runs"
-            assert not session._over
+            assert not session._admission._finished
             earlier, go_on = later, last
-        assert [running.forgotten for running in session._running] == [set()]
+        assert [running.forgotten for running in session._admission.running] == [set()]
         go_on.set()
         earlier.result(30)
         assert session.forget(keys) is True

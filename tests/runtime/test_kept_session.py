@@ -807,11 +807,11 @@ def test_graphs_that_rest_can_be_freed_and_come_back(bundle: Bundle, backend: Dr
     with Session(bundle, backend=backend, keep="1GiB") as session:
         expected = latents(session)
         session.unload("reference_kv", "vae_encoder")
-        assert sorted(session._runners) == ["denoise_step", "text_encoder", "vae_decoder"]
+        assert sorted(session._graphs.runners) == ["denoise_step", "text_encoder", "vae_decoder"]
         np.testing.assert_array_equal(latents(session), expected)
-        assert "reference_kv" not in session._runners
+        assert "reference_kv" not in session._graphs.runners
         latents(session, reference_seed=1)
-        assert "reference_kv" in session._runners
+        assert "reference_kv" in session._graphs.runners
         with pytest.raises(OptionError, match="running"):
             session.generate("a", steps=1, progress=lambda p: session.unload("vae_encoder"))
         with pytest.raises(BundleError, match="no graph 'unet'"):
