@@ -87,11 +87,14 @@ class Work:
             with self.course.timed("loading"):
                 loaded = self._load()
                 described = self._described()
+                listed = self._listed(loaded)
+                if self.keeper.plans_without_graphs:
+                    self._plan(listed)  # refuses what does not fit, before a graph is loaded
             with self.course.timed("text_encoding"):
                 prompts = [text for r in requests for text in (r.options.negative_prompt, r.prompt)]
                 text = encode_text(self.place, self.tokenizer, prompts)
                 self.text = text.reshape(len(requests), 2, *text.shape[1:])  # [requests, 2, 77, D]
-            references = self._references(loaded, held)
+            references = self._references(loaded, listed, held)
             latents, regions = self._denoise_batches(references)
         self._check_unwritten()
         results = []
@@ -137,9 +140,10 @@ class Work:
         concepts = {id(concept): concept for request in self.requests for concept in request.concepts}
         return {key: [one.describe() for one in concept.references] for key, concept in concepts.items()}
 
-    def _references(self, loaded: dict[int, list[BareReference]], held: ExitStack) -> _References:
+    def _references(self, loaded: dict[int, list[BareReference]], listed: TokenList, held: ExitStack) -> _References:
         """Prepare the references that are to be prepared, and return where the keys of every concept come from."""
-        plan = self._plan(loaded)
+        self._take_room(preparing=any(tokens.held == "no" and tokens.used for tokens in listed.tokens))
+        plan = self._plan(listed)
         self.keeper.make_room(plan, self._identities())
         by_concept: dict[tuple[int, int], list[Source]] = {}
         kept_sources: dict[Hashable, StoredKeys] = {}
@@ -179,7 +183,8 @@ class Work:
         origin = Origin.of(self.bundle, self.steps, seed)
         return self.preparer.prepare(concept, loaded[id(concept)], origin, self.keeper.settings.storage)
 
-    def _plan(self, loaded: dict[int, list[BareReference]]) -> MemoryPlan:
+    def _listed(self, loaded: dict[int, list[BareReference]]) -> TokenList:
+        """Return all references as a plan sees them. What the store has of them now is noted, and used."""
         listed = TokenList()
         for request in self.requests:
             seed = request.options.reference_seed
@@ -189,8 +194,10 @@ class Work:
                 if which not in self.held:
                     self.held[which] = held_references(self.keeper, bare, origin)
                 listed.add(concept, bare, self.held[which], seed)
+        return listed
+
+    def _plan(self, listed: TokenList) -> MemoryPlan:
         images = sum(request.options.images for request in self.requests)
-        self._take_room(preparing=any(tokens.held == "no" and tokens.used for tokens in listed.tokens))
         return self.keeper.plan(
             listed.tokens, steps=self.steps, images=images, keys=listed.keys, own_keys=len(self.requests) > 1
         )

@@ -66,6 +66,13 @@ class Keeper:
         self.store = KeptStore(settings.keep)
         self.on_device = OnDevice()
 
+    @property
+    def plans_without_graphs(self) -> bool:
+        """Whether a plan can be made before graphs are loaded. On a device without a budget, the budget is what the
+        loaded graphs leave free.
+        """
+        return self.settings.budget is not None or self.backend.free_device_memory() is None
+
     def plan(
         self,
         references: Sequence[Tokens],

@@ -19,7 +19,7 @@ from magicface_rt.backends.device import Buffer, Device
 from magicface_rt.backends.lane import Lane
 from magicface_rt.backends.shelf import Shelf
 from magicface_rt.bundle import Bundle
-from magicface_rt.errors import DeviceError, DeviceMemoryError, KeptConceptError
+from magicface_rt.errors import BudgetError, DeviceError, DeviceMemoryError, KeptConceptError
 from magicface_rt.kept.feed import KeyFeed
 from magicface_rt.kept.memory import row_bytes
 from magicface_rt.kept.on_device import OnDevice
@@ -400,6 +400,24 @@ def test_the_networks_memory_is_not_given_to_keys(
 
 
 # --------------------------------------------------------------------------------------------------- a budget is held
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_on_a_device_a_request_over_its_budget_computes_no_reference_and_with_a_given_one_loads_no_graph(
+    world: World, bundle: Bundle, drawn: Drawn, given: bool
+) -> None:
+    """Unless it is given, the budget is what the loaded graphs leave free."""
+    with open_session(world, bundle, budget=1000 if given else None) as session:
+        if not given:
+            session.generate("a man", steps=1)
+            world.leave(row_bytes(bundle))
+            drawn.runs.clear()
+        with pytest.raises(BudgetError, match=r"on the device .*budget is"):
+            session.generate("a man", [MAN], steps=STEPS)
+        assert bool(session._runners) != given
+        assert set(drawn.runs) == (set() if given else {"text_encoder"})
+        world.cuda.total = PLENTY
+        session.generate("a man", steps=1)
 
 
 def test_what_earlier_requests_left_counts_in_a_budget(world: World, bundle: Bundle) -> None:
