@@ -35,7 +35,7 @@ from .kept.keeper import Keeper, KeepSettings, checked_storage
 from .kept.memory import MEMORY
 from .options import Options
 from .plain_words import one_of
-from .preparing import Preparer, TokenList, held_references, load_alone, load_bare
+from .preparing import PlannedReferences, Preparer, find_in_store, load_alone, load_bare
 from .request import (
     Progress,
     ProgressCallback,
@@ -375,7 +375,7 @@ class Session:
         options = Options(steps=steps, images=images)
         self.bundle.schedule.timesteps(options.steps)
         self._check_open()
-        listed, references = TokenList(), 0
+        listed, references = PlannedReferences(), 0
         for concept in check_concepts(concepts):
             if isinstance(concept, KeptConcept):
                 seed = concept.reference_seed
@@ -384,14 +384,14 @@ class Session:
             elif isinstance(concept, Concept):
                 bare = load_bare(concept, self.bundle)
                 origin = Origin.of(self.bundle, options.steps, options.reference_seed)
-                listed.add(concept, bare, held_references(self._keeper, bare, origin))
+                listed.add(concept, bare, find_in_store(self._keeper, bare, origin))
             references += len(concept.references)
         check_number(references, self.bundle)
         return self._keeper.plan(
-            listed.tokens,
+            listed.references,
             steps=options.steps,
             images=options.images,
-            keys=listed.keys,
+            content_keys=listed.content_keys,
             memory=memory,
             budget=None if budget is None else parse_size(budget, "budget"),
         )

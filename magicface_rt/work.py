@@ -23,7 +23,7 @@ from .images import pixels_to_images
 from .kept import KeptConcept, KeptReference, MemoryPlan, Origin
 from .kept.feed import ComputedKeys, KeyFeed, PlacedKeys, ReferencePass, Source, StoredKeys
 from .kept.keeper import Keeper
-from .preparing import BareReference, Preparer, TokenList, held_references, load_bare
+from .preparing import BareReference, PlannedReferences, Preparer, find_in_store, load_bare
 from .regions import Stage
 from .request import CheckedRequest, Progress
 from .results import Result, Timings
@@ -140,9 +140,11 @@ class Work:
         concepts = {id(concept): concept for request in self.requests for concept in request.concepts}
         return {key: [one.describe() for one in concept.references] for key, concept in concepts.items()}
 
-    def _references(self, loaded: dict[int, list[BareReference]], listed: TokenList, held: ExitStack) -> _References:
+    def _references(
+        self, loaded: dict[int, list[BareReference]], listed: PlannedReferences, held: ExitStack
+    ) -> _References:
         """Prepare the references that are to be prepared, and return where the keys of every concept come from."""
-        self._take_room(preparing=any(tokens.held == "no" and tokens.used for tokens in listed.tokens))
+        self._take_room(preparing=any(one.stored_in == "nowhere" and one.used for one in listed.references))
         plan = self._plan(listed)
         self.keeper.make_room(plan, self._identities())
         by_concept: dict[tuple[int, int], list[Source]] = {}
@@ -183,23 +185,27 @@ class Work:
         origin = Origin.of(self.bundle, self.steps, seed)
         return self.preparer.prepare(concept, loaded[id(concept)], origin, self.keeper.settings.storage)
 
-    def _listed(self, loaded: dict[int, list[BareReference]]) -> TokenList:
+    def _listed(self, loaded: dict[int, list[BareReference]]) -> PlannedReferences:
         """Return all references as a plan sees them. What the store has of them now is noted, and used."""
-        listed = TokenList()
+        listed = PlannedReferences()
         for request in self.requests:
             seed = request.options.reference_seed
             origin = Origin.of(self.bundle, self.steps, seed)
             for concept in request.concepts:
                 which, bare = (id(concept), seed), loaded.get(id(concept), ())
                 if which not in self.held:
-                    self.held[which] = held_references(self.keeper, bare, origin)
+                    self.held[which] = find_in_store(self.keeper, bare, origin)
                 listed.add(concept, bare, self.held[which], seed)
         return listed
 
-    def _plan(self, listed: TokenList) -> MemoryPlan:
+    def _plan(self, listed: PlannedReferences) -> MemoryPlan:
         images = sum(request.options.images for request in self.requests)
         return self.keeper.plan(
-            listed.tokens, steps=self.steps, images=images, keys=listed.keys, own_keys=len(self.requests) > 1
+            listed.references,
+            steps=self.steps,
+            images=images,
+            content_keys=listed.content_keys,
+            keys_per_image=len(self.requests) > 1,
         )
 
     def _take_room(self, *, preparing: bool) -> None:
