@@ -30,6 +30,7 @@ from ..errors import (
 )
 from ..kept import KeptConcept
 from ..kept.keeper import checked_storage
+from ..kept.memory import stored_bytes
 from ..kept.origin import content_key
 from ..provenance import software
 from ..request import Progress, ProgressCallback
@@ -41,7 +42,7 @@ from .concepts import NO_WORD, ConceptStore, StoredConcept, concept_id, without_
 from .engine import Engine
 from .erasure import STILL_RUNS, Erasures, Trace, not_begun, scrub
 from .job import Done, Job, deadline_passed
-from .orders import check_named, kept_bytes, pixels_of, read_upload, request_of
+from .orders import check_named, pixels_of, read_upload, request_of
 from .problems import at, refused
 from .schemas import BundleInfo, BundleLimits, ConceptInfo, ConceptPut, Erasure, PictureOrder, Warned
 from .service import Accepted, ConceptUpload, Listener, Outcome, Service
@@ -241,9 +242,8 @@ class LocalService(Service):
                 if found is not None:
                     _warn_of_word(found.concept, word)
                     return _put(found, warned), False
-                room = asyncio.ensure_future(
-                    self._in(self._files, self.store.reserve, id, kept_bytes(origin, bare, storage))
-                )
+                nbytes = sum(stored_bytes(self._session.bundle, one.tokens, origin.steps, storage) for one in bare)
+                room = asyncio.ensure_future(self._in(self._files, self.store.reserve, id, nbytes))
                 held.callback(_give_back, room)  # even if nobody waits for it any more
                 await _to_its_end(room)
                 with self._using([]) as use:
