@@ -8,7 +8,6 @@ from typing import Literal
 
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
-from .course import Course
 from .encoding import encode_image, encode_text, load_references
 from .errors import NonFiniteError
 from .images import LoadedReference, pixels_to_images
@@ -19,6 +18,7 @@ from .kept.origin import content_key
 from .kept.preparation import EncodedReference, prepare_reference, token_counts
 from .kept.reference import Storage
 from .request import Progress, check_concept, check_number
+from .request_progress import RequestProgress
 from .tokenizer import Tokenizer
 from .workplace import Workplace
 
@@ -39,12 +39,14 @@ class BareReference:
 class Preparer:
     """Prepares references at one workplace."""
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, keeper: Keeper, place: Workplace, course: Course) -> None:
+    def __init__(
+        self, bundle: Bundle, tokenizer: Tokenizer, keeper: Keeper, place: Workplace, progress: RequestProgress
+    ) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer
         self.keeper = keeper
         self.place = place
-        self.course = course
+        self.progress = progress
 
     def prepare(
         self,
@@ -67,14 +69,14 @@ class Preparer:
 
             def make(bare: BareReference = bare, key: str = key, before: int = number * origin.steps) -> KeptReference:
                 self.keeper.check_room(bare.tokens, origin.steps, storage)
-                with self.course.timed("image_encoding"):
+                with self.progress.timed("image_encoding"):
                     latents = encode_image(self.place, self.bundle, bare.loaded)
-                with self.course.timed("text_encoding"):
+                with self.progress.timed("text_encoding"):
                     text = encode_text(self.place, self.tokenizer, [bare.prompt])
                 binding = self.place.binding("reference_kv")
                 symbols = ["R", *(f"M{factor}" for factor in self.bundle.factors)]
                 largest = {symbol: binding.largest(symbol) for symbol in symbols}
-                with self.course.timed("reference_pass"):
+                with self.progress.timed("reference_pass"):
                     prepared = prepare_reference(
                         self.bundle,
                         binding,
@@ -83,13 +85,13 @@ class Preparer:
                         key,
                         storage=storage,
                         rows=self.keeper.rows(bare.tokens, origin.steps, largest, workspace),
-                        report=lambda done: self.course.report(Progress(before + done, total, "prepare", 0, 1)),
+                        report=lambda done: self.progress.report(Progress(before + done, total, "prepare", 0, 1)),
                     )
                 self.bundle.check_unwritten()  # otherwise the store would hold keys made with other weights
                 return prepared
 
             def waiting(before: int = number * origin.steps) -> None:
-                self.course.report(Progress(before, total, "prepare", 0, 1))
+                self.progress.report(Progress(before, total, "prepare", 0, 1))
 
             try:
                 kept.append(self.keeper.store.get_or_make(key, make, waiting))

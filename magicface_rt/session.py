@@ -18,7 +18,6 @@ from .backends.tensorrt import PlanStore
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
 from .cores import MOST_THREADS, threads_of_each
-from .course import Course
 from .errors import (
     BackendError,
     BundleError,
@@ -47,6 +46,7 @@ from .request import (
     check_request,
     declined,
 )
+from .request_progress import RequestProgress
 from .results import Result
 from .shortage import told_as_ours
 from .shown import shown
@@ -251,7 +251,7 @@ class Session:
     def _warm_decoder(self) -> None:
         """Decode one image of zeros, since a request that stopped early has not reached the decoder."""
         latents = np.zeros((1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
-        with self._worker(Course(None, self._check_open), 1), self._place() as place:
+        with self._worker(RequestProgress(None, self._check_open), 1), self._place() as place:
             place.binding("vae_decoder").once({"latents": latents})
 
     def generate(
@@ -299,12 +299,12 @@ class Session:
             whatever `generate` raises.
         """
         requests = check_batch(requests)
-        course = Course(progress, self._check_open)
-        with self._worker(course, requests[0].options.steps):
+        request_progress = RequestProgress(progress, self._check_open)
+        with self._worker(request_progress, requests[0].options.steps):
             checked = [check_request(request, self.bundle, self.tokenizer) for request in requests]
             with self._place() as place:
-                work = Work(self.bundle, self.tokenizer, self._keeper, place, course)
-                return work.run(checked, backend=self.backend.name, provenance=self.provenance)
+                work = Work(checked, self.bundle, self.tokenizer, self._keeper, place, request_progress)
+                return work.run(backend=self.backend.name, provenance=self.provenance)
 
     def prepare(
         self,
@@ -336,12 +336,12 @@ class Session:
         options = Options(steps=steps, reference_seed=reference_seed)
         form = self._keeper.settings.storage if storage is None else checked_storage(storage)
         room = None if workspace is None else parse_size(workspace, "workspace")
-        course = Course(progress, self._check_open)
-        with self._worker(course, options.steps * len(concept.references)):
+        request_progress = RequestProgress(progress, self._check_open)
+        with self._worker(request_progress, options.steps * len(concept.references)):
             origin = Origin.of(self.bundle, options.steps, options.reference_seed)
             loaded = load_alone(concept, origin, self.bundle, self.tokenizer)
             with self._place() as place:
-                preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, course)
+                preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, request_progress)
                 kept = preparer.prepare(concept, loaded, origin, form, workspace=room)
         return KeptConcept(
             concept.word,
@@ -509,7 +509,7 @@ class Session:
             raise
 
     @contextmanager
-    def _worker(self, course: Course, steps: int) -> Iterator[None]:
+    def _worker(self, progress: RequestProgress, steps: int) -> Iterator[None]:
         """Occupy one of the workers for the block. While all are busy, step 0 of `steps` is reported as progress."""
         if getattr(self._here, "busy", False):
             raise OptionError("generate was called from within a progress callback of the same Session.")
@@ -525,7 +525,7 @@ class Session:
                         break
                     self._ended.clear()
                 self._ended.wait(WAIT_SECONDS)
-                course.report(Progress(0, steps, "prepare", 0, 1))
+                progress.report(Progress(0, steps, "prepare", 0, 1))
             with told_as_ours():
                 yield
         finally:

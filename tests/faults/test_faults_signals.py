@@ -417,7 +417,10 @@ def test_ctrl_c_while_a_thread_draws_reaches_the_main_thread_alone(mixed: Mixed)
 
 PACKAGE = Path(magicface_rt.__file__).parent
 KEEPING = ("kept/store", "kept/on_device", "kept/awaited")
-DRAWING = ("session", "work", "workplace", "preparing", "course", "denoiser", "request", "results", *KEEPING)
+DRAWING = (
+    *("session", "work", "workplace", "reference_sources", "preparing", "denoiser", "request", "request_progress"),
+    *("results", *KEEPING),
+)
 """Modules whose calls are interrupted. What Python's own library does in between, such as taking a semaphore, has
 moments at which an interrupt loses it; these cannot be mended here."""
 COUNTING = ("session.py", "workplace.py", "store.py", "on_device.py", "awaited.py")
