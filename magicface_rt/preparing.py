@@ -87,7 +87,7 @@ class Preparer:
                         rows=self.keeper.rows(bare.tokens, origin.steps, largest, workspace),
                         report=lambda done: self.progress.report(Progress(before + done, total, "prepare", 0, 1)),
                     )
-                self.bundle.check_unwritten()  # otherwise the store would hold keys made with other weights
+                self.bundle.check_not_modified()  # otherwise the store would hold keys made with other weights
                 return prepared
 
             def waiting(before: int = number * origin.steps) -> None:

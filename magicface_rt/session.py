@@ -48,7 +48,7 @@ from .request import (
 )
 from .request_progress import RequestProgress
 from .results import Result
-from .shortage import told_as_ours
+from .shortage import as_host_memory_error
 from .shown import shown
 from .sizes import parse_size
 from .tokenizer import Tokenizer
@@ -500,10 +500,10 @@ class Session:
         checked before and after the block.
         """
         try:
-            with self._workplaces.take() as place, told_as_ours():
-                self.bundle.check_unwritten()
+            with self._workplaces.take() as place, as_host_memory_error():
+                self.bundle.check_not_modified()
                 yield place
-                self.bundle.check_unwritten()
+                self.bundle.check_not_modified()
         except BackendError:
             self._keeper.on_device.free_unused()
             raise
@@ -526,7 +526,7 @@ class Session:
                     self._ended.clear()
                 self._ended.wait(WAIT_SECONDS)
                 progress.report(Progress(0, steps, "prepare", 0, 1))
-            with told_as_ours():
+            with as_host_memory_error():
                 yield
         finally:
             self._here.busy = False

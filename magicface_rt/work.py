@@ -83,7 +83,7 @@ class Work:
             with self.progress.timed("text_encoding"):
                 text = self._encode_prompts()
             latents, regions = self._denoise_batches(_Inputs(text, resolver.resolve(in_use)))
-        self._check_unwritten()
+        self._check_not_modified()
         with self.progress.timed("decoding"):
             pictures = [[self._decode(one[None]) for one in found] for found in latents]
         timings = Timings(**self.progress.seconds, total=perf_counter() - start, steps=tuple(self.step_seconds))
@@ -221,7 +221,9 @@ class Work:
         try:
             yield
         except NonFiniteError as error:
-            raise NonFiniteError(f"step {step + 1} of {self.steps}: {keys.spoiled(step) or error}") from error
+            raise NonFiniteError(
+                f"step {step + 1} of {self.steps}: {keys.non_finite_message(step) or error}"
+            ) from error
 
     def _record(self, images: Sequence[_Image], regions: NDArray[np.uint8]) -> None:
         """Keep the regions [B, T, h/2, w/2] of the pictures whose requests asked for them."""
@@ -258,8 +260,8 @@ class Work:
         pixels = self.place.binding("vae_decoder").once({"latents": latents})["pixels"]
         return pixels_to_images(pixels)[0]
 
-    def _check_unwritten(self) -> None:
+    def _check_not_modified(self) -> None:
         """Check that no kept concept's file was written to, since it would then hold another concept's keys."""
         for concept in (c for request in self.requests for c in request.concepts):
             if isinstance(concept, KeptConcept):
-                concept.check_unwritten()
+                concept.check_not_modified()

@@ -9,7 +9,7 @@ from ..backends import Backend
 from ..bundle import Bundle
 from ..errors import OptionError
 from ..plain_words import one_of
-from ..shortage import foreseen, room
+from ..shortage import available_bytes, host_memory_error
 from ..shown import shown
 from ..sizes import megabytes, parse_size
 from .memory import FREE_SHARE, MEMORY, WORKSPACE, MemoryPlan, PlannedReference, make_plan, rows_per_pass, stored_bytes
@@ -106,7 +106,7 @@ class Keeper:
             store_limit=self.settings.keep,
             on_device=free is not None,
             rows=max((self.rows(tokens, steps, {}) for tokens in bare), default=0),
-            host_room=room(),
+            host_room=available_bytes(),
         )
 
     def rows(
@@ -124,9 +124,11 @@ class Keeper:
 
     def check_room(self, tokens: Mapping[int, int], steps: int, storage: Storage) -> None:
         """Raise HostMemoryError if the keys of a reference would not fit under a limit of this process."""
-        need, left = stored_bytes(self.bundle, tokens, steps, storage), room()
+        need, left = stored_bytes(self.bundle, tokens, steps, storage), available_bytes()
         if left is not None and need > left:
-            raise foreseen(f"the keys of a reference for {steps} steps need {megabytes(need)} more on the host")
+            raise host_memory_error(
+                f"the keys of a reference for {steps} steps need {megabytes(need)} more on the host"
+            )
 
     def make_room(self, plan: MemoryPlan, wanted: Collection[Hashable]) -> None:
         """Make sure that a request keeps to its budget on the device, whatever earlier ones left there.

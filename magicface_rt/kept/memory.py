@@ -17,7 +17,7 @@ from ..backends.host import host_dtype
 from ..bundle import Bundle
 from ..errors import BudgetError
 from ..regions import TOKENS
-from ..shortage import foreseen
+from ..shortage import host_memory_error
 from ..sizes import megabytes
 from .reference import Storage
 
@@ -352,7 +352,9 @@ def _first_that_fits(
             return mode
     if allowed:
         least = min(allowed, key=lambda mode: more[mode])
-        raise foreseen(f"the references of this request need {megabytes(more[least])} more on the host ({least!r})")
+        raise host_memory_error(
+            f"the references of this request need {megabytes(more[least])} more on the host ({least!r})"
+        )
     least = min(order, key=need)
     where = "device" if on_device else "host"
     raise BudgetError(

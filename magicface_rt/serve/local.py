@@ -404,7 +404,7 @@ class LocalService(Service):
             except Exception as error:  # such as a folder that cannot be read now; try again next time
                 logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
             try:
-                said = await self._in(self._files, self._session.bundle.written_to)
+                said = await self._in(self._files, self._session.bundle.modified_error)
                 if said is not None:
                     self._spoilt = BundleError(said)
             except MagicFaceError as error:  # likewise

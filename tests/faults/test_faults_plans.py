@@ -161,7 +161,7 @@ def test_what_a_limit_has_no_room_for_is_refused_before_it_is_computed(
 ) -> None:
     """As a device's free memory decides where keys are, so does a limit of the process: `auto` takes what fits."""
     left: int | None = None
-    monkeypatch.setattr("magicface_rt.kept.keeper.room", lambda: left)
+    monkeypatch.setattr("magicface_rt.kept.keeper.available_bytes", lambda: left)
     with Session(bundle, backend=Hollow(), keep="1GiB") as session:
         plan = session.plan(WHOLE, PLAN_STEPS)
         assert plan.mode == "keep"

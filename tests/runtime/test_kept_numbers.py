@@ -309,7 +309,7 @@ def test_keys_have_to_fit_under_a_limit_of_the_process(
     monkeypatch: pytest.MonkeyPatch, storage: Any, need: int
 ) -> None:
     for left in (None, need, need - 1):
-        monkeypatch.setattr("magicface_rt.kept.keeper.room", lambda left=left: left)
+        monkeypatch.setattr("magicface_rt.kept.keeper.available_bytes", lambda left=left: left)
         if left == need - 1:
             with pytest.raises(
                 HostMemoryError, match=r"the keys of a reference for 10 steps need 0\.0 MB more on the host"
@@ -679,11 +679,12 @@ def test_the_first_stored_keys_that_are_not_finite_are_named() -> None:
             [PlacedKeys(bad, 0, 1.0), PlacedKeys(other, 1, 1.0)],
         ],
     )
-    assert one.spoiled(0) == ""
-    assert "kept keys v_ref_13 of the reference 'view 200' (200...): 5 of 24 values are NaN" in one.spoiled(1)
+    assert one.non_finite_message(0) == ""
+    said = one.non_finite_message(1)
+    assert "kept keys v_ref_13 of the reference 'view 200' (200...): 5 of 24 values are NaN" in said
     assert "k_ref_10 of the reference 'view 300' (300...): 48 of 48" in feed(
         Held(), [[PlacedKeys(other, 0, 1.0)]]
-    ).spoiled(1)
+    ).non_finite_message(1)
 
 
 def beside(binding: Held, *sides: int, **given: Any) -> tuple[ReferencePass, list[int]]:
@@ -943,7 +944,7 @@ def test_what_failed_to_come_up_is_not_there_and_is_tried_again(device: OneDevic
 
     name = "v_ref_13"
     kept = replace(MAN_KEYS, tensors={**MAN_KEYS.tensors, name: Failing(MAN_KEYS.tensors[name].arrays[""])})
-    kept = kept.known_as(MAN_KEYS.identity)
+    kept = kept.with_identity(MAN_KEYS.identity)
     with pytest.raises(KeyboardInterrupt), device.use(kept):
         raise AssertionError("it was given")
     assert (device.held.has(kept), device.held.nbytes, device.cuda.allocated()) == (False, 0, 0)
@@ -970,7 +971,7 @@ def coming(device: OneDevice) -> Iterator[threading.Event]:
             return super().step(step)
 
     tensors = {name: Slow(stored.arrays[""]) for name, stored in MAN_KEYS.tensors.items()}
-    slow = replace(MAN_KEYS, tensors=tensors).known_as(MAN_KEYS.identity)
+    slow = replace(MAN_KEYS, tensors=tensors).with_identity(MAN_KEYS.identity)
 
     def bring() -> None:
         lane = Lane(device.lane.device)
@@ -1034,7 +1035,7 @@ def test_who_waits_for_keys_of_another_goes_on_as_soon_as_they_are_there(
 
 
 def test_keys_of_another_size_are_refused_under_the_same_identity(device: OneDevice) -> None:
-    other = replace(HAT_KEYS).known_as(MAN_KEYS.identity)
+    other = replace(HAT_KEYS).with_identity(MAN_KEYS.identity)
     with device.use(MAN_KEYS):
         wanted = rf"'100' on the device have {MAN_KEYS.nbytes} bytes, and a request wants {HAT_KEYS.nbytes} bytes"
         with pytest.raises(KeptConceptError, match=wanted), device.use(other):
@@ -1052,7 +1053,7 @@ def test_eight_bits_go_from_the_lowest_value_of_a_channel_to_its_highest() -> No
     with np.errstate(all="raise"):
         stored.put(1, values)
     assert stored.levels[1].tolist() == [[0, 0, 0], [75, 0, 102], [255, 0, 255]]
-    np.testing.assert_allclose(stored.extremes(slice(1, 2))[:, 0], values[[0, 2]], atol=1e-6)
+    np.testing.assert_allclose(stored.finite_witness(slice(1, 2))[:, 0], values[[0, 2]], atol=1e-6)
     np.testing.assert_array_equal(stored.step(1)[:, 1], values[:, 1])
     with pytest.raises(
         NonFiniteError, match=r"keys from -3e\+38 to 3e\+38 lie too far apart for 8 bits.*storage='exact'"
@@ -1092,7 +1093,7 @@ def test_a_reference_is_itself_and_says_nothing_of_its_keys() -> None:
     same = replace(one)
     assert one != same
     assert len({one, same, one.identity, same.identity}) == 4, "a changed one may have other keys"
-    assert replace(one.known_as("that")).identity != "that"
+    assert replace(one.with_identity("that")).identity != "that"
     assert "0.123" not in repr(one)
     assert "that" not in repr(one)
     with pytest.raises(FrozenInstanceError):
@@ -1108,7 +1109,7 @@ def test_what_lies_in_a_file_is_read_once_and_then_its_own(storage: Any, tmp_pat
             stored.put(step, np.random.default_rng(step).random(stored.step(step).shape).astype(np.float16))
     (path := tmp_path / "man.concept").touch()
     file = MappedFile(os.fspath(path), Stamp.of(path.stat()))
-    mapped = KeptReference("key", "a man", storage, {1: 3, 2: 2}, tensors, 0.25, file=file).known_as("that")
+    mapped = KeptReference("key", "a man", storage, {1: 3, 2: 2}, tensors, 0.25, file=file).with_identity("that")
     read = mapped.in_memory()
     assert (read.key, read.prompt, read.storage, read.tokens) == ("key", "a man", storage, {1: 3, 2: 2})
     assert (read.error, read.mapped, read.identity, read.nbytes) == (0.25, False, "that", mapped.nbytes)
@@ -1129,8 +1130,10 @@ def test_keys_that_are_no_numbers_are_told_whatever_they_are_held_as(dtype: str)
         values[1, :2] = [np.nan, np.inf] if step else 0
         stored.put(step, to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype))
     kept = KeptReference("k" * 20, "a man", "exact", {1: 2}, {"k_ref_13": stored})
-    assert kept.spoiled(0) == ""
-    assert kept.spoiled(1).startswith(f"kept keys k_ref_13 of the reference 'a man' ({'k' * 16}...): 2 of 6 values are")
+    assert kept.non_finite_message(0) == ""
+    assert kept.non_finite_message(1).startswith(
+        f"kept keys k_ref_13 of the reference 'a man' ({'k' * 16}...): 2 of 6 values are"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- kept concepts

@@ -587,8 +587,8 @@ class Slow(Stored):
             raise self.error
         return self.stored.step(step)
 
-    def extremes(self, step: int) -> np.ndarray:
-        return self.stored.extremes(step)
+    def finite_witness(self, step: int) -> np.ndarray:
+        return self.stored.finite_witness(step)
 
     @property
     def arrays(self) -> Any:
@@ -598,7 +598,7 @@ class Slow(Stored):
 def slowed(reference: KeptReference, error: BaseException | None = None) -> tuple[KeptReference, Slow]:
     name = min(reference.tensors)
     slow = Slow(reference.tensors[name], error)
-    return replace(reference, tensors={**reference.tensors, name: slow}).known_as(reference.identity), slow
+    return replace(reference, tensors={**reference.tensors, name: slow}).with_identity(reference.identity), slow
 
 
 def thread(function: Callable[..., object], *arguments: Any, **options: Any) -> threading.Thread:
@@ -632,7 +632,7 @@ def test_a_file_that_is_written_to_as_its_keys_come_up_leaves_none_of_them(
         name = min(loaded.tensors)
         tensors = {**loaded.tensors, name: Writing(loaded.tensors[name], tmp_path / "man.concept")}
         (sound,) = man.references
-        written = replace(loaded, tensors=tensors).known_as(sound.identity)
+        written = replace(loaded, tensors=tensors).with_identity(sound.identity)
         before = world.cuda.alive()
         with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
             session.generate(PROMPT, [KeptConcept("man", [written], man.origin)], steps=STEPS)
@@ -802,7 +802,7 @@ def test_keys_of_another_size_are_refused(bundle: Bundle) -> None:
     lane = Lane(Device(0, cuda=cuda))
     lane.join()
     with on_device.use(man, Shelf(lane), bundle, STEPS):
-        other = replace(hat).known_as(man.identity)
+        other = replace(hat).with_identity(man.identity)
         with (
             pytest.raises(KeptConceptError, match=r"on the device have \d+ bytes, and a request wants \d+ bytes"),
             on_device.use(other, Shelf(lane), bundle, STEPS),
