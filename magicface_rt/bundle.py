@@ -168,7 +168,7 @@ class Bundle:
                     f"expected {opened}. Open it again."
                 )
 
-    def check_unwritten(self) -> None:
+    def check_not_modified(self) -> None:
         """Check that no file was written to in place, as loaded graphs compute with what they have mapped.
 
         Removing a file, or renaming another one over it, does not affect them. Takes microseconds.
@@ -176,19 +176,19 @@ class Bundle:
         Raises:
             BundleError: a file was written to since it was opened, or cannot be examined.
         """
-        message = self.written_to()
+        message = self.modified_error()
         if message is not None:
             raise BundleError(message)
 
-    def written_to(self) -> str | None:
-        """Return what `check_unwritten` would report of the first file that was written to; None if none was.
+    def modified_error(self) -> str | None:
+        """Return what `check_not_modified` would report of the first file that was written to; None if none was.
 
         Raises:
             BundleError: a file cannot be examined for now.
         """
         for name, opened in self.stamps.items():
             try:
-                found = opened.rewritten(os.path.join(self.path, name))
+                found = opened.was_modified(os.path.join(self.path, name))
             except OSError as error:
                 reraise_if_interrupt(error)
                 raise BundleError(f"bundle {self.path}: {name} cannot be looked at: {error}.") from error

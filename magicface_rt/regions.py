@@ -23,6 +23,7 @@ WeightMode = Literal["bias", "scale"]
 PADDING = -1
 MAX_CONCEPTS = 6
 TOKENS = 77
+"""The number of tokens of an encoded prompt, CLIP's maximum, which every graph takes."""
 
 
 @dataclass(frozen=True)

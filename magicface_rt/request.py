@@ -196,7 +196,7 @@ def check_concept(concept: NamedConcept, origin: Origin, tokenizer: Tokenizer) -
     for a reference prompt that is too long.
     """
     if isinstance(concept, KeptConcept):
-        concept.check_unwritten()
+        concept.check_not_modified()
         concept.origin.check(origin, concept.name)
         return
     for reference in concept.references:

@@ -17,7 +17,6 @@ from .backends.tensorrt import PlanStore
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
 from .cores import MOST_THREADS, threads_of_each
-from .course import Course
 from .errors import (
     BackendError,
     BundleError,
@@ -35,7 +34,7 @@ from .kept.keeper import Keeper, KeepSettings, checked_storage
 from .kept.memory import MEMORY
 from .options import Options
 from .plain_words import one_of
-from .preparing import Preparer, TokenList, held_references, load_alone, load_bare
+from .preparing import PlannedReferences, Preparer, find_in_store, load_alone, load_bare
 from .request import (
     Progress,
     ProgressCallback,
@@ -47,8 +46,9 @@ from .request import (
     check_request,
     declined,
 )
+from .request_progress import RequestProgress
 from .results import Result
-from .shortage import told_as_ours
+from .shortage import as_host_memory_error
 from .shown import shown
 from .sizes import parse_size
 from .tokenizer import Tokenizer
@@ -230,8 +230,8 @@ class Session:
     def _warm_decoder(self) -> None:
         """Decode one image of zeros, since a request that stopped early has not reached the decoder."""
         latents = np.zeros((1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
-        course = Course(None, self._check_open, 1)
-        with self._worker_slot(course), self._borrow_workplace(course) as place:
+        progress = RequestProgress(None, self._check_open, 1)
+        with self._worker_slot(progress), self._borrow_context(progress) as place:
             place.binding("vae_decoder").once({"latents": latents})
 
     def generate(
@@ -279,12 +279,12 @@ class Session:
             whatever `generate` raises.
         """
         requests = check_batch(requests)
-        course = Course(progress, self._check_open, requests[0].options.steps)
-        with self._worker_slot(course):
+        request_progress = RequestProgress(progress, self._check_open, requests[0].options.steps)
+        with self._worker_slot(request_progress):
             checked = [check_request(request, self.bundle, self.tokenizer) for request in requests]
-            with self._borrow_workplace(course) as place:
-                work = Work(self.bundle, self.tokenizer, self._keeper, place, course)
-                return work.run(checked, backend=self.backend.name, provenance=self.provenance)
+            with self._borrow_context(request_progress) as place:
+                work = Work(checked, self.bundle, self.tokenizer, self._keeper, place, request_progress)
+                return work.run(backend=self.backend.name, provenance=self.provenance)
 
     def prepare(
         self,
@@ -316,12 +316,12 @@ class Session:
         options = Options(steps=steps, reference_seed=reference_seed)
         form = self._keeper.settings.storage if storage is None else checked_storage(storage)
         room = None if workspace is None else parse_size(workspace, "workspace")
-        course = Course(progress, self._check_open, options.steps * len(concept.references))
-        with self._worker_slot(course):
+        request_progress = RequestProgress(progress, self._check_open, options.steps * len(concept.references))
+        with self._worker_slot(request_progress):
             origin = Origin.of(self.bundle, options.steps, options.reference_seed)
             loaded = load_alone(concept, origin, self.bundle, self.tokenizer)
-            with self._borrow_workplace(course) as place:
-                preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, course)
+            with self._borrow_context(request_progress) as place:
+                preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, request_progress)
                 kept = preparer.prepare(concept, loaded, origin, form, workspace=room)
         return KeptConcept(
             concept.word,
@@ -355,7 +355,7 @@ class Session:
         options = Options(steps=steps, images=images)
         self.bundle.schedule.timesteps(options.steps)
         self._check_open()
-        listed, references = TokenList(), 0
+        listed, references = PlannedReferences(), 0
         for concept in check_concepts(concepts):
             if isinstance(concept, KeptConcept):
                 seed = concept.reference_seed
@@ -364,14 +364,14 @@ class Session:
             elif isinstance(concept, Concept):
                 bare = load_bare(concept, self.bundle)
                 origin = Origin.of(self.bundle, options.steps, options.reference_seed)
-                listed.add(concept, bare, held_references(self._keeper, bare, origin))
+                listed.add(concept, bare, find_in_store(self._keeper, bare, origin))
             references += len(concept.references)
         check_number(references, self.bundle)
         return self._keeper.plan(
-            listed.tokens,
+            listed.references,
             steps=options.steps,
             images=options.images,
-            keys=listed.keys,
+            content_keys=listed.content_keys,
             memory=memory,
             budget=None if budget is None else parse_size(budget, "budget"),
         )
@@ -468,22 +468,22 @@ class Session:
         if request.forgotten_all or request.forgotten:
             self._drop_references(None if request.forgotten_all else frozenset(request.forgotten))
 
-    def _worker_slot(self, course: Course) -> AbstractContextManager[None]:
+    def _worker_slot(self, progress: RequestProgress) -> AbstractContextManager[None]:
         """Occupy one of the workers for the block. While all are busy, the first progress is reported repeatedly."""
-        return self._admission.slot(course.report_again)
+        return self._admission.slot(progress.report_again)
 
     @contextmanager
-    def _borrow_workplace(self, course: Course) -> Iterator[WorkerContext]:
+    def _borrow_context(self, progress: RequestProgress) -> Iterator[WorkerContext]:
         """Provide a worker context for the block. If the runtime fails, what no request uses is freed on the device.
 
         Backends may have mapped the bundle's files, and then compute with whatever was written to them; so that is
         checked before and after the block.
         """
         try:
-            with self._worker_contexts.take(course.report_again) as place, told_as_ours():
-                self.bundle.check_unwritten()
+            with self._worker_contexts.take(progress.report_again) as place, as_host_memory_error():
+                self.bundle.check_not_modified()
                 yield place
-                self.bundle.check_unwritten()
+                self.bundle.check_not_modified()
         except BackendError:
             self._keeper.on_device.free_unused()
             raise

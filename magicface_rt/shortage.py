@@ -58,7 +58,7 @@ def shortage(error: BaseException) -> HostMemoryError | None:
 
 
 @contextmanager
-def told_as_ours() -> Iterator[None]:
+def as_host_memory_error() -> Iterator[None]:
     """Turn any error in the block that was caused by too little memory on the host into a `HostMemoryError`."""
     try:
         yield
@@ -81,7 +81,7 @@ def _is_memory_message(error: BaseException) -> bool:
     return any(words in said for words in _SAID_UNDER_A_LIMIT) and bool(_address_limit())
 
 
-def room() -> int | None:
+def available_bytes() -> int | None:
     """Return the bytes that this process may still take before a hard limit stops or ends it; None if none is set.
 
     The limits are that of its address space (RLIMIT_AS), and the memory limits of its control groups and of those above
@@ -91,7 +91,7 @@ def room() -> int | None:
     return min(found, default=None)
 
 
-def foreseen(need: str) -> HostMemoryError:
+def host_memory_error(need: str) -> HostMemoryError:
     """Make the error for what is known beforehand to find too little memory. `need`: a clause that says so."""
     return HostMemoryError(_with_limits(f"{need}."))
 
@@ -103,7 +103,7 @@ def check_addresses(need: int, what: str) -> None:
         HostMemoryError: there is such a limit, and it leaves less than `need` bytes.
     """
     if any(left < need for _, left in _address_limit()):
-        raise foreseen(f"{what} needs {need / 1e6:,.0f} MB of addresses")
+        raise host_memory_error(f"{what} needs {need / 1e6:,.0f} MB of addresses")
 
 
 def share_heap() -> None:

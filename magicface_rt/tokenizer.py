@@ -14,6 +14,7 @@ import tokenizers
 from .errors import BundleError, PromptError
 from .interrupts import reraise_if_interrupt
 from .plain_file import read_plain
+from .regions import TOKENS
 
 __all__ = ["Tokenizer", "guarded"]
 
@@ -26,7 +27,7 @@ _T = TypeVar("_T")
 class Tokenizer:
     """The tokenizer of a bundle. Make one with `from_file`; it holds no state and may be shared between threads."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, pad_token_id: int, max_length: int = 77) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, pad_token_id: int, max_length: int = TOKENS) -> None:
         """Take over `tokenizer`; its own truncation and padding are switched off.
 
         Raises `BundleError` when it has no start and end token, or when the pad token is not in its vocabulary.
@@ -46,7 +47,7 @@ class Tokenizer:
         self.max_length = max_length
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], *, pad_token_id: int, max_length: int = 77) -> Tokenizer:
+    def from_file(cls, path: str | os.PathLike[str], *, pad_token_id: int, max_length: int = TOKENS) -> Tokenizer:
         """Read a `tokenizer.json`. Raises `BundleError` for a file that is missing or not a tokenizer."""
         name = f"tokenizer {os.fspath(path)!r}"
         try:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from ..errors import BackendMissingError, DeviceError, DeviceMemoryError
 from ..interrupts import reraise_if_interrupt
+from ..sizes import megabytes
 
-MEGABYTE = 1_000_000
 ALIGNMENT = 256
 _NO_DEVICE = 100
 _OLD_DRIVER = 35
@@ -420,7 +420,3 @@ def _available_to_host() -> int:
 
 def _version(number: Any) -> str:
     return f"{int(number) // 1000}.{int(number) % 1000 // 10}"
-
-
-def megabytes(nbytes: int) -> str:
-    return f"{nbytes / MEGABYTE:,.1f} MB"

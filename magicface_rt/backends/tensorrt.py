@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle, GraphContract
 from ..errors import BackendError, DeviceError, PlanError, TargetError
+from ..sizes import megabytes
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
 from .checks import Shape, ShapeRanges
-from .device import Device, megabytes
+from .device import Device
 from .host import BFLOAT16
 from .resident import Executor, ResidentBinding, check_produced
 from .runtime_cache import RuntimeCache, cache_path

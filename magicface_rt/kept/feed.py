@@ -150,7 +150,7 @@ class KeyFeed:
                 longest = bucket(longest, binding.largest(f"M{factor}"))
             for row in self.tokens:
                 row[factor] = row[factor].padded(longest)
-        self._linked = self._is_the_pass()
+        self._linked = self._is_reference_pass()
         self._started = False
         self._brought: tuple[int, dict[tuple[int, str], DeviceArray]] | None = None
 
@@ -194,14 +194,14 @@ class KeyFeed:
         if self._computing is not None:
             self._computing.binding.check()
 
-    def spoiled(self, step: int) -> str:
+    def non_finite_message(self, step: int) -> str:
         """Return a message on stored keys of a step that are not finite; "" if all are finite."""
         for source in (placed.source for row in self._rows for placed in row):
-            if isinstance(source, StoredKeys) and (said := source.kept.spoiled(step)):
+            if isinstance(source, StoredKeys) and (said := source.kept.non_finite_message(step)):
                 return said
         return ""
 
-    def _is_the_pass(self) -> bool:
+    def _is_reference_pass(self) -> bool:
         """Whether there is one row of keys, and it is just what the pass puts out."""
         if self._computing is None or len(self._rows) != 1:
             return False

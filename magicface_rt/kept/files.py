@@ -41,7 +41,7 @@ _NAMES = {"float32": "F32", "float16": "F16", BFLOAT16: "BF16", "uint8": "U8"}
 def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool, follow: bool = True) -> Path:
     """Write a file; see `KeptConcept.save`. Without `follow`, a link is replaced, and not the file that it leads to."""
     target = _free(path, overwrite, follow)
-    concept.check_unwritten()
+    concept.check_not_modified()
     arrays = _arrays(concept)
     if with_image:
         arrays |= {name: (array, "uint8") for name, array in _pictures(concept).items()}
@@ -53,7 +53,7 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool,
                 stream.write(header)
                 for array, _ in arrays.values():
                     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            concept.check_unwritten()
+            concept.check_not_modified()
             try:
                 unfinished.put(part, target, overwrite=overwrite)
             except FileExistsError as error:  # it appeared after this began, and is left alone
@@ -84,7 +84,7 @@ def load(path: Path, *, check_hashes: bool) -> KeptConcept:
     manifest = _manifest(path, header)
     views = _views(path, data, header, start, manifest)
     try:
-        concept = _concept(file, header, manifest, views)
+        concept = _concept(file, manifest, _TensorReader(header, views))
     except _MALFORMED as error:
         what = str(error).rstrip(".") if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         _damaged(path, f"its manifest does not have the expected form ({what[:500]})", error)
@@ -274,14 +274,14 @@ def _check_content(
             # One NaN among the keys makes every cell that looks at them NaN.
             if bad := _non_finite(stored, concept.origin):
                 _damaged(path, f"{position}.{name} holds {bad} values that are NaN or infinite")
-        reference.known_as(_content(reference, position, manifest["sha256"]))
+        reference.with_identity(_content(reference, position, manifest["sha256"]))
 
 
 def _non_finite(stored: Stored, origin: Origin) -> int:
     """Count the values that are NaN or infinite, many steps at once if they are small, or else one at a time."""
     at_once = max(1, _AT_ONCE * origin.steps // max(stored.nbytes, 1))
     parts = (slice(first, first + at_once) for first in range(0, origin.steps, at_once))
-    return sum(non_finite(stored.extremes(part), origin.dtype) for part in parts)
+    return sum(non_finite(stored.finite_witness(part), origin.dtype) for part in parts)
 
 
 def _content(reference: KeptReference, position: int, hashes: Mapping[str, str]) -> tuple[str, str]:
@@ -292,61 +292,51 @@ def _content(reference: KeptReference, position: int, hashes: Mapping[str, str])
     return reference.key, hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
-def _concept(
-    file: MappedFile, header: Mapping[str, Any], manifest: Mapping[str, Any], views: Mapping[str, NDArray[np.uint8]]
-) -> KeptConcept:
-    origin = Origin.from_dict(manifest["origin"])
-    unread = set(views)
+class _TensorReader:
+    """Reads the tensors of a file, and notes which it has not been asked for. `views`: their bytes, by name."""
 
-    def array(name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        found, sides = text_entry(header[name], "dtype"), whole_numbers(header[name]["shape"], "shape")
+    def __init__(self, header: Mapping[str, Any], views: Mapping[str, NDArray[np.uint8]]) -> None:
+        self._header = header
+        self._views = views
+        self._unread = set(views)
+
+    def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return a tensor, which stays mapped.
+
+        Raises:
+            ValueError: it has another dtype, shape or size.
+            one of `_MALFORMED`: it is missing, or its entry does not have the expected form.
+        """
+        found, sides = text_entry(self._header[name], "dtype"), self.sides(name)
         if found != _NAMES[dtype] or sides != list(shape):
             raise ValueError(f"{name} is {found[:10]}{sides[:10]}, expected {_NAMES[dtype]}{list(shape)}")
-        if views[name].nbytes != math.prod(shape) * host_dtype(dtype).itemsize:
-            raise ValueError(f"{name} has {views[name].nbytes} bytes")
-        unread.discard(name)
-        return views[name].view(host_dtype(dtype)).reshape(shape)
+        view = self._views[name]
+        if view.nbytes != math.prod(shape) * host_dtype(dtype).itemsize:
+            raise ValueError(f"{name} has {view.nbytes} bytes")
+        self._unread.discard(name)
+        return view.view(host_dtype(dtype)).reshape(shape)
 
-    if len(manifest["references"]) > MAX_REFERENCES:
-        raise ValueError(f"there are {len(manifest['references'])} references, expected at most {MAX_REFERENCES}")
-    references, widths = [], origin.widths
-    factors = [str(factor) for factor in origin.factors]
-    for position, entry in enumerate(manifest["references"]):
-        counts = entry["tokens"]
-        if set(counts) != set(factors) or entry["storage"] not in STORAGES:
-            raise ValueError(f"reference {position} has tokens {shown(counts)}, storage {shown(entry['storage'])}")
-        found = whole_numbers([counts[factor] for factor in factors], "tokens")
-        tokens = {int(factor): count for factor, count in zip(factors, found, strict=True)}
-        tensors: dict[str, Stored] = {}
-        for name, (factor, width) in widths.items():
-            full, channels = (origin.steps, tokens[factor], width), (origin.steps, width)
-            if entry["storage"] == "8-bit":
-                tensors[name] = EightBit(
-                    array(f"{position}.{name}.levels", "uint8", full),
-                    array(f"{position}.{name}.scale", "float32", channels),
-                    array(f"{position}.{name}.low", "float32", channels),
-                    origin.dtype,
-                )
-            else:
-                tensors[name] = Exact(array(f"{position}.{name}", origin.dtype, full))
-        references.append(
-            KeptReference(
-                text_entry(entry, "key"),
-                text_entry(entry, "prompt"),
-                entry["storage"],
-                tokens,
-                tensors,
-                finite_number(entry["error"], "error"),
-                file,
-            )
-        )
-    pictures = {}
-    for k in range(len(references)):
-        if (name := f"image_{k}") in unread:
-            height, width, _ = whole_numbers(header[name]["shape"], "shape")
-            pictures[name] = array(name, "uint8", (height, width, 3))
-        if (name := f"mask_{k}") in unread:
-            pictures[name] = array(name, "uint8", (MASK_GRID, MASK_GRID))
+    def sides(self, name: str) -> list[int]:
+        """Return a tensor's shape, as the header has it."""
+        return whole_numbers(self._header[name]["shape"], "shape")
+
+    def unread(self) -> set[str]:
+        """Return the names of the tensors that have not been read."""
+        return set(self._unread)
+
+
+def _concept(file: MappedFile, manifest: Mapping[str, Any], reader: _TensorReader) -> KeptConcept:
+    """Make the concept that a manifest describes.
+
+    Raises:
+        ValueError: the file holds a tensor that is none of a kept concept's.
+        InputError, one of `_MALFORMED`: the manifest or the header does not have the expected form.
+    """
+    origin = Origin.from_dict(manifest["origin"])
+    entries = manifest["references"]
+    if len(entries) > MAX_REFERENCES:
+        raise ValueError(f"there are {len(entries)} references, expected at most {MAX_REFERENCES}")
+    references = [_reference(reader, position, entry, origin, file) for position, entry in enumerate(entries)]
     concept = KeptConcept(
         text_entry(manifest, "word"),
         references,
@@ -354,9 +344,58 @@ def _concept(
         weight=manifest["weight"],
         token_index=manifest["token_index"],
         name=text_entry(manifest, "name"),
-        pictures=pictures,
+        pictures=_stored_pictures(reader, len(references)),
         note=None if manifest.get("note") is None else text_entry(manifest, "note"),
     )
-    if unread:
+    if unread := reader.unread():
         raise ValueError(f"tensor {min(unread)[:100]!r} is none of a kept concept's")
     return concept
+
+
+def _reference(
+    reader: _TensorReader, position: int, entry: Mapping[str, Any], origin: Origin, file: MappedFile
+) -> KeptReference:
+    """Return the reference at a position, from 0, with its tensors in the file. `entry`: what the manifest says of it.
+
+    Raises as `_concept`.
+    """
+    counts, storage = entry["tokens"], entry["storage"]
+    factors = [str(factor) for factor in origin.factors]
+    if set(counts) != set(factors) or storage not in STORAGES:
+        raise ValueError(f"reference {position} has tokens {shown(counts)}, storage {shown(storage)}")
+    found = whole_numbers([counts[factor] for factor in factors], "tokens")
+    tokens = {int(factor): count for factor, count in zip(factors, found, strict=True)}
+    tensors: dict[str, Stored] = {}
+    for name, (factor, width) in origin.widths.items():
+        full, channels = (origin.steps, tokens[factor], width), (origin.steps, width)
+        if storage == "8-bit":
+            tensors[name] = EightBit(
+                reader.array(f"{position}.{name}.levels", "uint8", full),
+                reader.array(f"{position}.{name}.scale", "float32", channels),
+                reader.array(f"{position}.{name}.low", "float32", channels),
+                origin.dtype,
+            )
+        else:
+            tensors[name] = Exact(reader.array(f"{position}.{name}", origin.dtype, full))
+    return KeptReference(
+        text_entry(entry, "key"),
+        text_entry(entry, "prompt"),
+        storage,
+        tokens,
+        tensors,
+        finite_number(entry["error"], "error"),
+        file,
+    )
+
+
+def _stored_pictures(reader: _TensorReader, references: int) -> dict[str, NDArray[np.uint8]]:
+    """Return the images, uint8 [h, w, 3], and masks, uint8 [128, 128], that the file holds of so many references."""
+    pictures = {}
+    there = reader.unread()
+    for k in range(references):
+        if (name := f"image_{k}") in there:
+            height, width, _ = reader.sides(name)
+            pictures[name] = reader.array(name, "uint8", (height, width, 3))
+        if (name := f"mask_{k}") in there:
+            pictures[name] = reader.array(name, "uint8", (MASK_GRID, MASK_GRID))
+    return pictures

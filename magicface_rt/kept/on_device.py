@@ -146,7 +146,7 @@ class OnDevice:
                 if entry is mine:
                     buffer, arrays = key_uploader.keep(sizes, lambda key: reference.tensors[key[1]].step(key[0]))
                     try:
-                        reference.check_unwritten()  # or others with its identity would find another one's keys
+                        reference.check_not_modified()  # or others with its identity would find another one's keys
                     except BaseException:
                         buffer.free()
                         raise

@@ -26,10 +26,10 @@ class KeptStore:
     def nbytes(self) -> int:
         """The bytes that are held now."""
         with self._lock:
-            return self._held()
+            return self._nbytes()
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def content_keys(self) -> tuple[str, ...]:
         """The content keys of what is held, the least recently used first."""
         with self._lock:
             return tuple(self._entries)
@@ -85,7 +85,7 @@ class KeptStore:
         with self._lock:
             if made.nbytes > self.limit:
                 return
-            while self._held() + made.nbytes > self.limit:
+            while self._nbytes() + made.nbytes > self.limit:
                 self._entries.popitem(last=False)
             self._entries[key] = made
 
@@ -95,7 +95,7 @@ class KeptStore:
             if making.finished:
                 self._making.pop(key, None)
 
-    def _held(self) -> int:
+    def _nbytes(self) -> int:
         return sum(entry.nbytes for entry in list(self._entries.values()))
 
 

@@ -29,6 +29,7 @@ from ..errors import (
 )
 from ..kept import KeptConcept
 from ..kept.keeper import checked_storage
+from ..kept.memory import stored_bytes
 from ..kept.origin import content_key
 from ..provenance import software
 from ..request import Progress, ProgressCallback
@@ -40,7 +41,7 @@ from .concepts import NO_WORD, ConceptStore, StoredConcept, concept_id, without_
 from .engine import Engine
 from .erasure import STILL_RUNS, Erasures, Trace, not_begun, scrub
 from .job import Done, EngineJob
-from .orders import check_named, kept_bytes, parse_order, pixels_of, read_upload
+from .orders import check_named, parse_order, pixels_of, read_upload
 from .problems import at, refusal
 from .refusals import deadline_passed, draining, queue_full, remaining_seconds
 from .schemas import BundleInfo, BundleLimits, ConceptInfo, ConceptPut, Erasure, PictureOrder, Warned
@@ -241,9 +242,8 @@ class LocalService(Service):
                 if found is not None:
                     _warn_of_word(found.concept, word)
                     return _put(found, warned), False
-                room = asyncio.ensure_future(
-                    self._in(self._files, self.store.reserve, id, kept_bytes(origin, bare, storage))
-                )
+                nbytes = sum(stored_bytes(self._session.bundle, one.tokens, origin.steps, storage) for one in bare)
+                room = asyncio.ensure_future(self._in(self._files, self.store.reserve, id, nbytes))
                 resources.callback(_give_back, room)  # even if nobody waits for it any more
                 await _to_its_end(room)
                 with self._using([]) as use:
@@ -400,7 +400,7 @@ class LocalService(Service):
             except Exception as error:  # such as a folder that cannot be read now; try again next time
                 logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
             try:
-                said = await self._in(self._files, self._session.bundle.written_to)
+                said = await self._in(self._files, self._session.bundle.modified_error)
                 if said is not None:
                     self._spoilt = BundleError(said)
             except MagicFaceError as error:  # likewise

@@ -8,12 +8,11 @@ from typing import Any, cast
 
 from PIL import Image
 
-from ..backends.host import host_dtype
 from ..bundle import Bundle
 from ..concept import Concept, NamedConcept, Reference, place_concepts
 from ..errors import AnswerError, ImageError, MaskError
 from ..images import Resample
-from ..kept import KeptConcept, Origin, Storage
+from ..kept import KeptConcept, Origin
 from ..options import Options
 from ..preparing import BareReference, load_bare
 from ..request import Request, check_concept, check_number, check_request
@@ -25,7 +24,7 @@ from .service import ConceptUpload
 from .settings import ServeSettings
 from .uploads import from_base64, open_image
 
-__all__ = ["check_named", "kept_bytes", "parse_order", "pixels_of", "read_upload"]
+__all__ = ["check_named", "parse_order", "pixels_of", "read_upload"]
 
 _OPTIONS = tuple(option.name for option in fields(Options))
 _OF_A_CONCEPT = ("weight", "token_index", "name", "word")
@@ -142,16 +141,6 @@ def pixels_of(concept: Concept) -> int:
     """Return the number of pixels of an upload's decoded images and masks."""
     files = [file for reference in concept.references for file in (reference.image, reference.mask)]
     return sum(file.width * file.height for file in files if isinstance(file, Image.Image))
-
-
-def kept_bytes(origin: Origin, bare: Sequence[BareReference], storage: Storage) -> int:
-    """Return how many bytes the keys of references will take once they are kept."""
-    itemsize, of_channel = (1, 8) if storage == "8-bit" else (host_dtype(origin.dtype).itemsize, 0)
-    return sum(
-        origin.steps * width * (one.tokens[factor] * itemsize + of_channel)
-        for one in bare
-        for factor, width in origin.widths.values()
-    )
 
 
 def _concept(

@@ -98,13 +98,13 @@ def test_of_a_bundle_in_use_no_file_is_written_to_and_others_may_take_its_place(
     opened = Bundle.open(bundle, check_hashes=False)
     written_to(bundle / name)
     with pytest.raises(BundleError, match=f"{name} was written to since .*by renaming only"):
-        opened.check_unwritten()
+        opened.check_not_modified()
     replaced(bundle / name)
-    opened.check_unwritten()
+    opened.check_not_modified()
     (bundle / name).unlink()
-    opened.check_unwritten()
+    opened.check_not_modified()
     bundle.rename(bundle.with_name("aside"))
-    opened.check_unwritten()
+    opened.check_not_modified()
 
 
 def test_an_opened_bundle_is_found_from_anywhere(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,20 +184,24 @@ def test_a_loaded_concept_whose_file_was_written_to_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     loaded = KeptConcept.load(Path(path.name))
-    loaded.check_unwritten()
+    loaded.check_not_modified()
     monkeypatch.chdir("/")
     write_other_keys(path)
-    for of_it in (loaded.check_unwritten, loaded.renamed("hat").check_unwritten, loaded.references[1].check_unwritten):
+    for of_it in (
+        loaded.check_not_modified,
+        loaded.renamed("hat").check_not_modified,
+        loaded.references[1].check_not_modified,
+    ):
         with pytest.raises(KeptConceptError, match=r"'cap\.concept' was written to since it was loaded.*Load it again"):
             of_it()
     with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
         loaded.save(tmp_path / "copy.concept")
     assert os.listdir(tmp_path) == ["cap.concept"]
-    loaded.references[1].in_memory().check_unwritten()
+    loaded.references[1].in_memory().check_not_modified()
 
 
 def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, tmp_path: Path) -> None:
-    loaded, sound = KeptConcept.load(path), KeptConcept.check_unwritten
+    loaded, sound = KeptConcept.load(path), KeptConcept.check_not_modified
     calls = []
 
     def later(concept: KeptConcept) -> None:
@@ -207,7 +211,7 @@ def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, 
             write_other_keys(path)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(KeptConcept, "check_unwritten", later)
+        patched.setattr(KeptConcept, "check_not_modified", later)
         with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
             loaded.save(tmp_path / "copy.concept")
     assert os.listdir(tmp_path) == ["cap.concept"]
@@ -216,7 +220,7 @@ def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @pytest.mark.parametrize(
     ("of", "function"),
-    [(unfinished, "place"), (unfinished, "put"), (unfinished, "check"), (Stamp, "of"), (Stamp, "rewritten")],
+    [(unfinished, "place"), (unfinished, "put"), (unfinished, "check"), (Stamp, "of"), (Stamp, "was_modified")],
 )
 def test_a_time_limit_that_ends_meanwhile_is_no_fault_of_the_file(
     of: Any, function: str, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -232,7 +236,7 @@ def test_a_time_limit_that_ends_meanwhile_is_no_fault_of_the_file(
         "put": lambda: loaded.save(other),
         "check": lambda: check_writable(other, overwrite=False),
         "of": lambda: KeptConcept.load(path),
-        "rewritten": loaded.check_unwritten,
+        "was_modified": loaded.check_not_modified,
     }
     before = signal.signal(signal.SIGUSR1, ends)
     try:
@@ -252,19 +256,19 @@ def test_a_file_that_cannot_be_looked_at_is_refused(path: Path, monkeypatch: pyt
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Stamp, "rewritten", broken)
+    monkeypatch.setattr(Stamp, "was_modified", broken)
     with pytest.raises(KeptConceptError, match=r"'cap\.concept' cannot be looked at: Input/output error"):
-        loaded.check_unwritten()
+        loaded.check_not_modified()
 
 
 def test_what_takes_the_place_of_a_loaded_file_is_no_harm(path: Path) -> None:
     loaded = KeptConcept.load(path)
     made().save(path, overwrite=True)
-    loaded.check_unwritten()
+    loaded.check_not_modified()
     path.unlink()
-    loaded.check_unwritten()
+    loaded.check_not_modified()
     path.parent.rename(path.parent.with_name("aside"))
-    loaded.check_unwritten()
+    loaded.check_not_modified()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="symbolic links")
@@ -416,7 +420,7 @@ def test_a_copy_outlives_the_file_and_is_none_of_what_was_written_to_it(
     own, expected = copied(loaded), made()
     write_other_keys(path)
     assert not any(reference.mapped for reference in own.references)
-    own.check_unwritten()
+    own.check_not_modified()
     for one, other in zip(expected.references, own.references, strict=True):
         for name, stored in one.tensors.items():
             np.testing.assert_array_equal(other.tensors[name].step(1), stored.step(1))

@@ -19,7 +19,7 @@ from magicface_rt.backends.device import Buffer, Device
 from magicface_rt.backends.key_uploader import KeyUploader
 from magicface_rt.backends.worker_stream import WorkerStream
 from magicface_rt.bundle import Bundle
-from magicface_rt.errors import DeviceError, DeviceMemoryError, KeptConceptError
+from magicface_rt.errors import BudgetError, DeviceError, DeviceMemoryError, KeptConceptError
 from magicface_rt.kept.feed import KeyFeed
 from magicface_rt.kept.memory import row_bytes
 from magicface_rt.kept.on_device import OnDevice
@@ -403,6 +403,24 @@ def test_the_networks_memory_is_not_given_to_keys(
 # --------------------------------------------------------------------------------------------------- a budget is held
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_on_a_device_a_request_over_its_budget_computes_no_reference_and_with_a_given_one_loads_no_graph(
+    world: World, bundle: Bundle, drawn: Drawn, given: bool
+) -> None:
+    """Unless it is given, the budget is what the loaded graphs leave free."""
+    with open_session(world, bundle, budget=1000 if given else None) as session:
+        if not given:
+            session.generate("a man", steps=1)
+            world.leave(row_bytes(bundle))
+            drawn.runs.clear()
+        with pytest.raises(BudgetError, match=r"on the device .*budget is"):
+            session.generate("a man", [MAN], steps=STEPS)
+        assert bool(session._runners) != given
+        assert set(drawn.runs) == (set() if given else {"text_encoder"})
+        world.cuda.total = PLENTY
+        session.generate("a man", steps=1)
+
+
 def test_what_earlier_requests_left_counts_in_a_budget(world: World, bundle: Bundle) -> None:
     with open_session(world, bundle) as session:
         kept = {prompt: session.prepare(one, steps=20) for one, prompt in ((MAN, "a man"), (HAT, "a hat"))}
@@ -570,8 +588,8 @@ class Slow(Stored):
             raise self.error
         return self.stored.step(step)
 
-    def extremes(self, step: int) -> np.ndarray:
-        return self.stored.extremes(step)
+    def finite_witness(self, step: int) -> np.ndarray:
+        return self.stored.finite_witness(step)
 
     @property
     def arrays(self) -> Any:
@@ -581,7 +599,7 @@ class Slow(Stored):
 def slowed(reference: KeptReference, error: BaseException | None = None) -> tuple[KeptReference, Slow]:
     name = min(reference.tensors)
     slow = Slow(reference.tensors[name], error)
-    return replace(reference, tensors={**reference.tensors, name: slow}).known_as(reference.identity), slow
+    return replace(reference, tensors={**reference.tensors, name: slow}).with_identity(reference.identity), slow
 
 
 def thread(function: Callable[..., object], *arguments: Any, **options: Any) -> threading.Thread:
@@ -615,7 +633,7 @@ def test_a_file_that_is_written_to_as_its_keys_come_up_leaves_none_of_them(
         name = min(loaded.tensors)
         tensors = {**loaded.tensors, name: Writing(loaded.tensors[name], tmp_path / "man.concept")}
         (sound,) = man.references
-        written = replace(loaded, tensors=tensors).known_as(sound.identity)
+        written = replace(loaded, tensors=tensors).with_identity(sound.identity)
         before = world.cuda.alive()
         with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
             session.generate(PROMPT, [KeptConcept("man", [written], man.origin)], steps=STEPS)
@@ -787,7 +805,7 @@ def test_keys_of_another_size_are_refused(bundle: Bundle) -> None:
     worker_stream = WorkerStream(Device(0, cuda=cuda))
     worker_stream.join()
     with on_device.use(man, KeyUploader(worker_stream, "denoise_step", "reference keys"), bundle, STEPS):
-        other = replace(hat).known_as(man.identity)
+        other = replace(hat).with_identity(man.identity)
         with (
             pytest.raises(KeptConceptError, match=r"on the device have \d+ bytes, and a request wants \d+ bytes"),
             on_device.use(other, KeyUploader(worker_stream, "denoise_step", "reference keys"), bundle, STEPS),

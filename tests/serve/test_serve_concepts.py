@@ -133,11 +133,11 @@ def test_what_a_session_keeps_by_itself_and_its_bindings_are_cleared_too(tiny_bu
     ):
         kept = client.put_concept(MAN)
         client.generate(PROMPT, [kept], seed=1)
-        assert session._keeper.store.keys
+        assert session._keeper.store.content_keys
         (place,) = session._worker_contexts._free
         assert held <= place._bindings.keys()
         client.erase(kept)
-        assert not session._keeper.store.keys
+        assert not session._keeper.store.content_keys
         assert not held & place._bindings.keys()
 
 

@@ -263,13 +263,13 @@ def test_a_service_whose_bundle_was_written_to_ends(
     ):
         client.generate(PROMPT, steps=1)
         looks: list[bool] = []
-        real = Stamp.rewritten
+        real = Stamp.was_modified
 
         def seen(stamp: Stamp, path: str) -> Stamp | None:
             looks.append(True)
             return real(stamp, path)
 
-        monkeypatch.setattr(Stamp, "rewritten", seen)
+        monkeypatch.setattr(Stamp, "was_modified", seen)
         until(lambda: len(looks) > 3 * len(session.bundle.stamps), "nobody looks")
         assert client.ready()
         with (folder / "weights.bin").open("r+b") as file:

@@ -1,4 +1,4 @@
-"""The course of a request: its progress, its early end, and the seconds spent in its stages."""
+"""The progress of a request: reports to the caller, its early end, and the seconds spent in its stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import Cancelled
 from .request import Progress, ProgressCallback, check_progress, declined
 
 
-class Course:
+class RequestProgress:
     """Reports the progress of a request and times its stages.
 
     `check_open` raises if the Session has been closed meanwhile. `latest`: the progress that was reported last; at
