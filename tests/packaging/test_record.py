@@ -48,6 +48,20 @@ def test_slow(number):
     assert seconds[-1] == 4 * 3600
 """
 
+WAITING = """
+import time
+import pytest
+
+@pytest.fixture
+def waited():
+    time.sleep(0.3)
+    yield
+    time.sleep(0.2)
+
+def test_it(waited):
+    time.sleep(0.1)
+"""
+
 
 ONCE = """
 from pathlib import Path
@@ -134,6 +148,16 @@ def test_why_a_test_failed_stands_there_before_the_run_has_ended(tmp_path: Path)
     said = json.loads(file.read_text().splitlines()[1])
     assert not said["passed"]
     assert "assert (6 * 9) == 42" in said["why"]
+
+
+def test_the_seconds_of_a_test_and_of_its_fixtures_stand_there(tmp_path: Path) -> None:
+    assert run(tmp_path, WAITING).returncode == 0
+    (file,) = (tmp_path / ".pytest_cache" / "d" / "records").iterdir()
+    took = json.loads(file.read_text().splitlines()[1])["seconds"]
+    assert took.keys() == {"setup", "call", "teardown"}
+    assert took["setup"] >= 0.3
+    assert took["call"] >= 0.1
+    assert took["teardown"] >= 0.2
 
 
 def test_a_run_that_is_ended_leaves_what_was_counted_before(tmp_path: Path) -> None:
