@@ -7,7 +7,8 @@ token (keys and values of the layers with the finest grid) and predicts what its
 where that place was. The network is then given kept concepts of people in looks that it has never seen. Nothing here is
 specific to the miniature, except that such pictures can be drawn without end.
 
-Writes privacy.json, privacy.md and sheet.png. docs/privacy.md has the findings.
+Writes privacy.json, privacy.md and sheet.png. privacy.json also says on which machine, when, at which commit and with
+which bundle it was measured. docs/privacy.md has the findings.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from magicface_rt import Concept, MagicFaceError, Reference, Session
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.images import layer_mask, mask_grid
 
+from ..machine import describe
 from .quality import autoencoded, open_model
 from .sheets import eight_bits, tile
 from .shipping import WEIGHTS
@@ -258,11 +260,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if a.examples < 2 or a.victims < 2 or a.steps < 4:
             raise OptionError("--examples and --victims have to be at least 2, --steps at least 4.")
+        machine = describe()
         bundle = open_model(a.source, a.out, ("fp32",), print).bundle
         with Session(bundle, backend="onnxruntime-cpu") as session:
             rows, shown, victims, pictures = attacks(session, examples=a.examples, victims=a.victims, steps=a.steps)
         settings = {name: getattr(a, name) for name in ("examples", "victims", "steps")}
-        text = json.dumps({"settings": settings, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
+        report = {
+            "machine": machine,
+            "bundle": {
+                "width": bundle.width,
+                "height": bundle.height,
+                "dtype": bundle.dtype,
+                "hash": bundle.hash,
+                "checkpoint": bundle.checkpoint_hash,
+            },
+            "settings": settings,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        text = json.dumps(report, indent=1)
         try:
             a.out.mkdir(parents=True, exist_ok=True)
             (a.out / "privacy.json").write_text(text + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from PIL import Image
 from magicface_rt import Concept, KeptConcept, Options, Progress, Session
 from magicface_rt.cli import main
 from magicface_rt.cli.run import build_request, progress_bar
+from magicface_rt.errors import HostMemoryError
 from magicface_rt.kept.keeper import KeepSettings
 from tests.cli.jobs import write_job
 
@@ -68,6 +69,25 @@ def test_what_can_be_refused_is_refused_before_anything_is_prepared(
         (job.parent / second).write_bytes(b"no image")
         assert second.name in refusal(capsys, *arguments)
     assert not (tmp_path / "kept").exists()
+
+
+def test_where_memory_ends_the_concepts_that_were_done_remain(
+    tiny_bundle: Path, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, prepared = Session.prepare, []
+
+    def prepare(session: Session, concept: Concept, **named: Any) -> KeptConcept:
+        prepared.append(concept.name)
+        if len(prepared) == 2:
+            raise HostMemoryError("there is too little memory.")
+        return real(session, concept, **named)
+
+    monkeypatch.setattr(Session, "prepare", prepare)
+    assert main(["prepare", str(tiny_bundle), "--job", str(job), "--out", str(tmp_path / "kept")]) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == "error: there is too little memory."
+    assert prepared == ["man", "hat"]
+    assert os.listdir(tmp_path / "kept") == ["man.concept"]
+    assert KeptConcept.load(tmp_path / "kept" / "man.concept", check_hashes=True).name == "man"
 
 
 def test_a_prepared_concept_makes_the_picture_of_the_bare_one(

@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -198,6 +200,41 @@ def test_a_loaded_concept_whose_file_was_written_to_is_refused(
         loaded.save(tmp_path / "copy.concept")
     assert os.listdir(tmp_path) == ["cap.concept"]
     loaded.references[1].in_memory().check_not_modified()
+
+
+def test_a_writer_that_restores_size_and_time_goes_unseen(path: Path) -> None:
+    loaded, found = KeptConcept.load(path), path.stat()
+    write_other_keys(path)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    loaded.check_unwritten()
+
+
+SHORTENED = """
+import os
+import resource
+import sys
+from magicface_rt import KeptConcept, KeptConceptError
+
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+loaded = KeptConcept.load(sys.argv[1])
+os.truncate(sys.argv[1], 100)
+try:
+    loaded.check_unwritten()
+except KeptConceptError as error:
+    print(error, flush=True)
+loaded.references[0].tensors["k_ref_10"].step(1).sum()
+print("went on", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="needs SIGBUS")
+def test_a_file_that_is_shortened_is_noticed_between_requests_and_ends_the_process_that_reads_it(path: Path) -> None:
+    """The first page may still be there, so the file has to have more of them."""
+    made(tokens=(700, 300)).save(path, overwrite=True)
+    ended = subprocess.run([sys.executable, "-c", SHORTENED, str(path)], capture_output=True, text=True, timeout=300)
+    assert "was written to since it was loaded" in ended.stdout, ended.stderr
+    assert "went on" not in ended.stdout
+    assert ended.returncode == -signal.SIGBUS
 
 
 def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, tmp_path: Path) -> None:

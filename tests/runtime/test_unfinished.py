@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -104,6 +106,76 @@ def test_nothing_temporary_is_left_by_a_signal(deed: str, tmp_path: Path, monkey
         assert left <= (struck in ("open", "scandir")), (at, struck)  # what these return is lost with the signal
     assert at > 2
     assert {"rename"} <= seen if "removed" in deed else {"open", "flock", "fsync", "close"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("deed", "stays"),
+    [
+        ("a folder", None),
+        ("a file", None),
+        ("a file where nothing may be", None),
+        ("a folder that replaces", "earlier"),
+        ("a folder that replaces, by two renamings", "new"),
+        ("a file that replaces", "new"),
+    ],
+)
+def test_what_stays_where_only_the_new_name_cannot_be_made_durable(
+    deed: str, stays: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failure is told all the same. What can come back does, and nothing temporary is left."""
+    do, prepare, _ = DEEDS[deed]
+    if "two renamings" in deed:
+        monkeypatch.setattr(unfinished, "_rename", lambda one, other, flag: False)
+    if prepare is not None:
+        prepare(tmp_path / "out")
+    real = unfinished._sync
+
+    def failing(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        real(path)
+
+    monkeypatch.setattr(unfinished, "_sync", failing)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        do(tmp_path / "out")
+    assert read(tmp_path / "out") == stays
+    assert os.listdir(tmp_path) == ([] if stays is None else ["out"])
+
+
+FORKER = """
+import os
+import signal
+import sys
+from pathlib import Path
+from magicface_rt import unfinished
+
+with unfinished.part(Path(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    print(child, flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_a_killed_writer_left_stays_as_long_as_what_it_forked_meanwhile(tmp_path: Path) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", FORKER, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    child = int(writer.stdout.readline())
+    try:
+        writer.kill()
+        writer.wait(timeout=60)
+        (part,) = os.listdir(tmp_path)
+        assert unfinished.clear(tmp_path, "out".__eq__) == []
+        assert unfinished.is_live(tmp_path / part)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        writer.stdout.read()  # ends when the child has
+        writer.stdout.close()
+    assert [path.name for path in unfinished.clear(tmp_path, "out".__eq__)] == [part]
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
