@@ -121,9 +121,11 @@ def put(
 ) -> None:
     """Let `new`, a part of `target`, take its place, durably on disk.
 
-    With `overwrite` an earlier file or folder is replaced, and the new one takes over its permissions: at every moment
-    either it or the new one is there. Without it, a file is put only where there is nothing, and a folder only where
-    there is nothing or an empty one.
+    With `overwrite` an earlier file or folder is replaced: at every moment either it or the new one is there. Without
+    it, a file is put only where there is nothing, and a folder only where there is nothing or an empty one.
+
+    What replaces something takes over its permissions and, where that is allowed, its group. So does each file of a
+    folder those of its namesake; one without a namesake is readable by nobody who might not read all earlier files.
 
     If several processes replace the same folder at the same time, one waits for the other.
 
@@ -136,7 +138,7 @@ def put(
             to disk: then a file stays replaced, and so does a folder if two cannot change places.
     """
     settle(new)
-    if overwrite:
+    if overwrite or new.is_dir():  # without it, of an empty folder
         _take_permissions(new, target)
     last = time.monotonic() + _BUSY_SECONDS
     while True:
@@ -326,7 +328,7 @@ def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
         path, made = _beside(target, "part"), False
         try:
             if folder:
-                os.mkdir(path, 0o777 if earlier is None else 0o700 | earlier & 0o007)
+                os.mkdir(path, 0o777 if earlier is None else 0o700)  # nor may others read a file in it before `put`
             else:
                 path.touch(0o666 if earlier is None else 0o600 | earlier & 0o006, exist_ok=False)
             made = True
@@ -348,7 +350,8 @@ def _mode(path: Path, *, folder: bool) -> int | None:
 
 
 def _take_permissions(new: Path, target: Path) -> None:
-    """Give `new` the group and the permissions of what it will replace, if that is of the same kind.
+    """Give `new` the group and the permissions of what it will replace, if that is of the same kind; of a folder, also
+    give each file those of its namesake.
 
     Raises:
         OSError: it would be readable by more users, and that cannot be changed.
@@ -359,10 +362,48 @@ def _take_permissions(new: Path, target: Path) -> None:
         return
     if stat.S_IFMT(earlier.st_mode) != stat.S_IFMT(mine.st_mode):
         return
-    mode, has = stat.S_IMODE(earlier.st_mode), stat.S_IMODE(mine.st_mode)
-    if earlier.st_gid != mine.st_gid:
+    if stat.S_ISDIR(mine.st_mode):  # first what is in it: until its own permissions are set nobody else may look
+        _take_permissions_within(new, target)
+    _permit(new, mine, stat.S_IMODE(earlier.st_mode), earlier.st_gid)
+
+
+def _take_permissions_within(new: Path, target: Path) -> None:
+    """As `_take_permissions`, for everything in a folder. What has no namesake is readable by nobody who might not read
+    one of the files that were there: a second portrait is as private as the first.
+    """
+    kinds, files = {}, []
+    try:
+        for name in os.listdir(target):
+            found = os.lstat(target / name)
+            kinds[name] = stat.S_IFMT(found.st_mode)
+            if stat.S_ISREG(found.st_mode):
+                files.append(found)
+    except OSError:  # it was replaced or removed meanwhile
+        return
+    for inner in sorted(new.iterdir()):
+        mine = os.lstat(inner)
+        if kinds.get(inner.name) == stat.S_IFMT(mine.st_mode):
+            _take_permissions(inner, target / inner.name)
+        elif files:
+            shared, groups = 0o077, {found.st_gid for found in files}
+            for found in files:
+                shared &= found.st_mode
+            if len(groups) > 1:
+                shared &= ~0o070
+            mode = stat.S_IMODE(mine.st_mode)
+            _permit(inner, mine, mode & (~0o077 | shared), groups.pop() if len(groups) == 1 else mine.st_gid)
+
+
+def _permit(new: Path, mine: os.stat_result, mode: int, group: int) -> None:
+    """Give `new`, whose status is `mine`, permissions and a group; where the group may not be, it gets no permissions.
+
+    Raises:
+        OSError: it would be readable by more users, and that cannot be changed.
+    """
+    has = stat.S_IMODE(mine.st_mode)
+    if group != mine.st_gid:
         try:
-            os.chown(new, -1, earlier.st_gid)
+            os.chown(new, -1, group)
         except OSError:
             mode &= ~0o070  # they were another group's
     if mode != has:

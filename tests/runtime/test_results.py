@@ -137,6 +137,28 @@ def test_overwriting_replaces_an_earlier_result(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["out"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+def test_portraits_that_were_private_stay_so(tmp_path: Path) -> None:
+    one = result(
+        images=[Image.new("RGB", (64, 64))], regions=np.zeros((1, 4, 4), np.int64), latents=np.zeros((1, 4, 8, 8))
+    )
+    umask = os.umask(0o022)
+    try:
+        folder = one.save(tmp_path / "out")
+        for path in folder.glob("*.png"):
+            path.chmod(0o600)
+        result().save(folder, overwrite=True)
+    finally:
+        os.umask(umask)
+    assert folder.stat().st_mode & 0o777 == 0o755
+    pictures = dict.fromkeys(FILES[:4], 0o600)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        **pictures,
+        "regions.npz": 0o644,
+        "run.json": 0o644,
+    }
+
+
 def test_overwriting_never_removes_other_files(tmp_path: Path) -> None:
     folder = result().save(tmp_path / "out")
     (folder / "thesis.txt").write_text("mine")

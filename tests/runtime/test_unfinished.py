@@ -130,6 +130,51 @@ def test_what_is_replaced_keeps_its_permissions(kind: str, mode: int, tmp_path: 
         os.umask(umask)
 
 
+@pytest.mark.parametrize("top", [0o755, 0o700])
+@pytest.mark.parametrize("private", [True, False])
+def test_each_file_of_a_folder_keeps_its_permissions(private: bool, top: int, tmp_path: Path) -> None:
+    """Portraits that only their owner may read lie in a folder that others may enter."""
+    target, wide, mode = tmp_path / "x", 0o644, 0o600 if private else 0o640
+    (target / "inner").mkdir(parents=True)
+    for name, has in {"image": mode, "run": wide, "inner/image": mode}.items():
+        (target / name).touch()
+        os.chmod(target / name, has)
+    os.chmod(target / "inner", 0o750)
+    os.chmod(target, top)
+    umask = os.umask(0o022)
+    try:
+        with unfinished.part(target, folder=True) as part:
+            assert part.stat().st_mode & 0o077 == 0
+            (part / "inner").mkdir()
+            for name in ("image", "run", "another", "inner/image", "inner/another"):
+                (part / name).write_text("new")
+            unfinished.put(part, target)
+    finally:
+        os.umask(umask)
+    found = {path.relative_to(target).as_posix(): path.stat().st_mode & 0o777 for path in target.rglob("*")}
+    assert found == {
+        "image": mode,
+        "run": wide,
+        "another": mode,  # as private as the most private one
+        "inner": 0o750,
+        "inner/image": mode,
+        "inner/another": mode,
+    }
+    assert target.stat().st_mode & 0o777 == top
+    assert (target / "image").read_text() == "new"
+
+
+def test_an_empty_folder_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    target.mkdir()
+    os.chmod(target, 0o775)
+    with unfinished.part(target, folder=True) as part:
+        (part / "a").touch()
+        unfinished.put(part, target, overwrite=False)
+    assert target.stat().st_mode & 0o777 == 0o775
+    assert (target / "a").exists()
+
+
 def test_what_belonged_to_another_group_is_not_shown_to_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +196,33 @@ def test_what_belonged_to_another_group_is_not_shown_to_ones_own(
         unfinished.put(part, target)
         monkeypatch.undo()
     assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_files_that_belonged_to_other_groups_are_not_shown_to_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "x"
+    target.mkdir()
+    for name in ("a", "b"):
+        (target / name).touch()
+        os.chmod(target / name, 0o640)
+    real = os.lstat
+
+    def of_another_group(path: Any) -> Any:
+        found = real(path)
+        return os.stat_result([*found[:5], found.st_gid + 1, *found[6:]]) if Path(path) == target / "a" else found
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with unfinished.part(target, folder=True) as part:
+        for name in ("a", "b", "c"):
+            (part / name).touch()
+        monkeypatch.setattr(os, "lstat", of_another_group)
+        monkeypatch.setattr(os, "chown", refused)
+        unfinished.put(part, target)
+        monkeypatch.undo()
+    assert {path.name: path.stat().st_mode & 0o777 for path in target.iterdir()} == {"a": 0o600, "b": 0o640, "c": 0o600}
 
 
 def test_what_is_replaced_is_not_taken_for_left_behind(tmp_path: Path) -> None:
