@@ -85,21 +85,23 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         if os.path.lexists(self.out):
             raise OutputError(f"output folder {self.out} exists. Choose another name, or remove it first.")
-        with contextlib.ExitStack() as made:
-            try:
-                unfinished.make_folder(self.out.parent)
-                self.folder = made.enter_context(unfinished.part(self.out, folder=True))
-                self.weights = WeightsFile(self.folder / WEIGHTS)
-            except OSError as error:
+        self._part = unfinished.part(self.out, folder=True)
+        try:
+            unfinished.make_folder(self.out.parent)
+            self.folder = self._part.__enter__()
+            self.weights = WeightsFile(self.folder / WEIGHTS)
+        except BaseException as error:  # an interrupt as well: `__exit__` is not called then
+            self._part.close()
+            if isinstance(error, OSError):
                 raise OutputError(f"output folder {self.out} cannot be made: {unfinished.why(error)}") from error
-            self._made = made.pop_all()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             self.weights.close(keep=False)
         finally:
-            self._made.close()
+            self._part.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

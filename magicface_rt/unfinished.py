@@ -24,7 +24,8 @@ import stat
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ except ImportError:  # Windows
 __all__ = [
     "check",
     "clear",
+    "clear_of",
     "exchange",
     "is_live",
     "is_part",
@@ -92,28 +94,59 @@ def place(path: str | os.PathLike[str]) -> Path:
     return end
 
 
-@contextlib.contextmanager
-def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Make a new empty file or folder beside `target`, to be filled and then `put` there.
+def part(target: Path, *, folder: bool = False) -> Part:
+    """Return a context that makes a new empty file or folder beside `target`, to be filled and then `put` there.
+
+        with part(target) as new:
+            new.write_bytes(content)
+            put(new, target)
 
     Users who may not read what is there now may not read the new one either. Whatever has its name when the context
     ends is removed. What killed processes left of the same `target` is removed first.
 
-    Raises:
+    Raises (when the context is entered):
         OSError: it cannot be made.
     """
-    clear(target.parent, _stem(target.name).__eq__)
-    path, lock = _new(target, folder=folder)
-    try:
-        yield path
-    finally:
+    return Part(target, folder=folder)
+
+
+class Part:
+    """The context that `part` returns.
+
+    If entering is interrupted, it leaves nothing behind. Other code that enters it, such as an `ExitStack`, may be
+    interrupted before it has noted that: who lets other code do so calls `close` as well. If leaving is interrupted
+    before its first line, as Python allows, what was made is removed when this object is freed or the process ends.
+    """
+
+    def __init__(self, target: Path, *, folder: bool = False) -> None:
+        self._target, self._folder = target, folder
+        self._made: tuple[Path, list[int], int] | None = None
+        self._net: weakref.finalize[..., Part] | None = None
+
+    def __enter__(self) -> Path:
+        clear_of(self._target)
+        process = os.getpid()
+        path, lock = _new(self._target, folder=self._folder)
+        # Nothing is called before this: a signal's handler could raise there.
+        self._made = path, [] if lock is None else [lock], process
         try:
-            _remove(path)
-        except BaseException:  # a signal arrived before the removal began
-            _remove(path)
+            # No `__del__`, which would run each time, and in which Python cannot raise what a signal's handler raises.
+            self._net = weakref.finalize(self, _discard, *self._made)
+        except BaseException:
+            self.close()
             raise
-        finally:
-            _unlock(lock)
+        return path
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what has the name that was made, if it was. May be called any number of times."""
+        if self._made is not None:
+            _discard(*self._made)
+            self._made = None
+        if self._net is not None:
+            self._net.detach()
 
 
 def put(
@@ -253,6 +286,11 @@ def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
     return removed
 
 
+def clear_of(target: Path) -> list[Path]:
+    """Remove what killed processes left unfinished of `target`, as `clear` does; return what went."""
+    return clear(target.parent, _stem(target.name).__eq__)
+
+
 def is_part(name: str) -> bool:
     """Whether a name is that of something unfinished."""
     return _NAME.fullmatch(name) is not None
@@ -338,6 +376,24 @@ def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
             if not (made and isinstance(error, (BlockingIOError, FileNotFoundError))):
                 _remove(path)
                 raise
+
+
+def _discard(path: Path, locks: list[int], process: int) -> None:
+    """Remove a part and release its lock, which is taken out of `locks`, so that no descriptor is closed twice.
+
+    Nothing is done in a process that was forked from the one that made it.
+    """
+    if os.getpid() != process:
+        return
+    try:
+        try:
+            _remove(path)
+        except BaseException:  # a signal arrived before the removal began
+            _remove(path)
+            raise
+    finally:
+        while locks:
+            _unlock(locks.pop())
 
 
 def _mode(path: Path, *, folder: bool) -> int | None:
