@@ -13,8 +13,8 @@ from pathlib import Path
 import figures
 import pytest
 from killing import Moments, Tally, leftovers
-from killing_checks import concept_at, result_at
-from killing_targets import GetForks, Target
+from killing_checks import concept_at, concepts_at, result_at
+from killing_targets import PAIR, GetForks, Target
 from killing_writers import made_result
 
 from magicface_rt import KeptConcept, unfinished
@@ -37,10 +37,12 @@ OTHER = 3
     ("target", "of", "kills"),
     [
         *((name, name, CHEAP) for name in ("result.save", "KeptConcept.save")),
-        *((name, name, FEW) for name in ("prepare", "build", "export")),
+        ("prepare of two", "prepare", FEW),
+        *((name, name, FEW) for name in ("build", "export")),
+        pytest.param("prepare of two", "prepare", ALL, marks=pytest.mark.slow),
         *(
             pytest.param(name, name, ALL, marks=pytest.mark.slow)
-            for name in ("result.save", "KeptConcept.save", "prepare", "build", "export")
+            for name in ("result.save", "KeptConcept.save", "build", "export")
         ),
     ],
     indirect=["target"],
@@ -105,6 +107,38 @@ def test_killed_before_each_of_its_steps(
     assert tally.kills >= 5
     assert tally.unfinished >= 3
     figures.tell("kills", f"{of}, before each step{', replacing' if replaced else ''}", str(tally))
+
+
+@pytest.mark.parametrize("target", ["prepare of two"], indirect=True)
+@pytest.mark.parametrize("tries", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_prepare_of_two_killed_before_its_steps_goes_on_with_what_is_missing(
+    target: Target, tries: int, kept_pair: Path, forks: GetForks
+) -> None:
+    """Where the first file stands already, the same command keeps it, untouched, and writes the second."""
+    of_it = forks(target.library)
+    whole = target.run(of_it)
+    assert whole.code == 0, whole.said
+    target.clear()
+    tally, halves = Tally(), 0
+    tries = min(tries, whole.steps)
+    for turn in range(tries):
+        ended = target.run(of_it, kill={"step": turn * whole.steps // tries})
+        assert ended.killed, ended.said
+        found = concepts_at(target.place, kept_pair)
+        tally.count(ended, whole=found == PAIR, unfinished=bool(leftovers(target.below)))
+        earlier = {name: (target.place / name).stat() for name in found}
+        halves += found == ["man.concept"]
+        again = target.run(of_it)
+        assert again.code == 0, again.said
+        assert again.said.count("was there already") == len(found)
+        assert target.standing()
+        assert leftovers(target.below) == []
+        for name, stamp in earlier.items():
+            now = (target.place / name).stat()
+            assert (now.st_ino, now.st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns), f"{name} was written anew"
+        target.clear()
+    assert halves >= 1, "no kill came between the two"
+    figures.tell("kills", "prepare, before some of its steps", f"{tally}; {halves} left one concept of two")
 
 
 def test_a_result_killed_where_folders_cannot_change_places_is_not_lost(forks: GetForks, tmp_path: Path) -> None:
