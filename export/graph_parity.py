@@ -192,7 +192,7 @@ def compare_graph(
 
     runner   the graph, if it is loaded already; the caller still has to close it
     scratch  folder for the float32 copy of a bfloat16 graph, as large as its weights in float32; by default that of
-             temporary files
+             temporary files. If the process is killed, the next comparison there removes the copy
 
     Raises:
         ParityError: an output is not finite; the message names the graph and the output.
@@ -205,8 +205,9 @@ def compare_graph(
     if bundle.dtype == BFLOAT16 and backend.name == CPU:
         with ExitStack() as made:
             try:
-                folder = made.enter_context(tempfile.TemporaryDirectory(prefix="magicface-rt-", dir=scratch))
-                wide = widen(bundle, expected.graph, Path(folder))
+                folder = unfinished.temporary_folder("magicface-rt-float32", scratch)
+                made.callback(folder.close)  # before it is entered, as an interrupt may come just after that
+                wide = widen(bundle, expected.graph, folder.__enter__())
             except OSError as error:
                 let_through(error)
                 raise OutputError(

@@ -151,8 +151,8 @@ class Result:
         The folder appears complete or not at all: it is written beside its place, flushed to disk and renamed.
         `overwrite` replaces an earlier result, which stays whole until then, or an empty folder. Folder and files take
         over the permissions of their namesakes, and a file that had none is as private as the most private of the
-        earlier files. A folder that holds anything else is never replaced: a result is recognised by its run.json, and has only the regular files that
-        this accounts for.
+        earlier files. A folder that holds anything else is never replaced: a result is recognised by its run.json, and
+        has only the regular files that this accounts for.
 
         Raises `OutputError` for a folder that exists (without `overwrite`) or cannot be written.
         """

@@ -22,6 +22,7 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 import time
 import uuid
 import weakref
@@ -49,6 +50,7 @@ __all__ = [
     "put",
     "remove",
     "settle",
+    "temporary_folder",
     "why",
     "write",
 ]
@@ -110,23 +112,38 @@ def part(target: Path, *, folder: bool = False) -> Part:
     return Part(target, folder=folder)
 
 
+def temporary_folder(kind: str, within: Path | None = None) -> Part:
+    """Return a context that makes a new folder for temporary files, which only this user may enter.
+
+    It is removed when the context ends. What killed processes of this user left of the same kind is removed first.
+
+    kind    the name of what it is for, such as `magicface-rt-verify`
+    within  the folder that it is made in; by default that of the system's temporary files
+
+    Raises (also when the context is entered):
+        OSError: it cannot be made.
+    """
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    return Part(Path(within or tempfile.gettempdir()).absolute() / f"{kind}-{user}", folder=True, private=True)
+
+
 class Part:
-    """The context that `part` returns.
+    """The context that `part` and `temporary_folder` return.
 
     If entering is interrupted, it leaves nothing behind. Other code that enters it, such as an `ExitStack`, may be
     interrupted before it has noted that: who lets other code do so calls `close` as well. If leaving is interrupted
     before its first line, as Python allows, what was made is removed when this object is freed or the process ends.
     """
 
-    def __init__(self, target: Path, *, folder: bool = False) -> None:
-        self._target, self._folder = target, folder
+    def __init__(self, target: Path, *, folder: bool = False, private: bool = False) -> None:
+        self._target, self._folder, self._private = target, folder, private
         self._made: tuple[Path, list[int], int] | None = None
         self._net: weakref.finalize[..., Part] | None = None
 
     def __enter__(self) -> Path:
-        clear_of(self._target)
+        clear_of(self._target, own=self._private)
         process = os.getpid()
-        path, lock = _new(self._target, folder=self._folder)
+        path, lock = _new(self._target, folder=self._folder, private=self._private)
         # Nothing is called before this: a signal's handler could raise there.
         self._made = path, [] if lock is None else [lock], process
         try:
@@ -261,11 +278,12 @@ def settle(path: Path) -> None:
     _sync(path)
 
 
-def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
+def clear(folder: Path, of: Callable[[str], bool], *, own: bool = False) -> list[Path]:
     """Remove what killed processes left unfinished in a folder, of names that `of` accepts; return what went.
 
     What a live process is writing stays. So does an earlier folder that is the only one of its name, because its
-    process was killed in the middle of replacing it. Nothing is raised: what cannot be removed now may be another time.
+    process was killed in the middle of replacing it. With `own`, so does what belongs to another user, for folders such
+    as /tmp in which anybody may write. Nothing is raised: what cannot be removed now may be another time.
     """
     removed: list[Path] = []
     names: list[str] = []
@@ -276,6 +294,8 @@ def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
         if found is None or not of(found[1]) or (found[2] == "old" and not _stands(folder, found[1], names)):
             continue
         with contextlib.suppress(OSError):
+            if own and hasattr(os, "geteuid") and os.lstat(folder / name).st_uid != os.geteuid():
+                continue
             lock = _lock(folder / name)
             if lock is not None:
                 try:
@@ -286,9 +306,9 @@ def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
     return removed
 
 
-def clear_of(target: Path) -> list[Path]:
+def clear_of(target: Path, *, own: bool = False) -> list[Path]:
     """Remove what killed processes left unfinished of `target`, as `clear` does; return what went."""
-    return clear(target.parent, _stem(target.name).__eq__)
+    return clear(target.parent, _stem(target.name).__eq__, own=own)
 
 
 def is_part(name: str) -> bool:
@@ -359,9 +379,10 @@ def _stands(folder: Path, stem: str, names: list[str]) -> bool:
     return any(_stem(name) == stem and os.path.lexists(folder / name) for name in names)
 
 
-def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
+def _new(target: Path, *, folder: bool, private: bool = False) -> tuple[Path, int | None]:
     """Make a new part of `target`; return it with the descriptor that holds its lock."""
-    earlier = _mode(target, folder=folder)  # its group may be another one, so that only `put` has its permissions
+    # Its group may be another one, so that only `put` has its permissions.
+    earlier = 0 if private else _mode(target, folder=folder)
     while True:
         path, made = _beside(target, "part"), False
         try:

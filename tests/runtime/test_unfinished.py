@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from magicface_rt import unfinished
+from tests.killed import fill, kill, killed, temporary
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -304,3 +306,52 @@ def test_two_processes_that_replace_the_same_folder_lose_nothing(times: int, how
         assert saver.returncode == 0, said[-2000:]
     assert read(out) in ("one", "other")
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and flock")
+def test_what_a_killed_process_left_of_a_temporary_folder_goes_with_the_next_of_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of live processes, of other kinds and of other users stay."""
+
+    def work(kind: str) -> None:
+        with unfinished.temporary_folder(kind, tmp_path) as made:
+            fill(made)
+
+    killed(lambda: work("one"))
+    killed(lambda: work("other"))
+    (left,), (another,) = temporary(tmp_path, "one"), temporary(tmp_path, "other")
+    assert os.listdir(left) == ["weights.bin"]
+    with unfinished.temporary_folder("one", tmp_path) as live:
+        assert live.stat().st_mode & 0o777 == 0o700
+        assert temporary(tmp_path, "one") == [live]
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with unfinished.temporary_folder("one") as beside:
+            assert temporary(tmp_path, "one") == sorted([live, beside])
+    assert list(tmp_path.iterdir()) == [another]
+    real = os.lstat
+
+    def of_somebody_else(path: Any) -> Any:
+        found = real(path)
+        return os.stat_result([*found[:4], found.st_uid + 1, *found[5:]])
+
+    monkeypatch.setattr(os, "lstat", of_somebody_else)
+    assert unfinished.clear(tmp_path, lambda _: True, own=True) == []
+    monkeypatch.undo()
+    assert unfinished.clear(tmp_path, lambda _: True, own=True) == [another]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_takes_nothing_temporary_from_its_parent(tmp_path: Path) -> None:
+    """Neither as it leaves the context by an error of its own, nor as it ends."""
+
+    def leave() -> None:
+        made.close()
+        kill()
+
+    made = unfinished.part(tmp_path / "x")
+    with made as path:
+        killed(leave)
+        assert path.exists()
+        assert unfinished.is_live(path)
+    assert list(tmp_path.iterdir()) == []
