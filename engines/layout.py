@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -82,14 +81,22 @@ def leftovers(root: Path) -> list[Path]:
 def remove_parts(folder: Path) -> None:
     """Remove the temporary folders of a plan; the caller holds its lock."""
     for path in folder.parent.glob(f".{folder.name}.*.part"):
-        _remove(path)
+        unfinished.remove_if_possible(path)
 
 
 def keep_only(folder: Path, name: str) -> None:
-    """Remove everything in a folder but one file."""
+    """Remove everything in a folder but one file.
+
+    Raises:
+        OSError: another file could not be removed.
+    """
     for path in folder.iterdir():
-        if path.name != name:
-            _remove(path)
+        if path.name == name:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            unfinished.remove_if_possible(path)
+        else:
+            path.unlink()
 
 
 def bytes_of(folder: Path) -> int:
@@ -133,13 +140,6 @@ def _listed(folder: Path, *, links: bool = False) -> list[Path]:
             "name another one with --store DIR."
         ) from error
     return [path for path in found if links or not os.path.islink(path)]
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:

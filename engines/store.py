@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from magicface_rt import unfinished
 from magicface_rt.errors import PlanError, StoreError
 
 from . import caches, layout, manifest
@@ -26,9 +27,7 @@ Entry = Plan | Damaged
 Make = Callable[[Path], Mapping[str, Any]]
 
 _SHOWN_DIFFERENCES = 4
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
-_OF_WRITING = _FULL | {errno.EFBIG, errno.EROFS}
+_OF_WRITING = unfinished.FULL | {errno.EFBIG, errno.EROFS}
 
 
 class EngineStore:
@@ -197,7 +196,7 @@ class EngineStore:
                     os.rename(folder, layout.new_part(folder))  # damaged
                 os.rename(part, folder)
                 try:
-                    manifest.sync(folder.parent)
+                    unfinished.fsync(folder.parent)
                 except OSError:
                     # A caller that gets this error must not find the plan there.
                     with contextlib.suppress(OSError):
@@ -356,14 +355,13 @@ class EngineStore:
             raise self._unwritable(path, error) from error
 
     def _unwritable(self, path: Path, error: OSError) -> StoreError:
-        advice = "Look at the disk, or name another folder with --store DIR."
-        if error.errno in _FULL:
-            prune = f"magicface-rt engines prune --store {shlex.quote(str(self.root))}"
-            advice = f"Free some space (for instance with `{prune}`), or name another folder with --store DIR."
-        elif error.errno == errno.EFBIG:
-            advice = "Raise the limit on the size of files (`ulimit -f`), or name another folder with --store DIR."
-        elif error.errno in _REFUSED:
-            advice = "Make the store writable for this user, or name another folder with --store DIR."
+        prune = f"magicface-rt engines prune --store {shlex.quote(str(self.root))}"
+        advice = unfinished.advice(
+            error,
+            place="store",
+            room=f"Free some space (for instance with `{prune}`)",
+            other="name another folder with --store DIR",
+        )
         return StoreError(f"engine store {self.root}: {path} cannot be written ({error.strerror or error}). {advice}")
 
 

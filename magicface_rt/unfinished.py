@@ -38,10 +38,13 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "FULL",
+    "advice",
     "check",
     "clear",
     "clear_of",
     "exchange",
+    "fsync",
     "is_live",
     "is_part",
     "make_folder",
@@ -49,6 +52,7 @@ __all__ = [
     "place",
     "put",
     "remove",
+    "remove_if_possible",
     "settle",
     "temporary_folder",
     "why",
@@ -64,7 +68,9 @@ _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLO
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 _CANNOT_RENAME_SO = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 _CANNOT_LINK = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""The numbers of errors by which a disk says that it has no room."""
+
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_NAME = {errno.EINVAL, errno.ENAMETOOLONG}
 _MOVED = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}
@@ -250,7 +256,7 @@ def make_folder(folder: Path, *, mode: int = 0o777) -> None:
         missing.append(place)
     folder.mkdir(mode, parents=True, exist_ok=True)
     for made in reversed(missing):
-        _sync(made.parent)
+        fsync(made.parent)
 
 
 def remove(target: Path) -> None:
@@ -263,7 +269,35 @@ def remove(target: Path) -> None:
     try:
         os.rename(target, aside)
     finally:  # a signal may arrive during the renaming
-        _remove(aside)
+        remove_if_possible(aside)
+
+
+def remove_if_possible(path: Path) -> None:
+    """Remove as much of a file or folder as can be removed, even if a signal arrives meanwhile; the rest stays."""
+    try:
+        _take_away(path)
+    except BaseException:
+        _take_away(path)
+        raise
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to disk.
+
+    Raises:
+        OSError: it could not be flushed.
+    """
+    folder = path.is_dir()
+    if os.name == "nt" and folder:  # which Windows cannot flush
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (folder and error.errno == errno.EINVAL):  # some file systems cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def settle(path: Path) -> None:
@@ -275,7 +309,7 @@ def settle(path: Path) -> None:
     if path.is_dir():
         for inner in sorted(path.iterdir()):
             settle(inner)
-    _sync(path)
+    fsync(path)
 
 
 def clear(folder: Path, of: Callable[[str], bool], *, own: bool = False) -> list[Path]:
@@ -299,7 +333,7 @@ def clear(folder: Path, of: Callable[[str], bool], *, own: bool = False) -> list
             lock = _lock(folder / name)
             if lock is not None:
                 try:
-                    _remove(folder / name)
+                    remove_if_possible(folder / name)
                 finally:
                     _unlock(lock)
                 removed.append(folder / name)
@@ -339,19 +373,27 @@ def exchange(one: Path, other: Path) -> bool:
 
 def why(error: OSError) -> str:
     """Say what happened and what to do, as the end of a message: `file 'a' cannot be written: ...`."""
-    if error.errno in _FULL:
-        advice = "Free some space there, or choose another place."
-    elif error.errno == errno.EFBIG:
-        advice = "Raise the limit on the size of files (`ulimit -f`), or choose another place."
-    elif error.errno in _REFUSED:
-        advice = "Make the place writable for this user, or choose another one."
-    elif error.errno == errno.ENXIO:
-        advice = "Nobody reads from it. Start what does first, or choose another place."
-    elif error.errno in _NO_NAME:
-        advice = "Choose another name."
-    else:
-        advice = "Look at the place and its disk, or choose another one."
-    return f"{error}. {advice}"
+    return f"{error}. {advice(error)}"
+
+
+def advice(error: OSError, *, place: str = "place", room: str = "", other: str = "") -> str:
+    """Say what to do about an error of writing, as a sentence.
+
+    place  what cannot be written to, in a word
+    room   how room is made there; unless given, "Free some space there"
+    other  what else may be done; unless given, to choose another place
+    """
+    if error.errno in FULL:
+        return f"{room or 'Free some space there'}, or {other or 'choose another place'}."
+    if error.errno == errno.EFBIG:
+        return f"Raise the limit on the size of files (`ulimit -f`), or {other or 'choose another place'}."
+    if error.errno in _REFUSED:
+        return f"Make the {place} writable for this user, or {other or 'choose another one'}."
+    if error.errno == errno.ENXIO:
+        return f"Nobody reads from it. Start what does first, or {other or 'choose another place'}."
+    if error.errno in _NO_NAME:
+        return "Choose another name."
+    return f"Look at the {place} and its disk, or {other or 'choose another one'}."
 
 
 # -------------------------------------------------------------------------------------------------------------- inside
@@ -395,7 +437,7 @@ def _new(target: Path, *, folder: bool, private: bool = False) -> tuple[Path, in
         except BaseException as error:  # a signal may have arrived while it was made
             # Another process may have taken it for left behind, in the moment before it was locked.
             if not (made and isinstance(error, (BlockingIOError, FileNotFoundError))):
-                _remove(path)
+                remove_if_possible(path)
                 raise
 
 
@@ -408,9 +450,9 @@ def _discard(path: Path, locks: list[int], process: int) -> None:
         return
     try:
         try:
-            _remove(path)
+            remove_if_possible(path)
         except BaseException:  # a signal arrived before the removal began
-            _remove(path)
+            remove_if_possible(path)
             raise
     finally:
         while locks:
@@ -528,7 +570,7 @@ def _put(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object
         else:
             os.replace(new, target)
         try:
-            _sync(target.parent)
+            fsync(target.parent)
         except OSError:
             # A caller that is told of a failure must not find it there.
             with contextlib.suppress(OSError):
@@ -607,19 +649,10 @@ def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> 
         aside.rename(new)
     except BaseException:
         if os.path.lexists(target) and looked:  # interrupted as it was put there, or another process has put its own
-            _remove(aside)
+            remove_if_possible(aside)
         else:  # where another process has, this keeps its name
             with contextlib.suppress(OSError):
                 aside.rename(target)
-        raise
-
-
-def _remove(path: Path) -> None:
-    """Remove as much of a file or folder as can be removed, even if a signal arrives meanwhile."""
-    try:
-        _take_away(path)
-    except BaseException:
-        _take_away(path)
         raise
 
 
@@ -635,20 +668,6 @@ def _take_away(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    folder = path.is_dir()
-    if os.name == "nt" and folder:  # which Windows cannot flush
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (folder and error.errno == errno.EINVAL):  # some file systems cannot flush folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _rename(one: Path, other: Path, flag: int) -> bool:
