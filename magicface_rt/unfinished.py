@@ -103,7 +103,7 @@ def place(path: str | os.PathLike[str]) -> Path:
 
 
 def part(target: Path, *, folder: bool = False) -> Part:
-    """Return a context that makes a new empty file or folder beside `target`, to be filled and then `put` there.
+    """Return a context that makes a new empty file or folder beside `target`, to be filled for `put`.
 
         with part(target) as new:
             new.write_bytes(content)
@@ -424,12 +424,13 @@ def _stands(folder: Path, stem: str, names: list[str]) -> bool:
 def _new(target: Path, *, folder: bool, private: bool = False) -> tuple[Path, int | None]:
     """Make a new part of `target`; return it with the descriptor that holds its lock."""
     # Its group may be another one, so that only `put` has its permissions.
+    # Nobody else may look into a folder before.
     earlier = 0 if private else _mode(target, folder=folder)
     while True:
         path, made = _beside(target, "part"), False
         try:
             if folder:
-                os.mkdir(path, 0o777 if earlier is None else 0o700)  # nor may others read a file in it before `put`
+                os.mkdir(path, 0o777 if earlier is None else 0o700)
             else:
                 path.touch(0o666 if earlier is None else 0o600 | earlier & 0o006, exist_ok=False)
             made = True
@@ -557,7 +558,7 @@ def _lock(path: Path) -> int | None:
 
 
 def _put(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object]) -> None:
-    """Try once to `put` what has been flushed to disk."""
+    """Try once to put in its place what has been flushed to disk."""
     earlier = os.path.lexists(target)
     replaced = overwrite and earlier and new.is_dir() and target.is_dir()
     # The earlier folder is locked until its fate is certain, or others might take it, as a part, for left behind.
