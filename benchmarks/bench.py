@@ -17,7 +17,7 @@ from random import Random
 from time import perf_counter
 from typing import Any
 
-from magicface_rt import Bundle, unfinished
+from magicface_rt import Bundle, atomic_files
 from magicface_rt.errors import BackendError
 from magicface_rt.shortage import address_hint
 
@@ -70,7 +70,7 @@ def run(
             if earlier is not None and earlier.has(str(Path(path)), case):
                 continue
             say(f"{bundle.width} x {bundle.height}, {bundle.dtype}: {case}")
-            with unfinished.temporary_folder("magicface-bench") as folder:
+            with atomic_files.temporary_folder("magicface-bench") as folder:
                 found = _Bench(settings, path, bundle, case, str(folder), say).run()
             cases.append(replace(found, started=machine["started"], commit=machine["commit"]))
             so_far(report())

@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 
 RUNTIME = "runtime-cache"
 OURS = (RUNTIME, "timing-caches")
@@ -25,7 +25,7 @@ def clear_unfinished(root: Path) -> None:
     """Remove unfinished files that killed processes left; those that a live process is writing stay."""
     for name in OURS:
         if not (root / name).is_symlink():
-            unfinished.clear(root / name, lambda _: True)
+            atomic_files.remove_abandoned(root / name, lambda _: True)
 
 
 def cache_files(root: Path) -> list[Path]:
@@ -36,7 +36,7 @@ def cache_files(root: Path) -> list[Path]:
         for folder in root.glob(pattern)
         if not folder.is_symlink()
         for path in _below(folder)
-        if not unfinished.is_part(path.name)
+        if not atomic_files.is_part(path.name)
     ]
     return sorted(files, key=_written)
 

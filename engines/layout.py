@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.errors import StoreError
 
 _SHARD = re.compile(r"[0-9a-f]{2}")
@@ -48,10 +48,10 @@ def make_parents(root: Path, folder: Path) -> None:
         OSError: a folder could not be made.
         StoreError: something other than a folder of the store's own is in the way.
     """
-    unfinished.make_folder(root.parent)
+    atomic_files.make_folder(root.parent)
     for above in (root, folder.parent.parent, folder.parent):
         with contextlib.suppress(FileExistsError):
-            unfinished.make_folder(above, mode=0o700)
+            atomic_files.make_folder(above, mode=0o700)
         if not above.is_dir() or (above != root and above.is_symlink()):
             raise StoreError(f"engine store {root}: {above} is not a folder of the store's own. Remove it.")
 
@@ -81,7 +81,7 @@ def leftovers(root: Path) -> list[Path]:
 def remove_parts(folder: Path) -> None:
     """Remove the temporary folders of a plan; the caller holds its lock."""
     for path in folder.parent.glob(f".{folder.name}.*.part"):
-        unfinished.remove_if_possible(path)
+        atomic_files.remove_if_possible(path)
 
 
 def keep_only(folder: Path, name: str) -> None:
@@ -94,7 +94,7 @@ def keep_only(folder: Path, name: str) -> None:
         if path.name == name:
             continue
         if path.is_dir() and not path.is_symlink():
-            unfinished.remove_if_possible(path)
+            atomic_files.remove_if_possible(path)
         else:
             path.unlink()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.errors import PlanError, StoreError
 
 from . import caches, layout, manifest
@@ -27,7 +27,7 @@ Entry = Plan | Damaged
 Make = Callable[[Path], Mapping[str, Any]]
 
 _SHOWN_DIFFERENCES = 4
-_OF_WRITING = unfinished.FULL | {errno.EFBIG, errno.EROFS}
+_OF_WRITING = atomic_files.FULL | {errno.EFBIG, errno.EROFS}
 
 
 class EngineStore:
@@ -196,7 +196,7 @@ class EngineStore:
                     os.rename(folder, layout.new_part(folder))  # damaged
                 os.rename(part, folder)
                 try:
-                    unfinished.fsync(folder.parent)
+                    atomic_files.fsync(folder.parent)
                 except OSError:
                     # A caller that gets this error must not find the plan there.
                     with contextlib.suppress(OSError):
@@ -356,7 +356,7 @@ class EngineStore:
 
     def _unwritable(self, path: Path, error: OSError) -> StoreError:
         prune = f"magicface-rt engines prune --store {shlex.quote(str(self.root))}"
-        advice = unfinished.advice(
+        advice = atomic_files.advice(
             error,
             place="store",
             room=f"Free some space (for instance with `{prune}`)",

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.bundle import CUDA_RUNTIME, FORMAT, MANIFEST, RUNTIMES, WEIGHTS, Bundle, Tensor, sha256
 from magicface_rt.errors import ExportError, OutputError
 from magicface_rt.interrupts import let_through
@@ -85,15 +85,17 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         if os.path.lexists(self.out):
             raise OutputError(f"output folder {self.out} exists. Choose another name, or remove it first.")
-        self._part = unfinished.part(self.out, folder=True)
+        self._part = atomic_files.temporary_sibling(self.out, folder=True)
         try:
-            unfinished.make_folder(self.out.parent)
+            atomic_files.make_folder(self.out.parent)
             self.folder = self._part.__enter__()
             self.weights = WeightsFile(self.folder / WEIGHTS)
         except BaseException as error:  # an interrupt as well: `__exit__` is not called then
             self._part.close()
             if isinstance(error, OSError):
-                raise OutputError(f"output folder {self.out} cannot be made: {unfinished.why(error)}") from error
+                raise OutputError(
+                    f"output folder {self.out} cannot be made: {atomic_files.explain_os_error(error)}"
+                ) from error
             raise
         return self
 
@@ -109,7 +111,9 @@ class BundleWriter:
             yield
         except OSError as error:
             let_through(error)
-            raise OutputError(f"output folder {self.out} cannot be written: {unfinished.why(error)}") from error
+            raise OutputError(
+                f"output folder {self.out} cannot be written: {atomic_files.explain_os_error(error)}"
+            ) from error
 
     def add_graph(self, graph: Graph, model: ir.Model) -> Fused:
         """Write a traced graph: its weights into the shared file, and a graph file with each runtime's bodies.
@@ -180,7 +184,7 @@ class BundleWriter:
             raise ExportError("the bundle has no manifest yet")
         with self._writing():
             self.weights.close()
-            unfinished.put(self.folder, self.out, overwrite=False)
+            atomic_files.replace_into_place(self.folder, self.out, overwrite=False)
         return Bundle.open(self.out, check_hashes=False)
 
 

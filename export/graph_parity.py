@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
 from magicface_rt.backends.checks import Limits
 from magicface_rt.backends.host import BFLOAT16, from_bfloat16, stored
@@ -205,14 +205,14 @@ def compare_graph(
     if bundle.dtype == BFLOAT16 and backend.name == CPU:
         with ExitStack() as made:
             try:
-                folder = unfinished.temporary_folder("magicface-rt-float32", scratch)
+                folder = atomic_files.temporary_folder("magicface-rt-float32", scratch)
                 made.callback(folder.close)  # before it is entered, as an interrupt may come just after that
                 wide = widen(bundle, expected.graph, folder.__enter__())
             except OSError as error:
                 let_through(error)
                 raise OutputError(
                     f"graph {expected.graph}: its weights in float32 cannot be written to "
-                    f"{scratch or tempfile.gettempdir()}: {unfinished.why(error)}"
+                    f"{scratch or tempfile.gettempdir()}: {atomic_files.explain_os_error(error)}"
                 ) from error
             return dataclasses.replace(compare_graph(wide, expected, backend), note=IN_FLOAT32)
     if runner is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.backends import Backend, open_backend
 from magicface_rt.bundle import Bundle, sha256
 from magicface_rt.errors import BundleError, ParityError
@@ -70,7 +70,7 @@ def verify_case(case: str | Path, *, work: Path | None = None, report: Report = 
     reference = ReferenceStepRunner(recording)
     with one_thread():
         reports = _replays(recording, reference, report)
-    with nullcontext(work) if work is not None else unfinished.temporary_folder("magicface-rt-verify") as place:
+    with nullcontext(work) if work is not None else atomic_files.temporary_folder("magicface-rt-verify") as place:
         bundle = _case_bundle(recording, place, report)
         with closing(open_backend("onnxruntime-cpu", threads=1)) as backend:
             reports += _replays(recording, BundleStepRunner(recording, bundle, backend), report)
@@ -114,7 +114,7 @@ def _kept_bundle(folder: Path) -> Bundle | None:
     except BundleError:
         if not (folder / "bundle.json").is_file():
             return None  # nothing is there, or no bundle of ours
-    unfinished.remove(folder)
+    atomic_files.remove(folder)
     return None
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from . import unfinished
+from . import atomic_files
 from .concept import NamedConcept
 from .errors import OptionError, OutputError
 from .images import region_overlay
@@ -158,18 +158,22 @@ class Result:
         """
         target = Path(folder)
         try:
-            target = unfinished.place(folder)
+            target = atomic_files.resolve_target(folder)
             check_replaceable(target, overwrite)
-            unfinished.make_folder(target.parent)
-            with unfinished.part(target, folder=True) as part:
+            atomic_files.make_folder(target.parent)
+            with atomic_files.temporary_sibling(target, folder=True) as part:
                 for name, content in self._files():
                     (part / name).write_bytes(content)
-                unfinished.put(part, target, overwrite=overwrite, look=lambda earlier: _check_own(earlier, target))
+                atomic_files.replace_into_place(
+                    part, target, overwrite=overwrite, look=lambda earlier: _check_own(earlier, target)
+                )
         except OSError as error:
             let_through(error)
             if error.errno in _OCCUPIED:  # somebody put a folder there meanwhile
                 check_replaceable(target, overwrite)
-            raise OutputError(f"output folder {str(target)!r} cannot be written: {unfinished.why(error)}") from error
+            raise OutputError(
+                f"output folder {str(target)!r} cannot be written: {atomic_files.explain_os_error(error)}"
+            ) from error
         return target
 
     def to_dict(self) -> dict[str, Any]:

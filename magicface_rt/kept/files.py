@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import unfinished
+from .. import atomic_files
 from ..backends.host import BFLOAT16, host_dtype, non_finite
 from ..concept import Concept
 from ..errors import InputError, KeptConceptError, OutputError
@@ -49,35 +49,35 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool,
         arrays |= {name: (array, "uint8") for name, array in _pictures(concept).items()}
     header = _header(concept, arrays)
     try:
-        unfinished.make_folder(target.parent)
-        with unfinished.part(target) as part:
+        atomic_files.make_folder(target.parent)
+        with atomic_files.temporary_sibling(target) as part:
             with part.open("wb") as stream:
                 stream.write(header)
                 for array, _ in arrays.values():
                     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             concept.check_unwritten()
             try:
-                unfinished.put(part, target, overwrite=overwrite)
+                atomic_files.replace_into_place(part, target, overwrite=overwrite)
             except FileExistsError as error:  # it appeared after this began, and is left alone
                 raise _exists(path) from error
     except OSError as error:
         let_through(error)
-        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
+        raise OutputError(f"file {str(path)!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
     return target
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
-    """Check, before minutes of work, that `save` can put a file there, as `unfinished.check` does.
+    """Check, before minutes of work, that `save` can put a file there, as `atomic_files.check_writable` does.
 
     Raises:
         OutputError: as `save`.
     """
     target = _free(path, overwrite)
     try:
-        unfinished.check(target)
+        atomic_files.check_writable(target)
     except OSError as error:
         let_through(error)
-        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
+        raise OutputError(f"file {str(path)!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
 
 
 def difference(
@@ -143,7 +143,7 @@ def difference(
 def remove_abandoned(path: Path) -> None:
     """Remove what killed processes left of a file that stands, as writing it anew would. Nothing is raised."""
     with contextlib.suppress(OSError):
-        unfinished.clear_of(unfinished.place(path))
+        atomic_files.remove_abandoned_of(atomic_files.resolve_target(path))
 
 
 def load(path: Path, *, check_hashes: bool) -> KeptConcept:
@@ -167,10 +167,10 @@ def load(path: Path, *, check_hashes: bool) -> KeptConcept:
 def _free(path: Path, overwrite: bool, follow: bool = True) -> Path:
     """Return the absolute path, after checking that a file may be put or replaced there."""
     try:
-        target = unfinished.place(path) if follow else path.absolute()
+        target = atomic_files.resolve_target(path) if follow else path.absolute()
     except OSError as error:
         let_through(error)
-        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
+        raise OutputError(f"file {str(path)!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
     if not os.path.lexists(target):
         return target
     if not target.is_file():

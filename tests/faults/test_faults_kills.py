@@ -17,7 +17,7 @@ from killing_checks import concept_at, concepts_at, result_at
 from killing_targets import PAIR, GetForks, Target
 from killing_writers import made_result
 
-from magicface_rt import KeptConcept, unfinished
+from magicface_rt import KeptConcept, atomic_files
 
 pytest_plugins = ("killing_fixtures",)
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and flock")
@@ -191,13 +191,13 @@ def test_an_export_killed_before_each_of_its_steps(target: Target, every: int, f
 
 def test_what_a_live_process_writes_is_not_taken_for_left_behind(tmp_path: Path) -> None:
     target = tmp_path / "run"
-    with unfinished.part(target, folder=True) as one:
+    with atomic_files.temporary_sibling(target, folder=True) as one:
         (one / "run.json").write_text("1")
-        with unfinished.part(target, folder=True) as two:
-            assert unfinished.clear(tmp_path, lambda name: True) == []
+        with atomic_files.temporary_sibling(target, folder=True) as two:
+            assert atomic_files.remove_abandoned(tmp_path, lambda name: True) == []
             (two / "run.json").write_text("2")
-            unfinished.put(two, target)
-        unfinished.put(one, target)
+            atomic_files.replace_into_place(two, target)
+        atomic_files.replace_into_place(one, target)
         assert (target / "run.json").read_text() == "1"
     assert os.listdir(tmp_path) == ["run"]
 
@@ -215,10 +215,10 @@ def test_only_what_was_left_of_the_same_name_is_removed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / f".run.{'f' * 32}.part"
     link.symlink_to("elsewhere")
-    assert sorted(path.name for path in unfinished.clear(tmp_path, "run".__eq__)) == sorted(mine)
+    assert sorted(path.name for path in atomic_files.remove_abandoned(tmp_path, "run".__eq__)) == sorted(mine)
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "elsewhere", link.name])
     (tmp_path / "run").mkdir()  # there is another one now
-    assert [path.name for path in unfinished.clear(tmp_path, "run".__eq__)] == [f".run.{digits}.old"]
+    assert [path.name for path in atomic_files.remove_abandoned(tmp_path, "run".__eq__)] == [f".run.{digits}.old"]
 
 
 @pytest.mark.parametrize("length", [1, 216, 217, 255])
@@ -226,7 +226,7 @@ def test_what_was_left_of_a_long_name_goes_with_the_next_of_it(length: int, tmp_
     target, other = (tmp_path / f"{'n' * (length - 1)}{end}" for end in "ab")
 
     def left(of: Path) -> str:
-        with unfinished.part(of) as part:
+        with atomic_files.temporary_sibling(of) as part:
             os.link(part, tmp_path / "kept")
         os.rename(tmp_path / "kept", part)
         return part.name
@@ -236,10 +236,10 @@ def test_what_was_left_of_a_long_name_goes_with_the_next_of_it(length: int, tmp_
     assert len(os.fsencode(mine)) <= 255
     old = mine.replace(".part", ".old")
     (tmp_path / old).mkdir()
-    with unfinished.part(target) as part:
+    with atomic_files.temporary_sibling(target) as part:
         assert sorted(os.listdir(tmp_path)) == sorted([others, old, part.name]), "the only one that there is stays"
-        unfinished.put(part, target)
-    with unfinished.part(target):
+        atomic_files.replace_into_place(part, target)
+    with atomic_files.temporary_sibling(target):
         pass
     assert sorted(os.listdir(tmp_path)) == sorted([others, target.name])
 
@@ -260,9 +260,9 @@ def test_what_was_left_beside_a_whole_plan_goes_with_the_next_build(target: Targ
 def test_what_was_put_may_be_locked_by_nobody(tmp_path: Path) -> None:
     """The lock ends with the writing, not with the process."""
     for name in ("a", "b"):
-        with unfinished.part(tmp_path / name) as part:
+        with atomic_files.temporary_sibling(tmp_path / name) as part:
             part.write_text(name)
-            unfinished.put(part, tmp_path / name)
+            atomic_files.replace_into_place(part, tmp_path / name)
     os.rename(tmp_path / "a", tmp_path / f".b.{'0' * 32}.part")
-    assert len(unfinished.clear(tmp_path, "b".__eq__)) == 1
+    assert len(atomic_files.remove_abandoned(tmp_path, "b".__eq__)) == 1
     assert os.listdir(tmp_path) == ["b"]

@@ -32,11 +32,11 @@ from threads_signalled import OUTSIDE, Ended, Forks
 
 import magicface_rt
 from magicface_rt import Bundle, Concept, KeptConcept, Session
+from magicface_rt.atomic_files import temporary_sibling
 from magicface_rt.backends.device import Device
 from magicface_rt.backends.lane import Lane
 from magicface_rt.backends.shelf import Shelf
 from magicface_rt.kept.on_device import OnDevice
-from magicface_rt.unfinished import part
 from tests.runtime.drawn_backend import Drawn
 from tests.runtime.fake_cuda import FakeCuda
 
@@ -424,7 +424,7 @@ DRAWING = ("session", "work", "workplace", "preparing", "course", "denoiser", "r
 moments at which an interrupt loses it; these cannot be mended here."""
 COUNTING = ("session.py", "workplace.py", "store.py", "on_device.py", "awaited.py")
 """Those which keep count of who is at work, or for whom others wait."""
-SAVING = ("results", "unfinished", "provenance")
+SAVING = ("results", "atomic_files", "provenance")
 LIBRARY = {contextlib.__file__, pathlib.__file__, shutil.__file__}
 """What of Python's own library is interrupted while files are written: all that leaves something to clean up."""
 
@@ -597,7 +597,7 @@ def test_ctrl_c_at_any_call_of_making_a_temporary_folder_leaves_none(through: st
     """Not even while the interrupt is being handled, which holds all that was going on. What is interrupted as it is
     left may stay until then.
     """
-    files = {str(PACKAGE / "unfinished.py")} | LIBRARY
+    files = {str(PACKAGE / "atomic_files.py")} | LIBRARY
     out, entered = tmp_path / "bundle", False
     if through == "BundleWriter":
         writers = pytest.importorskip("magicface_rt.export.bundle_writer")
@@ -610,7 +610,7 @@ def test_ctrl_c_at_any_call_of_making_a_temporary_folder_leaves_none(through: st
             with writers.BundleWriter(out):
                 entered = True
             return
-        made = part(out, folder=True)
+        made = temporary_sibling(out, folder=True)
         try:
             with contextlib.ExitStack() as stack, made if through == "with" else contextlib.nullcontext():
                 if through == "ExitStack":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import results, unfinished
+from magicface_rt import atomic_files, results
 from magicface_rt.concept import Concept, Reference
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.options import Options
@@ -238,7 +238,7 @@ def test_files_that_appear_meanwhile_are_not_removed(
 ) -> None:
     folder = result().save(tmp_path / "out")
     before = (folder / "run.json").read_bytes()
-    real = {"_png": results._png, "exchange": unfinished.exchange, "rename": Path.rename}
+    real = {"_png": results._png, "exchange": atomic_files.exchange, "rename": Path.rename}
 
     def appears(name: str, *arguments: Any) -> Any:
         if (folder / "run.json").exists() and not (folder / "thesis.txt").exists():
@@ -248,9 +248,9 @@ def test_files_that_appear_meanwhile_are_not_removed(
     if moment == "while it is written":
         monkeypatch.setattr(results, "_png", lambda *arguments: appears("_png", *arguments))
     elif exchange:
-        monkeypatch.setattr(unfinished, "exchange", lambda *arguments: appears("exchange", *arguments))
+        monkeypatch.setattr(atomic_files, "exchange", lambda *arguments: appears("exchange", *arguments))
     if not exchange:
-        monkeypatch.setattr(unfinished, "exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_files, "exchange", lambda one, other: False)
         if moment == "as it is replaced":
             monkeypatch.setattr(Path, "rename", lambda *arguments: appears("rename", *arguments))
     with pytest.raises(OutputError, match=r"out' is not replaced: it holds 'thesis.txt', which no result writes"):
@@ -312,7 +312,7 @@ def test_a_failed_exchange_brings_the_earlier_result_back(tmp_path: Path, monkey
             raise OSError("exchange failed")
         return rename(self, target)
 
-    monkeypatch.setattr(unfinished, "exchange", lambda one, other: False)  # a system that cannot
+    monkeypatch.setattr(atomic_files, "exchange", lambda one, other: False)  # a system that cannot
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OutputError, match="exchange failed"):
         result().save(folder, overwrite=True)

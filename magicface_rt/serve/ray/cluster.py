@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ... import unfinished
+from ... import atomic_files
 from ...backends import FLAVOURS, why_not
 from ...bundle import Bundle
 from ...errors import BackendError, DeviceError, MagicFaceError, OptionError
@@ -115,14 +115,14 @@ def serve(
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def shared_memory_folder() -> unfinished.Part:
+def shared_memory_folder() -> atomic_files.TemporarySibling:
     """Return a context that makes a folder that only its owner can read, in shared memory if the machine has that.
 
     It is removed when the context ends. What services of this user that were killed left is removed first: kept
     concepts are personal data, and shared memory would hold them until the machine restarts.
     """
     usable = os.access(SHARED_MEMORY, os.W_OK)
-    return unfinished.temporary_folder("magicface-concepts", SHARED_MEMORY if usable else None)
+    return atomic_files.temporary_folder("magicface-concepts", SHARED_MEMORY if usable else None)
 
 
 @contextlib.contextmanager

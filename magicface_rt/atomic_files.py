@@ -40,22 +40,22 @@ except ImportError:  # Windows
 __all__ = [
     "FULL",
     "advice",
-    "check",
-    "clear",
-    "clear_of",
+    "check_writable",
     "exchange",
+    "explain_os_error",
     "fsync",
+    "fsync_tree",
     "is_live",
     "is_part",
     "make_folder",
-    "part",
-    "place",
-    "put",
     "remove",
+    "remove_abandoned",
+    "remove_abandoned_of",
     "remove_if_possible",
-    "settle",
+    "replace_into_place",
+    "resolve_target",
     "temporary_folder",
-    "why",
+    "temporary_sibling",
     "write",
 ]
 
@@ -81,7 +81,7 @@ _BUSY_SECONDS, _BUSY_LOOK_SECONDS = 10, 0.005
 removing one."""
 
 
-def place(path: str | os.PathLike[str]) -> Path:
+def resolve_target(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path at which `path` is written; for a link, that is where it leads.
 
     Raises:
@@ -102,12 +102,12 @@ def place(path: str | os.PathLike[str]) -> Path:
     return end
 
 
-def part(target: Path, *, folder: bool = False) -> Part:
-    """Return a context that makes a new empty file or folder beside `target`, to be filled for `put`.
+def temporary_sibling(target: Path, *, folder: bool = False) -> TemporarySibling:
+    """Return a context that makes a new empty file or folder beside `target`, to be filled for `replace_into_place`.
 
-        with part(target) as new:
+        with temporary_sibling(target) as new:
             new.write_bytes(content)
-            put(new, target)
+            replace_into_place(new, target)
 
     Users who may not read what is there now may not read the new one either. Whatever has its name when the context
     ends is removed. What killed processes left of the same `target` is removed first.
@@ -115,10 +115,10 @@ def part(target: Path, *, folder: bool = False) -> Part:
     Raises (when the context is entered):
         OSError: it cannot be made.
     """
-    return Part(target, folder=folder)
+    return TemporarySibling(target, folder=folder)
 
 
-def temporary_folder(kind: str, within: Path | None = None) -> Part:
+def temporary_folder(kind: str, within: Path | None = None) -> TemporarySibling:
     """Return a context that makes a new folder for temporary files, which only this user may enter.
 
     It is removed when the context ends. What killed processes of this user left of the same kind is removed first.
@@ -130,11 +130,13 @@ def temporary_folder(kind: str, within: Path | None = None) -> Part:
         OSError: it cannot be made.
     """
     user = os.geteuid() if hasattr(os, "geteuid") else 0
-    return Part(Path(within or tempfile.gettempdir()).absolute() / f"{kind}-{user}", folder=True, private=True)
+    return TemporarySibling(
+        Path(within or tempfile.gettempdir()).absolute() / f"{kind}-{user}", folder=True, private=True
+    )
 
 
-class Part:
-    """The context that `part` and `temporary_folder` return.
+class TemporarySibling:
+    """The context that `temporary_sibling` and `temporary_folder` return.
 
     If entering is interrupted, it leaves nothing behind. Other code that enters it, such as an `ExitStack`, may be
     interrupted before it has noted that: who lets other code do so calls `close` as well. If leaving is interrupted
@@ -144,10 +146,10 @@ class Part:
     def __init__(self, target: Path, *, folder: bool = False, private: bool = False) -> None:
         self._target, self._folder, self._private = target, folder, private
         self._made: tuple[Path, list[int], int] | None = None
-        self._net: weakref.finalize[..., Part] | None = None
+        self._net: weakref.finalize[..., TemporarySibling] | None = None
 
     def __enter__(self) -> Path:
-        clear_of(self._target, own=self._private)
+        remove_abandoned_of(self._target, own=self._private)
         process = os.getpid()
         path, lock = _new(self._target, folder=self._folder, private=self._private)
         # Nothing is called before this: a signal's handler could raise there.
@@ -172,7 +174,7 @@ class Part:
             self._net.detach()
 
 
-def put(
+def replace_into_place(
     new: Path, target: Path, *, overwrite: bool = True, look: Callable[[Path], object] = lambda earlier: None
 ) -> None:
     """Let `new`, a part of `target`, take its place, durably on disk.
@@ -193,13 +195,13 @@ def put(
         OSError: it failed. What was there before is there again, unless the only failure was in flushing the new name
             to disk: then a file stays replaced, and so does a folder if two cannot change places.
     """
-    settle(new)
+    fsync_tree(new)
     if overwrite or new.is_dir():  # without it, of an empty folder
         _take_permissions(new, target)
     last = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
-            _put(new, target, overwrite, look)
+            _try_to_replace(new, target, overwrite, look)
         except OSError as error:
             elsewhere = overwrite and error.errno in _MOVED and new.is_dir()
             if not elsewhere or time.monotonic() > last:
@@ -213,14 +215,14 @@ def write(target: Path, content: bytes | memoryview) -> None:
     """Write a file with this content, in place of an earlier one.
 
     Raises:
-        OSError: as `part` and `put`.
+        OSError: as `temporary_sibling` and `replace_into_place`.
     """
-    with part(target) as new:
+    with temporary_sibling(target) as new:
         new.write_bytes(content)
-        put(new, target)
+        replace_into_place(new, target)
 
 
-def check(target: Path, *, folder: bool = False) -> None:
+def check_writable(target: Path, *, folder: bool = False) -> None:
     """Check, before hours of work, that `target` can be made, by making a part of it and removing that.
 
     Folders that do not exist yet are not made: they are tried inside the part, in the nearest folder that exists.
@@ -233,7 +235,7 @@ def check(target: Path, *, folder: bool = False) -> None:
     place = next(place for place in target.parents if os.path.lexists(place))
     names = target.relative_to(place).parts
     deep = len(names) > 1
-    with part(place / target.name, folder=folder or deep) as tried:
+    with temporary_sibling(place / target.name, folder=folder or deep) as tried:
         for name in names if deep else ():
             (tried / name).mkdir()
             (tried / name).rmdir()
@@ -300,7 +302,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def settle(path: Path) -> None:
+def fsync_tree(path: Path) -> None:
     """Flush a file, or a folder with everything in it, to disk.
 
     Raises:
@@ -308,11 +310,11 @@ def settle(path: Path) -> None:
     """
     if path.is_dir():
         for inner in sorted(path.iterdir()):
-            settle(inner)
+            fsync_tree(inner)
     fsync(path)
 
 
-def clear(folder: Path, of: Callable[[str], bool], *, own: bool = False) -> list[Path]:
+def remove_abandoned(folder: Path, of: Callable[[str], bool], *, own: bool = False) -> list[Path]:
     """Remove what killed processes left unfinished in a folder, of names that `of` accepts; return what went.
 
     What a live process is writing stays. So does an earlier folder that is the only one of its name, because its
@@ -340,9 +342,9 @@ def clear(folder: Path, of: Callable[[str], bool], *, own: bool = False) -> list
     return removed
 
 
-def clear_of(target: Path, *, own: bool = False) -> list[Path]:
-    """Remove what killed processes left unfinished of `target`, as `clear` does; return what went."""
-    return clear(target.parent, _stem(target.name).__eq__, own=own)
+def remove_abandoned_of(target: Path, *, own: bool = False) -> list[Path]:
+    """Remove what killed processes left unfinished of `target`, as `remove_abandoned` does; return what went."""
+    return remove_abandoned(target.parent, _stem(target.name).__eq__, own=own)
 
 
 def is_part(name: str) -> bool:
@@ -371,7 +373,7 @@ def exchange(one: Path, other: Path) -> bool:
     return _rename(one, other, _RENAME_EXCHANGE)
 
 
-def why(error: OSError) -> str:
+def explain_os_error(error: OSError) -> str:
     """Say what happened and what to do, as the end of a message: `file 'a' cannot be written: ...`."""
     return f"{error}. {advice(error)}"
 
@@ -423,7 +425,7 @@ def _stands(folder: Path, stem: str, names: list[str]) -> bool:
 
 def _new(target: Path, *, folder: bool, private: bool = False) -> tuple[Path, int | None]:
     """Make a new part of `target`; return it with the descriptor that holds its lock."""
-    # Its group may be another one, so that only `put` has its permissions.
+    # Its group may be another one, so that only `replace_into_place` has its permissions.
     # Nobody else may look into a folder before.
     earlier = 0 if private else _mode(target, folder=folder)
     while True:
@@ -557,7 +559,7 @@ def _lock(path: Path) -> int | None:
         return None
 
 
-def _put(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object]) -> None:
+def _try_to_replace(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object]) -> None:
     """Try once to put in its place what has been flushed to disk."""
     earlier = os.path.lexists(target)
     replaced = overwrite and earlier and new.is_dir() and target.is_dir()
@@ -567,7 +569,7 @@ def _put(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object
         if replaced:
             _replace_folder(new, target, look)
         elif not overwrite and not new.is_dir():
-            _put_where_nothing_is(new, target)
+            _move_where_nothing_is(new, target)
         else:
             os.replace(new, target)
         try:
@@ -608,7 +610,7 @@ def _unlock(descriptor: int | None) -> None:
             os.close(descriptor)
 
 
-def _put_where_nothing_is(new: Path, target: Path) -> None:
+def _move_where_nothing_is(new: Path, target: Path) -> None:
     """Rename a file to a place where nothing is; of two that do so at the same time one succeeds.
 
     Raises:
