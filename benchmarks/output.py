@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.errors import BackendMissingError, OutputError
 
 from .plots import draw
@@ -49,4 +49,4 @@ def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = Tru
 
 
 def _write(file: Path, text: str) -> None:
-    unfinished.write(unfinished.place(file), text.encode())
+    atomic_files.write(atomic_files.resolve_target(file), text.encode())

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.store_folders import (
     COMPILING_PROVIDERS,
     FLAVOURS,
@@ -47,7 +47,7 @@ def clear_unfinished(root: Path) -> None:
     """Remove unfinished cache files that killed processes left; those that a live process is writing stay."""
     for name, form in _WRITTEN_HERE.items():
         if not (root / name).is_symlink():
-            unfinished.clear(root / name, functools.partial(_has_form, form))
+            atomic_files.remove_abandoned(root / name, functools.partial(_has_form, form))
 
 
 def cache_files(root: Path) -> list[Path]:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.errors import StoreError
 from magicface_rt.store_folders import FLAVOURS
 
@@ -54,10 +53,10 @@ def make_parents(root: Path, folder: Path) -> None:
         OSError: a folder could not be made.
         StoreError: something other than a folder of the store's own is in the way.
     """
-    unfinished.make_folder(root.parent)
+    atomic_files.make_folder(root.parent)
     for above in (root, folder.parent.parent, folder.parent):
         with contextlib.suppress(FileExistsError):
-            unfinished.make_folder(above, mode=0o700)
+            atomic_files.make_folder(above, mode=0o700)
         if not above.is_dir() or (above != root and above.is_symlink()):
             raise StoreError(f"engine store {root}: {above} is not a folder of the store's own. Remove it.")
 
@@ -107,14 +106,22 @@ def remove_parts(folder: Path) -> None:
     """Remove the temporary folders of a plan; the caller holds its lock."""
     for path in folder.parent.glob(f".{folder.name}.*.part"):
         if _LEFTOVER.fullmatch(path.name):
-            _remove(path)
+            atomic_files.remove_if_possible(path)
 
 
 def keep_only(folder: Path, name: str) -> None:
-    """Remove everything in a folder but one file."""
+    """Remove everything in a folder but one file.
+
+    Raises:
+        OSError: another file could not be removed.
+    """
     for path in folder.iterdir():
-        if path.name != name:
-            _remove(path)
+        if path.name == name:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            atomic_files.remove_if_possible(path)
+        else:
+            path.unlink()
 
 
 def bytes_of(folder: Path) -> int:
@@ -159,13 +166,6 @@ def _listed(folder: Path, *, links: bool = False) -> list[Path]:
             "name another one with --store DIR."
         ) from error
     return [path for path in found if links or not os.path.islink(path)]
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from magicface_rt import atomic_files
 from magicface_rt.errors import PlanError, StoreError
 
 from . import caches, layout, manifest
@@ -30,9 +31,7 @@ Entry = Plan | Damaged
 Make = Callable[[Path], Mapping[str, Any]]
 
 _SHOWN_DIFFERENCES = 4
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
-_OF_WRITING = _FULL | {errno.EFBIG, errno.EROFS}
+_OF_WRITING = atomic_files.FULL | {errno.EFBIG, errno.EROFS}
 
 
 @dataclass
@@ -216,7 +215,7 @@ class EngineStore:
                     os.rename(folder, layout.new_part(folder))  # damaged
                 os.rename(part, folder)
                 try:
-                    manifest.sync(folder.parent)
+                    atomic_files.fsync(folder.parent)
                 except OSError:
                     # A caller that gets this error must not find the plan there.
                     with contextlib.suppress(OSError):
@@ -433,14 +432,13 @@ class EngineStore:
             raise self._unwritable(path, error) from error
 
     def _unwritable(self, path: Path, error: OSError) -> StoreError:
-        advice = "Look at the disk, or name another folder with --store DIR."
-        if error.errno in _FULL:
-            prune = f"magicface-rt engines prune --store {shlex.quote(str(self.root))}"
-            advice = f"Free some space (for instance with `{prune}`), or name another folder with --store DIR."
-        elif error.errno == errno.EFBIG:
-            advice = "Raise the limit on the size of files (`ulimit -f`), or name another folder with --store DIR."
-        elif error.errno in _REFUSED:
-            advice = "Make the store writable for this user, or name another folder with --store DIR."
+        prune = f"magicface-rt engines prune --store {shlex.quote(str(self.root))}"
+        advice = atomic_files.advice(
+            error,
+            place="store",
+            room=f"Free some space (for instance with `{prune}`)",
+            other="name another folder with --store DIR",
+        )
         return StoreError(f"engine store {self.root}: {path} cannot be written ({error.strerror or error}). {advice}")
 
 

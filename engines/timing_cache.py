@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.plain_file import read_plain
 from magicface_rt.store_folders import TIMING_CACHES
 
@@ -48,6 +48,6 @@ def save(root: Path, flavour: Flavour, device: int, cache: Any) -> None:
     path = cache_file(root, flavour, device)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        unfinished.write(path, memoryview(cache.serialize()))
+        atomic_files.write(path, memoryview(cache.serialize()))
     except OSError as error:
         LOGGER.warning("timing cache %s cannot be written (%s)", path, error)

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.bundle import CUDA_RUNTIME, FORMAT, MANIFEST, RUNTIMES, WEIGHTS, Bundle, Tensor, sha256
 from magicface_rt.errors import ExportError, OutputError
 from magicface_rt.interrupts import reraise_if_interrupt
@@ -85,21 +85,25 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         if os.path.lexists(self.out):
             raise OutputError(f"output folder {self.out} exists. Choose another name, or remove it first.")
-        with contextlib.ExitStack() as made:
-            try:
-                unfinished.make_folder(self.out.parent)
-                self.folder = made.enter_context(unfinished.part(self.out, folder=True))
-                self.weights = WeightsFile(self.folder / WEIGHTS)
-            except OSError as error:
-                raise OutputError(f"output folder {self.out} cannot be made: {unfinished.why(error)}") from error
-            self._made = made.pop_all()
+        self._part = atomic_files.temporary_sibling(self.out, folder=True)
+        try:
+            atomic_files.make_folder(self.out.parent)
+            self.folder = self._part.__enter__()
+            self.weights = WeightsFile(self.folder / WEIGHTS)
+        except BaseException as error:  # an interrupt as well: `__exit__` is not called then
+            self._part.close()
+            if isinstance(error, OSError):
+                raise OutputError(
+                    f"output folder {self.out} cannot be made: {atomic_files.explain_os_error(error)}"
+                ) from error
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             self.weights.close(keep=False)
         finally:
-            self._made.close()
+            self._part.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -107,7 +111,9 @@ class BundleWriter:
             yield
         except OSError as error:
             reraise_if_interrupt(error)
-            raise OutputError(f"output folder {self.out} cannot be written: {unfinished.why(error)}") from error
+            raise OutputError(
+                f"output folder {self.out} cannot be written: {atomic_files.explain_os_error(error)}"
+            ) from error
 
     def add_graph(self, graph: Graph, model: ir.Model) -> Fused:
         """Write a traced graph: its weights into the shared file, and a graph file with each runtime's bodies.
@@ -178,7 +184,7 @@ class BundleWriter:
             raise ExportError("the bundle has no manifest yet")
         with self._writing():
             self.weights.close()
-            unfinished.put(self.folder, self.out, overwrite=False)
+            atomic_files.replace_into_place(self.folder, self.out, overwrite=False)
         return Bundle.open(self.out, check_hashes=False)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
 from magicface_rt.backends.checks import ShapeRanges
 from magicface_rt.backends.host import BFLOAT16, from_bfloat16, to_contract_dtype
@@ -192,7 +192,7 @@ def compare_graph(
 
     runner   the graph, if it is loaded already; the caller still has to close it
     scratch  folder for the float32 copy of a bfloat16 graph, as large as its weights in float32; by default that of
-             temporary files
+             temporary files. If the process is killed, the next comparison there removes the copy
 
     Raises:
         ParityError: an output is not finite; the message names the graph and the output.
@@ -205,13 +205,14 @@ def compare_graph(
     if bundle.dtype == BFLOAT16 and backend.name == CPU:
         with ExitStack() as made:
             try:
-                folder = made.enter_context(tempfile.TemporaryDirectory(prefix="magicface-rt-", dir=scratch))
-                wide = widen(bundle, expected.graph, Path(folder))
+                folder = atomic_files.temporary_folder("magicface-rt-float32", scratch)
+                made.callback(folder.close)  # before it is entered, as an interrupt may come just after that
+                wide = widen(bundle, expected.graph, folder.__enter__())
             except OSError as error:
                 reraise_if_interrupt(error)
                 raise OutputError(
                     f"graph {expected.graph}: its weights in float32 cannot be written to "
-                    f"{scratch or tempfile.gettempdir()}: {unfinished.why(error)}"
+                    f"{scratch or tempfile.gettempdir()}: {atomic_files.explain_os_error(error)}"
                 ) from error
             return dataclasses.replace(compare_graph(wide, expected, backend), note=IN_FLOAT32)
     if runner is None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.backends import Backend, open_backend
 from magicface_rt.bundle import Bundle, sha256
 from magicface_rt.errors import BundleError, ParityError
@@ -60,7 +59,8 @@ def verify_case(case: str | Path, *, work: Path | None = None, report: Report = 
     Each step is replayed from the recorded latents and, if the case allows it, freely from the recorded noise. Both
     sides run on one thread, as the recordings were made: another number of threads sums in another order, so a free run
     would drift differently (by some 1e-5), and which cells flip would depend on the machine. `work`: where the bundle
-    is written, for a later call to find it; by default a temporary folder.
+    is written, for a later call to find it; by default a temporary folder, which the next call removes if this process
+    is killed.
 
     Raises:
         RecordingError: the recording cannot be read.
@@ -70,8 +70,8 @@ def verify_case(case: str | Path, *, work: Path | None = None, report: Report = 
     reference = ReferenceStepRunner(recording)
     with single_torch_thread():
         reports = _replays(recording, reference, report)
-    with tempfile.TemporaryDirectory(prefix="magicface-rt-") as temporary:
-        bundle = _case_bundle(recording, work or Path(temporary), report)
+    with nullcontext(work) if work is not None else atomic_files.temporary_folder("magicface-rt-verify") as place:
+        bundle = _case_bundle(recording, place, report)
         with closing(open_backend("onnxruntime-cpu", threads=1)) as backend:
             reports += _replays(recording, BundleStepRunner(recording, bundle, backend), report)
     return Verdict(recording.name, tuple(reports))
@@ -114,7 +114,7 @@ def _kept_bundle(folder: Path) -> Bundle | None:
     except BundleError:
         if not (folder / "bundle.json").is_file():
             return None  # nothing is there, or no bundle of ours
-    unfinished.remove(folder)
+    atomic_files.remove(folder)
     return None
 
 

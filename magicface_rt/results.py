@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from . import unfinished
+from . import atomic_files
 from .concept import NamedConcept
 from .errors import OptionError, OutputError
 from .images import region_overlay
@@ -149,26 +149,31 @@ class Result:
             run.json        prompt, concepts, options, timings, bundle and software
 
         The folder appears complete or not at all: it is written beside its place, flushed to disk and renamed.
-        `overwrite` replaces an earlier result, which stays whole until then, or an empty folder. A folder that holds
-        anything else is never replaced: a result is recognised by its run.json, and has only the regular files that
-        this accounts for.
+        `overwrite` replaces an earlier result, which stays whole until then, or an empty folder. Folder and files take
+        over the permissions of their namesakes, and a file that had none is as private as the most private of the
+        earlier files. A folder that holds anything else is never replaced: a result is recognised by its run.json, and
+        has only the regular files that this accounts for.
 
         Raises `OutputError` for a folder that exists (without `overwrite`) or cannot be written.
         """
         target = Path(folder)
         try:
-            target = unfinished.place(folder)
+            target = atomic_files.resolve_target(folder)
             check_replaceable(target, overwrite)
-            unfinished.make_folder(target.parent)
-            with unfinished.part(target, folder=True) as part:
+            atomic_files.make_folder(target.parent)
+            with atomic_files.temporary_sibling(target, folder=True) as part:
                 for name, content in self._files():
                     (part / name).write_bytes(content)
-                unfinished.put(part, target, overwrite=overwrite, look=lambda earlier: _check_own(earlier, target))
+                atomic_files.replace_into_place(
+                    part, target, overwrite=overwrite, look=lambda earlier: _check_own(earlier, target)
+                )
         except OSError as error:
             reraise_if_interrupt(error)
             if error.errno in _OCCUPIED:  # somebody put a folder there meanwhile
                 check_replaceable(target, overwrite)
-            raise OutputError(f"output folder {str(target)!r} cannot be written: {unfinished.why(error)}") from error
+            raise OutputError(
+                f"output folder {str(target)!r} cannot be written: {atomic_files.explain_os_error(error)}"
+            ) from error
         return target
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from .. import unfinished
+from .. import atomic_files
 from ..plain_file import read_plain
 from ..store_folders import RUNTIME_CACHE
 from .private_folder import why_not_private
@@ -148,9 +148,9 @@ class RuntimeCache:
 
     def _write(self, content: bytes) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with unfinished.part(self.path) as part:
+        with atomic_files.temporary_sibling(self.path) as part:
             part.chmod(0o600)  # readable by its owner only
             part.write_bytes(content)
             if not self._is_private(logging.DEBUG, folder=False):
                 self.path.unlink()  # else `put` would keep its permissions
-            unfinished.put(part, self.path)
+            atomic_files.replace_into_place(part, self.path)

@@ -19,7 +19,7 @@ from magicface_rt import (
     JobError,
     OutputError,
     Session,
-    unfinished,
+    atomic_files,
 )
 from magicface_rt.bundle import MANIFEST, MAX_MANIFEST_BYTES
 from magicface_rt.plain_file import read_plain
@@ -69,12 +69,14 @@ def demo(
                 result = session.generate(request.prompt, concepts, options=options, progress=progress)
         folder = result.save(portrait, overwrite=True)
         try:
-            with unfinished.part(sheet) as part:
+            with atomic_files.temporary_sibling(sheet) as part:
                 contact_sheet(concepts, plain, result).save(part, "PNG")
                 _check_sheet(sheet)
-                unfinished.put(part, sheet)
+                atomic_files.replace_into_place(part, sheet)
         except OSError as error:
-            raise OutputError(f"file {str(sheet)!r} cannot be written: {unfinished.why(error)}") from error
+            raise OutputError(
+                f"file {str(sheet)!r} cannot be written: {atomic_files.explain_os_error(error)}"
+            ) from error
         verdict = parity.verify_bundle(bundle.path, source, steps=VERIFY_STEPS, report=verb.note)
         verb.outcome = {
             "out": str(out),
@@ -157,9 +159,11 @@ def _remove_earlier(folder: Path) -> None:
             "Move it away, or give another folder (--work)."
         )
     try:
-        unfinished.remove(folder)
+        atomic_files.remove(folder)
     except OSError as error:
-        raise OutputError(f"folder {str(folder)!r} cannot be removed: {unfinished.why(error)}") from error
+        raise OutputError(
+            f"folder {str(folder)!r} cannot be removed: {atomic_files.explain_os_error(error)}"
+        ) from error
 
 
 def _why_no_bundle(folder: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -259,8 +258,5 @@ def _shared_folder(concepts: Path | None) -> Iterator[Path]:
     if concepts is not None:
         yield concepts.absolute()
         return
-    folder: Path = serving_module("ray.cluster").shared_memory_folder()
-    try:
+    with serving_module("ray.cluster").shared_memory_folder() as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

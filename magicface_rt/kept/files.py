@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import unfinished
+from .. import atomic_files
 from ..backends.host import BFLOAT16, host_dtype, non_finite
+from ..concept import Concept
 from ..errors import InputError, KeptConceptError, OutputError
-from ..images import MASK_GRID, load_reference
+from ..images import MASK_GRID, LoadedReference, load_reference
 from ..interrupts import reraise_if_interrupt
 from ..shown import shown
 from ..stamps import Stamp
@@ -47,35 +49,101 @@ def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool,
         arrays |= {name: (array, "uint8") for name, array in _pictures(concept).items()}
     header = _header(concept, arrays)
     try:
-        unfinished.make_folder(target.parent)
-        with unfinished.part(target) as part:
+        atomic_files.make_folder(target.parent)
+        with atomic_files.temporary_sibling(target) as part:
             with part.open("wb") as stream:
                 stream.write(header)
                 for array, _ in arrays.values():
                     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             concept.check_not_modified()
             try:
-                unfinished.put(part, target, overwrite=overwrite)
+                atomic_files.replace_into_place(part, target, overwrite=overwrite)
             except FileExistsError as error:  # it appeared after this began, and is left alone
                 raise _exists(path) from error
     except OSError as error:
         reraise_if_interrupt(error)
-        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
+        raise OutputError(f"file {str(path)!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
     return target
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
-    """Check, before minutes of work, that `save` can put a file there, as `unfinished.check` does.
+    """Check, before minutes of work, that `save` can put a file there, as `atomic_files.check_writable` does.
 
     Raises:
         OutputError: as `save`.
     """
     target = _free(path, overwrite)
     try:
-        unfinished.check(target)
+        atomic_files.check_writable(target)
     except OSError as error:
         reraise_if_interrupt(error)
-        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
+        raise OutputError(f"file {str(path)!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
+
+
+def difference(
+    found: KeptConcept,
+    concept: Concept,
+    origin: Origin,
+    keys: Sequence[str],
+    storage: str,
+    note: str | None,
+    *,
+    with_image: bool,
+) -> str:
+    """Say in what a file differs from the one that preparing a concept and saving it would write; "" if in nothing.
+
+    All that a user can choose must agree: bundle, schedule, steps and reference seed (the origin), storage, word, name,
+    weight, token index and note, each reference's prompt and content key, and whether images are stored, and which.
+    Not compared are the bytes of the keys: another backend, number of threads or workspace rounds them otherwise, and
+    a Session takes keys of the same content key for the same as well.
+
+    found        the file's concept, loaded with its hashes checked
+    concept      what would be prepared for `origin`, in the form `storage`
+    keys         the content keys of its references, see `content_key`
+    note         what would be saved with it
+    with_image   whether its images would be saved
+
+    Raises:
+        ImageError, MaskError: with `with_image`, an image or mask cannot be read.
+    """
+    settings = {
+        "bundle": (found.origin.bundle_hash, origin.bundle_hash),
+        "number of steps": (found.origin.steps, origin.steps),
+        "reference_seed": (found.origin.reference_seed, origin.reference_seed),
+        "schedule": (found.origin.to_dict(), origin.to_dict()),
+        "word": (found.word, concept.word),
+        "name": (found.name, concept.name),
+        "weight": (found.weight, concept.weight),
+        "token_index": (found.token_index, concept.token_index),
+        "note": (found.note, note),
+        "number of references": (len(found.references), len(concept.references)),
+    }
+    for name, (is_there, wanted) in settings.items():
+        if is_there != wanted:
+            return f"its {name} is {shown(is_there)}, expected {shown(wanted)}"
+    for position, (kept, bare, key) in enumerate(zip(found.references, concept.references, keys, strict=True), 1):
+        if kept.storage != storage:
+            return f"its storage is {shown(kept.storage)}, expected {shown(storage)}"
+        if kept.prompt != bare.prompt:
+            return f"the prompt of its reference {position} is {shown(kept.prompt)}, expected {shown(bare.prompt)}"
+        if kept.key != key:
+            return f"its reference {position} was made from another image or mask"
+    if not with_image:
+        return "it holds its images, and none are to be stored" if found.pictures else ""
+    if not found.pictures:
+        return "it holds no images, and they are to be stored"
+    pictures = _as_stored([load_reference(one, name=f"concept {concept.name!r}") for one in concept.references])
+    if set(pictures) != set(found.pictures) or not all(
+        np.array_equal(array, found.pictures[name]) for name, array in pictures.items()
+    ):
+        return "the images in it are others"
+    return ""
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left of a file that stands, as writing it anew would. Nothing is raised."""
+    with contextlib.suppress(OSError):
+        atomic_files.remove_abandoned_of(atomic_files.resolve_target(path))
 
 
 def load(path: Path, *, check_hashes: bool) -> KeptConcept:
@@ -99,10 +167,10 @@ def load(path: Path, *, check_hashes: bool) -> KeptConcept:
 def _free(path: Path, overwrite: bool, follow: bool = True) -> Path:
     """Return the absolute path, after checking that a file may be put or replaced there."""
     try:
-        target = unfinished.place(path) if follow else path.absolute()
+        target = atomic_files.resolve_target(path) if follow else path.absolute()
     except OSError as error:
         reraise_if_interrupt(error)
-        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
+        raise OutputError(f"file {str(path)!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
     if not os.path.lexists(target):
         return target
     if not target.is_file():
@@ -146,6 +214,11 @@ def _pictures(concept: KeptConcept) -> Mapping[str, NDArray[np.uint8]]:
                 f"kept concept {concept.name!r}: the image or mask of reference {position} is not what its keys were "
                 "made from; it has changed since. Prepare it again, or save it without images."
             )
+    return _as_stored(loaded)
+
+
+def _as_stored(loaded: Sequence[LoadedReference]) -> dict[str, NDArray[np.uint8]]:
+    """Return the images and masks of references as a file holds them, by their names there."""
     pictures: dict[str, NDArray[np.uint8]] = {}
     for number, one in enumerate(loaded):
         pictures[f"image_{number}"] = np.asarray(one.image, np.uint8)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import unfinished
+from .. import atomic_files
 from ..errors import (
     AnswerError,
     ErasedError,
@@ -334,7 +334,7 @@ class FolderConcepts(_Limited):
             raise unknown(id)
         gone = 0
         for file in files:
-            if file != path and unfinished.is_live(file):
+            if file != path and atomic_files.is_live(file):
                 continue
             try:
                 file.unlink(missing_ok=True)
@@ -399,7 +399,7 @@ class FolderConcepts(_Limited):
 
     def _make_folder(self) -> None:
         try:
-            unfinished.make_folder(self.folder, mode=0o700)
+            atomic_files.make_folder(self.folder, mode=0o700)
         except OSError as error:
             raise OutputError(f"folder of concepts {str(self.folder)!r} cannot be made: {error}.") from error
 

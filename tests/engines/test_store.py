@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from store_worker import CONTENT, sample_key, writer
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 from magicface_rt.engines import layout, locking
 from magicface_rt.engines.locking import FileLock
 from magicface_rt.engines.plan_key import PlanKey
@@ -427,13 +427,13 @@ def test_what_killed_processes_left_of_a_cache_goes_and_what_is_being_written_st
     left = cache(store, os.fspath(written.with_name(f".{written.name}.{'0' * 32}.part")), 10)
     other = cache(store, os.fspath(written.with_name(f".{written.stem}.1{written.suffix}.{'0' * 32}.part")), 10)
     foreign = cache(store, os.fspath(written.with_name(f".other.{'0' * 32}.part")), 10)
-    with unfinished.part(written) as part:
+    with atomic_files.temporary_sibling(written) as part:
         assert not left.exists(), "whoever writes the same removes it"
         part.write_bytes(bytes(1000))
         assert store.prune(0).entries == []
         assert not other.exists()
         assert foreign.exists()
-        unfinished.put(part, written)
+        atomic_files.replace_into_place(part, written)
     assert written.stat().st_size == 1000
 
 

@@ -276,7 +276,11 @@ def test_a_failing_disk_is_an_error_that_names_the_place_and_leaves_no_half_plan
         fail(patch, name, code, store.root, call)
         with pytest.raises(StoreError) as error:
             store.build(sample_key(), writer())
-    advice = {errno.ENOSPC: "Free some space", errno.EROFS: "Make the store writable", errno.EIO: "Look at the disk"}
+    advice = {
+        errno.ENOSPC: "Free some space",
+        errno.EROFS: "Make the store writable",
+        errno.EIO: "Look at the store and its disk",
+    }
     for part in (str(store.root), "cannot be written", os.strerror(code), advice[code], "--store DIR"):
         assert part in str(error.value)
     assert store.entries() == [], "what was said to have failed is not there"

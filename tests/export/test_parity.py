@@ -20,6 +20,7 @@ from magicface_rt import BackendError, Bundle, BundleError, ExportError, OptionE
 from magicface_rt.backends import OnnxRuntime
 from magicface_rt.bundle import GraphContract, Tensor
 from magicface_rt.export import graph_parity
+from magicface_rt.export import parity as parity_module
 from magicface_rt.export.bundle_runner import BundleStepRunner
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
@@ -29,6 +30,7 @@ from magicface_rt.export.replay import relative_error, replay_steps
 from magicface_rt.export.samples import sample_inputs
 from magicface_rt.export.trajectory import TrajectoryReport
 from magicface_rt.export.widened import widen
+from tests.killed import fill, killed, temporary
 from tests.locations import DATA, GOLDENS
 
 SHIPPED = DATA / "recordings" / "guidance-3"
@@ -235,6 +237,39 @@ def test_where_a_bfloat16_graph_cannot_be_widened_the_place_is_named(
     with pytest.raises(OutputError, match=f"graph g: .*{place}: .*Free some space"):
         graph_parity.compare_graph(stub, wanted, OnnxRuntime("cpu"), scratch=place if given else None)  # type: ignore[arg-type]
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and flock")
+def test_what_a_killed_verification_left_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle of a recording's model, and weights in float32: gigabytes, among the system's temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(parity_module, "_replays", lambda *_: [])
+    monkeypatch.setattr(parity_module, "BundleStepRunner", lambda *_: None)
+    monkeypatch.setattr(parity_module, "_case_bundle", lambda _, work, __: fill(work))
+    stub, wanted = SimpleNamespace(dtype="bfloat16"), SimpleNamespace(graph="g")
+
+    def compare() -> object:
+        return graph_parity.compare_graph(stub, wanted, OnnxRuntime("cpu"))  # type: ignore[arg-type]
+
+    killed(lambda: verify_case(DATA / "recordings" / "guidance-3"))
+    (left,) = temporary(tmp_path, "magicface-rt-verify")
+    assert (left / "weights.bin").exists()
+    found: list[Path] = []
+    monkeypatch.setattr(parity_module, "_case_bundle", lambda _, work, __: found.append(work))
+    verify_case(DATA / "recordings" / "guidance-3")
+    assert found[0].parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    verify_case(DATA / "recordings" / "guidance-3", work=tmp_path / "work")
+    assert found[1:] == [tmp_path / "work"]
+
+    monkeypatch.setattr(graph_parity, "widen", lambda _, __, folder: fill(folder))
+    killed(compare)
+    (left,) = temporary(tmp_path, "magicface-rt-float32")
+    assert (left / "weights.bin").exists()
+    monkeypatch.setattr(graph_parity, "widen", lambda _, __, folder: pytest.fail(f"{left.exists()} {folder.exists()}"))
+    with pytest.raises(pytest.fail.Exception, match="False True"):
+        compare()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_widening_keeps_every_value(tmp_path: Path) -> None:

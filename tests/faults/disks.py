@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from magicface_rt import unfinished
+from magicface_rt import atomic_files
 
 Act = Callable[[str, str], object]
 
@@ -74,7 +74,7 @@ class Layer:
             swap(os, "open", self._opening_descriptors(os.open))
             swap(io, "open", opened)
             swap(builtins, "open", opened)
-            swap(unfinished, "exchange", self._acting("exchange", unfinished.exchange))
+            swap(atomic_files, "exchange", self._acting("exchange", atomic_files.exchange))
             for name, function in changed.items():
                 swap(os, name, function)
             for name, function in {**changed, "open": opened}.items():

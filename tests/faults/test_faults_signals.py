@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -32,6 +33,7 @@ from threads_signalled import OUTSIDE, Ended, Forks
 
 import magicface_rt
 from magicface_rt import Bundle, Concept, KeptConcept, Progress, Session
+from magicface_rt.atomic_files import temporary_sibling
 from magicface_rt.backends.device import Device
 from magicface_rt.backends.key_uploader import KeyUploader
 from magicface_rt.backends.worker_stream import WorkerStream
@@ -465,17 +467,21 @@ DRAWING = (
 moments at which an interrupt loses it; these cannot be mended here."""
 COUNTING = ("session.py", "admission.py", "worker_context.py", "graphs.py", "store.py", "on_device.py", "awaited.py")
 """Those which keep count of who is at work, or for whom others wait."""
-SAVING = ("results", "unfinished", "provenance")
+SAVING = ("results", "atomic_files", "provenance")
+LIBRARY = {contextlib.__file__, pathlib.__file__, shutil.__file__}
+"""What of Python's own library is interrupted while files are written: all that leaves something to clean up."""
 
 
 class Interrupt:
     """KeyboardInterrupt where Python looks for signals: as a function begins, and as one written in C has ended.
 
-    Counts such moments in some files, and interrupts at that with the number `at`.
+    Counts such moments in some files, and interrupts at that with the number `at`. With `hold` it keeps what it raised
+    in `raised`, and with that everything that was going on.
     """
 
-    def __init__(self, files: Collection[str], at: int = -1) -> None:
-        self.files, self.at, self.where = files, at, ""
+    def __init__(self, files: Collection[str], at: int = -1, *, hold: bool = False) -> None:
+        self.files, self.at, self.where, self.hold = files, at, "", hold
+        self.raised: KeyboardInterrupt | None = None
         self.moments: list[str] = []
         self._ours: dict[CodeType, bool] = {}
 
@@ -485,7 +491,12 @@ class Interrupt:
         self.moments.append(os.path.basename(frame.f_code.co_filename))
         if len(self.moments) - 1 == self.at:
             self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            raise KeyboardInterrupt
+            error = KeyboardInterrupt()
+            self.raised = error if self.hold else None
+            try:
+                raise error
+            finally:
+                del error  # which holds this frame
 
     def _is_ours(self, code: CodeType) -> bool:
         if code not in self._ours:
@@ -600,7 +611,7 @@ def draw_in_time(draw: Callable[[], np.ndarray], where: str) -> np.ndarray:
 def test_ctrl_c_at_any_call_of_saving_keeps_a_result(tiny_bundle: Path, tmp_path: Path, most: int, form: str) -> None:
     """The earlier or the new one is there, whole, at every moment; and the next is saved as ever."""
     bundle = Bundle.open(tiny_bundle, check_hashes=False)
-    files = {str(PACKAGE / f"{name}.py") for name in SAVING} | {pathlib.__file__, shutil.__file__}
+    files = {str(PACKAGE / f"{name}.py") for name in SAVING} | LIBRARY
     with Session(bundle, backend=Drawn()) as session:
         results = [session.generate(PROMPT, steps=1, seed=seed) for seed in range(2)]
     out = tmp_path / "out"
@@ -626,3 +637,45 @@ def test_ctrl_c_at_any_call_of_saving_keeps_a_result(tiny_bundle: Path, tmp_path
     tried = f"{stopped} of {len(counting.moments)} moments tried"
     told = f"{tried}: a whole result there after each, and nothing else"
     figures.tell("signals", f"Ctrl-C at any call of saving ({form})", told)
+
+
+@pytest.mark.parametrize("through", ["BundleWriter", "with", "ExitStack"])
+def test_ctrl_c_at_any_call_of_making_a_temporary_folder_leaves_none(through: str, tmp_path: Path) -> None:
+    """Not even while the interrupt is being handled, which holds all that was going on. What is interrupted as it is
+    left may stay until then.
+    """
+    files = {str(PACKAGE / "atomic_files.py")} | LIBRARY
+    out, entered = tmp_path / "bundle", False
+    if through == "BundleWriter":
+        writers = pytest.importorskip("magicface_rt.export.bundle_writer")
+        files.add(str(writers.__file__))
+
+    def write() -> None:
+        nonlocal entered
+        entered = False
+        if through == "BundleWriter":
+            with writers.BundleWriter(out):
+                entered = True
+            return
+        made = temporary_sibling(out, folder=True)
+        try:
+            with contextlib.ExitStack() as stack, made if through == "with" else contextlib.nullcontext():
+                if through == "ExitStack":
+                    stack.enter_context(made)
+                entered = True
+        except BaseException:
+            if through == "ExitStack":
+                made.close()
+            raise
+
+    counting, stopped = Interrupt(files), 0
+    assert not interrupted(counting, write)
+    assert "contextlib.py" in counting.moments
+    for at in range(len(counting.moments)):
+        interrupt = Interrupt(files, at, hold=True)
+        stopped += interrupted(interrupt, write)
+        if not entered:
+            assert list(tmp_path.iterdir()) == [], f"left by an interrupt at {interrupt.where}"
+        interrupt.raised = None
+        assert list(tmp_path.iterdir()) == [], f"left by an interrupt at {interrupt.where}, after it was handled"
+    assert stopped >= 0.9 * len(counting.moments)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import ImageError, Session, unfinished
+from magicface_rt import ImageError, Session, atomic_files
 from magicface_rt.backends.device import import_cuda
 from magicface_rt.backends.onnxruntime import OnnxRuntime, import_onnxruntime
 from magicface_rt.cli import doctor, main
@@ -222,7 +222,7 @@ def test_pictures_that_are_read(
 
 
 def test_a_file_that_is_written(strike: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfinished, "settle", strike)
+    monkeypatch.setattr(atomic_files, "fsync_tree", strike)
     with struck():
         made().save(tmp_path / "man.concept")
     assert not list(tmp_path.iterdir())

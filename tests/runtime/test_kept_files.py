@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference, unfinished
+from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference, atomic_files
 from magicface_rt.backends.host import from_bfloat16, to_bfloat16
 from magicface_rt.cli import main
 from magicface_rt.images import load_reference
@@ -257,7 +257,13 @@ def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @pytest.mark.parametrize(
     ("of", "function"),
-    [(unfinished, "place"), (unfinished, "put"), (unfinished, "check"), (Stamp, "of"), (Stamp, "was_modified")],
+    [
+        (atomic_files, "resolve_target"),
+        (atomic_files, "replace_into_place"),
+        (atomic_files, "check_writable"),
+        (Stamp, "of"),
+        (Stamp, "was_modified"),
+    ],
 )
 def test_a_time_limit_that_ends_meanwhile_is_no_fault_of_the_file(
     of: Any, function: str, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -269,9 +275,9 @@ def test_a_time_limit_that_ends_meanwhile_is_no_fault_of_the_file(
 
     loaded, other = KeptConcept.load(path), path.with_name("other.concept")
     uses: dict[str, Callable[[], object]] = {
-        "place": lambda: loaded.save(other),
-        "put": lambda: loaded.save(other),
-        "check": lambda: check_writable(other, overwrite=False),
+        "resolve_target": lambda: loaded.save(other),
+        "replace_into_place": lambda: loaded.save(other),
+        "check_writable": lambda: check_writable(other, overwrite=False),
         "of": lambda: KeptConcept.load(path),
         "was_modified": loaded.check_not_modified,
     }
@@ -353,21 +359,21 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param != "link":
         monkeypatch.setattr(os, "link", cannot)
     if request.param == "look":
-        monkeypatch.setattr(unfinished, "_rename", lambda *_: False)
+        monkeypatch.setattr(atomic_files, "_rename", lambda *_: False)
 
 
 @pytest.mark.usefixtures("system")
 def test_a_file_that_somebody_puts_there_meanwhile_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, settle = tmp_path / "cap.concept", unfinished.settle
+    path, settle = tmp_path / "cap.concept", atomic_files.fsync_tree
 
     def slow(new: Path) -> None:
         path.write_bytes(b"somebody's")
         settle(new)
 
     with monkeypatch.context() as patched:
-        patched.setattr(unfinished, "settle", slow)
+        patched.setattr(atomic_files, "fsync_tree", slow)
         with pytest.raises(OutputError, match=r"cap.concept' exists already. Give another path, or allow overwriting"):
             made().save(path)
         assert path.read_bytes() == b"somebody's"
@@ -380,7 +386,7 @@ def test_a_file_that_somebody_puts_there_meanwhile_is_not_replaced(
 
 
 def test_of_two_that_save_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, settle, both = tmp_path / "cap.concept", unfinished.settle, threading.Barrier(2)
+    path, settle, both = tmp_path / "cap.concept", atomic_files.fsync_tree, threading.Barrier(2)
     ended: list[str] = []
 
     def together(new: Path) -> None:
@@ -394,7 +400,7 @@ def test_of_two_that_save_at_once_one_is_refused(tmp_path: Path, monkeypatch: py
         except OutputError as error:
             ended.append("exists already" if "exists already" in str(error) else str(error))
 
-    monkeypatch.setattr(unfinished, "settle", together)
+    monkeypatch.setattr(atomic_files, "fsync_tree", together)
     threads = [threading.Thread(target=save, args=(name,)) for name in ("one", "two")]
     for thread in threads:
         thread.start()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import results, unfinished
+from magicface_rt import atomic_files, results
 from magicface_rt.concept import Concept, Reference
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.options import Options
@@ -137,6 +137,28 @@ def test_overwriting_replaces_an_earlier_result(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["out"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+def test_portraits_that_were_private_stay_so(tmp_path: Path) -> None:
+    one = result(
+        images=[Image.new("RGB", (64, 64))], regions=np.zeros((1, 4, 4), np.int64), latents=np.zeros((1, 4, 8, 8))
+    )
+    umask = os.umask(0o022)
+    try:
+        folder = one.save(tmp_path / "out")
+        for path in folder.glob("*.png"):
+            path.chmod(0o600)
+        result().save(folder, overwrite=True)
+    finally:
+        os.umask(umask)
+    assert folder.stat().st_mode & 0o777 == 0o755
+    pictures = dict.fromkeys(FILES[:4], 0o600)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        **pictures,
+        "regions.npz": 0o644,
+        "run.json": 0o644,
+    }
+
+
 def test_overwriting_never_removes_other_files(tmp_path: Path) -> None:
     folder = result().save(tmp_path / "out")
     (folder / "thesis.txt").write_text("mine")
@@ -216,7 +238,7 @@ def test_files_that_appear_meanwhile_are_not_removed(
 ) -> None:
     folder = result().save(tmp_path / "out")
     before = (folder / "run.json").read_bytes()
-    real = {"encode_png": results.encode_png, "exchange": unfinished.exchange, "rename": Path.rename}
+    real = {"encode_png": results.encode_png, "exchange": atomic_files.exchange, "rename": Path.rename}
 
     def appears(name: str, *arguments: Any) -> Any:
         if (folder / "run.json").exists() and not (folder / "thesis.txt").exists():
@@ -226,9 +248,9 @@ def test_files_that_appear_meanwhile_are_not_removed(
     if moment == "while it is written":
         monkeypatch.setattr(results, "encode_png", lambda *arguments: appears("encode_png", *arguments))
     elif exchange:
-        monkeypatch.setattr(unfinished, "exchange", lambda *arguments: appears("exchange", *arguments))
+        monkeypatch.setattr(atomic_files, "exchange", lambda *arguments: appears("exchange", *arguments))
     if not exchange:
-        monkeypatch.setattr(unfinished, "exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_files, "exchange", lambda one, other: False)
         if moment == "as it is replaced":
             monkeypatch.setattr(Path, "rename", lambda *arguments: appears("rename", *arguments))
     with pytest.raises(OutputError, match=r"out' is not replaced: it holds 'thesis.txt', which no result writes"):
@@ -290,7 +312,7 @@ def test_a_failed_exchange_brings_the_earlier_result_back(tmp_path: Path, monkey
             raise OSError("exchange failed")
         return rename(self, target)
 
-    monkeypatch.setattr(unfinished, "exchange", lambda one, other: False)  # a system that cannot
+    monkeypatch.setattr(atomic_files, "exchange", lambda one, other: False)  # a system that cannot
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OutputError, match="exchange failed"):
         result().save(folder, overwrite=True)

@@ -21,7 +21,7 @@ import pytest
 from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png, running, until
 from writes import Writes
 
-from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference, unfinished
+from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference, atomic_files
 from magicface_rt.errors import (
     AnswerError,
     DeadlineError,
@@ -448,7 +448,7 @@ def test_what_another_process_is_writing_is_neither_taken_from_it_nor_called_era
     with running(session, store=store, settings=settings) as server, server.client() as client:
         kept = client.put_concept(MAN)
         path = tmp_path / f"{kept.id}.concept"
-        with unfinished.part(path) as part:
+        with atomic_files.temporary_sibling(path) as part:
             part.write_bytes(path.read_bytes())
             monkeypatch.setattr("magicface_rt.serve.local.ERASE_ATTEMPTS", 2)
             with pytest.raises(AnswerError, match="Erase it again") as refused:
@@ -459,7 +459,7 @@ def test_what_another_process_is_writing_is_neither_taken_from_it_nor_called_era
                 monkeypatch.setattr("magicface_rt.serve.local.ERASE_ATTEMPTS", 1000)  # the machine may be busy
                 erasing = pool.submit(client.erase, kept)
                 time.sleep(0.3)
-                unfinished.put(part, path)
+                atomic_files.replace_into_place(part, path)
                 assert erasing.result(60)["files"] == 1
         assert list(tmp_path.iterdir()) == []
         path.with_name(f".{path.name}.{'0' * 32}.part").write_bytes(b"of a process that was killed")
@@ -471,7 +471,7 @@ def test_what_another_process_is_writing_is_neither_taken_from_it_nor_called_era
 def test_who_puts_what_another_process_erases_is_told_so(
     session: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    put = unfinished.put
+    put = atomic_files.replace_into_place
 
     def erased(new: Path, target: Path, **how: Any) -> None:
         if when == "after":
@@ -482,7 +482,7 @@ def test_who_puts_what_another_process_erases_is_told_so(
 
     store, settings = FolderConcepts(tmp_path), ServeSettings(default_steps=1)
     with running(session, store=store, settings=settings) as server, server.client() as client:
-        monkeypatch.setattr(unfinished, "put", erased)
+        monkeypatch.setattr(atomic_files, "replace_into_place", erased)
         with pytest.raises(ErasedError, match="erased by another process as it was put"):
             client.put_concept(MAN)
         monkeypatch.undo()

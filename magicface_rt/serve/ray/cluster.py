@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ... import atomic_files
 from ...backends import FLAVOURS, why_not
 from ...bundle import Bundle
 from ...errors import BackendError, DeviceError, MagicFaceError, OptionError
@@ -112,10 +113,17 @@ def serve(
         return running.end()
 
 
-def shared_memory_folder() -> Path:
-    """Create a folder that only its owner can read, in shared memory if the machine has such a place."""
-    place = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="magicface-concepts-", dir=place if os.access(place, os.W_OK) else None))
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def shared_memory_folder() -> atomic_files.TemporarySibling:
+    """Return a context that makes a folder that only its owner can read, in shared memory if the machine has that.
+
+    It is removed when the context ends. What services of this user that were killed left is removed first: kept
+    concepts are personal data, and shared memory would hold them until the machine restarts.
+    """
+    usable = os.access(SHARED_MEMORY, os.W_OK)
+    return atomic_files.temporary_folder("magicface-concepts", SHARED_MEMORY if usable else None)
 
 
 @contextlib.contextmanager
