@@ -9,11 +9,12 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from magicface_rt.errors import CheckpointError
+from magicface_rt.interrupts import let_through
 from magicface_rt.shown import shown
 from magicface_rt.tokenizer import guarded
 
 from .block_layout import check_configs
-from .checkpoint import MAX_LENGTH, PICKLES, Checkpoint, State, read_config, read_safetensors, read_text
+from .checkpoint import MAX_LENGTH, PICKLES, Checkpoint, State, read_config, read_safetensors, read_text, stamps_of
 from .tokenizer import END, build_tokenizer_json
 
 __all__ = ["FolderCheckpoint", "find_weights"]
@@ -48,6 +49,7 @@ class FolderCheckpoint(Checkpoint):
             "vae": find_weights(path / "vae", "diffusion_pytorch_model"),
             "text_encoder": find_weights(path / "text_encoder", "model"),
         }
+        self.stamps = stamps_of(path, self.weight_files)
         for files in self._weights.values():
             for file in files:
                 read_safetensors(file, keys=())
@@ -88,6 +90,7 @@ class FolderCheckpoint(Checkpoint):
             merges = [(left, right) for left, right in pairs]
             return guarded(lambda: build_tokenizer_json(vocabulary, merges, pad_token=self._pad_token))
         except Exception as error:  # the tokenizers wheel raises plain Exception
+            let_through(error)
             raise CheckpointError(
                 f"tokenizer {folder}: vocab.json and merges.txt do not fit together: "
                 f"{type(error).__name__}: {str(error)[:500]}"
@@ -112,6 +115,7 @@ class FolderCheckpoint(Checkpoint):
         try:
             return guarded(lambda: Tokenizer.from_str(text))
         except Exception as error:  # the tokenizers wheel raises plain Exception
+            let_through(error)
             raise CheckpointError(
                 f"tokenizer {self.path / 'tokenizer'}: tokenizer.json cannot be read: {str(error)[:500]}"
             ) from error
@@ -190,6 +194,7 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
         try:
             there = (folder / name).is_file()
         except OSError as error:  # no file can have such a name
+            let_through(error)
             raise CheckpointError(
                 f"checkpoint index {index}: shard {name[:100]!r} cannot be read: {error.strerror}"
             ) from error
