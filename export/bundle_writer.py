@@ -91,6 +91,7 @@ class BundleWriter:
                 self.folder = made.enter_context(unfinished.part(self.out, folder=True))
                 self.weights = WeightsFile(self.folder / WEIGHTS)
             except OSError as error:
+                let_through(error)
                 raise OutputError(f"output folder {self.out} cannot be made: {unfinished.why(error)}") from error
             self._made = made.pop_all()
         return self

@@ -23,7 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from magicface_rt import unfinished
 from magicface_rt.errors import OptionError, OutputError
+from magicface_rt.interrupts import let_through
 from magicface_rt.schedule import Schedule
+from magicface_rt.shortage import told_as_ours
 
 from .architectures import Architecture, architecture
 from .threads import one_thread
@@ -64,6 +66,7 @@ The tokenizer is CLIP's (MIT licence, OpenAI).
 """
 
 
+@told_as_ours()
 def write_checkpoint(
     architecture_name: str, out: str | Path, *, seed: int, dtype: Literal["float32", "float16"] = "float32"
 ) -> Path:
@@ -92,6 +95,7 @@ def write_checkpoint(
             _write_json(scratch / "model_index.json", _model_index())
             unfinished.put(scratch, out, overwrite=False)
     except OSError as error:
+        let_through(error)
         raise OutputError(f"checkpoint folder {out}: cannot be written: {unfinished.why(error)}") from error
     return out
 

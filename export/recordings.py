@@ -19,8 +19,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from magicface_rt.errors import CheckpointError, OptionError, RecordingError
+from magicface_rt.interrupts import let_through
 from magicface_rt.plain_file import read_plain
 from magicface_rt.schedule import Schedule
+from magicface_rt.shortage import told_as_ours
 from magicface_rt.shown import shown
 from magicface_rt.strict_json import read_json
 
@@ -151,7 +153,8 @@ class Recording:
         folder = Path(folder)
         try:
             there = folder.is_dir()
-        except OSError:  # no folder can have such a name
+        except OSError as error:  # no folder can have such a name
+            let_through(error)
             there = False
         if not there:
             raise RecordingError(f"recording {folder}: no such folder. Give the folder that holds case.json.")
@@ -236,6 +239,7 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
             str(folder), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # diffusers raises a dozen kinds
+        let_through(error)
         raise RecordingError(f"model {folder}: cannot be loaded as a UNet2DConditionModel: {error}") from error
     return unet.eval()
 
@@ -332,6 +336,7 @@ def _resolved(folder: Path, case: _Case) -> Path:
     try:
         return (folder / case.text("model")).resolve()
     except (OSError, ValueError) as error:
+        let_through(error)
         raise case.refused("model", case["model"], f"a folder's name ({error})") from error
 
 
@@ -394,6 +399,7 @@ def _read_json(path: Path, *, of: str = _RECORDING) -> dict[str, Any]:
     try:
         value = read_json(read_plain(path, MOST_JSON_BYTES))
     except (OSError, ValueError) as error:
+        let_through(error)
         raise _unreadable(path, error, of) from error
     if not isinstance(value, dict):
         raise RecordingError(f"{path}: holds a {type(value).__name__}, expected an object.")
@@ -407,10 +413,13 @@ def _read_arrays(path: Path, wanted: Mapping[str, tuple[str, str]], sizes: dict[
         _check_header(path, name, header, *wanted[name], sizes)
 
     try:
-        arrays = read_npz(path, list(wanted), accept, MOST_ARRAY_BYTES)
+        with told_as_ours():
+            arrays = read_npz(path, list(wanted), accept, MOST_ARRAY_BYTES)
     except LookupError as missing:
+        let_through(missing)
         raise RecordingError(f"{path}: lacks {missing.args[0]}. Record the case again.") from missing
-    except (OSError, ValueError, MemoryError) as error:
+    except (OSError, ValueError) as error:
+        let_through(error)
         raise _unreadable(path, error, _RECORDING) from error
     return {name: _checked(array, path, name, wanted[name][1]) for name, array in arrays.items()}
 

@@ -18,6 +18,7 @@ from magicface_rt.backends.onnxruntime import import_onnxruntime
 from magicface_rt.backends.ort_arena import trim
 from magicface_rt.bundle import CUDA_RUNTIME, Bundle, GraphContract
 from magicface_rt.errors import BackendError
+from magicface_rt.interrupts import let_through
 
 from .definitions import define
 
@@ -42,6 +43,7 @@ class DefinedCuda(Backend):
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:
+            let_through(error)
             raise BackendError(f"graph {graph} of bundle {bundle.path}: {self.name} refused it: {error}") from error
         return _Runner(contract, session)
 
