@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from magicface_rt import Concept, MagicFaceError, Reference, Session
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.images import layer_mask, mask_grid
+from magicface_rt.interrupts import let_through
 
 from .quality import autoencoded, open_model
 from .sheets import eight_bits, tile
@@ -269,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (a.out / "privacy.md").write_text(table(rows), encoding="utf-8")
             sheet(shown, victims, pictures).save(a.out / "sheet.png", optimize=True)
         except OSError as error:
+            let_through(error)
             raise OutputError(f"output folder {a.out}: {error.strerror or error}.") from error
     except MagicFaceError as error:
         print(f"error: {error}", file=sys.stderr)
