@@ -31,7 +31,6 @@ from magicface_rt.strict_json import read_json
 from .block_layout import architecture_name
 
 __all__ = [
-    "MAX_LENGTH",
     "PICKLES",
     "Checkpoint",
     "State",
@@ -43,7 +42,6 @@ __all__ = [
 ]
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
-MAX_LENGTH = 77
 MAX_TEXT_BYTES = 1 << 26
 
 State = dict[str, torch.Tensor]

@@ -10,11 +10,12 @@ from tokenizers import Tokenizer
 
 from magicface_rt.errors import CheckpointError
 from magicface_rt.interrupts import let_through
+from magicface_rt.regions import TOKENS
 from magicface_rt.shown import shown
 from magicface_rt.tokenizer import guarded
 
 from .block_layout import check_configs
-from .checkpoint import MAX_LENGTH, PICKLES, Checkpoint, State, read_config, read_safetensors, read_text, stamps_of
+from .checkpoint import PICKLES, Checkpoint, State, read_config, read_safetensors, read_text, stamps_of
 from .tokenizer import END, build_tokenizer_json
 
 __all__ = ["FolderCheckpoint", "find_weights"]
@@ -129,7 +130,7 @@ class FolderCheckpoint(Checkpoint):
                 f"checkpoint {self.path}: its tokenizer has a token of number {last}, and vocab_size of text_encoder "
                 f"is {text['vocab_size']}; expected more than {last}"
             )
-        positions = text.get("max_position_embeddings", MAX_LENGTH)
+        positions = text.get("max_position_embeddings", TOKENS)
         if positions is None or self.max_length > positions:
             raise CheckpointError(
                 f"checkpoint {self.path}: prompts have {self.max_length} tokens, and max_position_embeddings of "
@@ -150,11 +151,11 @@ class FolderCheckpoint(Checkpoint):
     @property
     def max_length(self) -> int:
         file = self.path / "tokenizer" / "tokenizer_config.json"
-        stored = read_config(file).get("model_max_length", MAX_LENGTH) if file.is_file() else MAX_LENGTH
+        stored = read_config(file).get("model_max_length", TOKENS) if file.is_file() else TOKENS
         # Where there is no limit, transformers writes 1e30, as a whole number.
         if isinstance(stored, bool) or not isinstance(stored, (int, float)) or not stored >= 3:
             raise CheckpointError(f"tokenizer file {file}: model_max_length is no number from 3")
-        return int(min(stored, MAX_LENGTH))
+        return int(min(stored, TOKENS))
 
 
 def find_weights(folder: Path, stem: str) -> tuple[Path, ...]:
