@@ -223,8 +223,8 @@ class Bundle:
         raw = _read_manifest(folder)
         manifest = _parse(folder, raw)
         try:
-            bundle = _from_manifest(folder, hashlib.sha256(raw).hexdigest(), manifest)
             check_form(manifest)
+            bundle = _from_manifest(folder, hashlib.sha256(raw).hexdigest(), manifest)
         except _MALFORMED as error:
             reason = f"{type(error).__name__}: {error}"[:500]
             raise BundleError(
