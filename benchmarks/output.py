@@ -9,6 +9,7 @@ from typing import Any
 
 from magicface_rt import atomic_files
 from magicface_rt.errors import BackendMissingError, OutputError
+from magicface_rt.interrupts import reraise_if_interrupt
 
 from .plots import draw
 from .results import Report
@@ -44,6 +45,7 @@ def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = Tru
             text += f"\n{error}\n"
         _write(folder / TABLE, text)
     except OSError as error:
+        reraise_if_interrupt(error)
         raise OutputError(f"the report cannot be written into {folder}: {error}.") from error
     return made
 

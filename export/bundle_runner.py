@@ -9,8 +9,10 @@ import numpy as np
 from magicface_rt.backends import Backend, GraphRunner
 from magicface_rt.backends.host import to_contract_dtype
 from magicface_rt.bundle import Bundle
-from magicface_rt.denoiser import Denoiser, Guidance, ReferenceSet
-from magicface_rt.regions import MaskedReference, WeightMode
+from magicface_rt.denoiser import Guidance
+from magicface_rt.options import WeightMode
+from magicface_rt.regions import MaskedReference
+from magicface_rt.single_step import Denoiser, ReferenceSet
 
 from .recordings import Recording
 from .replay import RunnerOutputs

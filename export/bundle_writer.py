@@ -23,7 +23,7 @@ from magicface_rt.interrupts import reraise_if_interrupt
 from .fusion import Fused, fuse
 from .graphs import Graph
 from .long_sums import split_long_sums
-from .operators import bind
+from .operators import write_bodies
 
 _ALIGNMENT = 4096
 _INLINE_BYTES = 1024
@@ -36,7 +36,7 @@ class WeightsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stream = path.open("wb")
-        self._places: dict[tuple[bytes, int], int] = {}
+        self._offsets: dict[tuple[bytes, int], int] = {}
 
     def externalize(self, model: ir.Model) -> None:
         """Move the model's large initializers into the file, in place; those that are external already are skipped."""
@@ -47,7 +47,7 @@ class WeightsFile:
             content = tensor.tobytes()
             value.const_value = ir.ExternalTensor(
                 self.path.name,
-                self._place(content),
+                self._offset_of(content),
                 len(content),
                 tensor.dtype,
                 shape=tensor.shape,
@@ -55,13 +55,13 @@ class WeightsFile:
                 base_dir=self.path.parent,
             )
 
-    def _place(self, content: bytes) -> int:
+    def _offset_of(self, content: bytes) -> int:
         key = (hashlib.sha256(content).digest(), len(content))
-        if key not in self._places:
+        if key not in self._offsets:
             self._stream.write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
-            self._places[key] = self._stream.tell()
+            self._offsets[key] = self._stream.tell()
             self._stream.write(content)
-        return self._places[key]
+        return self._offsets[key]
 
     def flush(self) -> None:
         self._stream.flush()
@@ -93,6 +93,7 @@ class BundleWriter:
         except BaseException as error:  # an interrupt as well: `__exit__` is not called then
             self._part.close()
             if isinstance(error, OSError):
+                reraise_if_interrupt(error)
                 raise OutputError(
                     f"output folder {self.out} cannot be made: {atomic_files.explain_os_error(error)}"
                 ) from error
@@ -128,7 +129,7 @@ class BundleWriter:
             proto = ir.to_proto(model)
             files = {}
             for runtime in RUNTIMES:
-                bind(proto, runtime)
+                write_bodies(proto, runtime)
                 name = f"{graph.name}.{runtime}.onnx"
                 onnx.save_model(_for_cpu(proto) if runtime == "onnxruntime" else proto, str(self.folder / name))
                 files[runtime] = name
@@ -147,7 +148,7 @@ class BundleWriter:
         self.weights.externalize(model)
         self.weights.flush()
         proto = ir.to_proto(model)
-        bind(proto, "onnxruntime-cuda" if half else "onnxruntime")
+        write_bodies(proto, "onnxruntime-cuda" if half else "onnxruntime")
         onnx.save_model(proto, str(self.folder / name))
 
     def drop_cuda_file(self, graph: str) -> None:

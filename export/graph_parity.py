@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from magicface_rt import atomic_files
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
+from magicface_rt.backends.base import Arrays
 from magicface_rt.backends.checks import ShapeRanges
 from magicface_rt.backends.host import BFLOAT16, from_bfloat16, to_contract_dtype
 from magicface_rt.bundle import Bundle
@@ -52,8 +53,6 @@ SAME_STEP_TOLERANCE = 1e-5
 
 PARITY_SIZES = {"B": 3, "R": 3, "K": 1, "M1": 37, "M2": 23, "M4": 13, "M8": 6}
 """Other sizes than the traced ones, so a size that was traced as a constant is noticed."""
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -199,40 +198,52 @@ def compare_graph(
         BackendError: the runtime refused the graph.
         OutputError: there is no room for the weights of a bfloat16 graph in float32.
     """
-    if backend is None:
-        with closing(OnnxRuntime("cpu")) as own:  # closing it gives back what its graphs worked in
-            return compare_graph(bundle, expected, own, runner, scratch=scratch)
-    if bundle.dtype == BFLOAT16 and backend.name == CPU:
-        with ExitStack() as made:
-            try:
-                folder = atomic_files.temporary_folder("magicface-rt-float32", scratch)
-                made.callback(folder.close)  # before it is entered, as an interrupt may come just after that
-                wide = widen(bundle, expected.graph, folder.__enter__())
-            except OSError as error:
-                reraise_if_interrupt(error)
-                raise OutputError(
-                    f"graph {expected.graph}: its weights in float32 cannot be written to "
-                    f"{scratch or tempfile.gettempdir()}: {atomic_files.explain_os_error(error)}"
-                ) from error
-            return dataclasses.replace(compare_graph(wide, expected, backend), note=IN_FLOAT32)
-    if runner is None:
-        with closing(backend.load(bundle, expected.graph)) as loaded:
-            return compare_graph(bundle, expected, backend, loaded)
-    missing = sorted(expected.outputs.keys() - {t.name for t in runner.contract.outputs})
-    if missing:
-        raise BackendError(
-            f"graph {expected.graph}: {backend.name} has no outputs {', '.join(missing)}, which are compared. "
-            "Build plans with them: magicface-rt build BUNDLE --parity"
-        )
+    with ExitStack() as made:
+        if backend is None:
+            backend = made.enter_context(closing(OnnxRuntime("cpu")))  # closing it gives back what its graphs worked in
+        widened = bundle.dtype == BFLOAT16 and backend.name == CPU
+        if widened:
+            bundle, runner = made.enter_context(_widened(bundle, expected.graph, scratch)), None
+        if runner is None:
+            runner = made.enter_context(closing(backend.load(bundle, expected.graph)))
+        missing = sorted(expected.outputs.keys() - {t.name for t in runner.contract.outputs})
+        if missing:
+            raise BackendError(
+                f"graph {expected.graph}: {backend.name} has no outputs {', '.join(missing)}, which are compared. "
+                "Build plans with them: magicface-rt build BUNDLE --parity"
+            )
+        outputs = _run(runner, expected)
+        found = _judge_step(expected, outputs) if expected.step is not None else _judge(expected, outputs)
+    return dataclasses.replace(found, note=IN_FLOAT32) if widened else found
+
+
+@contextmanager
+def _widened(bundle: Bundle, graph: str, scratch: Path | None) -> Iterator[Bundle]:
+    """A float32 copy of a bfloat16 bundle's graph, in a folder below `scratch` that is removed afterwards."""
+    with ExitStack() as made:
+        try:
+            folder = atomic_files.temporary_folder("magicface-rt-float32", scratch)
+            made.callback(folder.close)  # before it is entered, as an interrupt may come just after that
+            wide = widen(bundle, graph, folder.__enter__())
+        except OSError as error:
+            reraise_if_interrupt(error)
+            raise OutputError(
+                f"graph {graph}: its weights in float32 cannot be written to "
+                f"{scratch or tempfile.gettempdir()}: {atomic_files.explain_os_error(error)}"
+            ) from error
+        yield wide
+
+
+def _run(runner: GraphRunner, expected: Expected) -> Arrays:
+    """Run a graph on the inputs, and return its outputs by name; bfloat16 ones as float32."""
     inputs = {t.name: to_contract_dtype(expected.inputs[t.name], t.dtype) for t in runner.contract.inputs}
     try:
-        outputs = {
+        return {
             t.name: from_bfloat16(array) if t.dtype == BFLOAT16 else array
             for t, array in zip(runner.contract.outputs, runner.run(inputs).values(), strict=True)
         }
     except NonFiniteError as error:
         raise ParityError(str(error)) from error
-    return _judge_step(expected, outputs) if expected.step is not None else _judge(expected, outputs)
 
 
 def check_graph(bundle: Bundle, graph: Graph, vocabulary: int, backend: Backend) -> GraphParity:

@@ -14,6 +14,7 @@ from magicface_rt import atomic_files
 from magicface_rt.backends import Backend, open_backend
 from magicface_rt.bundle import Bundle, sha256
 from magicface_rt.errors import BundleError, ParityError
+from magicface_rt.shortage import as_host_memory_error
 
 from .attention import SELF_ATTENTIONS
 from .bundle_runner import BundleStepRunner
@@ -53,6 +54,7 @@ class Verdict:
         return [*lines, f"{self.subject}: {'passed' if self.passed else 'FAILED'}"]
 
 
+@as_host_memory_error()
 def verify_case(case: str | Path, *, work: Path | None = None, report: Report = lambda _: None) -> Verdict:
     """Replay a recording with the PyTorch reference and with a bundle exported from the recording's own model.
 
@@ -65,6 +67,7 @@ def verify_case(case: str | Path, *, work: Path | None = None, report: Report = 
     Raises:
         RecordingError: the recording cannot be read.
         ExportError: its model could not be exported.
+        HostMemoryError: there is too little memory for it.
     """
     recording = Recording.load(case)
     reference = ReferenceStepRunner(recording)
@@ -118,6 +121,7 @@ def _kept_bundle(folder: Path) -> Bundle | None:
     return None
 
 
+@as_host_memory_error()
 def verify_bundle(
     bundle: str | Path,
     checkpoint: str | Path,
@@ -133,6 +137,7 @@ def verify_bundle(
     Raises:
         BundleError, CheckpointError, BackendMissingError: what was given cannot be used.
         ParityError: the bundle was exported from another checkpoint.
+        HostMemoryError: there is too little memory for it.
     """
     if isinstance(backend, str):
         with closing(open_backend(backend)) as own:

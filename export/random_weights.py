@@ -23,7 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from magicface_rt import atomic_files
 from magicface_rt.errors import OptionError, OutputError
+from magicface_rt.interrupts import reraise_if_interrupt
 from magicface_rt.schedule import Schedule
+from magicface_rt.shortage import as_host_memory_error
 
 from .architectures import Architecture, architecture
 from .threads import single_torch_thread
@@ -64,6 +66,7 @@ The tokenizer is CLIP's (MIT licence, OpenAI).
 """
 
 
+@as_host_memory_error()
 def write_checkpoint(
     architecture_name: str, out: str | Path, *, seed: int, dtype: Literal["float32", "float16"] = "float32"
 ) -> Path:
@@ -92,6 +95,7 @@ def write_checkpoint(
             _write_json(scratch / "model_index.json", _model_index())
             atomic_files.replace_into_place(scratch, out, overwrite=False)
     except OSError as error:
+        reraise_if_interrupt(error)
         raise OutputError(
             f"checkpoint folder {out}: cannot be written: {atomic_files.explain_os_error(error)}"
         ) from error

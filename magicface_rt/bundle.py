@@ -51,6 +51,14 @@ class Tensor:
         return f"{self.name} {self.dtype}[{', '.join(str(d) for d in self.shape)}]"
 
 
+def reference_tensor_names(layer: int) -> tuple[str, str]:
+    """Return the names of the tensors that hold the references' keys and values at an injection layer, by its index.
+
+    They are outputs of `reference_kv` and inputs of `denoise_step`.
+    """
+    return f"k_ref_{layer}", f"v_ref_{layer}"
+
+
 @dataclass(frozen=True)
 class GraphContract:
     """Inputs and outputs of a graph, and its file for each runtime."""
@@ -215,8 +223,8 @@ class Bundle:
         raw = _read_manifest(folder)
         manifest = _parse(folder, raw)
         try:
-            bundle = _from_manifest(folder, hashlib.sha256(raw).hexdigest(), manifest)
             check_form(manifest)
+            bundle = _from_manifest(folder, hashlib.sha256(raw).hexdigest(), manifest)
         except _MALFORMED as error:
             reason = f"{type(error).__name__}: {error}"[:500]
             raise BundleError(

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from .errors import ConceptError
 from .images import layer_mask
+from .options import WeightMode
 from .plain_numbers import as_float
 
 Stage = Literal["rsa", "rba", "off"]
-WeightMode = Literal["bias", "scale"]
 
 PADDING = -1
 MAX_CONCEPTS = 6

@@ -28,8 +28,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from magicface_rt import Concept, MagicFaceError, Reference, Session
+from magicface_rt.bundle import reference_tensor_names
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.images import layer_mask, mask_grid
+from magicface_rt.interrupts import reraise_if_interrupt
 
 from ..machine import describe
 from .quality import autoencoded, open_model
@@ -76,7 +78,7 @@ def take(session: Session, pictures: Pictures, *, steps: int, storage: str = "ex
     """Prepare each picture's person, everything but the background, as a concept, and read what was kept."""
     bundle = session.bundle
     finest = min(layer.factor for layer in bundle.injection_layers)
-    names = [f"{kind}_ref_{x.index}" for x in bundle.injection_layers if x.factor == finest for kind in "kv"]
+    names = [name for x in bundle.injection_layers if x.factor == finest for name in reference_tensor_names(x.index)]
     rows, columns = (side // bundle.vae_factor // finest for side in (bundle.height, bundle.width))
     side = bundle.height // rows
     taken = []
@@ -284,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (a.out / "privacy.md").write_text(table(rows), encoding="utf-8")
             sheet(shown, victims, pictures).save(a.out / "sheet.png", optimize=True)
         except OSError as error:
+            reraise_if_interrupt(error)
             raise OutputError(f"output folder {a.out}: {error.strerror or error}.") from error
     except MagicFaceError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -179,7 +179,7 @@ class OnnxRuntime(Backend):
             raise BackendError(f"{subject}: {first_line(error)}") from error
         self._check_provider(f"graph {graph}", session)
         if self.provider == "cpu":
-            return _Runner(contract, session)
+            return HostRunner(contract, session)
         left = left_to_the_cpu(session)
         if left is None:
             self._say_that_placement_is_not_known()
@@ -356,7 +356,7 @@ class OnnxRuntime(Backend):
         return devices
 
 
-class _Runner(GraphRunner):
+class HostRunner(GraphRunner):
     """Runs a graph on host arrays."""
 
     def __init__(self, contract: GraphContract, session: Any) -> None:

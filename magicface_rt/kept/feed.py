@@ -18,8 +18,9 @@ from ..backends.base import Arrays
 from ..backends.binding import Binding
 from ..backends.key_uploader import KeyUploader
 from ..backends.pieces import DeviceArray, OutputRows, Piece
-from ..bundle import Bundle
-from ..regions import PADDING, KeptTokens, MaskedReference, Stage, WeightMode, bucket, kept_tokens, key_access
+from ..bundle import Bundle, reference_tensor_names
+from ..options import WeightMode
+from ..regions import PADDING, KeptTokens, MaskedReference, Stage, bucket, kept_tokens, key_access
 from .reference import KeptReference
 
 Float32Array = NDArray[np.float32]
@@ -139,9 +140,9 @@ class KeyFeed:
         self._key_uploader = key_uploader
         self._rows = [[placed for placed in row if placed.weight != 0] for row in rows]
         self._tensors = {
-            f"{kind}_ref_{layer.index}": (layer.factor, layer.width)
+            name: (layer.factor, layer.width)
             for layer in bundle.injection_layers
-            for kind in "kv"
+            for name in reference_tensor_names(layer.index)
         }
         self.tokens = [{factor: _row_tokens(row, factor) for factor in bundle.factors} for row in self._rows]
         for factor in bundle.factors:

@@ -12,7 +12,7 @@ from ..backends.device import Buffer, Device
 from ..backends.host import host_dtype
 from ..backends.key_uploader import KeyUploader
 from ..backends.pieces import DeviceArray
-from ..bundle import Bundle
+from ..bundle import Bundle, reference_tensor_names
 from ..errors import KeptConceptError
 from ..shown import shown
 from .awaited import Awaited
@@ -218,10 +218,10 @@ class _User:
 def _sizes(reference: KeptReference, bundle: Bundle, steps: int) -> dict[tuple[int, str], int]:
     itemsize = host_dtype(bundle.dtype).itemsize
     return {
-        (step, f"{kind}_ref_{layer.index}"): reference.tokens[layer.factor] * layer.width * itemsize
+        (step, name): reference.tokens[layer.factor] * layer.width * itemsize
         for step in range(steps)
         for layer in bundle.injection_layers
-        for kind in "kv"
+        for name in reference_tensor_names(layer.index)
         if reference.tokens[layer.factor]
     }
 

@@ -16,10 +16,19 @@ import onnx
 import onnxruntime
 import pytest
 
-from magicface_rt import BackendError, Bundle, BundleError, ExportError, OptionError, OutputError, ParityError
 from magicface_rt.backends import OnnxRuntime
-from magicface_rt.bundle import GraphContract, Tensor
-from magicface_rt.export import graph_parity
+from magicface_rt.bundle import Bundle, GraphContract, Tensor
+from magicface_rt.errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    ExportError,
+    HostMemoryError,
+    OptionError,
+    OutputError,
+    ParityError,
+)
+from magicface_rt.export import exporter, graph_parity
 from magicface_rt.export import parity as parity_module
 from magicface_rt.export.bundle_runner import BundleStepRunner
 from magicface_rt.export.checkpoint import Checkpoint
@@ -142,6 +151,48 @@ def test_a_failed_export_leaves_nothing_behind(
 
     monkeypatch.setattr("magicface_rt.export.exporter.trace", fail)
     with pytest.raises(ExportError):
+        export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "out" / "bundle")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("when", ["between hashing and loading", "after the last load"])
+def test_weights_that_change_during_the_export_are_noticed(
+    when: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the bundle tells the hash of weights that it does not hold, and is taken for theirs."""
+    source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
+    file = source / "text_encoder" / "model.safetensors"
+    makers, content_hash = exporter.graph_makers, Checkpoint.content_hash
+
+    def change() -> None:
+        shutil.copyfile(file, tmp_path / "other")
+        (tmp_path / "other").replace(file)
+
+    def hashed(checkpoint: Checkpoint) -> str:
+        found = content_hash(checkpoint)
+        if when == "between hashing and loading":
+            change()
+        return found
+
+    def report(said: str) -> None:
+        if when == "after the last load" and said == "text_encoder: running in PyTorch":
+            change()
+
+    monkeypatch.setattr(Checkpoint, "content_hash", hashed)
+    monkeypatch.setattr(exporter, "graph_makers", lambda *given: iter([next(makers(*given))]))
+    with pytest.raises(CheckpointError, match=r"text_encoder/model\.safetensors was replaced"):
+        export_bundle(Checkpoint.open(source), tmp_path / "out" / "bundle", report=report)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_too_little_memory_to_trace_is_told_as_that(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("torch.onnx.export", short)
+    with pytest.raises(HostMemoryError):
         export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "out" / "bundle")
     assert not list((tmp_path / "out").iterdir())
 
