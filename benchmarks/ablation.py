@@ -23,8 +23,8 @@ from magicface_rt.errors import MagicFaceError, OptionError, OutputError
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.reference import DEFAULT_INJECTION_LAYERS
 from magicface_rt.images import region_overlay
-from magicface_rt.interrupts import reraise_if_interrupt
 from magicface_rt.jobs import load_job
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .ablation_table import summaries, text
 from .encoders import Encoders

@@ -17,9 +17,10 @@ from random import Random
 from time import perf_counter
 from typing import Any
 
-from magicface_rt import Bundle, atomic_files
+from magicface_rt import Bundle
 from magicface_rt.errors import BackendError
-from magicface_rt.shortage import address_hint
+from magicface_rt.files import atomic_files
+from magicface_rt.process.host_memory import address_hint
 
 from .contender import Task
 from .counting import rows_of_theory

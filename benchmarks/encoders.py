@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from magicface_rt.errors import InputError
-from magicface_rt.interrupts import reraise_if_interrupt
-from magicface_rt.shortage import as_host_memory_error
+from magicface_rt.process.host_memory import as_host_memory_error
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 COLUMNS = {"clip_t": "clip", "clip_i": "clip", "dino": "dino", "face": "face"}
 """Columns of an ablation's table that need an encoder, and which one."""

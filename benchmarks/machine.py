@@ -13,8 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from magicface_rt.cores import cores
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.cores import cores
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 PACKAGES = (
     "magicface_rt",

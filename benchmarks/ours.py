@@ -14,8 +14,8 @@ from magicface_rt import Bundle, Session
 from magicface_rt.backends import Backend, Binding, GraphRunner, open_backend
 from magicface_rt.backends.base import Arrays
 from magicface_rt.backends.host import to_bfloat16
-from magicface_rt.cores import cores
 from magicface_rt.denoiser import STATE, Guidance
+from magicface_rt.process.cores import cores
 from magicface_rt.regions import cell_groups, key_access
 from magicface_rt.single_step import Denoiser, ReferenceSet, padding_keys
 

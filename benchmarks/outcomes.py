@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magicface_rt import Bundle
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .bootstrap import MIN_SAMPLES, figures, ratio_of_medians
 from .contender import Run, Task

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from magicface_rt import atomic_files
 from magicface_rt.errors import BackendMissingError, OutputError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.files import atomic_files
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .plots import draw
 from .results import Report

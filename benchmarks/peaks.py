@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from magicface_rt.cores import cores
-from magicface_rt.interrupts import reraise_if_interrupt
-from magicface_rt.shortage import shortage
+from magicface_rt.process.cores import cores
+from magicface_rt.process.host_memory import shortage
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import InputError
-from magicface_rt.interrupts import reraise_if_interrupt
-from magicface_rt.plain_file import read_plain
-from magicface_rt.shown import shown
-from magicface_rt.strict_json import read_json
+from magicface_rt.files.plain_file import read_plain
+from magicface_rt.files.strict_json import read_json
+from magicface_rt.process.interrupts import reraise_if_interrupt
+from magicface_rt.values.shown import shown
 
 MOST_BYTES = 64 << 20
 """Largest size of a report that is read; one of 25 cases has 1 MB."""

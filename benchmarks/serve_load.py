@@ -28,7 +28,7 @@ from PIL import Image
 
 from magicface_rt import Bundle, Concept, Reference
 from magicface_rt.errors import BackendMissingError, InputError, MagicFaceError, OutputError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.serve import AsyncClient
 
 from .machine import describe

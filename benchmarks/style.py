@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from magicface_rt.errors import BackendMissingError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .table import device, was_quiet
 

@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from magicface_rt.errors import MagicFaceError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .contender import Run, Runner, Task, load
 from .machine import DevicePeak, peak_host_bytes

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from magicface_rt import atomic_files
+from magicface_rt.files import atomic_files
 from magicface_rt.store_folders import (
     COMPILING_PROVIDERS,
     FLAVOURS,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from magicface_rt.errors import BackendMissingError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.store_folders import FLAVOURS
 
 __all__ = ["FLAVOURS", "Flavour", "load_flavour"]

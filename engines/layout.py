@@ -18,8 +18,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from magicface_rt import atomic_files
 from magicface_rt.errors import StoreError
+from magicface_rt.files import atomic_files
 from magicface_rt.store_folders import FLAVOURS
 
 from . import caches

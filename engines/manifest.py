@@ -19,8 +19,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from magicface_rt import atomic_files
 from magicface_rt.errors import PlanError, StoreError
+from magicface_rt.files import atomic_files
 
 from .locking import OPEN_FLAGS
 from .plan_key import PlanKey

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from magicface_rt.errors import PlanError
-from magicface_rt.shown import shown
 from magicface_rt.store_folders import FLAVOURS
+from magicface_rt.values.shown import shown
 
 SCHEMA = 1
 """Incremented when plans of an earlier release of this package must not be used even if every other field agrees."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from magicface_rt import atomic_files
 from magicface_rt.errors import PlanError, StoreError
+from magicface_rt.files import atomic_files
 
 from . import caches, layout, manifest
 from .locking import FileLock, Lease, unused

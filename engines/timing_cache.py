@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from magicface_rt import atomic_files
-from magicface_rt.plain_file import read_plain
+from magicface_rt.files import atomic_files
+from magicface_rt.files.plain_file import read_plain
 from magicface_rt.store_folders import TIMING_CACHES
 
 from .flavour import Flavour

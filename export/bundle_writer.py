@@ -15,10 +15,10 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from magicface_rt import atomic_files
 from magicface_rt.bundle import CUDA_RUNTIME, FORMAT, MANIFEST, RUNTIMES, WEIGHTS, Bundle, Tensor, sha256
 from magicface_rt.errors import ExportError, OutputError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.files import atomic_files
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .fusion import Fused, fuse
 from .graphs import Graph

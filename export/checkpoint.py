@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from magicface_rt.errors import CheckpointError
-from magicface_rt.interrupts import reraise_if_interrupt
-from magicface_rt.plain_file import read_plain
+from magicface_rt.files.plain_file import read_plain
+from magicface_rt.files.stamps import Stamp
+from magicface_rt.files.strict_json import read_json
+from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.schedule import Schedule
-from magicface_rt.stamps import Stamp
-from magicface_rt.strict_json import read_json
 
 from .block_layout import architecture_name
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from magicface_rt.errors import CheckpointError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.regions import TOKENS
-from magicface_rt.shown import shown
 from magicface_rt.tokenizer import guarded
+from magicface_rt.values.shown import shown
 
 from .block_layout import check_configs
 from .checkpoint import PICKLES, Checkpoint, State, read_config, read_safetensors, read_text, stamps_of

@@ -16,8 +16,8 @@ from diffusers import UNet2DConditionModel
 from magicface_rt.backends.ort_arena import trim
 from magicface_rt.bundle import CUDA_RUNTIME, Bundle
 from magicface_rt.errors import BackendError, OptionError, ParityError
+from magicface_rt.process.host_memory import as_host_memory_error, shortage
 from magicface_rt.schedule import Schedule
-from magicface_rt.shortage import as_host_memory_error, shortage
 
 from .attention import DEFAULT_INJECTION_LAYERS, SELF_ATTENTIONS
 from .bundle_writer import BundleWriter

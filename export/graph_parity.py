@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicface_rt import atomic_files
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
 from magicface_rt.backends.base import Arrays
 from magicface_rt.backends.checks import ShapeRanges
 from magicface_rt.backends.host import BFLOAT16, from_bfloat16, to_contract_dtype
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import BackendError, NonFiniteError, OutputError, ParityError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.files import atomic_files
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .graphs import DenoiseStep, Graph
 from .guidance import SemanticGuidance

@@ -19,8 +19,8 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from magicface_rt.interrupts import reraise_if_interrupt
-from magicface_rt.plain_file import open_plain
+from magicface_rt.files.plain_file import open_plain
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 __all__ = ["read_npz"]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from magicface_rt import atomic_files
 from magicface_rt.backends import Backend, open_backend
 from magicface_rt.bundle import Bundle, sha256
 from magicface_rt.errors import BundleError, ParityError
-from magicface_rt.shortage import as_host_memory_error
+from magicface_rt.files import atomic_files
+from magicface_rt.process.host_memory import as_host_memory_error
 
 from .attention import SELF_ATTENTIONS
 from .bundle_runner import BundleStepRunner

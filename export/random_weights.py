@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from magicface_rt import atomic_files
 from magicface_rt.errors import OptionError, OutputError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.files import atomic_files
+from magicface_rt.process.host_memory import as_host_memory_error
+from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.schedule import Schedule
-from magicface_rt.shortage import as_host_memory_error
 
 from .architectures import Architecture, architecture
 from .threads import single_torch_thread

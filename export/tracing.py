@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from magicface_rt.errors import ExportError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .graphs import Graph
 from .operators import OPSET

@@ -16,12 +16,12 @@ from typing import Any
 
 from .bundle_form import check_form
 from .errors import BundleError, CheckpointError
-from .interrupts import reraise_if_interrupt
-from .plain_file import read_plain
+from .files.plain_file import read_plain
+from .files.stamps import Stamp
+from .files.strict_json import read_json
+from .process.interrupts import reraise_if_interrupt
 from .schedule import Schedule
-from .shown import shown
-from .stamps import Stamp
-from .strict_json import read_json
+from .values.shown import shown
 
 FORMAT = 1
 MANIFEST = "bundle.json"

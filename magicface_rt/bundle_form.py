@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .regions import TOKENS
-from .shown import shown
+from .values.shown import shown
 
 __all__ = ["check_form"]
 

@@ -14,8 +14,8 @@ from PIL import Image
 from .decoding import as_seen
 from .errors import ConceptError, ImageError, PromptError
 from .images import ImageSource, Resample, check_mask_threshold, check_resample
-from .plain_numbers import as_float
-from .shown import shown
+from .values.plain_numbers import as_float
+from .values.shown import shown
 
 __all__ = ["MAX_WEIGHT", "Concept", "NamedConcept", "PlacedConcept", "Reference", "place_concepts"]
 

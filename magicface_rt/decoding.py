@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from .errors import ImageError, MaskError
-from .interrupts import reraise_if_interrupt
+from .process.interrupts import reraise_if_interrupt
 from .soft_warnings import MagicFaceWarning, warn
 
 __all__ = ["MAX_FILE_BYTES", "MAX_PIXELS", "MAX_SIDE", "Decoded", "ImageSource", "as_seen", "decode"]

@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .decoding import MAX_PIXELS, MAX_SIDE, Decoded, ImageSource, decode
 from .errors import ImageError, MaskError, NonFiniteError, OptionError
-from .plain_words import one_of
-from .shown import shown
 from .soft_warnings import warn
+from .values.plain_words import one_of
+from .values.shown import shown
 
 if TYPE_CHECKING:
     from .concept import Reference

@@ -31,12 +31,12 @@ import yaml
 
 from .concept import Concept, Reference
 from .errors import InputError, JobError
-from .interrupts import reraise_if_interrupt
+from .files.plain_file import read_plain
+from .files.strict_json import DoubledKeyError, read_json
 from .options import Options
-from .plain_file import read_plain
-from .plain_numbers import is_number, is_whole
-from .shown import shown
-from .strict_json import DoubledKeyError, read_json
+from .process.interrupts import reraise_if_interrupt
+from .values.plain_numbers import is_number, is_whole
+from .values.shown import shown
 
 __all__ = ["MAX_JOB_BYTES", "Job", "load_job", "parse_concept_option", "parse_job"]
 

@@ -41,12 +41,12 @@ class Preparer:
     """Prepares references in one worker context."""
 
     def __init__(
-        self, bundle: Bundle, tokenizer: Tokenizer, keeper: Keeper, place: WorkerContext, progress: RequestProgress
+        self, bundle: Bundle, tokenizer: Tokenizer, keeper: Keeper, context: WorkerContext, progress: RequestProgress
     ) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer
         self.keeper = keeper
-        self.place = place
+        self.context = context
         self.progress = progress
 
     def prepare(
@@ -89,10 +89,10 @@ class Preparer:
         """Compute a reference's keys for all steps. `before` of `total` steps were prepared for references before."""
         self.keeper.check_room(bare.tokens, origin.steps, storage)
         with self.progress.timed("image_encoding"):
-            latents = encode_image(self.place, self.bundle, bare.loaded)
+            latents = encode_image(self.context, self.bundle, bare.loaded)
         with self.progress.timed("text_encoding"):
-            text = encode_text(self.place, self.tokenizer, [bare.prompt])
-        binding = self.place.binding("reference_kv")
+            text = encode_text(self.context, self.tokenizer, [bare.prompt])
+        binding = self.context.binding("reference_kv")
         symbols = ["R", *(f"M{factor}" for factor in self.bundle.factors)]
         largest = {symbol: binding.largest(symbol) for symbol in symbols}
         with self.progress.timed("reference_pass"):

@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 
 from .errors import ImageError
 from .images import MAX_PIXELS
-from .interrupts import reraise_if_interrupt
+from .process.interrupts import reraise_if_interrupt
 
 __all__ = ["DIGITAL_SOURCE_TYPE", "ProvenancePicture", "png_info", "read_provenance", "software", "xmp_packet"]
 

@@ -40,12 +40,12 @@ class ReferenceSources:
     """
 
     def __init__(
-        self, requests: Sequence[CheckedRequest], bundle: Bundle, place: WorkerContext, *, padded: bool
+        self, requests: Sequence[CheckedRequest], bundle: Bundle, context: WorkerContext, *, padded: bool
     ) -> None:
         """Begin with no source. `padded`: whether numbers of tokens are filled up to buckets."""
         self._requests = requests
         self._bundle = bundle
-        self._place = place
+        self._context = context
         self._padded = padded
         self.by_request: list[list[list[Source]]] = []
         self.bare: list[BareReference] = []
@@ -62,7 +62,7 @@ class ReferenceSources:
         """Whether the references with these numbers can be computed together in one pass at a step."""
         if not numbers:
             return True
-        largest = self._place.binding("reference_kv").largest
+        largest = self._context.binding("reference_kv").largest
         tokens = [self.bare[number].tokens for number in numbers]
         counts = {"R": len(tokens), **{f"M{f}": sum(one[f] for one in tokens) for f in self._bundle.factors}}
         return all(count <= (largest(symbol) or count) for symbol, count in counts.items())
@@ -83,11 +83,11 @@ class ReferenceSources:
             rows, computing = self._with_reference_pass(rows)
         return KeyFeed(
             self._bundle,
-            self._place.binding("denoise_step"),
+            self._context.binding("denoise_step"),
             rows,
             computing=computing,
             padded=self._padded,
-            key_uploader=self._place.key_uploader() if stored else None,
+            key_uploader=self._context.key_uploader() if stored else None,
         )
 
     def _row_keys(self, number: int) -> list[PlacedKeys]:
@@ -117,7 +117,7 @@ class ReferenceSources:
 
         computing = ReferencePass(
             self._bundle,
-            self._place.binding("reference_kv"),
+            self._context.binding("reference_kv"),
             masks=[self.bare[number].loaded.mask_grid for number in numbers],
             text=self.text[numbers],
             noised=noised,
@@ -148,7 +148,7 @@ class ReferenceResolver:
         bundle: Bundle,
         tokenizer: Tokenizer,
         keeper: Keeper,
-        place: WorkerContext,
+        context: WorkerContext,
         progress: RequestProgress,
     ) -> None:
         """Read the references of every bare concept from their files, and find those that the store has.
@@ -161,7 +161,7 @@ class ReferenceResolver:
         self._bundle = bundle
         self._tokenizer = tokenizer
         self._keeper = keeper
-        self._place = place
+        self._context = context
         self._progress = progress
         self._loaded: dict[int, list[BareReference]] = {}
         """The references of every bare concept, by the concept's id."""
@@ -230,13 +230,13 @@ class ReferenceResolver:
             return
         preparing = any(one.stored_in == "nowhere" and one.used for one in self._planned.references)
         for graph in ("denoise_step", "vae_decoder", *(("vae_encoder", "reference_kv") if preparing else ())):
-            self._place.binding(graph)
+            self._context.binding(graph)
 
     def _resolve_references(self, plan: MemoryPlan, in_use: ExitStack) -> ReferenceSources:
         self._keeper.make_room(plan, self._identities())
         by_concept: dict[tuple[int, int], list[Source]] = {}
         stored: dict[Hashable, StoredKeys] = {}
-        found = ReferenceSources(self._requests, self._bundle, self._place, padded=self._keeper.settings.pad_keys)
+        found = ReferenceSources(self._requests, self._bundle, self._context, padded=self._keeper.settings.pad_keys)
         for request in self._requests:
             of_request = []
             for concept in request.concepts:
@@ -279,7 +279,7 @@ class ReferenceResolver:
             return concept.references
         if None not in (from_store := self._from_store[id(concept), seed]):
             return [one for one in from_store if one is not None]
-        preparer = Preparer(self._bundle, self._tokenizer, self._keeper, self._place, self._progress)
+        preparer = Preparer(self._bundle, self._tokenizer, self._keeper, self._context, self._progress)
         origin = Origin.of(self._bundle, self._steps, seed)
         return preparer.prepare(concept, self._loaded[id(concept)], origin, self._keeper.settings.storage)
 
@@ -288,7 +288,7 @@ class ReferenceResolver:
         identity, since its key is only what its file says.
         """
         if kept.identity not in sources:
-            read = plan.mode == "keep" and self._place.key_uploader() is None
+            read = plan.mode == "keep" and self._context.key_uploader() is None
             sources[kept.identity] = StoredKeys(kept.in_memory() if read else kept)
         return sources[kept.identity]
 
@@ -296,7 +296,7 @@ class ReferenceResolver:
         """Put the keys of all steps on the device until the end of `in_use`. If some do not fit, all are streamed,
         unless `memory="keep"` was asked for: that raises DeviceMemoryError.
         """
-        key_uploader, on_device = self._place.key_uploader(), self._keeper.on_device
+        key_uploader, on_device = self._context.key_uploader(), self._keeper.on_device
         if key_uploader is None:
             return
         # Those that are there already come first, or the others might take their room.
@@ -322,8 +322,8 @@ class ReferenceResolver:
         """Encode the references that are computed at each step."""
         with self._progress.timed("image_encoding"):
             references.latents = np.concatenate(
-                [encode_image(self._place, self._bundle, bare.loaded) for bare in references.bare]
+                [encode_image(self._context, self._bundle, bare.loaded) for bare in references.bare]
             )  # [R, 4, h, w]
         with self._progress.timed("text_encoding"):
             prompts = [bare.prompt for bare in references.bare]
-            references.text = encode_text(self._place, self._tokenizer, prompts)  # [R, 77, D]
+            references.text = encode_text(self._context, self._tokenizer, prompts)  # [R, 77, D]

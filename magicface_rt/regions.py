@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .errors import ConceptError
 from .images import layer_mask
 from .options import WeightMode
-from .plain_numbers import as_float
+from .values.plain_numbers import as_float
 
 Stage = Literal["rsa", "rba", "off"]
 

@@ -15,9 +15,9 @@ from .errors import ConceptError, OptionError, PromptError
 from .kept import KeptConcept, Origin
 from .options import Options
 from .regions import Stage
-from .shown import shown
 from .soft_warnings import warn
 from .tokenizer import Tokenizer
+from .values.shown import shown
 
 MAX_SCALE_WEIGHT = 10.0
 """The largest weight in weight_mode="scale". The logits of forbidden keys are 1000 below the others, which a factor of

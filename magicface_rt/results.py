@@ -18,15 +18,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from . import atomic_files
 from .concept import NamedConcept
 from .errors import OptionError, OutputError
+from .files import atomic_files
+from .files.plain_file import read_plain
+from .files.strict_json import read_json
 from .images import region_overlay
-from .interrupts import reraise_if_interrupt
 from .options import Options
-from .plain_file import read_plain
+from .process.interrupts import reraise_if_interrupt
 from .provenance import SOFTWARE, ProvenancePicture, software
-from .strict_json import read_json
 
 __all__ = ["Result", "Timings", "encode_png"]
 

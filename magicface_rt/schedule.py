@@ -32,8 +32,8 @@ import numpy.typing as npt
 
 from .computed import ComputedOnce
 from .errors import CheckpointError, OptionError
-from .plain_numbers import as_float
-from .shown import shown
+from .values.plain_numbers import as_float
+from .values.shown import shown
 
 __all__ = ["Schedule", "is_region_step", "reference_noise", "target_noise"]
 

@@ -16,7 +16,6 @@ from .backends import Backend, GraphRunner, open_backend
 from .backends.tensorrt import PlanStore
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
-from .cores import MOST_THREADS, threads_of_each
 from .errors import (
     BackendError,
     BundleError,
@@ -26,15 +25,16 @@ from .errors import (
     OtherProcessError,
     SessionClosedError,
 )
-from .exits import end_at_exit
-from .forks import leak_in_forks
 from .graphs import LoadedGraphs
 from .kept import KeptConcept, MemoryPlan, Origin
 from .kept.keeper import Keeper, KeepSettings, checked_storage
 from .kept.memory import MEMORY
 from .options import Options
-from .plain_words import one_of
 from .preparing import PlannedReferences, Preparer, find_in_store, load_alone, load_bare
+from .process.cores import MOST_THREADS, threads_of_each
+from .process.exits import end_at_exit
+from .process.forks import leak_in_forks
+from .process.host_memory import as_host_memory_error
 from .request import (
     Progress,
     ProgressCallback,
@@ -48,10 +48,10 @@ from .request import (
 )
 from .request_progress import RequestProgress
 from .results import Result
-from .shortage import as_host_memory_error
-from .shown import shown
-from .sizes import parse_size
 from .tokenizer import Tokenizer
+from .values.plain_words import one_of
+from .values.shown import shown
+from .values.sizes import parse_size
 from .work import Work
 from .worker_context import WorkerContext, WorkerContextPool
 
@@ -231,8 +231,8 @@ class Session:
         """Decode one image of zeros, since a request that stopped early has not reached the decoder."""
         latents = np.zeros((1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
         progress = RequestProgress(None, self._check_open, 1)
-        with self._worker_slot(progress), self._borrow_context(progress) as place:
-            place.binding("vae_decoder").once({"latents": latents})
+        with self._worker_slot(progress), self._borrow_context(progress) as context:
+            context.binding("vae_decoder").once({"latents": latents})
 
     def generate(
         self,
@@ -282,8 +282,8 @@ class Session:
         request_progress = RequestProgress(progress, self._check_open, requests[0].options.steps)
         with self._worker_slot(request_progress):
             checked = [check_request(request, self.bundle, self.tokenizer) for request in requests]
-            with self._borrow_context(request_progress) as place:
-                work = Work(checked, self.bundle, self.tokenizer, self._keeper, place, request_progress)
+            with self._borrow_context(request_progress) as context:
+                work = Work(checked, self.bundle, self.tokenizer, self._keeper, context, request_progress)
                 return work.run(backend=self.backend.name, provenance=self.provenance)
 
     def prepare(
@@ -320,8 +320,8 @@ class Session:
         with self._worker_slot(request_progress):
             origin = Origin.of(self.bundle, options.steps, options.reference_seed)
             loaded = load_alone(concept, origin, self.bundle, self.tokenizer)
-            with self._borrow_context(request_progress) as place:
-                preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, request_progress)
+            with self._borrow_context(request_progress) as context:
+                preparer = Preparer(self.bundle, self.tokenizer, self._keeper, context, request_progress)
                 kept = preparer.prepare(concept, loaded, origin, form, workspace=room)
         return KeptConcept(
             concept.word,
@@ -480,9 +480,9 @@ class Session:
         checked before and after the block.
         """
         try:
-            with self._worker_contexts.take(progress.report_again) as place, as_host_memory_error():
+            with self._worker_contexts.take(progress.report_again) as context, as_host_memory_error():
                 self.bundle.check_not_modified()
-                yield place
+                yield context
                 self.bundle.check_not_modified()
         except BackendError:
             self._keeper.on_device.free_unused()

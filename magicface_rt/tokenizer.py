@@ -12,8 +12,8 @@ import numpy.typing as npt
 import tokenizers
 
 from .errors import BundleError, PromptError
-from .interrupts import reraise_if_interrupt
-from .plain_file import read_plain
+from .files.plain_file import read_plain
+from .process.interrupts import reraise_if_interrupt
 from .regions import TOKENS
 
 __all__ = ["Tokenizer", "guarded"]
@@ -114,7 +114,7 @@ class Tokenizer:
         Raises `PromptError` as `encode`.
         """
         encoding = self._encode(prompt)
-        return [_place(prompt, encoding, self._raw_encode(word, "word").ids) for word in words]
+        return [_find_tokens(prompt, encoding, self._raw_encode(word, "word").ids) for word in words]
 
     def _encode(self, prompt: str) -> tokenizers.Encoding:
         """Encode a prompt without start and end token; at most max_length - 2 tokens fit, or PromptError is raised."""
@@ -165,7 +165,7 @@ def _frame(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
     return start, end
 
 
-def _place(prompt: str, encoding: tokenizers.Encoding, wanted: Sequence[int]) -> tuple[int, ...] | None:
+def _find_tokens(prompt: str, encoding: tokenizers.Encoding, wanted: Sequence[int]) -> tuple[int, ...] | None:
     """Return the positions of the first tokens with these ids that are not part of a longer word, or None."""
     ids = encoding.ids
     for first in range(len(ids) - len(wanted) + 1) if wanted else ():

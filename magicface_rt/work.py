@@ -55,7 +55,7 @@ class Work:
         bundle: Bundle,
         tokenizer: Tokenizer,
         keeper: Keeper,
-        place: WorkerContext,
+        context: WorkerContext,
         progress: RequestProgress,
     ) -> None:
         """Compute nothing yet. All requests must have the same number of steps."""
@@ -64,7 +64,7 @@ class Work:
         self.bundle = bundle
         self.tokenizer = tokenizer
         self.keeper = keeper
-        self.place = place
+        self.context = context
         self.progress = progress
         self.step_seconds: list[float] = []
         self.step_regions: dict[int, list[NDArray[np.uint8]]] = {}
@@ -76,7 +76,7 @@ class Work:
         with ExitStack() as in_use:
             with self.progress.timed("loading"):
                 resolver = ReferenceResolver(
-                    self.requests, self.bundle, self.tokenizer, self.keeper, self.place, self.progress
+                    self.requests, self.bundle, self.tokenizer, self.keeper, self.context, self.progress
                 )
                 described = self._described()
                 resolver.check_plan()
@@ -120,7 +120,7 @@ class Work:
     def _encode_prompts(self) -> NDArray[Any]:
         """Return the texts of every request's negative prompt and prompt, [requests, 2, 77, D]."""
         prompts = [text for request in self.requests for text in (request.options.negative_prompt, request.prompt)]
-        text = encode_text(self.place, self.tokenizer, prompts)
+        text = encode_text(self.context, self.tokenizer, prompts)
         return text.reshape(len(self.requests), 2, *text.shape[1:])
 
     # -------------------------------------------------------------------------------------------------- the loop
@@ -136,7 +136,7 @@ class Work:
     def _batches(self, references: ReferenceSources) -> list[list[_Image]]:
         """Split the images, in order, into batches as large as the bundle and the plans of both U-Net graphs allow."""
         images = [_Image(r, k) for r, request in enumerate(self.requests) for k in range(request.options.images)]
-        size = min(self.bundle.limits.images, self.place.binding("denoise_step").largest("B") or len(images))
+        size = min(self.bundle.limits.images, self.context.binding("denoise_step").largest("B") or len(images))
         computed = [references.computed_numbers(number) for number in range(len(self.requests))]
         batches: list[list[_Image]] = []
         numbers: set[int] = set()
@@ -179,7 +179,7 @@ class Work:
             for number in sorted({image.request for image in images})
         ]
         requests = [self.requests[number] for number, _ in together]
-        denoise_step, keys = self.place.binding("denoise_step"), inputs.references.feed(together)
+        denoise_step, keys = self.context.binding("denoise_step"), inputs.references.feed(together)
         loop = DenoisingLoop(
             self.bundle,
             denoise_step,
@@ -257,7 +257,7 @@ class Work:
     # --------------------------------------------------------------------------------------------- after the loop
 
     def _decode(self, latents: Float32Array) -> Any:
-        pixels = self.place.binding("vae_decoder").once({"latents": latents})["pixels"]
+        pixels = self.context.binding("vae_decoder").once({"latents": latents})["pixels"]
         return pixels_to_images(pixels)[0]
 
     def _check_not_modified(self) -> None:

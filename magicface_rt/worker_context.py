@@ -80,28 +80,28 @@ class WorkerContextPool:
         `waiting` is called from time to time while another thread loads a graph, and may raise.
         """
         with self._lock:
-            place = self._free.pop() if self._free else WorkerContext(self._load)
+            context = self._free.pop() if self._free else WorkerContext(self._load)
         try:
-            place.waiting = waiting
-            yield place
+            context.waiting = waiting
+            yield context
         except BackendError:
-            place.close()
+            context.close()
             raise
         finally:
-            place.waiting = _wait_on  # else it would hold what the request's callback holds
+            context.waiting = _wait_on  # else it would hold what the request's callback holds
             with self._lock:
-                if not place.closed:
-                    self._free.append(place)
+                if not context.closed:
+                    self._free.append(context)
 
     def drop(self, graph: str) -> None:
         """Free a graph's bindings in all worker contexts that are not in use."""
         with self._lock:
-            for place in self._free:
-                place.drop(graph)
+            for context in self._free:
+                context.drop(graph)
 
     def close(self) -> None:
         """Free the worker contexts that are not in use."""
         with self._lock:
-            places, self._free = self._free, []
-        for place in places:
-            place.close()
+            contexts, self._free = self._free, []
+        for context in contexts:
+            context.close()

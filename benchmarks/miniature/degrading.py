@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from magicface_rt.errors import InputError
-from magicface_rt.interrupts import reraise_if_interrupt
-from magicface_rt.shortage import as_host_memory_error
+from magicface_rt.process.host_memory import as_host_memory_error
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 
 class Autoencoder:

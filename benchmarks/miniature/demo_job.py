@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from magicface_rt.errors import MagicFaceError, OptionError, OutputError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .quality import GUIDANCE, STEPS
 from .requests import COUNT, Case, draw_cases

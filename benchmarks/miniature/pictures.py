@@ -20,8 +20,8 @@ from torch import Tensor
 
 from magicface_rt import Bundle, Concept, KeptConcept, Options, Reference, Request, Result, Session
 from magicface_rt.errors import BackendError, EngineError, OutputError
-from magicface_rt.interrupts import reraise_if_interrupt
-from magicface_rt.shortage import shortage
+from magicface_rt.process.host_memory import shortage
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .requests import Case
 from .variants import Variant

@@ -31,7 +31,7 @@ from magicface_rt import Concept, MagicFaceError, Reference, Session
 from magicface_rt.bundle import reference_tensor_names
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.images import layer_mask, mask_grid
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from ..machine import describe
 from .quality import autoencoded, open_model

@@ -30,7 +30,7 @@ from magicface_rt import Bundle, MagicFaceError, Session
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .fidelity import Score, region_iou, score
 from .pictures import PictureFolder, make

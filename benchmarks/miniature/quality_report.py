@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import OutputError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .fidelity import Score
 from .quality_table import MEASURES, Interval, markdown, summary

@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magicface_rt.errors import CheckpointError, MagicFaceError, OutputError
-from magicface_rt.interrupts import reraise_if_interrupt
-from magicface_rt.shortage import as_host_memory_error
+from magicface_rt.process.host_memory import as_host_memory_error
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 WEIGHTS = Path(__file__).parent / "weights"
 SUMS = "SHA256SUMS"

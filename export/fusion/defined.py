@@ -12,7 +12,7 @@ from magicface_rt.backends import Backend, GraphRunner
 from magicface_rt.backends.onnxruntime import HostRunner, import_onnxruntime
 from magicface_rt.bundle import CUDA_RUNTIME, Bundle
 from magicface_rt.errors import BackendError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .definitions import define
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendMissingError, DeviceError, DeviceMemoryError
-from ..interrupts import reraise_if_interrupt
-from ..sizes import megabytes
+from ..process.interrupts import reraise_if_interrupt
+from ..values.sizes import megabytes
 
 ALIGNMENT = 256
 _NO_DEVICE = 100

@@ -15,10 +15,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..bundle import CUDA_RUNTIME, Bundle, GraphContract
-from ..cores import cores
 from ..errors import BackendError, BackendMissingError, TargetError
-from ..interrupts import reraise_if_interrupt
-from ..shortage import check_addresses, share_heap, stack_bytes
+from ..process.cores import cores
+from ..process.host_memory import check_addresses, share_heap, stack_bytes
+from ..process.interrupts import reraise_if_interrupt
 from ..store_folders import COMPILING_PROVIDERS
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding

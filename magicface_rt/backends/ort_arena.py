@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..interrupts import reraise_if_interrupt
+from ..process.interrupts import reraise_if_interrupt
 from .sum_model import sum_model
 
 logger = logging.getLogger("magicface_rt.onnxruntime")

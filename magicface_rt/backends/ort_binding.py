@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..bundle import GraphContract, Tensor
 from ..errors import BackendError
-from ..interrupts import reraise_if_interrupt
+from ..process.interrupts import reraise_if_interrupt
 from .binding import Binding
 from .checks import Shape, output_shape
 from .device import Device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ..interrupts import reraise_if_interrupt
+from ..process.interrupts import reraise_if_interrupt
 
 CPU = "CPUExecutionProvider"
 

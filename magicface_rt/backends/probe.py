@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MagicFaceError
-from ..interrupts import reraise_if_interrupt
+from ..process.interrupts import reraise_if_interrupt
 from .device import Device
 from .onnxruntime import OnnxRuntime
 from .ort_binding import first_line

@@ -17,8 +17,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from .. import atomic_files
-from ..plain_file import read_plain
+from ..files import atomic_files
+from ..files.plain_file import read_plain
 from ..store_folders import RUNTIME_CACHE
 from .private_folder import why_not_private
 

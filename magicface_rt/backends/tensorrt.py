@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle, GraphContract
 from ..errors import BackendError, DeviceError, PlanError, TargetError
-from ..sizes import megabytes
+from ..values.sizes import megabytes
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
 from .checks import Shape, ShapeRanges

@@ -19,13 +19,13 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console, RenderableType
 
-from magicface_rt import atomic_files
 from magicface_rt.errors import BackendError, BackendMissingError, EngineError, MagicFaceError, OutputError
-from magicface_rt.interrupts import reraise_if_interrupt, was_interrupted
+from magicface_rt.files import atomic_files
+from magicface_rt.process.host_memory import address_hint, check_addresses, shortage
+from magicface_rt.process.interrupts import reraise_if_interrupt, was_interrupted
 from magicface_rt.results import check_replaceable
-from magicface_rt.shortage import address_hint, check_addresses, shortage
-from magicface_rt.shown import one_line
 from magicface_rt.soft_warnings import MagicFaceWarning
+from magicface_rt.values.shown import one_line
 
 from . import INTERRUPTED, INTERRUPTED_TEXT
 from ._signals import came, raise_lost

@@ -13,7 +13,7 @@ import typer
 
 from magicface_rt import Bundle
 from magicface_rt.errors import BackendMissingError, InputError, OptionError, OutputError
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from ._backend_options import StoreOption
 from ._command import JsonOption, command, export_module

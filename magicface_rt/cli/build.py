@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import Cancelled, OptionError
-from magicface_rt.shortage import check_addresses
-from magicface_rt.sizes import parse_size
+from magicface_rt.process.host_memory import check_addresses
+from magicface_rt.values.sizes import parse_size
 
 from ._backend_options import DeviceOption
 from ._bundle_view import grid, size

@@ -19,12 +19,12 @@ from magicface_rt import (
     JobError,
     OutputError,
     Session,
-    atomic_files,
 )
 from magicface_rt.bundle import MANIFEST, MAX_MANIFEST_BYTES
-from magicface_rt.plain_file import read_plain
+from magicface_rt.files import atomic_files
+from magicface_rt.files.plain_file import read_plain
+from magicface_rt.files.strict_json import read_json
 from magicface_rt.provenance import read_provenance
-from magicface_rt.strict_json import read_json
 
 from ._command import Command, JsonOption, check_output_folder, command, export_module
 from ._demo_sheet import TILES, contact_sheet

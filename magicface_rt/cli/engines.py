@@ -11,7 +11,7 @@ import typer
 from magicface_rt.bundle import Bundle
 from magicface_rt.engines.store import EngineStore, Plan
 from magicface_rt.errors import StoreError
-from magicface_rt.sizes import parse_size
+from magicface_rt.values.sizes import parse_size
 
 from ._backend_options import DeviceOption
 from ._bundle_view import grid, size

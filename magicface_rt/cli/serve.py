@@ -14,11 +14,11 @@ import typer
 
 from magicface_rt import Session
 from magicface_rt.errors import OptionError
+from magicface_rt.process.host_memory import check_addresses
 from magicface_rt.serve import module as serving_module
-from magicface_rt.shortage import check_addresses
-from magicface_rt.sizes import parse_size
 from magicface_rt.soft_warnings import MagicFaceWarning
 from magicface_rt.ui import module as ui_module
+from magicface_rt.values.sizes import parse_size
 
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._command import Command, JsonOption, command

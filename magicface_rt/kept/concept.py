@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..concept import Concept, NamedConcept
 from ..errors import KeptConceptError
-from ..shown import shown
+from ..values.shown import shown
 from .origin import Origin
 from .reference import KeptReference
 

@@ -14,15 +14,15 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import atomic_files
 from ..backends.host import BFLOAT16, host_dtype, non_finite
 from ..concept import Concept
 from ..errors import InputError, KeptConceptError, OutputError
+from ..files import atomic_files
+from ..files.stamps import Stamp
+from ..files.strict_json import read_json
 from ..images import MASK_GRID, LoadedReference, load_reference
-from ..interrupts import reraise_if_interrupt
-from ..shown import shown
-from ..stamps import Stamp
-from ..strict_json import read_json
+from ..process.interrupts import reraise_if_interrupt
+from ..values.shown import shown
 from .concept import KeptConcept
 from .origin import Origin, content_key, finite_number, text_entry, whole_numbers
 from .reference import STORAGES, EightBit, Exact, KeptReference, MappedFile, Stored

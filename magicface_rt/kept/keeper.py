@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from ..backends import Backend
 from ..bundle import Bundle
 from ..errors import OptionError
-from ..plain_words import one_of
-from ..shortage import available_bytes, host_memory_error
-from ..shown import shown
-from ..sizes import megabytes, parse_size
+from ..process.host_memory import available_bytes, host_memory_error
+from ..values.plain_words import one_of
+from ..values.shown import shown
+from ..values.sizes import megabytes, parse_size
 from .memory import FREE_SHARE, MEMORY, WORKSPACE, MemoryPlan, PlannedReference, make_plan, rows_per_pass, stored_bytes
 from .on_device import OnDevice
 from .reference import STORAGES, Storage

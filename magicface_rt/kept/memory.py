@@ -16,9 +16,9 @@ from typing import Any, Literal
 from ..backends.host import host_dtype
 from ..bundle import Bundle
 from ..errors import BudgetError
+from ..process.host_memory import host_memory_error
 from ..regions import TOKENS
-from ..shortage import host_memory_error
-from ..sizes import megabytes
+from ..values.sizes import megabytes
 from .reference import Storage
 
 MemoryMode = Literal["keep", "stream", "recompute"]

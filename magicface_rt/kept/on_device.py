@@ -14,7 +14,7 @@ from ..backends.key_uploader import KeyUploader
 from ..backends.pieces import DeviceArray
 from ..bundle import Bundle, reference_tensor_names
 from ..errors import KeptConceptError
-from ..shown import shown
+from ..values.shown import shown
 from .awaited import Awaited
 from .reference import KeptReference
 

@@ -14,7 +14,7 @@ from ..backends.host import BFLOAT16
 from ..bundle import Bundle, reference_tensor_names
 from ..errors import KeptConceptError
 from ..images import LoadedReference
-from ..shown import shown
+from ..values.shown import shown
 
 DTYPES = ("float32", "float16", BFLOAT16)
 MAX_LAYERS = 16

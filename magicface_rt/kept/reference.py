@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from ..backends.host import BFLOAT16, from_bfloat16, host_dtype, non_finite, to_bfloat16
 from ..errors import KeptConceptError, NonFiniteError
-from ..interrupts import reraise_if_interrupt
-from ..shown import shown
-from ..stamps import Stamp
+from ..files.stamps import Stamp
+from ..process.interrupts import reraise_if_interrupt
+from ..values.shown import shown
 from .origin import Origin
 
 Storage = Literal["exact", "8-bit"]

@@ -20,7 +20,7 @@ from starlette.responses import Response, StreamingResponse
 from .. import __version__
 from ..errors import Cancelled, MagicFaceError, ServiceError
 from ..request import Progress
-from ..shown import shown
+from ..values.shown import shown
 from . import events
 from .access import AccessMiddleware
 from .auth import Tokens

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from ..errors import AnswerError, OptionError
-from ..plain_file import read_plain
+from ..files.plain_file import read_plain
 
 __all__ = ["ENVIRONMENT", "Tokens"]
 

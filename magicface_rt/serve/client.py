@@ -24,9 +24,9 @@ from ..errors import (
     UnknownConceptError,
     UnreachableError,
 )
+from ..files.strict_json import read_json
 from ..request import Progress, ProgressCallback, check_progress, declined
-from ..shown import shown
-from ..strict_json import read_json
+from ..values.shown import shown
 from .answers import ANSWER_BYTES, PACKED, Answer, Body, Lines
 from .wire import (
     UNREADABLE,

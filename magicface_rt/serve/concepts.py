@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import atomic_files
 from ..errors import (
     AnswerError,
     ErasedError,
@@ -30,9 +29,10 @@ from ..errors import (
     StoreFullError,
     UnknownConceptError,
 )
+from ..files import atomic_files
+from ..files.stamps import Stamp
 from ..kept import KeptConcept
 from ..kept.files import save
-from ..stamps import Stamp
 from .problems import refusal
 
 __all__ = [

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ..errors import BackendError, Cancelled, MagicFaceError, OptionError
+from ..process.host_memory import shortage
 from ..request import Progress, Request
 from ..session import Session
-from ..shortage import shortage
 from .fair import FairQueue
 from .job import EngineJob
 from .refusals import cut_off, draining, queue_full

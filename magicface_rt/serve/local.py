@@ -35,8 +35,8 @@ from ..provenance import software
 from ..request import Progress, ProgressCallback
 from ..results import Result, encode_png
 from ..session import Session
-from ..shown import shown
 from ..soft_warnings import MagicFaceWarning, collect_warnings, warn
+from ..values.shown import shown
 from .concepts import NO_WORD, ConceptStore, StoredConcept, concept_id, without_source
 from .engine import Engine
 from .erasure import STILL_RUNS, Erasures, Trace, not_begun, scrub

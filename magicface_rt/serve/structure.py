@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from ..strict_json import DoubledKeyError, read_json
+from ..files.strict_json import DoubledKeyError, read_json
 from .problems import refusal
 
 __all__ = ["MOST_VALUES", "read_body"]

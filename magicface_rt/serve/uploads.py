@@ -9,7 +9,7 @@ import io
 from PIL import ExifTags, Image
 
 from ..errors import ImageError, MaskError
-from ..interrupts import reraise_if_interrupt
+from ..process.interrupts import reraise_if_interrupt
 
 __all__ = ["FORMATS", "from_base64", "open_image"]
 

@@ -37,13 +37,13 @@ from ..errors import (
     UnknownConceptError,
     UnreachableError,
 )
+from ..files.strict_json import read_json
 from ..images import MAX_PIXELS, load_alpha_mask, load_image, load_mask
 from ..options import Options
-from ..plain_numbers import as_float
 from ..request import Progress
 from ..results import encode_png
-from ..shown import shown
-from ..strict_json import read_json
+from ..values.plain_numbers import as_float
+from ..values.shown import shown
 
 __all__ = [
     "UNREADABLE",

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from ..errors import AnswerError, OptionError
 from ..serve.schemas import PictureOrder
 from ..serve.structure import read_body
-from ..shown import one_line
 from ..tokenizer import Tokenizer
+from ..values.shown import one_line
 from .words import chosen, words_of
 
 __all__ = ["Form", "FormConcept", "Photograph", "photographs"]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import Bundle, atomic_files
+from magicface_rt import Bundle
 from magicface_rt.cli import main
+from magicface_rt.files import atomic_files
 from magicface_rt.provenance import DIGITAL_SOURCE_TYPE, read_provenance
 
 BUNDLE = "magicface-demo-bundle"

@@ -18,7 +18,7 @@ from magicface_rt.cli import main
 from magicface_rt.cli.build import _watched
 from magicface_rt.engines import caches
 from magicface_rt.errors import OptionError
-from magicface_rt.sizes import parse_size
+from magicface_rt.values.sizes import parse_size
 
 TARGET = ["--target", "rtx-4090"]
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from store_worker import CONTENT, sample_key, writer
 
-from magicface_rt import atomic_files
 from magicface_rt.engines import layout, locking
 from magicface_rt.engines.locking import FileLock
 from magicface_rt.engines.plan_key import PlanKey
 from magicface_rt.engines.store import Damaged, EngineStore, Plan
 from magicface_rt.errors import PlanError, StoreError
+from magicface_rt.files import atomic_files
 
 
 @pytest.fixture

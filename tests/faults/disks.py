@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import figures
 import pytest
 
-from magicface_rt import atomic_files
+from magicface_rt.files import atomic_files
 
 Act = Callable[[str, str], object]
 

@@ -18,8 +18,8 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from magicface_rt import atomic_files
 from magicface_rt.errors import MagicFaceError
+from magicface_rt.files import atomic_files
 
 SIDE = 64
 """Pixels of a made-up result, of noise: its pictures have some kilobytes."""

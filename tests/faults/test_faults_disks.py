@@ -26,9 +26,10 @@ from killing_checks import concept_at, result_at, write_job
 from killing_targets import clear
 from killing_writers import made_result
 
-from magicface_rt import Bundle, KeptConcept, Session, atomic_files
+from magicface_rt import Bundle, KeptConcept, Session
 from magicface_rt.cli import main
 from magicface_rt.errors import OutputError
+from magicface_rt.files import atomic_files
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="paths of descriptors are looked up in /proc")
 

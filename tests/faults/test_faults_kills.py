@@ -17,7 +17,8 @@ from killing_checks import concept_at, concepts_at, result_at
 from killing_targets import PAIR, GetForks, Target
 from killing_writers import made_result
 
-from magicface_rt import KeptConcept, atomic_files
+from magicface_rt import KeptConcept
+from magicface_rt.files import atomic_files
 
 pytest_plugins = ("killing_fixtures",)
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and flock")

@@ -14,7 +14,7 @@ from threads_requests import HAT, MAN, PROMPT
 from magicface_rt import Session
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import BackendError, BuildError, DeviceMemoryError, HostMemoryError, InputError, PromptError
-from magicface_rt.shortage import _group_limits, as_host_memory_error, shortage
+from magicface_rt.process.host_memory import _group_limits, as_host_memory_error, shortage
 from tests.runtime.drawn_backend import Drawn
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory as Linux tells it")

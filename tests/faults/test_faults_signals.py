@@ -33,10 +33,10 @@ from threads_signalled import OUTSIDE, Ended, Forks
 
 import magicface_rt
 from magicface_rt import Bundle, Concept, KeptConcept, Progress, Session
-from magicface_rt.atomic_files import temporary_sibling
 from magicface_rt.backends.device import Device
 from magicface_rt.backends.key_uploader import KeyUploader
 from magicface_rt.backends.worker_stream import WorkerStream
+from magicface_rt.files.atomic_files import temporary_sibling
 from magicface_rt.kept.on_device import OnDevice
 from tests.runtime.drawn_backend import Drawn
 from tests.runtime.fake_cuda import FakeCuda
@@ -467,7 +467,7 @@ DRAWING = (
 moments at which an interrupt loses it; these cannot be mended here."""
 COUNTING = ("session.py", "admission.py", "worker_context.py", "graphs.py", "store.py", "on_device.py", "awaited.py")
 """Those which keep count of who is at work, or for whom others wait."""
-SAVING = ("results", "atomic_files", "provenance")
+SAVING = ("results", "files/atomic_files", "provenance")
 LIBRARY = {contextlib.__file__, pathlib.__file__, shutil.__file__}
 """What of Python's own library is interrupted while files are written: all that leaves something to clean up."""
 
@@ -644,7 +644,7 @@ def test_ctrl_c_at_any_call_of_making_a_temporary_folder_leaves_none(through: st
     """Not even while the interrupt is being handled, which holds all that was going on. What is interrupted as it is
     left may stay until then.
     """
-    files = {str(PACKAGE / "atomic_files.py")} | LIBRARY
+    files = {str(PACKAGE / "files" / "atomic_files.py")} | LIBRARY
     out, entered = tmp_path / "bundle", False
     if through == "BundleWriter":
         writers = pytest.importorskip("magicface_rt.export.bundle_writer")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from magicface_rt import atomic_files
+from magicface_rt.files import atomic_files
 from tests.killed import fill, kill, killed, temporary
 
 fcntl = pytest.importorskip("fcntl")
@@ -149,7 +149,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from magicface_rt import atomic_files
+from magicface_rt.files import atomic_files
 
 with atomic_files.temporary_sibling(Path(sys.argv[1])):
     child = os.fork()
@@ -342,7 +342,7 @@ SAVER = """
 import sys
 import time
 from pathlib import Path
-from magicface_rt import atomic_files
+from magicface_rt.files import atomic_files
 
 out, text, times, how = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 if how == "by two renamings":

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import Bundle, ImageError, Session, atomic_files
+from magicface_rt import Bundle, ImageError, Session
 from magicface_rt.backends.device import import_cuda
 from magicface_rt.backends.onnxruntime import OnnxRuntime, import_onnxruntime
 from magicface_rt.cli import doctor, main
@@ -22,7 +22,8 @@ from magicface_rt.cli._command import export_module
 from magicface_rt.cli.bench import benchmark_module
 from magicface_rt.decoding import decode
 from magicface_rt.engines.flavour import load_flavour
-from magicface_rt.interrupts import reraise_if_interrupt
+from magicface_rt.files import atomic_files
+from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.provenance import read_provenance
 from magicface_rt.serve.uploads import open_image
 from tests.locations import DATA

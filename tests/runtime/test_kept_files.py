@@ -25,16 +25,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference, atomic_files
+from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference
 from magicface_rt.backends.host import from_bfloat16, to_bfloat16
 from magicface_rt.cli import main
+from magicface_rt.files import atomic_files
+from magicface_rt.files.stamps import Stamp
 from magicface_rt.images import load_reference
 from magicface_rt.kept import KeptReference, Origin
 from magicface_rt.kept.files import METADATA, check_writable
 from magicface_rt.kept.origin import content_key
 from magicface_rt.kept.reference import EightBit, empty_tensors
 from magicface_rt.schedule import Schedule
-from magicface_rt.stamps import Stamp
 
 LAYERS = ((10, 2, 24), (13, 1, 8))
 STEPS = 3

@@ -23,6 +23,7 @@ from magicface_rt.backends.key_uploader import KeyUploader
 from magicface_rt.backends.pieces import Piece, lay_on_host
 from magicface_rt.backends.worker_stream import WorkerStream
 from magicface_rt.errors import DeviceMemoryError, HostMemoryError, NonFiniteError
+from magicface_rt.files.stamps import Stamp
 from magicface_rt.images import LoadedReference
 from magicface_rt.kept import KeptReference, MemoryUse, Origin, awaited
 from magicface_rt.kept.awaited import Awaited
@@ -44,7 +45,6 @@ from magicface_rt.kept.reference import EightBit, Exact, MappedFile, empty_tenso
 from magicface_rt.kept.store import KeptStore
 from magicface_rt.regions import PADDING
 from magicface_rt.schedule import Schedule, reference_noise
-from magicface_rt.stamps import Stamp
 from tests.runtime.fake_cuda import FakeCuda
 
 LAYERS = ((10, 2, 24), (13, 1, 8))

@@ -17,7 +17,7 @@ from magicface_rt.kept.awaited import Awaited
 from magicface_rt.kept.reference import Exact, KeptReference
 from magicface_rt.kept.store import KeptStore
 from magicface_rt.regions import PADDING, KeptTokens, bucket, key_access
-from magicface_rt.sizes import parse_size
+from magicface_rt.values.sizes import parse_size
 
 
 def entry(key: str, nbytes: int = 100) -> KeptReference:

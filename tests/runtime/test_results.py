@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import atomic_files, results
+from magicface_rt import results
 from magicface_rt.concept import Concept, Reference
 from magicface_rt.errors import OptionError, OutputError
+from magicface_rt.files import atomic_files
 from magicface_rt.options import Options
 from magicface_rt.provenance import read_provenance, software
 from magicface_rt.results import Result, Timings

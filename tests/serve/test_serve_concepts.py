@@ -21,7 +21,7 @@ import pytest
 from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png, running, until
 from writes import Writes
 
-from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference, atomic_files
+from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference
 from magicface_rt.errors import (
     AnswerError,
     DeadlineError,
@@ -32,6 +32,7 @@ from magicface_rt.errors import (
     UnknownConceptError,
     UnreachableError,
 )
+from magicface_rt.files import atomic_files
 from magicface_rt.serve import AsyncClient, FolderConcepts, KeptId, Made, MemoryConcepts, ServeSettings
 from magicface_rt.serve.concepts import ConceptStore, StoredConcept, concept_id
 from magicface_rt.serve.erasure import Trace

@@ -15,11 +15,11 @@ from loopback import PROMPT, Gated, Oracle, concept, png, running, until
 
 from magicface_rt import Cancelled, MagicFaceError, NonFiniteError, OptionError, Options, Request
 from magicface_rt.errors import BundleError, DeadlineError, DrainingError, HostMemoryError, QueueFullError
+from magicface_rt.files.stamps import Stamp
 from magicface_rt.serve.engine import Engine, EngineObserver
 from magicface_rt.serve.fair import FairQueue
 from magicface_rt.serve.job import EngineJob
 from magicface_rt.serve.settings import ServeSettings
-from magicface_rt.stamps import Stamp
 
 MAN = concept("man", 1)
 

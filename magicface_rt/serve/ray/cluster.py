@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ... import atomic_files
 from ...backends import FLAVOURS, why_not
 from ...bundle import Bundle
 from ...errors import BackendError, DeviceError, MagicFaceError, OptionError
-from ...shown import one_line
+from ...files import atomic_files
+from ...values.shown import one_line
 from .. import module
 from ..access import PAGE, names_of
 from ..auth import ENVIRONMENT as TOKENS_VARIABLE

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import BackendError, BuildError, DeviceError, HostMemoryError, MagicFaceError
+from ..errors import BackendError, BuildError, DeviceError, HostMemoryError, MagicFaceError
 from .interrupts import reraise_if_interrupt
 
 try:

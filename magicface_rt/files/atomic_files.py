@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .interrupts import reraise_if_interrupt
+from ..process.interrupts import reraise_if_interrupt
 
 try:
     import fcntl
