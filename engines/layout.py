@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ _SHARD = re.compile(r"[0-9a-f]{2}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FOLDERS = (*FLAVOURS, *caches.FOLDERS)
 _SHOWN = 3
+_OF_A_DISK = ("lost+found",)
 _LEFTOVER = re.compile(r"\.([0-9a-f]{64})\.([0-9a-f]{32}\.part|lock)")
 
 
@@ -64,11 +66,13 @@ def make_parents(root: Path, folder: Path) -> None:
 def check_root(root: Path) -> None:
     """Check that a folder can be a store's: it holds a folder of a flavour or of a cache, or nothing, or is not there.
 
+    What a disk has of its own and hidden files say nothing, so an empty disk can be a store.
+
     Raises:
         StoreError: it holds only other things, which are named, or cannot be read.
     """
-    found = _listed(root, links=True)
-    if found and not any(path.name in _FOLDERS and path.is_dir() for path in found):
+    found = [path for path in _listed(root, links=True) if path.name not in _OF_A_DISK and path.name[:1] != "."]
+    if found and not any(path.name in _FOLDERS and _is_folder(path) for path in found):
         first = ", ".join(repr(path.name) for path in found[:_SHOWN])
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise StoreError(
@@ -119,7 +123,7 @@ def keep_only(folder: Path, name: str) -> None:
         if path.name == name:
             continue
         if path.is_dir() and not path.is_symlink():
-            atomic_files.remove_if_possible(path)
+            shutil.rmtree(path)
         else:
             path.unlink()
 
@@ -161,11 +165,22 @@ def _listed(folder: Path, *, links: bool = False) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise StoreError(
-            f"engine store: {folder} cannot be read ({error.strerror}). Only the user who made a store can read it; "
-            "name another one with --store DIR."
-        ) from error
+        raise _unreadable(folder, error) from error
     return [path for path in found if links or not os.path.islink(path)]
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"engine store: {path} cannot be read ({error.strerror}). Only the user who made a store can read it; "
+        "name another one with --store DIR."
+    )
 
 
 def _size(path: Path) -> int:

@@ -251,7 +251,7 @@ def stamps_of(path: Path, files: Sequence[Path]) -> dict[Path, Stamp]:
     for file in files:
         try:
             stamps[file] = Stamp.of(os.stat(file))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
             reraise_if_interrupt(error)
             raise CheckpointError(f"checkpoint {path}: {file} cannot be read: {error}.") from error
     return stamps

@@ -144,10 +144,12 @@ def verify_bundle(
             return verify_bundle(bundle, checkpoint, backend=own, steps=steps, report=report)
     opened, source = Bundle.open(bundle), Checkpoint.open(checkpoint)
     report("checkpoint: hashing")
-    if opened.checkpoint_hash != source.content_hash():
+    found = source.content_hash()
+    source.check_unchanged()
+    if opened.checkpoint_hash != found:
         raise ParityError(
             f"bundle {opened.path} was exported from a checkpoint with hash {opened.checkpoint_hash[:16]}..., and "
-            f"{source.path} has {source.content_hash()[:16]}.... Give the checkpoint it was made from."
+            f"{source.path} has {found[:16]}.... Give the checkpoint it was made from."
         )
     reports: list[Any] = []
     vocabulary = int(source.configs["text_encoder"]["vocab_size"])
@@ -161,4 +163,5 @@ def verify_bundle(
     report(f"{steps} steps: comparing with the PyTorch reference")
     reference = MagicFaceReference(source.load_unet(torch.float32), injection_layers=tuple(layers))
     reports += compare_trajectory(opened, backend, reference, source, steps)
+    source.check_unchanged()  # what is mapped may have been written to after it was loaded
     return Verdict(str(opened.path), tuple(reports))

@@ -88,7 +88,7 @@ class Admission:
                         self._finished[mine] = None  # counted off before any call (rule R1)
                         del self._running[mine]
                         self._slot_freed.set()
-                        self.exclusively(self._settle_finished)
+                        self.exclusively(_do_nothing)
                 finally:
                     if mine in self._running:  # it was interrupted while it waited for the lock
                         self._finished[mine] = None
@@ -116,11 +116,13 @@ class Admission:
         """Run an action on what all requests share, while no other does and none is admitted; return its result.
 
         `close` may be called in the middle of it in the same thread: the outermost action then frees everything when it
-        ends.
+        ends. Requests that have finished are settled first, also those whose thread was interrupted before it did so.
         """
         with self._lock:
             before, self._in_exclusive = self._in_exclusive, True
             try:
+                if not before:
+                    self._settle_finished()
                 return action()
             finally:
                 try:
@@ -132,7 +134,8 @@ class Admission:
     def close(self) -> None:
         """Admit nobody any more, and free what all share if nobody uses it; otherwise the last one that does frees it.
 
-        May be called twice, from any thread.
+        May be called twice, from any thread. If Ctrl-C ends the last request while it waits to be counted off, the next
+        call frees it.
         """
         self.closed = True
         self.exclusively(_do_nothing)
@@ -148,7 +151,7 @@ class Admission:
         return not self._running and not self._users
 
     def _settle_finished(self) -> None:
-        """Report the requests that have finished, also those whose thread was interrupted before it did so."""
+        """Report the requests that have finished."""
         for request in list(self._finished):
             self._on_finished(request)
             del self._finished[request]

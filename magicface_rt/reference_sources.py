@@ -18,7 +18,7 @@ from .kept import KeptConcept, KeptReference, MemoryPlan, Origin
 from .kept.feed import ComputedKeys, Float32Array, KeyFeed, PlacedKeys, ReferencePass, Source, StoredKeys
 from .kept.keeper import Keeper
 from .preparing import BareReference, PlannedReferences, Preparer, find_in_store, load_bare
-from .request import CheckedRequest, Progress
+from .request import CheckedRequest
 from .request_progress import RequestProgress
 from .schedule import reference_noise
 from .tokenizer import Tokenizer
@@ -302,13 +302,12 @@ class ReferenceResolver:
         # Those that are there already come first, or the others might take their room.
         ordered = sorted(sources, key=lambda source: not on_device.has(source.kept))
 
-        def waiting() -> None:
-            self._progress.report(Progress(0, self._steps, "prepare", 0, 1))
-
         try:
             with ExitStack() as taken:
                 for source in ordered:
-                    use = on_device.use(source.kept, key_uploader, self._bundle, self._steps, waiting)
+                    use = on_device.use(
+                        source.kept, key_uploader, self._bundle, self._steps, self._progress.report_again
+                    )
                     source.on_device = taken.enter_context(use)
                 in_use.enter_context(taken.pop_all())
         except DeviceMemoryError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -468,9 +468,11 @@ class Session:
         if request.forgotten_all or request.forgotten:
             self._drop_references(None if request.forgotten_all else frozenset(request.forgotten))
 
-    def _worker_slot(self, progress: RequestProgress) -> AbstractContextManager[None]:
+    @contextmanager
+    def _worker_slot(self, progress: RequestProgress) -> Iterator[None]:
         """Occupy one of the workers for the block. While all are busy, the first progress is reported repeatedly."""
-        return self._admission.slot(progress.report_again)
+        with self._admission.slot(progress.report_again), as_host_memory_error():
+            yield
 
     @contextmanager
     def _borrow_context(self, progress: RequestProgress) -> Iterator[WorkerContext]:

@@ -118,7 +118,7 @@ def make(
         session = Session(bundle, backend=backend, threads=threads, provenance=False, **(session_settings or {}))
     except (BackendError, EngineError) as error:
         if (short := shortage(error)) is not None:  # which says nothing of the backend
-            raise short from error
+            raise short from (None if short is error else error)
         return str(error)
     with session:
         for done, (case, lacking) in enumerate(missing):

@@ -30,7 +30,7 @@ class KeyUploader:
         self._graph = graph
         self._contents = contents
         self._stream: Stream | None = None
-        self._slots: list[_StagingSlot] = []
+        self._staged: list[_StagedStep] = []
         self._next = 0
 
     def keep(
@@ -77,16 +77,16 @@ class KeyUploader:
             self.worker_stream.device.use()
             if self._stream is None:
                 self._stream = Stream(self.worker_stream.device)
-            while len(self._slots) < DEPTH:
-                self._slots.append(_StagingSlot(self.worker_stream, self._graph, self._contents))
-            slot = self._slots[self._next]
+            while len(self._staged) < DEPTH:
+                self._staged.append(_StagedStep(self.worker_stream, self._graph, self._contents))
+            staged = self._staged[self._next]
             self._next = (self._next + 1) % DEPTH
-            return slot.bring(arrays, self._stream)
+            return staged.bring(arrays, self._stream)
 
     def used(self) -> None:
         """Note that everything that reads what `bring` uploaded last is enqueued on the worker stream."""
-        if self._slots:
-            self._slots[self._next - 1].used(self.worker_stream.stream)
+        if self._staged:
+            self._staged[self._next - 1].used(self.worker_stream.stream)
 
     def close(self) -> None:
         """Free what was uploaded by `bring`; what `keep` copied is the caller's. May be called twice."""
@@ -95,13 +95,13 @@ class KeyUploader:
         device, stream, self._stream = self.worker_stream.device, self._stream, None
         self.worker_stream.wait_quietly()
         device.release("cudaStreamSynchronize", stream.handle)
-        for slot in self._slots:
-            slot.free()
-        self._slots = []
+        for staged in self._staged:
+            staged.free()
+        self._staged = []
         stream.destroy()
 
 
-class _StagingSlot:
+class _StagedStep:
     """Device memory for one step's keys, and the page-locked memory through which they are uploaded."""
 
     def __init__(self, worker_stream: WorkerStream, graph: str, contents: str) -> None:

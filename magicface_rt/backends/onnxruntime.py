@@ -28,7 +28,7 @@ from .ort_arena import give_back, registering, trim, use_shared_arena
 from .ort_binding import GraphIds, OrtBinding, OrtDevice, first_line
 from .ort_placement import left_to_the_cpu, record_placement
 from .private_folder import why_not_private
-from .single_thread_executor import Caller, SingleThreadExecutor, call_directly
+from .single_thread_executor import Invoker, SingleThreadExecutor, call_directly
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -157,7 +157,7 @@ class OnnxRuntime(Backend):
                 )
 
     @property
-    def _caller(self) -> Caller:
+    def _invoke(self) -> Invoker:
         return self._thread or call_directly
 
     def load(self, bundle: Bundle, graph: str) -> GraphRunner:
@@ -173,7 +173,7 @@ class OnnxRuntime(Backend):
         subject = f"graph {graph} of bundle {bundle.path}: {self.name} refused {path.name} ({bundle.dtype})"
         profile = self._profile(bundle, contract)
         try:
-            session, captures = self._caller(self._open, str(path), bundle.hash, profile)
+            session, captures = self._invoke(self._open, str(path), bundle.hash, profile)
         except Exception as error:
             reraise_if_interrupt(error)
             raise BackendError(f"{subject}: {first_line(error)}") from error
@@ -186,7 +186,7 @@ class OnnxRuntime(Backend):
         elif left:
             logger.warning("%s computes a part of graph %s on the CPU, and is slow there: %s", self.name, graph, left)
         where: OrtDevice = ("gpu", self._ordinal, _NVIDIA) if self._plugin_devices else ("cuda", self._ordinal)
-        return DeviceRunner(contract, session, self._ort, where, GraphIds(captures), caller=self._caller)
+        return DeviceRunner(contract, session, self._ort, where, GraphIds(captures), invoke=self._invoke)
 
     def close(self) -> None:
         if self._thread is not None:
@@ -387,10 +387,10 @@ class DeviceRunner(GraphRunner):
         device: OrtDevice,
         graph_ids: GraphIds,
         *,
-        caller: Caller = call_directly,
+        invoke: Invoker = call_directly,
     ) -> None:
         super().__init__(contract)
-        self._caller = caller
+        self._invoke = invoke
         self._session = session
         self._ort = ort
         self._device = device
@@ -406,7 +406,7 @@ class DeviceRunner(GraphRunner):
             self._device,
             self._graph_ids,
             outputs,
-            caller=self._caller,
+            invoke=self._invoke,
         )
 
     def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
@@ -422,7 +422,7 @@ class DeviceRunner(GraphRunner):
     def close(self) -> None:
         if self._session is not None:
             held, self._session = [self._session], None
-            self._caller(held.clear)  # frees device memory, and destroys the captured graphs
+            self._invoke(held.clear)  # frees device memory, and destroys the captured graphs
 
 
 def _preload_libraries(ort: Any) -> None:

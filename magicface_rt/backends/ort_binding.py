@@ -18,7 +18,7 @@ from .binding import Binding
 from .checks import Shape, output_shape
 from .device import Device
 from .host import BFLOAT16, host_dtype
-from .single_thread_executor import Caller, call_directly
+from .single_thread_executor import Invoker, call_directly
 
 logger = logging.getLogger("magicface_rt.onnxruntime")
 
@@ -52,7 +52,7 @@ class OrtBinding(Binding):
     """A binding of OrtValues on a device. A run is done when it returns.
 
     device: as ONNX Runtime names it, ("cuda", ordinal), ("cpu", 0), or ("gpu", ordinal, vendor) for a provider that
-    came as a plugin; caller: makes every call that touches the device.
+    came as a plugin; invoke: makes every call that touches the device.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class OrtBinding(Binding):
         graph_ids: GraphIds,
         outputs: Sequence[str] | None = None,
         *,
-        caller: Caller = call_directly,
+        invoke: Invoker = call_directly,
     ) -> None:
         super().__init__(contract, outputs)
-        self._caller = caller
+        self._invoke = invoke
         self._ort = ort
         self._session = session
         self._device = device
@@ -83,14 +83,14 @@ class OrtBinding(Binding):
         return self._seconds
 
     def _put(self, tensor: Tensor, array: NDArray[Any]) -> None:
-        self._caller(self._upload, tensor, array)
+        self._invoke(self._upload, tensor, array)
 
     def _upload(self, tensor: Tensor, array: NDArray[Any]) -> None:
         value = self._value(tensor, array.shape)
         value.update_inplace(np.ascontiguousarray(array.view(host_dtype(tensor.dtype))))
 
     def _execute(self, shapes: Mapping[str, Shape]) -> None:
-        self._caller(self._bind_and_run, shapes)
+        self._invoke(self._bind_and_run, shapes)
 
     def _bind_and_run(self, shapes: Mapping[str, Shape]) -> None:
         # Ping-pong: what was written last is read now, and what was read last is written over.
@@ -171,7 +171,7 @@ class OrtBinding(Binding):
         self._bound[name] = value
 
     def _get(self, tensor: Tensor) -> NDArray[Any]:
-        return self._caller(self._download, tensor)
+        return self._invoke(self._download, tensor)
 
     def _download(self, tensor: Tensor) -> NDArray[Any]:
         value = self._values[tensor.name]

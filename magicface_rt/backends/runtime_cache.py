@@ -152,5 +152,5 @@ class RuntimeCache:
             part.chmod(0o600)  # readable by its owner only
             part.write_bytes(content)
             if not self._is_private(logging.DEBUG, folder=False):
-                self.path.unlink()  # else `put` would keep its permissions
+                self.path.unlink()  # else `replace_into_place` would keep its permissions
             atomic_files.replace_into_place(part, self.path)

@@ -15,7 +15,7 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-class Caller(Protocol):
+class Invoker(Protocol):
     """Calls a function, here and now or in a thread of its own, and returns its result or raises its exception."""
 
     def __call__(self, function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result: ...

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
 from magicface_rt import Concept, KeptConcept, KeptConceptError, OptionError, OutputError, Progress, Session
+from magicface_rt.files.stamps import Stamp
 from magicface_rt.kept.concept import check_note
 from magicface_rt.kept.files import check_writable, difference, remove_abandoned
 from magicface_rt.kept.keeper import checked_storage
@@ -114,6 +115,7 @@ def prepare(
                         )
                     kept.noted(note).save(path, with_image=with_image, overwrite=overwrite)
                 else:
+                    _check_still_there(path, kept)
                     remove_abandoned(path)
                 files.append(
                     {
@@ -125,7 +127,11 @@ def prepare(
                     }
                 )
                 cost = f", 8 bits cost a relative error of {kept.error:.1e}" if kept.error else ""
-                found = "; it was there already, with this content, and is left as it is" if path in existing else ""
+                found = (
+                    "; it was there already, with these settings and content keys, and is left as it is"
+                    if path in existing
+                    else ""
+                )
                 verb.print(f"{one.name}: {path} ({size(kept.nbytes)}{cost}){found}")
         verb.outcome = {"steps": request.options.steps, "files": files}
 
@@ -182,6 +188,16 @@ def _existing(paths: list[Path], *, overwrite: bool) -> dict[Path, KeptConcept]:
         except KeptConceptError as error:
             raise _other(path, f"is no whole kept concept ({str(error).rstrip('.')})") from error
     return existing
+
+
+def _check_still_there(path: Path, kept: KeptConcept) -> None:
+    """Check that a file that is left as it is was not replaced, written to or removed while others were prepared."""
+    try:
+        found = Stamp.of(os.stat(path))
+    except FileNotFoundError as error:
+        raise OutputError(f"file {str(path)!r} was removed while other concepts were prepared; start again.") from error
+    if any(one.file is not None and one.file.stamp != found for one in kept.references):
+        raise _other(path, "was written to or replaced while other concepts were prepared")
 
 
 def _other(path: Path, found: str) -> OutputError:

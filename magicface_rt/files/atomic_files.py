@@ -150,13 +150,16 @@ class TemporarySibling:
 
     def __enter__(self) -> Path:
         remove_abandoned_of(self._target, own=self._private)
-        process = os.getpid()
-        path, lock = _new(self._target, folder=self._folder, private=self._private)
-        # Nothing is called before this: a signal's handler could raise there.
-        self._made = path, [] if lock is None else [lock], process
+        process, earlier = os.getpid(), 0 if self._private else _mode(self._target, folder=self._folder)
         try:
+            while True:
+                path, locks = _beside(self._target, "part"), list[int]()
+                self._made = path, locks, process  # before anything is made: a signal's handler may raise in any call
+                _make(path, earlier, folder=self._folder)
+                if _lock_into(locks, path):
+                    break
             # No `__del__`, which would run each time, and in which Python cannot raise what a signal's handler raises.
-            self._net = weakref.finalize(self, _discard, *self._made)
+            self._net = weakref.finalize(self, _discard, path, locks, process)
         except BaseException:
             self.close()
             raise
@@ -423,25 +426,31 @@ def _stands(folder: Path, stem: str, names: list[str]) -> bool:
     return any(_stem(name) == stem and os.path.lexists(folder / name) for name in names)
 
 
-def _new(target: Path, *, folder: bool, private: bool = False) -> tuple[Path, int | None]:
-    """Make a new part of `target`; return it with the descriptor that holds its lock."""
-    # Its group may be another one, so that only `replace_into_place` has its permissions.
-    # Nobody else may look into a folder before.
-    earlier = 0 if private else _mode(target, folder=folder)
-    while True:
-        path, made = _beside(target, "part"), False
-        try:
-            if folder:
-                os.mkdir(path, 0o777 if earlier is None else 0o700)
-            else:
-                path.touch(0o666 if earlier is None else 0o600 | earlier & 0o006, exist_ok=False)
-            made = True
-            return path, _lock(path)
-        except BaseException as error:  # a signal may have arrived while it was made
-            # Another process may have taken it for left behind, in the moment before it was locked.
-            if not (made and isinstance(error, (BlockingIOError, FileNotFoundError))):
-                remove_if_possible(path)
-                raise
+def _make(path: Path, earlier: int | None, *, folder: bool) -> None:
+    """Make an empty part of something whose permissions were `earlier`; None: of something new.
+
+    Its group may be another one, so that only `replace_into_place` gives it those permissions. Until then nobody else
+    may look into a folder.
+    """
+    if folder:
+        os.mkdir(path, 0o777 if earlier is None else 0o700)
+    else:
+        path.touch(0o666 if earlier is None else 0o600 | earlier & 0o006, exist_ok=False)
+
+
+def _lock_into(locks: list[int], path: Path) -> bool:
+    """Lock a part that was just made, and add the descriptor that holds the lock to `locks`, where there are locks.
+
+    Return whether the part is still there: in the moment before it was locked, another process may have taken it for
+    left behind.
+    """
+    try:
+        lock = _lock(path)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    if lock is not None:
+        locks.append(lock)
+    return True
 
 
 def _discard(path: Path, locks: list[int], process: int) -> None:
@@ -512,6 +521,8 @@ def _take_permissions_within(new: Path, target: Path) -> None:
                 shared &= found.st_mode
             if len(groups) > 1:
                 shared &= ~0o070
+            if stat.S_ISDIR(mine.st_mode):
+                shared |= (shared & 0o044) >> 2  # who may read it may enter it
             mode = stat.S_IMODE(mine.st_mode)
             _permit(inner, mine, mode & (~0o077 | shared), groups.pop() if len(groups) == 1 else mine.st_gid)
 
@@ -522,6 +533,8 @@ def _permit(new: Path, mine: os.stat_result, mode: int, group: int) -> None:
     Raises:
         OSError: it would be readable by more users, and that cannot be changed.
     """
+    if stat.S_ISLNK(mine.st_mode):  # what it leads to is not ours
+        return
     has = stat.S_IMODE(mine.st_mode)
     if group != mine.st_gid:
         try:

@@ -276,9 +276,9 @@ def _demand(
 def _device_modes(d: _Demand) -> dict[MemoryMode, MemoryUse]:
     """Return what each mode takes where keys are on a device.
 
-    Streamed keys are on the device three times: in the inputs of the step that runs, and in `shelf.DEPTH` = 2 places,
-    for that step and for the one that is being uploaded. Each of the two has page-locked memory of its size on the
-    host. `recompute` streams what is stored, and so takes the same for keys.
+    Streamed keys are on the device three times: in the inputs of the step that runs, and in `key_uploader.DEPTH` = 2
+    buffers, for that step and for the one that is being uploaded. Each of the two has page-locked memory of its size on
+    the host. `recompute` streams what is stored, and so takes the same for keys.
     """
     streamed_on_device, streamed_on_host = 3 * d.input_bytes, 2 * d.input_bytes
     return {

@@ -13,6 +13,9 @@ R2  Enter `try` before registering, so that an interrupt after it is cleaned up.
 R3  In a `finally`, call C methods directly (`set.discard`, `dict.pop`): entering a Python function is itself a point
     where an interrupt may arise, before the function has done anything.
 
+One such point remains at the end of every `with` over a generator (`contextlib.contextmanager`): after an interrupt on
+the first line of contextlib's own `__exit__`, the generator goes on only when the traceback is freed.
+
 What a library makes of such an exception is told from the library's own failures by `reraise_if_interrupt`.
 """
 

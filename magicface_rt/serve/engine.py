@@ -163,13 +163,19 @@ class Engine:
     def exclusive(self, action: Callable[[Sequence[Session]], T]) -> T:
         """Run `action` while no job and no warm-up runs; jobs in the queue go on waiting, and threads that have not
         warmed up wait as well. Blocks until what runs has ended.
+
+        Raises:
+            DrainingError: the engine was closed before that.
         """
         with self._exclusive:
             with self._changed:
                 self._paused += 1
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: not self._busy and not self._warming)
             try:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or not (self._busy or self._warming))
+                    if self._busy or self._warming:  # waiting on would hold up the end of the process
+                        raise cut_off()
                 return action(self.sessions)
             finally:
                 with self._changed:

@@ -113,6 +113,8 @@ class LocalService(Service):
         # Separate, since it may wait for a whole batch, and whatever shared its thread would wait as well.
         self._alone = ThreadPoolExecutor(1, thread_name_prefix="magicface-alone")
         self._uses: set[_Use] = set()
+        self._late: set[_Use] = set()  # those of a concept that another process has erased
+        self._stale = False  # whether Sessions may hold something of such a concept
         self._erasures = Erasures(self.settings.queue)
         self._making: dict[str, asyncio.Event] = {}
         self._unfinished: dict[str, Trace] = {}
@@ -393,10 +395,7 @@ class LocalService(Service):
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 await self._in(self._files, self.store.used)
-                if self.store.take_vanished():
-                    # Not in `_alone`, where it would wait for what runs: a Session that is busy drops the rest by
-                    # itself, when the requests that run now have ended.
-                    await asyncio.to_thread(scrub, self.engine.sessions)
+                await self._drop_vanished()
             except Exception as error:  # such as a folder that cannot be read now; try again next time
                 logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
             try:
@@ -405,6 +404,21 @@ class LocalService(Service):
                     self._spoilt = BundleError(said)
             except MagicFaceError as error:  # likewise
                 logger.warning("%s", error)
+
+    async def _drop_vanished(self) -> None:
+        """Make the Sessions drop what other processes have erased: now, and again whenever a request that uses it has
+        ended, since it may have waited until now, and put the keys back when it ran.
+        """
+        vanished = self.store.take_vanished()
+        self._late |= {use for use in self._uses if not vanished.isdisjoint(use.ids)}
+        ended = {use for use in self._late if use.over.is_set()}
+        self._late -= ended
+        self._stale = self._stale or bool(vanished or ended)
+        if self._stale:
+            # Not in `_alone`, where it would wait for what runs: a Session that is busy drops the rest by itself, when
+            # the requests that run now have ended.
+            await asyncio.to_thread(scrub, self.engine.sessions)
+            self._stale = False
 
     async def _scrubbed(self, end: float) -> str | None:
         """Once the running batches have ended, make the Sessions drop what is no longer kept. Returns where something

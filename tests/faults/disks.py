@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import figures
 import pytest
 
 from magicface_rt.files import atomic_files
@@ -243,6 +242,8 @@ class Disk:
 
 def _skip(reason: str) -> NoReturn:
     test = os.environ.get("PYTEST_CURRENT_TEST", "a small disk").rpartition("::")[2].partition(" (")[0]
+    import figures  # not where the processes that are killed find it
+
     figures.tell("disks", test, f"not run: no file system can be mounted here ({reason})")
     pytest.skip(f"no file system can be mounted here: {reason}")
 

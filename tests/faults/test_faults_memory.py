@@ -110,6 +110,24 @@ def test_a_session_that_ran_out_of_memory_goes_on(bundle: Bundle, monkeypatch: p
     figures.tell("memory", "allocations failed in a request", f"{tried}, each said, and the next picture right")
 
 
+def test_too_little_memory_for_an_image_is_not_the_images_fault(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are read before a graph is bound, in a request and where a concept is prepared by itself."""
+
+    def short(*_: object, **__: object) -> Any:
+        raise MemoryError("Unable to allocate 64.0 MB for an image")
+
+    with Session(bundle, backend=Drawn()) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr("magicface_rt.images.decode", short)
+            with pytest.raises(HostMemoryError, match="Unable to allocate 64"):
+                session.prepare(MAN, steps=3)
+            with pytest.raises(HostMemoryError, match="Unable to allocate 64"):
+                session.generate(PROMPT, [MAN], steps=3)
+        assert session.prepare(MAN, steps=3).references
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_limits_of_control_groups_are_read(tmp_path: Path, version: int) -> None:
     root, of = tmp_path / "cgroup", tmp_path / "self"

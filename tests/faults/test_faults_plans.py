@@ -172,7 +172,7 @@ def test_what_a_limit_has_no_room_for_is_refused_before_it_is_computed(
         left = plan.modes["recompute"].host - 1
         with pytest.raises(HostMemoryError, match="'recompute'"):
             session.generate(PROMPT, WHOLE, steps=PLAN_STEPS)
-        assert not session._runners, "a graph was loaded"
+        assert not session._graphs.runners, "a graph was loaded"
         left = plan.bytes_kept // len(WHOLE) - 1
         with pytest.raises(HostMemoryError, match="keys of a reference for 20 steps need"):
             session.prepare(WHOLE[0], steps=PLAN_STEPS)

@@ -452,10 +452,10 @@ def test_closing_while_another_thread_loads_a_graph_waits_for_nothing(mixed: Mix
             assert not thread.is_alive(), "it waits for the thread that loads"
         with pytest.raises(SessionClosedError):
             waiting.join()
-        assert not session.ended(0.1), "a graph is being loaded"
+        assert not session.wait_stopped(0.1), "a graph is being loaded"
         backend.go_on.set()
         asking.join()
-        assert session.ended(SOON_SECONDS)
+        assert session.wait_stopped(SOON_SECONDS)
         assert backend.loads.total() == 1
         assert not session._graphs.runners
 
@@ -470,13 +470,13 @@ def test_a_graph_that_is_loaded_for_no_request_is_freed_after_closing(mixed: Mix
     assert backend.begun.wait(JOIN_SECONDS)
     session.close()
     assert not closed, "the backend is closed while it loads a graph"
-    assert not session.ended(0.1)
+    assert not session.wait_stopped(0.1)
     backend.go_on.set()
     with pytest.raises(SessionClosedError):
         loading.join()
     assert closed == [Counter()]
     assert backend.loads == {"vae_decoder": 1}
-    assert session.ended(SOON_SECONDS)
+    assert session.wait_stopped(SOON_SECONDS)
 
 
 def test_where_a_graph_cannot_be_loaded_who_waited_loads_it(mixed: Mixed) -> None:

@@ -130,14 +130,14 @@ def test_what_stays_where_only_the_new_name_cannot_be_made_durable(
         monkeypatch.setattr(atomic_files, "_rename", lambda one, other, flag: False)
     if prepare is not None:
         prepare(tmp_path / "out")
-    real = atomic_files._sync
+    real = atomic_files.fsync
 
     def failing(path: Path) -> None:
         if path == tmp_path:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         real(path)
 
-    monkeypatch.setattr(atomic_files, "_sync", failing)
+    monkeypatch.setattr(atomic_files, "fsync", failing)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         do(tmp_path / "out")
     assert read(tmp_path / "out") == stays

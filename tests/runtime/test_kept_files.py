@@ -207,7 +207,7 @@ def test_a_writer_that_restores_size_and_time_goes_unseen(path: Path) -> None:
     loaded, found = KeptConcept.load(path), path.stat()
     write_other_keys(path)
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
-    loaded.check_unwritten()
+    loaded.check_not_modified()
 
 
 SHORTENED = """
@@ -220,7 +220,7 @@ resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 loaded = KeptConcept.load(sys.argv[1])
 os.truncate(sys.argv[1], 100)
 try:
-    loaded.check_unwritten()
+    loaded.check_not_modified()
 except KeptConceptError as error:
     print(error, flush=True)
 loaded.references[0].tensors["k_ref_10"].step(1).sum()

@@ -415,7 +415,7 @@ def test_on_a_device_a_request_over_its_budget_computes_no_reference_and_with_a_
             drawn.runs.clear()
         with pytest.raises(BudgetError, match=r"on the device .*budget is"):
             session.generate("a man", [MAN], steps=STEPS)
-        assert bool(session._runners) != given
+        assert bool(session._graphs.runners) != given
         assert set(drawn.runs) == (set() if given else {"text_encoder"})
         world.cuda.total = PLENTY
         session.generate("a man", steps=1)

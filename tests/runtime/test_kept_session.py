@@ -649,7 +649,7 @@ def test_a_budget_too_small_for_a_step_is_refused_and_the_session_goes_on(bundle
     with Session(bundle, backend=backend, budget=1000, keep="1GiB") as session:
         with pytest.raises(BudgetError, match="budget"):
             latents(session, [MAN])
-        assert not session._runners, "a graph was loaded"
+        assert not session._graphs.runners, "a graph was loaded"
         assert not backend.runs
         without = [latents(session, concepts) for concepts in ([], [weighted(MAN, 0.0)])]
         assert session.plan([], STEPS, budget=1).budget == 1

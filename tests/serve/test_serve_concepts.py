@@ -37,6 +37,7 @@ from magicface_rt.serve import AsyncClient, FolderConcepts, KeptId, Made, Memory
 from magicface_rt.serve.concepts import ConceptStore, StoredConcept, concept_id
 from magicface_rt.serve.erasure import Trace
 from magicface_rt.serve.server import local_service
+from magicface_rt.session import HOLD_REFERENCES
 
 MAN, HAT = concept("man", 1), concept("hat", 2)
 STEPS = 2
@@ -214,21 +215,24 @@ def test_a_second_process_serves_what_the_first_prepared(
         assert other.concepts() == []
 
 
-@pytest.mark.parametrize("runs", ["nothing", "another request", "a request that uses it"])
+@pytest.mark.parametrize(
+    "runs", ["nothing", "another request", "a request that uses it", "a request that uses it and waits"]
+)
 def test_what_another_process_erased_is_let_go_of_though_nobody_asks_for_it(
     session: Gated, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: str
 ) -> None:
-    """At once, but for what a request has that runs there: it gets its picture, and that goes with it."""
+    """At once, but for what a request has that runs or waits there: it gets its picture, and that goes after it."""
     monkeypatch.setattr("magicface_rt.serve.local.LOOK_SECONDS", 0.1)
     settings = ServeSettings(default_steps=STEPS)
     here, there = FolderConcepts(tmp_path), FolderConcepts(tmp_path)
+    waits = runs.endswith("waits")
     with (
         Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1, keep="1GiB") as beside,
         running(session, store=here, settings=settings) as first,
         running(beside, store=there, settings=settings) as second,
         first.client() as one,
         second.client() as other,
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(2) as pool,
     ):
         kept = one.put_concept(MAN)
         other.generate(PROMPT, [kept], seed=4)
@@ -241,9 +245,12 @@ def test_what_another_process_erased_is_let_go_of_though_nobody_asks_for_it(
             beside.free.clear()
             request = pool.submit(other.generate, PROMPT, [kept] if runs == "a request that uses it" else [], seed=5)
             beside.wait_for_step()
+        if waits:
+            waiting = pool.submit(other.generate, PROMPT, [kept], seed=6)
+            until(lambda: second.service.engine.waiting == 1, "it waits in the queue")
         one.erase(kept)
         until(lambda: not there._mapped and not beside.kept_bytes, "the other process keeps it for later requests")
-        if runs == "a request that uses it":
+        if runs.startswith("a request that uses it"):
             assert trace.alive()
         else:
             until(lambda: not trace.alive(), "the other process holds it")
@@ -251,7 +258,14 @@ def test_what_another_process_erased_is_let_go_of_though_nobody_asks_for_it(
             assert not request.done()
             beside.free.set()
             assert len(request.result(30).pngs) == 1
+        if waits:
+            assert len(waiting.result(30).pngs) == 1
         until(lambda: not trace.alive() and not beside.kept_bytes, "the other process holds it")
+        if runs.startswith("a request that uses it"):
+            until(
+                lambda: not any(set(HOLD_REFERENCES) & one._bindings.keys() for one in beside._worker_contexts._free),
+                "the buffers of the graphs hold it",
+            )
 
 
 @pytest.mark.parametrize("look", ["entries", "used", "get"])

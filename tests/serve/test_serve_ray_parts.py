@@ -1,4 +1,4 @@
-"""What serving on Ray is made of, without Ray: the fair gate, the roster, the shared folder, the plan, the errors."""
+"""What serving on Ray is made of, without Ray: places in the queue, the roster, the shared folder, the plan, errors."""
 
 from __future__ import annotations
 
