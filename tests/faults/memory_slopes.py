@@ -65,6 +65,16 @@ def empty_caches() -> None:
     gc.collect()
 
 
+def make_room_for_names() -> None:
+    """Let CPython's table of interned strings grow once, beforehand.
+
+    Names come and go in it, such as the parts of paths, and when its places are used up, it takes one of double size:
+    half a megabyte more from one request to the next, in one step that says nothing of the others.
+    """
+    names = [sys.intern(f"a name among many, {number}") for number in range(100_000)]
+    del names
+
+
 def anonymous() -> int:
     """Bytes of this process that no file backs, when Python and the allocators have given back what they can."""
     from magicface_rt.backends.ort_arena import trim

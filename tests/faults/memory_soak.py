@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from memory_slopes import allocated, anonymous, held, slope_of
+from memory_slopes import allocated, anonymous, held, make_room_for_names, slope_of
 from threads_requests import MAN, STEPS, Mixed, digest
 
 from magicface_rt import Session
@@ -111,6 +111,7 @@ def _watched(folder: Path, turns: int, kinds: int, turn: Callable[[int], tuple[s
     Between those moments the readings rise and fall with what the turns leave in the store and in buffers.
     """
     rows = turns // kinds
+    make_room_for_names()
     # What is noted must not grow itself: the readings have their place beforehand, and outcomes go to a file.
     readings = {"allocated": np.zeros(rows + 1, np.int64), "anonymous": np.zeros(rows + 1, np.int64)}
     begun: dict[str, list[str]] = {}
