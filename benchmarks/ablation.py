@@ -24,6 +24,7 @@ from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.reference import DEFAULT_INJECTION_LAYERS
 from magicface_rt.images import region_overlay
 from magicface_rt.jobs import load_job
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .ablation_table import summaries, text
 from .encoders import Encoders
@@ -56,6 +57,7 @@ def run(ablation: Ablation, variants: Sequence[Variant], encoders: Encoders, out
         seeds = len({variant.seed for variant in variants})
         sheet(pictures, [c.name for c in ablation.concepts], seeds if seeds > 1 else 4).save(out / "sheet.png")
     except OSError as error:
+        reraise_if_interrupt(error)
         raise OutputError(f"the ablation cannot be written into {out}: {error}.") from error
     return rows
 
@@ -138,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}")
         return error.exit_code
     except ValueError as error:
+        reraise_if_interrupt(error)
         print(f"error: {error}")
         return 2
     return 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +19,8 @@ from typing import Any
 
 from magicface_rt import Bundle
 from magicface_rt.errors import BackendError
-from magicface_rt.shortage import address_hint
+from magicface_rt.files import atomic_files
+from magicface_rt.process.host_memory import address_hint
 
 from .contender import Task
 from .counting import rows_of_theory
@@ -71,8 +71,8 @@ def run(
             if earlier is not None and earlier.has(str(Path(path)), case):
                 continue
             say(f"{bundle.width} x {bundle.height}, {bundle.dtype}: {case}")
-            with tempfile.TemporaryDirectory(prefix="magicface-bench-") as folder:
-                found = _Bench(settings, path, bundle, case, folder, say).run()
+            with atomic_files.temporary_folder("magicface-bench") as folder:
+                found = _Bench(settings, path, bundle, case, str(folder), say).run()
             cases.append(replace(found, started=machine["started"], commit=machine["commit"]))
             so_far(report())
     return report()

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 from magicface_rt.errors import InputError
+from magicface_rt.process.host_memory import as_host_memory_error
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 COLUMNS = {"clip_t": "clip", "clip_i": "clip", "dino": "dino", "face": "face"}
 """Columns of an ablation's table that need an encoder, and which one."""
@@ -38,12 +40,14 @@ class Encoder:
         if not (path / "config.json").is_file():
             raise InputError(f"encoder {path}: there is no config.json; expected a folder that transformers can load.")
         try:
-            model, found = transformers.AutoModel.from_pretrained(
-                path, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
+            with as_host_memory_error():
+                model, found = transformers.AutoModel.from_pretrained(
+                    path, local_files_only=True, use_safetensors=True, output_loading_info=True
+                )
             prepared = path / "preprocessor_config.json"
             self.preparing = json.loads(prepared.read_text()) if prepared.is_file() else {}
         except (OSError, ValueError) as error:
+            reraise_if_interrupt(error)
             raise InputError(f"encoder {path}: transformers cannot load it: {error}") from error
         # transformers fills in random weights for what a folder lacks. DINO's, and face embeddings that were trained
         # as classifiers, lack the pooler only; then the first token's state is what they were trained for.
@@ -81,6 +85,7 @@ class Encoder:
             try:
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
             except (OSError, ValueError) as error:
+                reraise_if_interrupt(error)
                 raise InputError(f"encoder {self.path}: its tokenizer cannot be loaded: {error}") from error
         tokens = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=77)
         return _unit(self._vector(self.model.get_text_features(**tokens)))

@@ -13,7 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from magicface_rt.cores import cores
+from magicface_rt.process.cores import cores
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 PACKAGES = (
     "magicface_rt",
@@ -52,7 +53,8 @@ def memory() -> tuple[int | None, int | None]:
     """Bytes of host memory that are free for a new process, and in total; None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+    except OSError as error:
+        reraise_if_interrupt(error)
         return None, None
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     return found.get("MemAvailable"), found.get("MemTotal")
@@ -67,8 +69,8 @@ def peak_host_bytes() -> int | None:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    except OSError as error:
+        reraise_if_interrupt(error)
     return None
 
 
@@ -99,7 +101,8 @@ def _device_bytes(pid: int) -> int | None:
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        reraise_if_interrupt(error)
         return None
     found = 0
     for line in done.stdout.splitlines():
@@ -114,8 +117,8 @@ def _processor() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    except OSError as error:
+        reraise_if_interrupt(error)
     return platform.processor() or platform.machine()
 
 
@@ -159,7 +162,8 @@ def _busy_seconds() -> tuple[float, float]:
     own = times.user + times.system + times.children_user + times.children_system
     try:
         fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    except OSError:
+    except OSError as error:
+        reraise_if_interrupt(error)
         return 0.0, own
     user, nice, system, _, _, irq, softirq = fields[:7]
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK"), own
@@ -170,7 +174,8 @@ def _gpu() -> str | None:
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        reraise_if_interrupt(error)
         return None
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
 
@@ -193,7 +198,8 @@ def _commit() -> str | None:
             timeout=20,
             check=True,
         )
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        reraise_if_interrupt(error)
         return None
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 

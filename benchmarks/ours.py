@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from magicface_rt import Bundle, Session
 from magicface_rt.backends import Backend, Binding, GraphRunner, open_backend
-from magicface_rt.backends.host import host_dtype, to_bfloat16
-from magicface_rt.cores import cores
-from magicface_rt.denoiser import STATE, Denoiser, Guidance, ReferenceSet
+from magicface_rt.backends.base import Arrays
+from magicface_rt.backends.host import to_bfloat16
+from magicface_rt.denoiser import STATE, Guidance
+from magicface_rt.process.cores import cores
 from magicface_rt.regions import cell_groups, key_access
+from magicface_rt.single_step import Denoiser, ReferenceSet, padding_keys
 
 from .contender import Run, Runner, Task
 from .workload import GUIDANCE, PROMPT, Moment
-
-Arrays = dict[str, NDArray[Any]]
 
 
 class Ours(Runner):
@@ -157,7 +157,7 @@ class Ours(Runner):
             for name, array in self.references.arrays.items():
                 kv.set(name, array)
         if not self.with_references:
-            for name, array in _no_keys(self.bundle).items():
+            for name, array in padding_keys(self.bundle).items():
                 step.set(name, array)
         self._bindings = step, kv
         return step, kv
@@ -237,15 +237,6 @@ def _load_prepared(folder: Path, concepts: Any) -> list[Any]:
 def as_bundle_dtype(array: NDArray[np.float32], bundle: Bundle) -> NDArray[Any]:
     """Round an array to the bundle's dtype, as a host array holds it."""
     return to_bfloat16(array) if bundle.dtype == "bfloat16" else array.astype(bundle.dtype)
-
-
-def _no_keys(bundle: Bundle) -> Arrays:
-    """One padding key for each layer, which no token sees."""
-    return {
-        f"{kind}_ref_{layer.index}": np.zeros((1, 1, layer.width), host_dtype(bundle.dtype))
-        for layer in bundle.injection_layers
-        for kind in "kv"
-    }
 
 
 def _open(task: Task, bundle: Bundle) -> Backend:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magicface_rt import Bundle
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .bootstrap import MIN_SAMPLES, figures, ratio_of_medians
 from .contender import Run, Task
@@ -98,9 +99,11 @@ def _counts(entrant: Entrant, bundle: Bundle, workload: Workload, alpha: float) 
         try:
             cost = _graphs_cost(kind, bundle, workload)
             flops, moved = dict.fromkeys(STAGES, cost.flops), dict.fromkeys(STAGES, cost.bytes)
-        except ImportError:
+        except ImportError as error:
+            reraise_if_interrupt(error)
             note = "operations not counted: the package onnx is not installed"
         except ValueError as error:
+            reraise_if_interrupt(error)
             note = f"operations not counted: {error}"
     elif not flops:
         note = "operations not counted: compiled code is not seen by the counter"

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from magicface_rt import unfinished
 from magicface_rt.errors import BackendMissingError, OutputError
+from magicface_rt.files import atomic_files
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .plots import draw
 from .results import Report
@@ -44,9 +45,10 @@ def write(report: Report | Mapping[str, Any], folder: Path, *, plots: bool = Tru
             text += f"\n{error}\n"
         _write(folder / TABLE, text)
     except OSError as error:
+        reraise_if_interrupt(error)
         raise OutputError(f"the report cannot be written into {folder}: {error}.") from error
     return made
 
 
 def _write(file: Path, text: str) -> None:
-    unfinished.write(unfinished.place(file), text.encode())
+    atomic_files.write(atomic_files.resolve_target(file), text.encode())

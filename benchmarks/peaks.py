@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from magicface_rt.cores import cores
+from magicface_rt.process.cores import cores
+from magicface_rt.process.host_memory import shortage
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ def peaks_of(name: str, threads: int = 0) -> Peaks | None:
         return measure_peaks(threads=threads)
     try:
         return _measure_cuda_peaks(name.partition(" ")[2])
-    except (ImportError, RuntimeError, AssertionError):
+    except (ImportError, RuntimeError, AssertionError) as error:
+        reraise_if_interrupt(error)
+        if (short := shortage(error)) is not None:  # which says nothing of a GPU
+            raise short from error
         return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import InputError
-from magicface_rt.shown import shown
+from magicface_rt.values.shown import shown
 
 from .machine import describe
 from .results import FORMAT

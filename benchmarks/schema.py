@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import InputError
-from magicface_rt.plain_file import read_plain
-from magicface_rt.shown import shown
-from magicface_rt.strict_json import read_json
+from magicface_rt.files.plain_file import read_plain
+from magicface_rt.files.strict_json import read_json
+from magicface_rt.process.interrupts import reraise_if_interrupt
+from magicface_rt.values.shown import shown
 
 MOST_BYTES = 64 << 20
 """Largest size of a report that is read; one of 25 cases has 1 MB."""
@@ -46,6 +47,7 @@ def read_report(file: Path) -> Any:
     try:
         return read_json(read_plain(file, MOST_BYTES))
     except (OSError, ValueError) as error:
+        reraise_if_interrupt(error)
         raise InputError(
             f"report {file}: it cannot be read: {error}. Expected what `magicface-rt bench` wrote."
         ) from error

@@ -28,6 +28,7 @@ from PIL import Image
 
 from magicface_rt import Bundle, Concept, Reference
 from magicface_rt.errors import BackendMissingError, InputError, MagicFaceError, OutputError
+from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.serve import AsyncClient
 
 from .machine import describe
@@ -196,6 +197,7 @@ def write(report: dict[str, Any], out: Path) -> list[Path]:
             text += f"\n{error}\n"
         (out / "serve_load.md").write_text(text, encoding="utf-8")
     except OSError as error:
+        reraise_if_interrupt(error)
         raise OutputError(f"the report cannot be written into {out}: {error}.") from error
     return made
 
@@ -249,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for file in write(report, given.out):
             print(file)
     except OSError as error:
+        reraise_if_interrupt(error)
         print(f"error: {given.out}: {error}", file=sys.stderr)
         return 2
     except MagicFaceError as error:

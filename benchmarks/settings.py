@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
-from magicface_rt.cores import MOST_THREADS
 from magicface_rt.errors import OptionError
+from magicface_rt.process.cores import MOST_THREADS
 from magicface_rt.regions import MAX_CONCEPTS
 
 TORCH_KINDS = ("authors", "strong", "compiled", "plain")

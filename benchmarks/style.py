@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from magicface_rt.errors import BackendMissingError
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .table import device, was_quiet
 
@@ -33,6 +34,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
+        reraise_if_interrupt(error)
         raise BackendMissingError(
             "plots need matplotlib, which is not installed. Install it: pip install 'magicface_rt[bench]'"
         ) from error

@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from magicface_rt.errors import MagicFaceError
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .contender import Run, Runner, Task, load
 from .machine import DevicePeak, peak_host_bytes
@@ -95,6 +96,7 @@ def _serve(pipe: Connection, task: Task, role: str) -> None:
                     runner, handlers = _handlers(task, role)
                 pipe.send((True, handlers[what](*arguments)))
             except Exception as error:
+                reraise_if_interrupt(error)
                 pipe.send((False, f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"))
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         pass

@@ -160,7 +160,7 @@ def drawn_concepts(count: int, share: float) -> list[Concept]:
 
 def sizes_of(bundle: Bundle, workload: Workload) -> Mapping[str, Any]:
     """The values of the graphs' symbols in this case."""
-    from magicface_rt.denoiser import ReferenceSet
+    from magicface_rt.single_step import ReferenceSet
 
     kept = ReferenceSet.of(bundle, workload.masked).kept
     sizes = {f"M{factor}": tokens.count for factor, tokens in kept.items()}

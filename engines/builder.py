@@ -171,7 +171,7 @@ class _Build:
         gpu.check_target(self.flavour, self.target, self.device)
         self.builder = self.trt.Builder(self.logger)
         if self.builder is None:
-            raise BuildError(f"graph {self.graph}: {self.flavour.name} made no builder. {self._said()}")
+            raise BuildError(f"graph {self.graph}: {self.flavour.name} made no builder. {self.logger.reason()}")
         self.network = self.builder.create_network(_network_flags(self.trt))
 
     def close(self) -> None:
@@ -216,7 +216,7 @@ class _Build:
         if plan is None:
             if self.monitor is not None and self.monitor.cancelled:
                 raise Cancelled(f"building the plan of {self.graph} was cancelled.")
-            raise BuildError(f"graph {self.graph}: {self.flavour.name} could not build it. {self._said()}")
+            raise BuildError(f"graph {self.graph}: {self.flavour.name} could not build it. {self.logger.reason()}")
         if not self.flavour.builds_without_gpu:
             timing_cache.save(root, self.flavour, self.device, self.config.get_timing_cache())
         with path.open("wb") as stream:
@@ -255,7 +255,7 @@ class _Build:
         if config.add_optimization_profile(profile) < 0:
             raise BuildError(
                 f"graph {self.graph}: {self.flavour.name} refused the optimisation profile "
-                f"{dict(self.key.profile)}. {self._said()}"
+                f"{dict(self.key.profile)}. {self.logger.reason()}"
             )
 
     def judge(self, path: Path) -> GateReport:
@@ -271,15 +271,12 @@ class _Build:
             runtime = self.trt.Runtime(self.logger)
             engine = runtime.deserialize_cuda_engine(path.read_bytes())
             if engine is None:
-                raise BuildError(f"graph {self.graph}: the plan that was built cannot be loaded here. {self._said()}")
+                raise BuildError(
+                    f"graph {self.graph}: the plan that was built cannot be loaded here. {self.logger.reason()}"
+                )
             gate = agree(gate, inspect_engine(engine, self.trt), self.attentions)
         gate.raise_if_closed()
         return gate
-
-    def _said(self) -> str:
-        if not self.logger.errors:
-            return f"It gave no reason; set the log level of {LOGGER.name} to DEBUG."
-        return "It said: " + " | ".join(self.logger.errors[-3:])
 
 
 def _network_flags(trt: Any) -> int:

@@ -1,42 +1,64 @@
 """Caches that a store holds beside its plans: compiled kernels and measurements. All of it can be made again.
 
-DIR/runtime-cache/       what TensorRT-RTX compiled on a GPU, a file for each plan (backends/runtime_cache.py)
-DIR/timing-caches/       what TensorRT measured while it built (engines/timing_cache.py)
-DIR/onnxruntime-*/       engines that ONNX Runtime's TensorRT providers compiled
+Their folders are named in magicface_rt/store_folders.py. Somebody may keep other things in a folder of such a name, or
+name a folder as a store that is none. So a file counts as a cache, and may be removed, only if its whole path below the
+store has the form that the SDK or ONNX Runtime gives it, without a link on the way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from magicface_rt import unfinished
+from magicface_rt.files import atomic_files
+from magicface_rt.store_folders import (
+    COMPILING_PROVIDERS,
+    FLAVOURS,
+    RUNTIME_CACHE,
+    TIMING_CACHES,
+    onnxruntime_cache,
+)
 
-RUNTIME = "runtime-cache"
-OURS = (RUNTIME, "timing-caches")
-FOLDERS = (*OURS, "onnxruntime-*")
 DIGEST_CHARACTERS = 32
 """How many leading characters of a plan's digest begin the name of its runtime cache."""
 
+_WRITTEN_HERE = {
+    RUNTIME_CACHE: re.compile(rf"[0-9a-f]{{{DIGEST_CHARACTERS}}}-[^/]+\.cache"),
+    TIMING_CACHES: re.compile(rf"({'|'.join(FLAVOURS)})-[^/]+\.bin"),
+}
+"""The form of the file names in each folder that the SDK writes itself."""
+
+_FORMS = _WRITTEN_HERE | {
+    # <bundle's hash>/<fused node's name>: ONNX Runtime begins that name with the provider's, and TensorRT's provider
+    # adds .engine, .profile or .timing.
+    onnxruntime_cache(provider): re.compile(rf"[0-9a-f]{{64}}/{name}_[^/]+")
+    for provider, name in COMPILING_PROVIDERS.items()
+}
+"""The form of a cache file's path below each cache folder."""
+
+FOLDERS = tuple(_FORMS)
+
 
 def clear_unfinished(root: Path) -> None:
-    """Remove unfinished files that killed processes left; those that a live process is writing stay."""
-    for name in OURS:
+    """Remove unfinished cache files that killed processes left; those that a live process is writing stay."""
+    for name, form in _WRITTEN_HERE.items():
         if not (root / name).is_symlink():
-            unfinished.clear(root / name, lambda _: True)
+            atomic_files.remove_abandoned(root / name, functools.partial(_has_form, form))
 
 
 def cache_files(root: Path) -> list[Path]:
     """Every finished cache file, least recently written first."""
     files = [
         path
-        for pattern in FOLDERS
-        for folder in root.glob(pattern)
+        for name, form in _FORMS.items()
+        for folder in [root / name]
         if not folder.is_symlink()
         for path in _below(folder)
-        if not unfinished.is_part(path.name)
+        if form.fullmatch(path.relative_to(folder).as_posix())
     ]
     return sorted(files, key=_written)
 
@@ -56,7 +78,7 @@ def orphans(root: Path, digests: Collection[str]) -> list[Path]:
     return [
         path
         for path in cache_files(root)
-        if path.parent == root / RUNTIME and path.name[:DIGEST_CHARACTERS] not in known
+        if path.parent == root / RUNTIME_CACHE and path.name[:DIGEST_CHARACTERS] not in known
     ]
 
 
@@ -68,6 +90,10 @@ def remove(path: Path) -> None:
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def _has_form(form: re.Pattern[str], name: str) -> bool:
+    return form.fullmatch(name) is not None
 
 
 def _below(top: Path) -> Iterator[Path]:

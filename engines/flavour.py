@@ -10,9 +10,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from magicface_rt.backends.tensorrt import FLAVOURS
 from magicface_rt.errors import BackendMissingError
-from magicface_rt.interrupts import let_through
+from magicface_rt.process.interrupts import reraise_if_interrupt
+from magicface_rt.store_folders import FLAVOURS
 
 __all__ = ["FLAVOURS", "Flavour", "load_flavour"]
 
@@ -42,7 +42,7 @@ def load_flavour(name: str) -> Flavour:
         module = importlib.import_module(name.replace("-", "_"))
         _ = module.Builder
     except (ImportError, OSError, AttributeError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BackendMissingError(
             f"{name} is not installed or does not load ({type(error).__name__}: {error}). "
             f"Install it: pip install 'magicface_rt[{name}]'"

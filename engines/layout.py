@@ -19,15 +19,21 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from magicface_rt import unfinished
 from magicface_rt.errors import StoreError
+from magicface_rt.files import atomic_files
+from magicface_rt.store_folders import FLAVOURS
+
+from . import caches
 
 _SHARD = re.compile(r"[0-9a-f]{2}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_FOLDERS = (*FLAVOURS, *caches.FOLDERS)
+_SHOWN = 3
+_OF_A_DISK = ("lost+found",)
 _LEFTOVER = re.compile(r"\.([0-9a-f]{64})\.([0-9a-f]{32}\.part|lock)")
 
 
-def place(root: Path, flavour: str, digest: str) -> Path:
+def plan_folder(root: Path, flavour: str, digest: str) -> Path:
     """The folder of a plan."""
     return root / flavour / digest[:2] / digest
 
@@ -49,12 +55,30 @@ def make_parents(root: Path, folder: Path) -> None:
         OSError: a folder could not be made.
         StoreError: something other than a folder of the store's own is in the way.
     """
-    unfinished.make_folder(root.parent)
+    atomic_files.make_folder(root.parent)
     for above in (root, folder.parent.parent, folder.parent):
         with contextlib.suppress(FileExistsError):
-            unfinished.make_folder(above, mode=0o700)
+            atomic_files.make_folder(above, mode=0o700)
         if not above.is_dir() or (above != root and above.is_symlink()):
             raise StoreError(f"engine store {root}: {above} is not a folder of the store's own. Remove it.")
+
+
+def check_root(root: Path) -> None:
+    """Check that a folder can be a store's: it holds a folder of a flavour or of a cache, or nothing, or is not there.
+
+    What a disk has of its own and hidden files say nothing, so an empty disk can be a store.
+
+    Raises:
+        StoreError: it holds only other things, which are named, or cannot be read.
+    """
+    found = [path for path in _listed(root, links=True) if path.name not in _OF_A_DISK and path.name[:1] != "."]
+    if found and not any(path.name in _FOLDERS and _is_folder(path) for path in found):
+        first = ", ".join(repr(path.name) for path in found[:_SHOWN])
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise StoreError(
+            f"engine store {root}: this folder is not one. It holds {first}{more}, expected some of "
+            f"{', '.join(_FOLDERS)}, or nothing. Name the folder that `magicface-rt build BUNDLE --store DIR` filled."
+        )
 
 
 def linked_parent(folder: Path) -> Path | None:
@@ -63,7 +87,10 @@ def linked_parent(folder: Path) -> Path | None:
 
 
 def plan_folders(root: Path) -> list[Path]:
-    """Everything that stands in a plan's place, whatever it is."""
+    """Everything that stands in a plan's place, whatever it is.
+
+    Only folders of known flavours are looked into: others keep files in `*/<two digits>/<digest>` as well.
+    """
     return [path for shard in _shards(root) for path in _listed(shard, links=True) if _DIGEST.fullmatch(path.name)]
 
 
@@ -82,14 +109,23 @@ def leftovers(root: Path) -> list[Path]:
 def remove_parts(folder: Path) -> None:
     """Remove the temporary folders of a plan; the caller holds its lock."""
     for path in folder.parent.glob(f".{folder.name}.*.part"):
-        _remove(path)
+        if _LEFTOVER.fullmatch(path.name):
+            atomic_files.remove_if_possible(path)
 
 
 def keep_only(folder: Path, name: str) -> None:
-    """Remove everything in a folder but one file."""
+    """Remove everything in a folder but one file.
+
+    Raises:
+        OSError: another file could not be removed.
+    """
     for path in folder.iterdir():
-        if path.name != name:
-            _remove(path)
+        if path.name == name:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def bytes_of(folder: Path) -> int:
@@ -115,8 +151,9 @@ def last_used(folder: Path) -> float:
 
 
 def _shards(root: Path) -> Iterator[Path]:
-    for flavour in _listed(root):
-        for shard in _listed(flavour):
+    for name in FLAVOURS:
+        flavour = root / name
+        for shard in [] if os.path.islink(flavour) else _listed(flavour):
             if _SHARD.fullmatch(shard.name):
                 yield shard
 
@@ -128,18 +165,22 @@ def _listed(folder: Path, *, links: bool = False) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise StoreError(
-            f"engine store: {folder} cannot be read ({error.strerror}). Only the user who made a store can read it; "
-            "name another one with --store DIR."
-        ) from error
+        raise _unreadable(folder, error) from error
     return [path for path in found if links or not os.path.islink(path)]
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"engine store: {path} cannot be read ({error.strerror}). Only the user who made a store can read it; "
+        "name another one with --store DIR."
+    )
 
 
 def _size(path: Path) -> int:

@@ -16,10 +16,31 @@ _NOISE = (
     "Make sure output",
 )
 _KEPT_ERRORS = 8
+_SHOWN_ERRORS = 3
+
+
+class ErrorRecord:
+    """The last error messages of a library that reports a failure without its reason."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def add_error(self, message: str) -> None:
+        self.errors = [*self.errors, message][-_KEPT_ERRORS:]
+
+    def clear_errors(self) -> None:
+        """Forget the errors so far, which are not about what is done next."""
+        self.errors = []
+
+    def reason(self) -> str:
+        """Return a sentence with the last errors since `clear_errors`, for an error message."""
+        if not self.errors:
+            return f"It gave no reason; set the log level of {LOGGER.name} to DEBUG."
+        return "It said: " + " | ".join(self.errors[-_SHOWN_ERRORS:])
 
 
 def trt_logger(trt: Any) -> Any:
-    """Return an ILogger of a flavour that writes to LOGGER; its `errors` holds the last error messages."""
+    """Return an ILogger of a flavour that writes to LOGGER, and is an `ErrorRecord`."""
     levels = {
         trt.ILogger.INTERNAL_ERROR: logging.CRITICAL,
         trt.ILogger.ERROR: logging.ERROR,
@@ -28,15 +49,15 @@ def trt_logger(trt: Any) -> Any:
         trt.ILogger.VERBOSE: logging.DEBUG,
     }
 
-    class PythonLogger(trt.ILogger):  # type: ignore[misc]
+    class PythonLogger(trt.ILogger, ErrorRecord):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            ErrorRecord.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity, logging.INFO)
             if level >= logging.ERROR:
-                self.errors = [*self.errors, message][-_KEPT_ERRORS:]
+                self.add_error(message)
                 level = logging.DEBUG  # the caller sees it as an exception
             elif any(part in message for part in _NOISE):
                 level = logging.DEBUG

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import PlanError, StoreError
+from magicface_rt.files import atomic_files
 
 from .locking import OPEN_FLAGS
 from .plan_key import PlanKey
@@ -137,21 +138,12 @@ def write_manifest(folder: Path, key: PlanKey, facts: Mapping[str, Any]) -> None
             f"{MAX_MANIFEST_BYTES}."
         )
     path.chmod(0o600)
-    sync(path)
+    atomic_files.fsync(path)
     with os.fdopen(os.open(folder / MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    atomic_files.fsync(folder)
 
 
 def _text(content: Mapping[str, Any]) -> bytes:

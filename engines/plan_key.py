@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from magicface_rt.errors import PlanError
-from magicface_rt.shown import shown
+from magicface_rt.store_folders import FLAVOURS
+from magicface_rt.values.shown import shown
 
 SCHEMA = 1
 """Incremented when plans of an earlier release of this package must not be used even if every other field agrees."""
@@ -22,7 +23,7 @@ _BOUNDS = ("min", "opt", "max")
 _PATTERNS = {
     "graph": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"),
     "graph_hash": re.compile(r"[0-9a-f]{64}"),
-    "flavour": re.compile(r"[a-z0-9][a-z0-9-]{0,31}"),  # becomes a folder name
+    "flavour": re.compile("|".join(FLAVOURS)),  # becomes a folder name, by which the store finds its plans
     "flavour_version": re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
     "precision": re.compile(r"[a-z0-9][a-z0-9_+-]{0,31}"),
 }

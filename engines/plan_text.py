@@ -92,11 +92,6 @@ class PlanFacts:
         """
         return sum(r.bytes for r in self.regions if r.place == "accelerator" and not r.constant)
 
-    @property
-    def constant_bytes(self) -> int:
-        """Device memory for constants that the programs themselves own. Weights lie elsewhere in the plan."""
-        return sum(r.bytes for r in self.regions if r.place == "accelerator" and r.constant)
-
     def largest_regions(self, count: int) -> tuple[Region, ...]:
         """The largest regions that count as scratch, largest first."""
         scratch = (r for r in self.regions if r.place == "accelerator" and not r.constant)

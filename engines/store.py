@@ -7,28 +7,45 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import PlanError, StoreError
+from magicface_rt.files import atomic_files
 
 from . import caches, layout, manifest
 from .locking import FileLock, Lease, unused
 from .manifest import PLAN, Damaged, Plan
 from .plan_key import FieldDifference, PlanKey
 
-__all__ = ["Damaged", "EngineStore", "Lease", "Plan"]
+__all__ = ["Damaged", "EngineStore", "Lease", "Plan", "Pruned"]
+
+logger = logging.getLogger("magicface_rt.engines")
 
 Entry = Plan | Damaged
 Make = Callable[[Path], Mapping[str, Any]]
 
 _SHOWN_DIFFERENCES = 4
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
-_OF_WRITING = _FULL | {errno.EFBIG, errno.EROFS}
+_OF_WRITING = atomic_files.FULL | {errno.EFBIG, errno.EROFS}
+
+
+@dataclass
+class Pruned:
+    """What pruning did.
+
+    entries      the plans and damaged entries that were removed
+    cache_files  how many cache files were removed
+    cache_bytes  bytes that these took
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    cache_files: int = 0
+    cache_bytes: int = 0
 
 
 class EngineStore:
@@ -118,7 +135,7 @@ class EngineStore:
             StoreError: the store cannot be read.
         """
         found = [manifest.load(folder) for folder in layout.plan_folders(self.root)]
-        return [self._placed(entry) for entry in found if entry is not None]
+        return [self._checked_location(entry) for entry in found if entry is not None]
 
     def plans(self) -> list[Plan]:
         """List the plans that are not known to be damaged; their files are not read."""
@@ -159,7 +176,8 @@ class EngineStore:
         `make(path)` writes the plan file to `path`, the only file that is kept, and returns facts for the manifest.
         If several callers, in any process, want the plan, one makes it and the others wait for at most `timeout`
         seconds (None: as long as it takes). `on_wait` is called once, before the first wait. However `make` ends,
-        nothing half-written is left. After a build the store's size limit is applied to all plans but this one.
+        nothing half-written is left. After a build the store's size limit is applied to all plans but this one; what
+        cannot be removed then is logged as a warning.
 
         Raises:
             StoreError: the store cannot be written, or the wait was too long.
@@ -179,7 +197,7 @@ class EngineStore:
             found = self._sound(key)
             if found is None:
                 found = self._build(key, folder, make)
-        self.prune(keep=[key])
+        self._prune_after_build(key)
         return found
 
     def _build(self, key: PlanKey, folder: Path, make: Make) -> Plan:
@@ -197,7 +215,7 @@ class EngineStore:
                     os.rename(folder, layout.new_part(folder))  # damaged
                 os.rename(part, folder)
                 try:
-                    manifest.sync(folder.parent)
+                    atomic_files.fsync(folder.parent)
                 except OSError:
                     # A caller that gets this error must not find the plan there.
                     with contextlib.suppress(OSError):
@@ -222,46 +240,104 @@ class EngineStore:
 
     # Removing
 
-    def prune(self, limit: int | None = None, keep: Iterable[PlanKey] = ()) -> list[Entry]:
-        """Remove what killed processes left, then entries until `limit` bytes remain; return the removed entries.
+    def check(self) -> None:
+        """Check that the folder looks like a store: it holds one of a store's folders, or nothing, or is not there.
+
+        Raises:
+            StoreError: it holds only other things, or cannot be read.
+        """
+        layout.check_root(self.root)
+
+    def prune(
+        self,
+        limit: int | None = None,
+        keep: Iterable[PlanKey] = (),
+        *,
+        on_fault: Callable[[StoreError], object] | None = None,
+    ) -> Pruned:
+        """Remove what killed processes left, then caches and entries until `limit` bytes remain.
 
         Caches are removed first (those of plans that are gone always), then damaged entries, then the least recently
         used plans. Plans in use, plans being built and those of `keep` stay, even over the limit. `limit` defaults to
-        the store's; without either, no entry is removed.
+        the store's; without either, no entry is removed. Whatever else the folder holds is left alone.
+
+        What cannot be removed does not keep the rest. At the end `on_fault` is called with an error for each of these,
+        or, without it, the first error is raised.
 
         Raises:
-            StoreError: the store cannot be read or written.
+            StoreError: the folder is not a store, or cannot be read; or, without `on_fault`, something could not be
+                removed.
         """
-        self._sweep(layout.leftovers(self.root))
-        limit = self.size_limit if limit is None else limit
-        spared = {self._folder(key) for key in keep}
+        self.check()
+        faults: list[StoreError] = []
+        pruned = self._prune(self.size_limit if limit is None else limit, {self._folder(key) for key in keep}, faults)
+        for fault in faults:
+            if on_fault is None:
+                raise fault
+            on_fault(fault)
+        return pruned
+
+    def _prune(self, limit: int | None, spared: set[Path], faults: list[StoreError]) -> Pruned:
+        pruned = Pruned()
+        for folder in layout.leftovers(self.root):
+            with _collecting(faults):
+                self._sweep([folder])
         entries = [(entry, self.size(entry)) for entry in self.entries()]
         plans = sum(size for _, size in entries)
-        self._prune_caches([entry.folder.name for entry, _ in entries], None if limit is None else limit - plans)
+        digests = [entry.folder.name for entry, _ in entries]
+        self._prune_caches(digests, None if limit is None else limit - plans, pruned, faults)
         if limit is None:
-            return []
+            return pruned
         total = plans + self.cache_size()
-        removed: list[Entry] = []
         for entry, size in sorted(entries, key=lambda pair: (isinstance(pair[0], Plan), self.last_used(pair[0]))):
             if total <= limit:
                 break
-            if entry.folder not in spared and self.remove(entry):
-                removed.append(entry)
-                total -= size
-        return removed
+            with _collecting(faults):
+                if entry.folder not in spared and self.remove(entry):
+                    pruned.entries.append(entry)
+                    total -= size
+        return pruned
+
+    def _prune_after_build(self, key: PlanKey) -> None:
+        """Apply the size limit. The plan is there whether this works or not, so what does not is only logged."""
+
+        def warn(fault: StoreError) -> None:
+            logger.warning("the plan was built; pruning the store afterwards: %s", fault)
+
+        try:
+            self.prune(keep=[key], on_fault=warn)
+        except StoreError as error:
+            warn(error)
 
     def cache_size(self) -> int:
         """Bytes of the caches that stand beside the plans."""
         return caches.size(caches.cache_files(self.root))
 
-    def _prune_caches(self, digests: list[str], limit: int | None) -> None:
-        with self._writing(self.root):
-            caches.clear_unfinished(self.root)
-            for path in caches.orphans(self.root, digests):
-                caches.remove(path)
-            files = caches.cache_files(self.root)
-            while limit is not None and files and caches.size(files) > max(limit, 0):
-                caches.remove(files.pop(0))
+    def _prune_caches(self, digests: list[str], limit: int | None, pruned: Pruned, faults: list[StoreError]) -> None:
+        """Remove caches of plans that are gone, then the oldest until `limit` bytes of caches remain."""
+        caches.clear_unfinished(self.root)
+        orphans = caches.orphans(self.root, digests)
+        for path in orphans:
+            self._remove_cache(path, pruned, faults)
+        if limit is None:
+            return
+        files = caches.cache_files(self.root)
+        total = caches.size(files)
+        for path in files:
+            if total <= max(limit, 0):
+                break
+            if path not in orphans:
+                total -= self._remove_cache(path, pruned, faults)
+
+    def _remove_cache(self, path: Path, pruned: Pruned, faults: list[StoreError]) -> int:
+        """Remove a cache file, and return the bytes that are free now."""
+        size = caches.size([path])
+        with _collecting(faults), self._writing(path):
+            caches.remove(path)
+            pruned.cache_files += 1
+            pruned.cache_bytes += size
+            return size
+        return 0
 
     def remove(self, entry: Entry) -> bool:
         """Remove an entry unless it is in use, being built, repaired, or gone; return whether it was removed.
@@ -278,7 +354,7 @@ class EngineStore:
                 return False
             with lock:
                 found = manifest.load(folder)
-                if found is None or (isinstance(entry, Damaged) and isinstance(self._placed(found), Plan)):
+                if found is None or (isinstance(entry, Damaged) and isinstance(self._checked_location(found), Plan)):
                     return False
                 with unused(entry.path) as free:
                     if not free:
@@ -299,7 +375,7 @@ class EngineStore:
     # Places
 
     def _folder(self, key: PlanKey) -> Path:
-        return layout.place(self.root, key.flavour, key.digest)
+        return layout.plan_folder(self.root, key.flavour, key.digest)
 
     def _load(self, key: PlanKey) -> Entry | None:
         folder = self._folder(key)
@@ -307,9 +383,9 @@ class EngineStore:
         if link is not None:
             return Damaged(folder, f"{link} is a symbolic link, expected a folder of the store's own")
         found = manifest.load(folder)
-        return found if found is None else self._placed(found)
+        return found if found is None else self._checked_location(found)
 
-    def _placed(self, entry: Entry) -> Entry:
+    def _checked_location(self, entry: Entry) -> Entry:
         if isinstance(entry, Plan) and entry.folder != self._folder(entry.key):
             return Damaged(entry.folder, f"it belongs into {self._folder(entry.key).parent}")
         return entry
@@ -356,15 +432,23 @@ class EngineStore:
             raise self._unwritable(path, error) from error
 
     def _unwritable(self, path: Path, error: OSError) -> StoreError:
-        advice = "Look at the disk, or name another folder with --store DIR."
-        if error.errno in _FULL:
-            prune = f"magicface-rt engines prune --store {shlex.quote(str(self.root))}"
-            advice = f"Free some space (for instance with `{prune}`), or name another folder with --store DIR."
-        elif error.errno == errno.EFBIG:
-            advice = "Raise the limit on the size of files (`ulimit -f`), or name another folder with --store DIR."
-        elif error.errno in _REFUSED:
-            advice = "Make the store writable for this user, or name another folder with --store DIR."
+        prune = f"magicface-rt engines prune --store {shlex.quote(str(self.root))}"
+        advice = atomic_files.advice(
+            error,
+            place="store",
+            room=f"Free some space (for instance with `{prune}`)",
+            other="name another folder with --store DIR",
+        )
         return StoreError(f"engine store {self.root}: {path} cannot be written ({error.strerror or error}). {advice}")
+
+
+@contextlib.contextmanager
+def _collecting(faults: list[StoreError]) -> Iterator[None]:
+    """Add a StoreError that the block raises to the list, and go on after the block."""
+    try:
+        yield
+    except StoreError as error:
+        faults.append(error)
 
 
 def _fault(entry: Entry) -> str | None:

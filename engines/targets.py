@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import TargetError
-from magicface_rt.plain_file import read_plain
-from magicface_rt.shown import shown
+from magicface_rt.files.plain_file import read_plain
+from magicface_rt.values.shown import shown
 
 from .flavour import FLAVOURS
 

@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from magicface_rt import unfinished
-from magicface_rt.plain_file import read_plain
+from magicface_rt.files import atomic_files
+from magicface_rt.files.plain_file import read_plain
+from magicface_rt.store_folders import TIMING_CACHES
 
 from .flavour import Flavour
 from .gpu import capability_here
@@ -20,14 +21,14 @@ from .log import LOGGER
 MOST_BYTES = 1 << 30
 
 
-def place(root: Path, flavour: Flavour, device: int) -> Path:
+def cache_file(root: Path, flavour: Flavour, device: int) -> Path:
     """The file for this library and this GPU's compute capability."""
-    return root / "timing-caches" / f"{flavour.name}-{flavour.version}-{capability_here(device) or 'none'}.bin"
+    return root / TIMING_CACHES / f"{flavour.name}-{flavour.version}-{capability_here(device) or 'none'}.bin"
 
 
 def load(root: Path, flavour: Flavour, device: int, config: Any) -> None:
     """Give a builder's configuration the saved cache, or an empty one."""
-    path = place(root, flavour, device)
+    path = cache_file(root, flavour, device)
     kept = b""
     try:
         kept = read_plain(path, MOST_BYTES)
@@ -44,9 +45,9 @@ def save(root: Path, flavour: Flavour, device: int, cache: Any) -> None:
     """Save a cache. If two builds end together, the measurements of only one are kept."""
     if cache is None:
         return
-    path = place(root, flavour, device)
+    path = cache_file(root, flavour, device)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        unfinished.write(path, memoryview(cache.serialize()))
+        atomic_files.write(path, memoryview(cache.serialize()))
     except OSError as error:
         LOGGER.warning("timing cache %s cannot be written (%s)", path, error)

@@ -56,7 +56,7 @@ def attention_layers(unet: UNet2DConditionModel) -> list[AttentionLayer]:
 
 
 @dataclass
-class References:
+class StepReferences:
     """What one `denoise_step` reads and collects on its way through the layers; used for one forward pass."""
 
     keys: dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -84,7 +84,7 @@ class _Processor:
 class _State:
     """The slot through which a graph's forward hands its tensors to the processors."""
 
-    references: References | None = None
+    references: StepReferences | None = None
     captured: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
 

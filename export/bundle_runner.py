@@ -7,10 +7,12 @@ from collections.abc import Callable
 import numpy as np
 
 from magicface_rt.backends import Backend, GraphRunner
-from magicface_rt.backends.host import stored
+from magicface_rt.backends.host import to_contract_dtype
 from magicface_rt.bundle import Bundle
-from magicface_rt.denoiser import Denoiser, Guidance, ReferenceSet
-from magicface_rt.regions import MaskedReference, WeightMode
+from magicface_rt.denoiser import Guidance
+from magicface_rt.options import WeightMode
+from magicface_rt.regions import MaskedReference
+from magicface_rt.single_step import Denoiser, ReferenceSet
 
 from .recordings import Recording
 from .replay import RunnerOutputs
@@ -56,14 +58,14 @@ class BundleStepRunner:
             ],
         )
         self.guidance = Guidance(
-            text=stored(np.stack([inputs.neg_embeds, inputs.target_embeds]), bundle.dtype),
+            text=to_contract_dtype(np.stack([inputs.neg_embeds, inputs.target_embeds]), bundle.dtype),
             tokens=recording.tokens,
             ca_scale=recording.ca_scale,
             scale=recording.guidance,
             semantic=recording.semantic_guidance,
             weight_mode=weight_mode,
         )
-        self.reference_text = stored(inputs.ref_embeds, bundle.dtype)
+        self.reference_text = to_contract_dtype(inputs.ref_embeds, bundle.dtype)
         self.timesteps = recording.schedule.timesteps(recording.steps)
         self.coefficients = recording.schedule.step_coefficients(recording.steps)
 

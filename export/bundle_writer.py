@@ -15,15 +15,15 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from magicface_rt import unfinished
 from magicface_rt.bundle import CUDA_RUNTIME, FORMAT, MANIFEST, RUNTIMES, WEIGHTS, Bundle, Tensor, sha256
 from magicface_rt.errors import ExportError, OutputError
-from magicface_rt.interrupts import let_through
+from magicface_rt.files import atomic_files
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .fusion import Fused, fuse
 from .graphs import Graph
 from .long_sums import split_long_sums
-from .operators import bind
+from .operators import write_bodies
 
 _ALIGNMENT = 4096
 _INLINE_BYTES = 1024
@@ -36,7 +36,7 @@ class WeightsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stream = path.open("wb")
-        self._places: dict[tuple[bytes, int], int] = {}
+        self._offsets: dict[tuple[bytes, int], int] = {}
 
     def externalize(self, model: ir.Model) -> None:
         """Move the model's large initializers into the file, in place; those that are external already are skipped."""
@@ -47,7 +47,7 @@ class WeightsFile:
             content = tensor.tobytes()
             value.const_value = ir.ExternalTensor(
                 self.path.name,
-                self._place(content),
+                self._offset_of(content),
                 len(content),
                 tensor.dtype,
                 shape=tensor.shape,
@@ -55,13 +55,13 @@ class WeightsFile:
                 base_dir=self.path.parent,
             )
 
-    def _place(self, content: bytes) -> int:
+    def _offset_of(self, content: bytes) -> int:
         key = (hashlib.sha256(content).digest(), len(content))
-        if key not in self._places:
+        if key not in self._offsets:
             self._stream.write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
-            self._places[key] = self._stream.tell()
+            self._offsets[key] = self._stream.tell()
             self._stream.write(content)
-        return self._places[key]
+        return self._offsets[key]
 
     def flush(self) -> None:
         self._stream.flush()
@@ -85,29 +85,36 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         if os.path.lexists(self.out):
             raise OutputError(f"output folder {self.out} exists. Choose another name, or remove it first.")
-        with contextlib.ExitStack() as made:
-            try:
-                unfinished.make_folder(self.out.parent)
-                self.folder = made.enter_context(unfinished.part(self.out, folder=True))
-                self.weights = WeightsFile(self.folder / WEIGHTS)
-            except OSError as error:
-                raise OutputError(f"output folder {self.out} cannot be made: {unfinished.why(error)}") from error
-            self._made = made.pop_all()
+        self._part = atomic_files.temporary_sibling(self.out, folder=True)
+        try:
+            atomic_files.make_folder(self.out.parent)
+            self.folder = self._part.__enter__()
+            self.weights = WeightsFile(self.folder / WEIGHTS)
+        except BaseException as error:  # an interrupt as well: `__exit__` is not called then
+            self._part.close()
+            if isinstance(error, OSError):
+                reraise_if_interrupt(error)
+                raise OutputError(
+                    f"output folder {self.out} cannot be made: {atomic_files.explain_os_error(error)}"
+                ) from error
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             self.weights.close(keep=False)
         finally:
-            self._made.close()
+            self._part.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            let_through(error)
-            raise OutputError(f"output folder {self.out} cannot be written: {unfinished.why(error)}") from error
+            reraise_if_interrupt(error)
+            raise OutputError(
+                f"output folder {self.out} cannot be written: {atomic_files.explain_os_error(error)}"
+            ) from error
 
     def add_graph(self, graph: Graph, model: ir.Model) -> Fused:
         """Write a traced graph: its weights into the shared file, and a graph file with each runtime's bodies.
@@ -122,7 +129,7 @@ class BundleWriter:
             proto = ir.to_proto(model)
             files = {}
             for runtime in RUNTIMES:
-                bind(proto, runtime)
+                write_bodies(proto, runtime)
                 name = f"{graph.name}.{runtime}.onnx"
                 onnx.save_model(_for_cpu(proto) if runtime == "onnxruntime" else proto, str(self.folder / name))
                 files[runtime] = name
@@ -141,7 +148,7 @@ class BundleWriter:
         self.weights.externalize(model)
         self.weights.flush()
         proto = ir.to_proto(model)
-        bind(proto, "onnxruntime-cuda" if half else "onnxruntime")
+        write_bodies(proto, "onnxruntime-cuda" if half else "onnxruntime")
         onnx.save_model(proto, str(self.folder / name))
 
     def drop_cuda_file(self, graph: str) -> None:
@@ -178,7 +185,7 @@ class BundleWriter:
             raise ExportError("the bundle has no manifest yet")
         with self._writing():
             self.weights.close()
-            unfinished.put(self.folder, self.out, overwrite=False)
+            atomic_files.replace_into_place(self.folder, self.out, overwrite=False)
         return Bundle.open(self.out, check_hashes=False)
 
 

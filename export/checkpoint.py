@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -21,14 +22,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from magicface_rt.errors import CheckpointError
-from magicface_rt.plain_file import read_plain
+from magicface_rt.files.plain_file import read_plain
+from magicface_rt.files.stamps import Stamp
+from magicface_rt.files.strict_json import read_json
+from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.schedule import Schedule
-from magicface_rt.strict_json import read_json
 
 from .block_layout import architecture_name
 
 __all__ = [
-    "MAX_LENGTH",
     "PICKLES",
     "Checkpoint",
     "State",
@@ -36,10 +38,10 @@ __all__ = [
     "read_config",
     "read_safetensors",
     "read_text",
+    "stamps_of",
 ]
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
-MAX_LENGTH = 77
 MAX_TEXT_BYTES = 1 << 26
 
 State = dict[str, torch.Tensor]
@@ -48,11 +50,13 @@ State = dict[str, torch.Tensor]
 class Checkpoint(ABC):
     """A checkpoint on disk whose configs have been checked and whose weights have not been read.
 
-    `path` is what was opened; `configs` are the diffusers configs by component.
+    `path` is what was opened; `configs` are the diffusers configs by component; `stamps` are those of the weight files
+    when it was opened. Weights are read by path, when they are needed, so `check_unchanged` compares the stamps.
     """
 
     path: Path
     configs: Mapping[str, Mapping[str, Any]]
+    stamps: Mapping[Path, Stamp]
 
     @staticmethod
     def open(path: str | Path) -> Checkpoint:
@@ -65,6 +69,7 @@ class Checkpoint(ABC):
         try:
             there, folder = path.exists(), path.is_dir()
         except OSError as error:
+            reraise_if_interrupt(error)
             raise CheckpointError(f"checkpoint {path}: cannot be read: {error}") from error
         if not there:
             raise CheckpointError(
@@ -159,10 +164,33 @@ class Checkpoint(ABC):
                     digest.update(chunk)
         return digest.hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Check that the weight files are still those that were opened. Takes microseconds, as nothing is read.
+
+        Raises CheckpointError, which names the file, if one was replaced, written to or removed since.
+        """
+        for file, opened in self.stamps.items():
+            try:
+                found = Stamp.of(os.stat(file))
+            except FileNotFoundError as error:
+                raise CheckpointError(
+                    f"checkpoint {self.path}: {file} was removed since the checkpoint was opened. Put it back and open "
+                    "the checkpoint again."
+                ) from error
+            except OSError as error:
+                reraise_if_interrupt(error)
+                raise CheckpointError(f"checkpoint {self.path}: {file} cannot be read: {error}.") from error
+            if found != opened:
+                raise CheckpointError(
+                    f"checkpoint {self.path}: {file} was replaced or written to since the checkpoint was opened: "
+                    f"{found}, expected {opened}. Wait until nothing changes it, then open the checkpoint again."
+                )
+
     def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
         """Load the U-Net in evaluation mode, on the CPU.
 
-        Raises CheckpointError if weights are missing, unknown or of other shapes than the config says.
+        Raises CheckpointError if weights are missing, unknown or of other shapes than the config says, or if a weight
+        file changed since the checkpoint was opened.
         """
         return self._load("unet", lambda config: UNet2DConditionModel.from_config(config), dtype)
 
@@ -180,11 +208,12 @@ class Checkpoint(ABC):
             with torch.device("meta"):
                 model = build(dict(self.configs[component]))
         except Exception as error:  # what a config says can be wrong in more ways than the libraries check
+            reraise_if_interrupt(error)
             raise CheckpointError(
                 f"checkpoint {self.path}: the config of {component} makes no network "
                 f"({type(error).__name__}: {str(error)[:500]})"
             ) from error
-        state = _as_module_names(self._state(component), model.state_dict().keys())
+        state = _as_module_names(self._state_as_opened(component), model.state_dict().keys())
         _check_state(self.path, component, state, model.state_dict())
         for name in list(state):
             state[name] = self._cast(component, name, state[name], dtype)
@@ -195,6 +224,16 @@ class Checkpoint(ABC):
                 module._buffers["position_ids"] = torch.arange(length)[None]
         return model.requires_grad_(False).eval()
 
+    def _state_as_opened(self, component: str) -> State:
+        """Read one component's weights. Raises CheckpointError also if a weight file changed since it was opened."""
+        try:
+            state = self._state(component)
+        except CheckpointError:
+            self.check_unchanged()  # raises if the reason is that the file is being replaced
+            raise
+        self.check_unchanged()
+        return state
+
     def _cast(self, component: str, name: str, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         where = f"checkpoint {self.path}: {component} {name}"
         if not stored.is_floating_point():
@@ -204,6 +243,18 @@ class Checkpoint(ABC):
             was = "" if torch.isfinite(stored.float()).all() else "holds NaN or infinity"
             raise CheckpointError(f"{where} {was or f'has values beyond the range of {dtype}; take another dtype'}")
         return cast
+
+
+def stamps_of(path: Path, files: Sequence[Path]) -> dict[Path, Stamp]:
+    """Return the stamps of a checkpoint's weight files; links are followed. Raises CheckpointError."""
+    stamps = {}
+    for file in files:
+        try:
+            stamps[file] = Stamp.of(os.stat(file))
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            reraise_if_interrupt(error)
+            raise CheckpointError(f"checkpoint {path}: {file} cannot be read: {error}.") from error
+    return stamps
 
 
 @contextlib.contextmanager
@@ -223,6 +274,7 @@ def open_safetensors(file: Path, what: str) -> Iterator[Any]:
         with opened as stream:
             yield stream
     except (SafetensorError, OSError, ValueError) as error:
+        reraise_if_interrupt(error)
         raise CheckpointError(
             f"{what} {file}: not a complete safetensors file ({str(error)[:500]}); it may be truncated: fetch it again"
         ) from error
@@ -239,6 +291,7 @@ def read_text(file: Path) -> str:
     try:
         return read_plain(file, MAX_TEXT_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
+        reraise_if_interrupt(error)
         raise CheckpointError(f"checkpoint file {file}: cannot be read as UTF-8 text: {error}") from error
 
 
@@ -248,6 +301,7 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         content = read_json(text)
     except ValueError as error:
+        reraise_if_interrupt(error)
         raise CheckpointError(f"checkpoint file {file}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint file {file}: expected a JSON object, found {type(content).__name__}")

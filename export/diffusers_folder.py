@@ -9,11 +9,13 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from magicface_rt.errors import CheckpointError
-from magicface_rt.shown import shown
+from magicface_rt.process.interrupts import reraise_if_interrupt
+from magicface_rt.regions import TOKENS
 from magicface_rt.tokenizer import guarded
+from magicface_rt.values.shown import shown
 
 from .block_layout import check_configs
-from .checkpoint import MAX_LENGTH, PICKLES, Checkpoint, State, read_config, read_safetensors, read_text
+from .checkpoint import PICKLES, Checkpoint, State, read_config, read_safetensors, read_text, stamps_of
 from .tokenizer import END, build_tokenizer_json
 
 __all__ = ["FolderCheckpoint", "find_weights"]
@@ -48,6 +50,7 @@ class FolderCheckpoint(Checkpoint):
             "vae": find_weights(path / "vae", "diffusion_pytorch_model"),
             "text_encoder": find_weights(path / "text_encoder", "model"),
         }
+        self.stamps = stamps_of(path, self.weight_files)
         for files in self._weights.values():
             for file in files:
                 read_safetensors(file, keys=())
@@ -88,6 +91,7 @@ class FolderCheckpoint(Checkpoint):
             merges = [(left, right) for left, right in pairs]
             return guarded(lambda: build_tokenizer_json(vocabulary, merges, pad_token=self._pad_token))
         except Exception as error:  # the tokenizers wheel raises plain Exception
+            reraise_if_interrupt(error)
             raise CheckpointError(
                 f"tokenizer {folder}: vocab.json and merges.txt do not fit together: "
                 f"{type(error).__name__}: {str(error)[:500]}"
@@ -112,6 +116,7 @@ class FolderCheckpoint(Checkpoint):
         try:
             return guarded(lambda: Tokenizer.from_str(text))
         except Exception as error:  # the tokenizers wheel raises plain Exception
+            reraise_if_interrupt(error)
             raise CheckpointError(
                 f"tokenizer {self.path / 'tokenizer'}: tokenizer.json cannot be read: {str(error)[:500]}"
             ) from error
@@ -125,7 +130,7 @@ class FolderCheckpoint(Checkpoint):
                 f"checkpoint {self.path}: its tokenizer has a token of number {last}, and vocab_size of text_encoder "
                 f"is {text['vocab_size']}; expected more than {last}"
             )
-        positions = text.get("max_position_embeddings", MAX_LENGTH)
+        positions = text.get("max_position_embeddings", TOKENS)
         if positions is None or self.max_length > positions:
             raise CheckpointError(
                 f"checkpoint {self.path}: prompts have {self.max_length} tokens, and max_position_embeddings of "
@@ -146,11 +151,11 @@ class FolderCheckpoint(Checkpoint):
     @property
     def max_length(self) -> int:
         file = self.path / "tokenizer" / "tokenizer_config.json"
-        stored = read_config(file).get("model_max_length", MAX_LENGTH) if file.is_file() else MAX_LENGTH
+        stored = read_config(file).get("model_max_length", TOKENS) if file.is_file() else TOKENS
         # Where there is no limit, transformers writes 1e30, as a whole number.
         if isinstance(stored, bool) or not isinstance(stored, (int, float)) or not stored >= 3:
             raise CheckpointError(f"tokenizer file {file}: model_max_length is no number from 3")
-        return int(min(stored, MAX_LENGTH))
+        return int(min(stored, TOKENS))
 
 
 def find_weights(folder: Path, stem: str) -> tuple[Path, ...]:
@@ -190,6 +195,7 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
         try:
             there = (folder / name).is_file()
         except OSError as error:  # no file can have such a name
+            reraise_if_interrupt(error)
             raise CheckpointError(
                 f"checkpoint index {index}: shard {name[:100]!r} cannot be read: {error.strerror}"
             ) from error

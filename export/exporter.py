@@ -16,8 +16,8 @@ from diffusers import UNet2DConditionModel
 from magicface_rt.backends.ort_arena import trim
 from magicface_rt.bundle import CUDA_RUNTIME, Bundle
 from magicface_rt.errors import BackendError, OptionError, ParityError
+from magicface_rt.process.host_memory import as_host_memory_error, shortage
 from magicface_rt.schedule import Schedule
-from magicface_rt.shortage import shortage
 
 from .attention import DEFAULT_INJECTION_LAYERS, SELF_ATTENTIONS
 from .bundle_writer import BundleWriter
@@ -87,6 +87,7 @@ def exporter_versions() -> dict[str, str]:
     return {**releases, "sources": sources.hexdigest()[:16]}
 
 
+@as_host_memory_error()
 def export_bundle(
     checkpoint: Checkpoint, out: str | Path, options: ExportOptions | None = None, *, report: Report = lambda _: None
 ) -> Bundle:
@@ -95,10 +96,11 @@ def export_bundle(
     One component is in memory at a time. Every graph is compared with PyTorch before the bundle appears.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint cannot be read, or a file of its weights changed since it was opened.
         ExportError: a graph could not be traced.
         ParityError: a graph does not compute what PyTorch does; no bundle is left behind.
         OutputError: `out` exists or cannot be written.
+        HostMemoryError: there is too little memory for it.
     """
     options = options or ExportOptions()
     form = _form(checkpoint, options)
@@ -116,9 +118,10 @@ def export_bundle(
         },
     }
     vocabulary = int(checkpoint.configs["text_encoder"]["vocab_size"])
+    makers = graph_makers(checkpoint, form, options.injection_layers)
     with BundleWriter(Path(out)) as writer:
         writer.add_file("tokenizer.json", checkpoint.tokenizer_json)
-        return _write(writer, graph_makers(checkpoint, form, options.injection_layers), manifest, vocabulary, report)
+        return _write(writer, makers, manifest, vocabulary, report, check_source=checkpoint.check_unchanged)
 
 
 def graph_makers(checkpoint: Checkpoint, form: Form, layers: Sequence[int]) -> Iterator[Callable[[], Graph]]:
@@ -131,6 +134,7 @@ def graph_makers(checkpoint: Checkpoint, form: Form, layers: Sequence[int]) -> I
     yield lambda: DenoiseStep(checkpoint.load_unet(dtype), form, layers)
 
 
+@as_host_memory_error()
 def export_unet_bundle(
     load_unet: Callable[[], UNet2DConditionModel],
     out: str | Path,
@@ -175,7 +179,13 @@ def _write(
     manifest: dict[str, Any],
     vocabulary: int,
     report: Report,
+    *,
+    check_source: Callable[[], None] = lambda: None,
 ) -> Bundle:
+    """Write and compare the graphs, and give the bundle its name.
+
+    check_source   called once all weights are written; raises if they may not be those that `manifest` tells
+    """
     expected: list[Expected] = []
     for make in components:
         graph = make().eval().requires_grad_(False)
@@ -188,6 +198,7 @@ def _write(
         del graph, make
         gc.collect()
         trim()
+    check_source()
     hidden = writer.write_manifest({**manifest, "parity": {}})
     parity: dict[str, dict[str, Any]] = {}
     for one in expected:

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicface_rt import unfinished
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
-from magicface_rt.backends.checks import Limits
-from magicface_rt.backends.host import BFLOAT16, from_bfloat16, stored
+from magicface_rt.backends.base import Arrays
+from magicface_rt.backends.checks import ShapeRanges
+from magicface_rt.backends.host import BFLOAT16, from_bfloat16, to_contract_dtype
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import BackendError, NonFiniteError, OutputError, ParityError
-from magicface_rt.interrupts import let_through
+from magicface_rt.files import atomic_files
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .graphs import DenoiseStep, Graph
 from .guidance import SemanticGuidance
@@ -52,8 +53,6 @@ SAME_STEP_TOLERANCE = 1e-5
 
 PARITY_SIZES = {"B": 3, "R": 3, "K": 1, "M1": 37, "M2": 23, "M4": 13, "M8": 6}
 """Other sizes than the traced ones, so a size that was traced as a constant is noticed."""
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class GraphParity:
         }
 
 
-def expected_outputs(graph: Graph, vocabulary: int, limits: Limits | None = None) -> Expected:
+def expected_outputs(graph: Graph, vocabulary: int, limits: ShapeRanges | None = None) -> Expected:
     """Run a module on seeded inputs. A 16-bit module is turned into float32 on the way and stays so.
 
     `limits`: the smallest and largest shape of each input, for a runtime that does not accept all shapes.
@@ -150,7 +149,7 @@ def expected_outputs(graph: Graph, vocabulary: int, limits: Limits | None = None
     return Expected(graph.name, inputs, outputs, floor, step)
 
 
-def _sizes(graph: Graph, limits: Limits) -> dict[str, int]:
+def _sizes(graph: Graph, limits: ShapeRanges) -> dict[str, int]:
     """PARITY_SIZES, or the nearest sizes that a runtime accepts."""
     sizes = dict(PARITY_SIZES)
     for tensor in graph.inputs:
@@ -192,46 +191,59 @@ def compare_graph(
 
     runner   the graph, if it is loaded already; the caller still has to close it
     scratch  folder for the float32 copy of a bfloat16 graph, as large as its weights in float32; by default that of
-             temporary files
+             temporary files. If the process is killed, the next comparison there removes the copy
 
     Raises:
         ParityError: an output is not finite; the message names the graph and the output.
         BackendError: the runtime refused the graph.
         OutputError: there is no room for the weights of a bfloat16 graph in float32.
     """
-    if backend is None:
-        with closing(OnnxRuntime("cpu")) as own:  # closing it gives back what its graphs worked in
-            return compare_graph(bundle, expected, own, runner, scratch=scratch)
-    if bundle.dtype == BFLOAT16 and backend.name == CPU:
-        with ExitStack() as made:
-            try:
-                folder = made.enter_context(tempfile.TemporaryDirectory(prefix="magicface-rt-", dir=scratch))
-                wide = widen(bundle, expected.graph, Path(folder))
-            except OSError as error:
-                let_through(error)
-                raise OutputError(
-                    f"graph {expected.graph}: its weights in float32 cannot be written to "
-                    f"{scratch or tempfile.gettempdir()}: {unfinished.why(error)}"
-                ) from error
-            return dataclasses.replace(compare_graph(wide, expected, backend), note=IN_FLOAT32)
-    if runner is None:
-        with closing(backend.load(bundle, expected.graph)) as loaded:
-            return compare_graph(bundle, expected, backend, loaded)
-    missing = sorted(expected.outputs.keys() - {t.name for t in runner.contract.outputs})
-    if missing:
-        raise BackendError(
-            f"graph {expected.graph}: {backend.name} has no outputs {', '.join(missing)}, which are compared. "
-            "Build plans with them: magicface-rt build BUNDLE --parity"
-        )
-    inputs = {t.name: stored(expected.inputs[t.name], t.dtype) for t in runner.contract.inputs}
+    with ExitStack() as made:
+        if backend is None:
+            backend = made.enter_context(closing(OnnxRuntime("cpu")))  # closing it gives back what its graphs worked in
+        widened = bundle.dtype == BFLOAT16 and backend.name == CPU
+        if widened:
+            bundle, runner = made.enter_context(_widened(bundle, expected.graph, scratch)), None
+        if runner is None:
+            runner = made.enter_context(closing(backend.load(bundle, expected.graph)))
+        missing = sorted(expected.outputs.keys() - {t.name for t in runner.contract.outputs})
+        if missing:
+            raise BackendError(
+                f"graph {expected.graph}: {backend.name} has no outputs {', '.join(missing)}, which are compared. "
+                "Build plans with them: magicface-rt build BUNDLE --parity"
+            )
+        outputs = _run(runner, expected)
+        found = _judge_step(expected, outputs) if expected.step is not None else _judge(expected, outputs)
+    return dataclasses.replace(found, note=IN_FLOAT32) if widened else found
+
+
+@contextmanager
+def _widened(bundle: Bundle, graph: str, scratch: Path | None) -> Iterator[Bundle]:
+    """A float32 copy of a bfloat16 bundle's graph, in a folder below `scratch` that is removed afterwards."""
+    with ExitStack() as made:
+        try:
+            folder = atomic_files.temporary_folder("magicface-rt-float32", scratch)
+            made.callback(folder.close)  # before it is entered, as an interrupt may come just after that
+            wide = widen(bundle, graph, folder.__enter__())
+        except OSError as error:
+            reraise_if_interrupt(error)
+            raise OutputError(
+                f"graph {graph}: its weights in float32 cannot be written to "
+                f"{scratch or tempfile.gettempdir()}: {atomic_files.explain_os_error(error)}"
+            ) from error
+        yield wide
+
+
+def _run(runner: GraphRunner, expected: Expected) -> Arrays:
+    """Run a graph on the inputs, and return its outputs by name; bfloat16 ones as float32."""
+    inputs = {t.name: to_contract_dtype(expected.inputs[t.name], t.dtype) for t in runner.contract.inputs}
     try:
-        outputs = {
+        return {
             t.name: from_bfloat16(array) if t.dtype == BFLOAT16 else array
             for t, array in zip(runner.contract.outputs, runner.run(inputs).values(), strict=True)
         }
     except NonFiniteError as error:
         raise ParityError(str(error)) from error
-    return _judge_step(expected, outputs) if expected.step is not None else _judge(expected, outputs)
 
 
 def check_graph(bundle: Bundle, graph: Graph, vocabulary: int, backend: Backend) -> GraphParity:

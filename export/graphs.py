@@ -20,11 +20,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from magicface_rt.bundle import Bundle, Tensor
+from magicface_rt.bundle import Bundle, Tensor, reference_tensor_names
+from magicface_rt.regions import TOKENS
 
 from .attention import (
     AttentionLayer,
-    References,
+    StepReferences,
     attention_layers,
     capture_reference_keys,
     inject_references,
@@ -33,8 +34,6 @@ from .guidance import SemanticGuidance
 from .operators import token_attention
 from .segmentation import Segmentation
 from .upsampling import without_size_checks
-
-TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -200,9 +199,9 @@ class ReferenceKV(Graph):
             *(Tensor(f"kept_{f}", "int64", (f"M{f}",)) for f in self.factors),
         )
         self.outputs = tuple(
-            Tensor(f"{kind}_ref_{layer.index}", form.dtype_name, (f"M{layer.factor}", layer.width))
+            Tensor(name, form.dtype_name, (f"M{layer.factor}", layer.width))
             for layer in self.layers
-            for kind in "kv"
+            for name in reference_tensor_names(layer.index)
         )
 
     def arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
@@ -251,9 +250,9 @@ class DenoiseStep(Graph):
             Tensor("text", form.dtype_name, (2, "B", TOKENS, form.text_width)),
             Tensor("region_label", "int64", cells),
             *(
-                Tensor(f"{kind}_ref_{layer.index}", form.dtype_name, ("K", f"M{layer.factor}", layer.width))
+                Tensor(name, form.dtype_name, ("K", f"M{layer.factor}", layer.width))
                 for layer in self.layers
-                for kind in "kv"
+                for name in reference_tensor_names(layer.index)
             ),
             *(
                 Tensor(f"key_{what}_{f}", dtype, ("K", f"M{f}"))
@@ -319,9 +318,9 @@ class DenoiseStep(Graph):
 
     def _references(
         self, region_label: torch.Tensor, reference_kv: list[torch.Tensor], key_data: list[torch.Tensor]
-    ) -> References:
+    ) -> StepReferences:
         per_factor = dict(zip(self.factors, zip(*[iter(key_data)] * 3, strict=True), strict=True))
-        return References(
+        return StepReferences(
             keys={x.index: (reference_kv[2 * i], reference_kv[2 * i + 1]) for i, x in enumerate(self.layers)},
             query_group={f: _regrid(region_label, f).flatten(1) for f in self.factors},
             key_group={f: group for f, (group, _, _) in per_factor.items()},

@@ -19,7 +19,8 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from magicface_rt.plain_file import open_plain
+from magicface_rt.files.plain_file import open_plain
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 __all__ = ["read_npz"]
 
@@ -118,6 +119,7 @@ def _as_value_error() -> Iterator[None]:
     try:
         yield
     except _UNREADABLE as error:
+        reraise_if_interrupt(error)
         raise ValueError(f"{type(error).__name__}: {str(error)[:200] or 'an array ends too soon'}") from error
 
 

@@ -84,6 +84,23 @@ _CODES = f"""
     batch = Concat<axis = 0>(batch_size, one, one)
 """
 
+# q_joined [B, n, H (d + 8)] and k_joined [B, n + M, H (d + 8)]: the code channels behind each head's own, as
+# MultiHeadAttention takes them, and v_all [B, n + M, C]. `key_code_heads` [B, n + M, H, 8] is there for its shape.
+_WIDENED = """
+    two = Constant<value_ints = [2]>()
+    per_head = Concat<axis = 0>(one, one, heads, one)
+    k_ref_batch = Expand(k_ref, batch) v_ref_batch = Expand(v_ref, batch) key_code_batch = Expand(key_code, batch)
+    k_all = Concat<axis = 1>(k, k_ref_batch)
+    v_all = Concat<axis = 1>(v, v_ref_batch)
+    code_all = Concat<axis = 1>(own_code, key_code_batch)
+    q_heads = Reshape(q, split) k_heads = Reshape(k_all, split)
+    query_code4 = Unsqueeze(query_code, two) query_code_heads = Expand(query_code4, per_head)
+    key_code4 = Unsqueeze(code_all, two) key_code_heads = Expand(key_code4, per_head)
+    q_wide = Concat<axis = 3>(q_heads, query_code_heads)
+    k_wide = Concat<axis = 3>(k_heads, key_code_heads)
+    q_joined = Reshape(q_wide, join) k_joined = Reshape(k_wide, join)
+"""
+
 _TOKEN_ATTENTION = {
     "onnxruntime": f"""{_HEADER} TokenAttention <num_heads, scale> (q, k, v) => (out) {{
     out = com.microsoft.MultiHeadAttention<num_heads: int = @num_heads, scale: float = @scale>(q, k, v)
@@ -113,18 +130,7 @@ _REGION_ATTENTION = {
     "onnxruntime": f"""{_HEADER} {_REGION_SIGNATURE} {{
     {_HEAD_SHAPES}
     {_CODES}
-    two = Constant<value_ints = [2]>()
-    per_head = Concat<axis = 0>(one, one, heads, one)
-    k_ref_batch = Expand(k_ref, batch) v_ref_batch = Expand(v_ref, batch) key_code_batch = Expand(key_code, batch)
-    k_all = Concat<axis = 1>(k, k_ref_batch)
-    v_all = Concat<axis = 1>(v, v_ref_batch)
-    code_all = Concat<axis = 1>(own_code, key_code_batch)
-    q_heads = Reshape(q, split) k_heads = Reshape(k_all, split)
-    query_code4 = Unsqueeze(query_code, two) query_code_heads = Expand(query_code4, per_head)
-    key_code4 = Unsqueeze(code_all, two) key_code_heads = Expand(key_code4, per_head)
-    q_wide = Concat<axis = 3>(q_heads, query_code_heads)
-    k_wide = Concat<axis = 3>(k_heads, key_code_heads)
-    q_joined = Reshape(q_wide, join) k_joined = Reshape(k_wide, join)
+    {_WIDENED}
     out = com.microsoft.MultiHeadAttention<num_heads: int = @num_heads, scale: float = @scale>
         (q_joined, k_joined, v_all)
 }}""",
@@ -132,20 +138,11 @@ _REGION_ATTENTION = {
     "onnxruntime-cuda": f"""{_HEADER} {_REGION_SIGNATURE} {{
     {_HEAD_SHAPES}
     {_CODES}
-    two = Constant<value_ints = [2]>()
-    per_head = Concat<axis = 0>(one, one, heads, one)
-    k_ref_batch = Expand(k_ref, batch) v_ref_batch = Expand(v_ref, batch) key_code_batch = Expand(key_code, batch)
-    k_all = Concat<axis = 1>(k, k_ref_batch)
-    v_all = Concat<axis = 1>(v, v_ref_batch)
-    code_all = Concat<axis = 1>(own_code, key_code_batch)
-    q_heads = Reshape(q, split) k_heads = Reshape(k_all, split) v_heads = Reshape(v_all, split)
-    query_code4 = Unsqueeze(query_code, two) query_code_heads = Expand(query_code4, per_head)
-    key_code4 = Unsqueeze(code_all, two) key_code_heads = Expand(key_code4, per_head)
+    {_WIDENED}
+    v_heads = Reshape(v_all, split)
     v_zeros = Sub(key_code_heads, key_code_heads)
-    q_wide = Concat<axis = 3>(q_heads, query_code_heads)
-    k_wide = Concat<axis = 3>(k_heads, key_code_heads)
     v_wide = Concat<axis = 3>(v_heads, v_zeros)
-    q_joined = Reshape(q_wide, join) k_joined = Reshape(k_wide, join) v_joined = Reshape(v_wide, join)
+    v_joined = Reshape(v_wide, join)
     out_wide = com.microsoft.MultiHeadAttention<num_heads: int = @num_heads, scale: float = @scale>
         (q_joined, k_joined, v_joined)
     out_split = Reshape(out_wide, split)
@@ -234,7 +231,7 @@ def functions(runtime: Runtime) -> list[onnx.FunctionProto]:
     return [parser.parse_function(bodies[runtime]) for bodies in (_REGION_ATTENTION, _TOKEN_ATTENTION)]
 
 
-def bind(model: onnx.ModelProto, runtime: Runtime) -> None:
+def write_bodies(model: onnx.ModelProto, runtime: Runtime) -> None:
     """Write the bodies of `runtime` into `model`, in place, replacing any that it has."""
     used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
     del model.functions[:]

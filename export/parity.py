@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from magicface_rt import unfinished
 from magicface_rt.backends import Backend, open_backend
 from magicface_rt.bundle import Bundle, sha256
 from magicface_rt.errors import BundleError, ParityError
+from magicface_rt.files import atomic_files
+from magicface_rt.process.host_memory import as_host_memory_error
 
 from .attention import SELF_ATTENTIONS
 from .bundle_runner import BundleStepRunner
@@ -25,7 +25,7 @@ from .graphs import Form
 from .recordings import Recording
 from .reference import MagicFaceReference
 from .replay import ReferenceStepRunner, ReplayReport, replay_free, replay_steps
-from .threads import one_thread
+from .threads import single_torch_thread
 from .trajectory import compare_trajectory
 
 Report = Callable[[str], object]
@@ -54,24 +54,27 @@ class Verdict:
         return [*lines, f"{self.subject}: {'passed' if self.passed else 'FAILED'}"]
 
 
+@as_host_memory_error()
 def verify_case(case: str | Path, *, work: Path | None = None, report: Report = lambda _: None) -> Verdict:
     """Replay a recording with the PyTorch reference and with a bundle exported from the recording's own model.
 
     Each step is replayed from the recorded latents and, if the case allows it, freely from the recorded noise. Both
     sides run on one thread, as the recordings were made: another number of threads sums in another order, so a free run
     would drift differently (by some 1e-5), and which cells flip would depend on the machine. `work`: where the bundle
-    is written, for a later call to find it; by default a temporary folder.
+    is written, for a later call to find it; by default a temporary folder, which the next call removes if this process
+    is killed.
 
     Raises:
         RecordingError: the recording cannot be read.
         ExportError: its model could not be exported.
+        HostMemoryError: there is too little memory for it.
     """
     recording = Recording.load(case)
     reference = ReferenceStepRunner(recording)
-    with one_thread():
+    with single_torch_thread():
         reports = _replays(recording, reference, report)
-    with tempfile.TemporaryDirectory(prefix="magicface-rt-") as temporary:
-        bundle = _case_bundle(recording, work or Path(temporary), report)
+    with nullcontext(work) if work is not None else atomic_files.temporary_folder("magicface-rt-verify") as place:
+        bundle = _case_bundle(recording, place, report)
         with closing(open_backend("onnxruntime-cpu", threads=1)) as backend:
             reports += _replays(recording, BundleStepRunner(recording, bundle, backend), report)
     return Verdict(recording.name, tuple(reports))
@@ -114,10 +117,11 @@ def _kept_bundle(folder: Path) -> Bundle | None:
     except BundleError:
         if not (folder / "bundle.json").is_file():
             return None  # nothing is there, or no bundle of ours
-    unfinished.remove(folder)
+    atomic_files.remove(folder)
     return None
 
 
+@as_host_memory_error()
 def verify_bundle(
     bundle: str | Path,
     checkpoint: str | Path,
@@ -133,16 +137,19 @@ def verify_bundle(
     Raises:
         BundleError, CheckpointError, BackendMissingError: what was given cannot be used.
         ParityError: the bundle was exported from another checkpoint.
+        HostMemoryError: there is too little memory for it.
     """
     if isinstance(backend, str):
         with closing(open_backend(backend)) as own:
             return verify_bundle(bundle, checkpoint, backend=own, steps=steps, report=report)
     opened, source = Bundle.open(bundle), Checkpoint.open(checkpoint)
     report("checkpoint: hashing")
-    if opened.checkpoint_hash != source.content_hash():
+    found = source.content_hash()
+    source.check_unchanged()
+    if opened.checkpoint_hash != found:
         raise ParityError(
             f"bundle {opened.path} was exported from a checkpoint with hash {opened.checkpoint_hash[:16]}..., and "
-            f"{source.path} has {source.content_hash()[:16]}.... Give the checkpoint it was made from."
+            f"{source.path} has {found[:16]}.... Give the checkpoint it was made from."
         )
     reports: list[Any] = []
     vocabulary = int(source.configs["text_encoder"]["vocab_size"])
@@ -156,4 +163,5 @@ def verify_bundle(
     report(f"{steps} steps: comparing with the PyTorch reference")
     reference = MagicFaceReference(source.load_unet(torch.float32), injection_layers=tuple(layers))
     reports += compare_trajectory(opened, backend, reference, source, steps)
+    source.check_unchanged()  # what is mapped may have been written to after it was loaded
     return Verdict(str(opened.path), tuple(reports))

@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from magicface_rt import unfinished
 from magicface_rt.errors import OptionError, OutputError
+from magicface_rt.files import atomic_files
+from magicface_rt.process.host_memory import as_host_memory_error
+from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.schedule import Schedule
 
 from .architectures import Architecture, architecture
-from .threads import one_thread
+from .threads import single_torch_thread
 from .tokenizer import (
     END,
     START,
@@ -64,6 +66,7 @@ The tokenizer is CLIP's (MIT licence, OpenAI).
 """
 
 
+@as_host_memory_error()
 def write_checkpoint(
     architecture_name: str, out: str | Path, *, seed: int, dtype: Literal["float32", "float16"] = "float32"
 ) -> Path:
@@ -83,16 +86,19 @@ def write_checkpoint(
     if out.exists() or out.is_symlink():
         raise OutputError(f"checkpoint folder {out}: it exists already; give a new path or remove it")
     try:
-        unfinished.make_folder(out.absolute().parent)
-        with unfinished.part(out, folder=True) as scratch:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
+        atomic_files.make_folder(out.absolute().parent)
+        with atomic_files.temporary_sibling(out, folder=True) as scratch:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), single_torch_thread():
                 _write_components(chosen, scratch, seed=seed, dtype=getattr(torch, dtype))
             readme = README.format(name=chosen.name, summary=chosen.summary, seed=seed, dtype=dtype)
             (scratch / "README.md").write_text(readme, encoding="utf-8")
             _write_json(scratch / "model_index.json", _model_index())
-            unfinished.put(scratch, out, overwrite=False)
+            atomic_files.replace_into_place(scratch, out, overwrite=False)
     except OSError as error:
-        raise OutputError(f"checkpoint folder {out}: cannot be written: {unfinished.why(error)}") from error
+        reraise_if_interrupt(error)
+        raise OutputError(
+            f"checkpoint folder {out}: cannot be written: {atomic_files.explain_os_error(error)}"
+        ) from error
     return out
 
 

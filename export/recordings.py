@@ -19,17 +19,19 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from magicface_rt.errors import CheckpointError, OptionError, RecordingError
-from magicface_rt.plain_file import read_plain
+from magicface_rt.files.plain_file import read_plain
+from magicface_rt.files.strict_json import read_json
+from magicface_rt.process.host_memory import as_host_memory_error
+from magicface_rt.process.interrupts import reraise_if_interrupt
+from magicface_rt.regions import TOKENS
 from magicface_rt.schedule import Schedule
-from magicface_rt.shown import shown
-from magicface_rt.strict_json import read_json
+from magicface_rt.values.shown import shown
 
 from .block_layout import check_unet
 from .npz import Header, read_npz
 
 Array = npt.NDArray[Any]
 
-TOKENS = 77
 LAYERS = 16
 MOST_PATH = 1024
 MOST_JSON_BYTES = 1 << 22
@@ -149,38 +151,9 @@ class Recording:
     def load(cls, folder: str | Path) -> Recording:
         """Read and check a case folder. Raises `RecordingError`."""
         folder = Path(folder)
-        try:
-            there = folder.is_dir()
-        except OSError:  # no folder can have such a name
-            there = False
-        if not there:
-            raise RecordingError(f"recording {folder}: no such folder. Give the folder that holds case.json.")
-        case = _Case(_read_json(folder / "case.json"), folder / "case.json")
-        count, steps = case.whole("n_refs", least=0), case.whole("steps", least=1)
-        recorded_steps = case.whole("recorded_steps", least=1) if "recorded_steps" in case else steps
-        if recorded_steps > steps:
-            raise case.refused("recorded_steps", recorded_steps, f"at most steps, {steps}")
-        height, width = case.pair("latent_size")
-        tokens = case.whole_numbers("ref_index")
-        if any(not 0 <= token < TOKENS for token in tokens):
-            raise case.refused("ref_index", tokens, f"token positions 0..{TOKENS - 1}")
-        weights = case.numbers("mask_weights")
-        if len(weights) < count:
-            raise case.refused("mask_weights", weights, f"at least {count} numbers, one for each reference")
-        if height % 8 or width % 8:
-            raise case.refused("latent_size", [height, width], "multiples of 8")
-        if "mask_size" in case and case.pair("mask_size") != (height // 2, width // 2):
-            raise case.refused("mask_size", case["mask_size"], f"half of latent_size, {[height // 2, width // 2]}")
-
-        sizes = {
-            "T": recorded_steps,
-            "R": count,
-            "N": len(tokens),
-            "h": height,
-            "w": width,
-            "H": height // 2,
-            "W": width // 2,
-        }
+        case = _read_case(folder)
+        steps, tokens = case.whole("steps", least=1), case.whole_numbers("ref_index")
+        sizes = _array_sizes(case)
         inputs = _read_arrays(folder / "inputs.npz", _INPUTS, sizes)
         recorded = _read_arrays(folder / "steps.npz", _STEPS, sizes)
         if np.any(recorded["label"] < 0) or np.any(recorded["label"] >= TOKENS):
@@ -191,13 +164,12 @@ class Recording:
             _check_model(model, text_width=sizes["D"])
         except RecordingError as error:
             why = str(error).removesuffix(".")
-            raise case.refused("model", case["model"], f"the folder of a U-Net to replay it with ({why})") from error
-        limits = case.part("tolerance")
+            raise case.refusal("model", case["model"], f"the folder of a U-Net to replay it with ({why})") from error
         schedule = _schedule(case.part("scheduler"))
         try:
             schedule.timesteps(steps)
         except OptionError as error:
-            raise case.refused("steps", steps, f"a number that the schedule can make ({error})") from error
+            raise case.refusal("steps", steps, f"a number that the schedule can make ({error})") from error
         return cls(
             name=case.text("name") if "name" in case else folder.name,
             folder=folder,
@@ -212,9 +184,9 @@ class Recording:
             # the authors' code compares layer numbers, so one that no layer has does nothing
             injection_layers=_layers(case),
             tokens=tuple((token,) for token in tokens),
-            weights=tuple(weights[:count]),
+            weights=tuple(case.numbers("mask_weights")[: sizes["R"]]),
             schedule=schedule,
-            tolerance=Tolerance(**{name: limits.positive(name) for name in ("eps_u", "eps_c", "latents")}),
+            tolerance=_tolerance(case),
             free_run_latents=case.positive("free_run_latents") if case.flag("free_run") else None,
             inputs=RecordedInputs(**inputs),
             recorded=RecordedSteps(**recorded),
@@ -236,6 +208,7 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
             str(folder), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # diffusers raises a dozen kinds
+        reraise_if_interrupt(error)
         raise RecordingError(f"model {folder}: cannot be loaded as a UNet2DConditionModel: {error}") from error
     return unet.eval()
 
@@ -254,55 +227,55 @@ class _Case:
             raise RecordingError(f"{self.path}: lacks {self.prefix}{key}.")
         return self.values[key]
 
-    def refused(self, key: str, found: object, expected: str) -> RecordingError:
+    def refusal(self, key: str, found: object, expected: str) -> RecordingError:
         return RecordingError(f"{self.path}: {self.prefix}{key} is {shown(found)}, expected {expected}.")
 
     def part(self, key: str) -> _Case:
         if not isinstance(self[key], dict):
-            raise self.refused(key, self[key], "an object")
+            raise self.refusal(key, self[key], "an object")
         return _Case(self[key], self.path, f"{self.prefix}{key}.")
 
     def text(self, key: str) -> str:
         if not isinstance(self[key], str):
-            raise self.refused(key, self[key], "a string")
+            raise self.refusal(key, self[key], "a string")
         return self[key]
 
     def flag(self, key: str) -> bool:
         if not isinstance(self[key], bool):
-            raise self.refused(key, self[key], "true or false")
+            raise self.refusal(key, self[key], "true or false")
         return self[key]
 
     def whole(self, key: str, *, least: int | None = None) -> int:
         value = self[key]
         if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-            raise self.refused(key, value, "a whole number" + ("" if least is None else f" from {least}"))
+            raise self.refusal(key, value, "a whole number" + ("" if least is None else f" from {least}"))
         return value
 
     def number(self, key: str) -> float:
         if not _is_number(self[key]):
-            raise self.refused(key, self[key], "a finite number")
+            raise self.refusal(key, self[key], "a finite number")
         return float(self[key])
 
     def positive(self, key: str) -> float:
         if self.number(key) <= 0:
-            raise self.refused(key, self[key], "a number above 0")
+            raise self.refusal(key, self[key], "a number above 0")
         return float(self[key])
 
     def numbers(self, key: str) -> list[float]:
         if not isinstance(self[key], list) or not all(map(_is_number, self[key])):
-            raise self.refused(key, self[key], "a list of finite numbers")
+            raise self.refusal(key, self[key], "a list of finite numbers")
         return [float(value) for value in self[key]]
 
     def whole_numbers(self, key: str) -> list[int]:
         numbers = self.numbers(key)
         if any(number != int(number) for number in numbers):
-            raise self.refused(key, self[key], "a list of whole numbers")
+            raise self.refusal(key, self[key], "a list of whole numbers")
         return [int(number) for number in numbers]
 
     def pair(self, key: str) -> tuple[int, int]:
         numbers = self.whole_numbers(key)
         if len(numbers) != 2 or min(numbers) < 1:
-            raise self.refused(key, self[key], "two whole numbers, [height, width]")
+            raise self.refusal(key, self[key], "two whole numbers, [height, width]")
         return numbers[0], numbers[1]
 
 
@@ -313,11 +286,56 @@ def _is_number(value: object) -> bool:
     return math.isfinite(value) if isinstance(value, float) else abs(value) <= 2**63
 
 
+def _read_case(folder: Path) -> _Case:
+    """Read case.json of a folder. Raises `RecordingError`, also if there is no such folder."""
+    try:
+        there = folder.is_dir()
+    except OSError as error:  # no folder can have such a name
+        reraise_if_interrupt(error)
+        there = False
+    if not there:
+        raise RecordingError(f"recording {folder}: no such folder. Give the folder that holds case.json.")
+    return _Case(_read_json(folder / "case.json"), folder / "case.json")
+
+
+def _array_sizes(case: _Case) -> dict[str, int]:
+    """The sizes of the recorded arrays by the letters of their shapes, except those that the arrays themselves tell."""
+    count, steps = case.whole("n_refs", least=0), case.whole("steps", least=1)
+    recorded_steps = case.whole("recorded_steps", least=1) if "recorded_steps" in case else steps
+    if recorded_steps > steps:
+        raise case.refusal("recorded_steps", recorded_steps, f"at most steps, {steps}")
+    height, width = case.pair("latent_size")
+    tokens = case.whole_numbers("ref_index")
+    if any(not 0 <= token < TOKENS for token in tokens):
+        raise case.refusal("ref_index", tokens, f"token positions 0..{TOKENS - 1}")
+    weights = case.numbers("mask_weights")
+    if len(weights) < count:
+        raise case.refusal("mask_weights", weights, f"at least {count} numbers, one for each reference")
+    if height % 8 or width % 8:
+        raise case.refusal("latent_size", [height, width], "multiples of 8")
+    if "mask_size" in case and case.pair("mask_size") != (height // 2, width // 2):
+        raise case.refusal("mask_size", case["mask_size"], f"half of latent_size, {[height // 2, width // 2]}")
+    return {
+        "T": recorded_steps,
+        "R": count,
+        "N": len(tokens),
+        "h": height,
+        "w": width,
+        "H": height // 2,
+        "W": width // 2,
+    }
+
+
+def _tolerance(case: _Case) -> Tolerance:
+    limits = case.part("tolerance")
+    return Tolerance(**{name: limits.positive(name) for name in ("eps_u", "eps_c", "latents")})
+
+
 def _schedule(config: _Case) -> Schedule:
     """The recorded schedule, with the steps offset that the original's pipeline really used."""
     for key, expected in _SCHEDULER.items():
         if key in config and config[key] != expected:
-            raise config.refused(key, config[key], repr(expected))
+            raise config.refusal(key, config[key], repr(expected))
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset", "set_alpha_to_one")
     try:
         return Schedule(**{key: config[key] for key in keys})
@@ -328,11 +346,12 @@ def _schedule(config: _Case) -> Schedule:
 def _resolved(folder: Path, case: _Case) -> Path:
     """The path of the case's model folder, which need not exist."""
     if len(case.text("model")) > MOST_PATH:
-        raise case.refused("model", case["model"], f"a folder's name of at most {MOST_PATH} characters")
+        raise case.refusal("model", case["model"], f"a folder's name of at most {MOST_PATH} characters")
     try:
         return (folder / case.text("model")).resolve()
     except (OSError, ValueError) as error:
-        raise case.refused("model", case["model"], f"a folder's name ({error})") from error
+        reraise_if_interrupt(error)
+        raise case.refusal("model", case["model"], f"a folder's name ({error})") from error
 
 
 def _check_model(folder: Path, *, text_width: int | None = None) -> dict[str, Any]:
@@ -382,7 +401,7 @@ def _layers(case: _Case) -> tuple[int, ...]:
     """The injection layers, without numbers beyond the last layer, which the original silently ignores."""
     layers = {n for n in case.whole_numbers("layer_idx") if 0 <= n < LAYERS}
     if not layers:
-        raise case.refused("layer_idx", case["layer_idx"], f"at least one number 0..{LAYERS - 1}")
+        raise case.refusal("layer_idx", case["layer_idx"], f"at least one number 0..{LAYERS - 1}")
     return tuple(sorted(layers))
 
 
@@ -394,6 +413,7 @@ def _read_json(path: Path, *, of: str = _RECORDING) -> dict[str, Any]:
     try:
         value = read_json(read_plain(path, MOST_JSON_BYTES))
     except (OSError, ValueError) as error:
+        reraise_if_interrupt(error)
         raise _unreadable(path, error, of) from error
     if not isinstance(value, dict):
         raise RecordingError(f"{path}: holds a {type(value).__name__}, expected an object.")
@@ -407,10 +427,13 @@ def _read_arrays(path: Path, wanted: Mapping[str, tuple[str, str]], sizes: dict[
         _check_header(path, name, header, *wanted[name], sizes)
 
     try:
-        arrays = read_npz(path, list(wanted), accept, MOST_ARRAY_BYTES)
+        with as_host_memory_error():
+            arrays = read_npz(path, list(wanted), accept, MOST_ARRAY_BYTES)
     except LookupError as missing:
+        reraise_if_interrupt(missing)
         raise RecordingError(f"{path}: lacks {missing.args[0]}. Record the case again.") from missing
-    except (OSError, ValueError, MemoryError) as error:
+    except (OSError, ValueError) as error:
+        reraise_if_interrupt(error)
         raise _unreadable(path, error, _RECORDING) from error
     return {name: _checked(array, path, name, wanted[name][1]) for name, array in arrays.items()}
 

@@ -204,11 +204,12 @@ class ReplayReport:
 
 # ------------------------------------------------------------------------------------------------- the replays
 
-Progress = Callable[[StepReport], None]
+ReplayCallback = Callable[[StepReport], None]
+"""Called with the report of each step, when it has been judged."""
 
 
 def replay_steps(
-    recording: Recording, runner: StepRunner, *, steps: range | None = None, progress: Progress | None = None
+    recording: Recording, runner: StepRunner, *, steps: range | None = None, progress: ReplayCallback | None = None
 ) -> ReplayReport:
     """Run and judge each step from its recorded latents; `steps` picks a slice of the recorded ones.
 
@@ -241,7 +242,7 @@ def replay_steps(
     )
 
 
-def replay_free(recording: Recording, runner: StepRunner, *, progress: Progress | None = None) -> ReplayReport:
+def replay_free(recording: Recording, runner: StepRunner, *, progress: ReplayCallback | None = None) -> ReplayReport:
     """Run from x_T with the runner's own latents and regions; the latents after every step are judged, labels are not.
 
     If only near-ties flipped, the step's guidance and the next step's regions are taken from the recorded regions, as

@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import (
 from magicface_rt.errors import CheckpointError
 
 from .architectures import ARCHITECTURES, Architecture
-from .checkpoint import Checkpoint, State, open_safetensors, read_safetensors
+from .checkpoint import Checkpoint, State, open_safetensors, read_safetensors, stamps_of
 from .tokenizer import build_tokenizer_json, clip_vocabulary
 
 __all__ = ["SingleFileCheckpoint"]
@@ -53,6 +53,7 @@ class SingleFileCheckpoint(Checkpoint):
             "text_encoder": expected.text_encoder,
             "scheduler": expected.scheduler,
         }
+        self.stamps = stamps_of(path, self.weight_files)
         with open_safetensors(path, "checkpoint") as stream:
             shapes = {key: tuple(stream.get_slice(key).get_shape()) for key in stream.keys()}  # noqa: SIM118
             metadata = stream.metadata() or {}

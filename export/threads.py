@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def single_torch_thread() -> Iterator[None]:
     """Make PyTorch use one thread within this context.
 
     Sums depend on how they are split among threads, so results that must be the same on every machine may not depend on

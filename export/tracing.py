@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from magicface_rt.errors import ExportError
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .graphs import Graph
 from .operators import OPSET
@@ -60,6 +61,7 @@ def trace(graph: Graph) -> ir.Model:
             assert program is not None
             simplify(program.model)
     except Exception as error:
+        reraise_if_interrupt(error)
         cause = error.__cause__ or error  # the exporter wraps what really went wrong
         reason = (str(cause).strip().splitlines() or [""])[0]
         raise ExportError(f"graph {graph.name}: tracing failed: {type(cause).__name__}: {reason}") from error

@@ -16,12 +16,12 @@ from typing import Any
 
 from .bundle_form import check_form
 from .errors import BundleError, CheckpointError
-from .interrupts import let_through
-from .plain_file import read_plain
+from .files.plain_file import read_plain
+from .files.stamps import Stamp
+from .files.strict_json import read_json
+from .process.interrupts import reraise_if_interrupt
 from .schedule import Schedule
-from .shown import shown
-from .stamps import Stamp
-from .strict_json import read_json
+from .values.shown import shown
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -49,6 +49,14 @@ class Tensor:
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}[{', '.join(str(d) for d in self.shape)}]"
+
+
+def reference_tensor_names(layer: int) -> tuple[str, str]:
+    """Return the names of the tensors that hold the references' keys and values at an injection layer, by its index.
+
+    They are outputs of `reference_kv` and inputs of `denoise_step`.
+    """
+    return f"k_ref_{layer}", f"v_ref_{layer}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ class Bundle:
                     "bundle again and open it again."
                 ) from error
             except OSError as error:
-                let_through(error)
+                reraise_if_interrupt(error)
                 raise BundleError(f"bundle {self.path}: {name} cannot be read: {error}.") from error
             if found != opened:
                 raise BundleError(
@@ -168,7 +176,7 @@ class Bundle:
                     f"expected {opened}. Open it again."
                 )
 
-    def check_unwritten(self) -> None:
+    def check_not_modified(self) -> None:
         """Check that no file was written to in place, as loaded graphs compute with what they have mapped.
 
         Removing a file, or renaming another one over it, does not affect them. Takes microseconds.
@@ -176,21 +184,21 @@ class Bundle:
         Raises:
             BundleError: a file was written to since it was opened, or cannot be examined.
         """
-        said = self.written_to()
-        if said is not None:
-            raise BundleError(said)
+        message = self.modified_error()
+        if message is not None:
+            raise BundleError(message)
 
-    def written_to(self) -> str | None:
-        """Return what `check_unwritten` would report of the first file that was written to; None if none was.
+    def modified_error(self) -> str | None:
+        """Return what `check_not_modified` would report of the first file that was written to; None if none was.
 
         Raises:
             BundleError: a file cannot be examined for now.
         """
         for name, opened in self.stamps.items():
             try:
-                found = opened.rewritten(os.path.join(self.path, name))
+                found = opened.was_modified(os.path.join(self.path, name))
             except OSError as error:
-                let_through(error)
+                reraise_if_interrupt(error)
                 raise BundleError(f"bundle {self.path}: {name} cannot be looked at: {error}.") from error
             if found is not None:
                 return (
@@ -215,8 +223,8 @@ class Bundle:
         raw = _read_manifest(folder)
         manifest = _parse(folder, raw)
         try:
-            bundle = _from_manifest(folder, hashlib.sha256(raw).hexdigest(), manifest)
             check_form(manifest)
+            bundle = _from_manifest(folder, hashlib.sha256(raw).hexdigest(), manifest)
         except _MALFORMED as error:
             reason = f"{type(error).__name__}: {error}"[:500]
             raise BundleError(
@@ -234,7 +242,7 @@ def _where(path: str | Path) -> Path:
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BundleError(f"bundle {shown(str(path))}: it cannot be looked for: {error}.") from error
 
 
@@ -250,7 +258,7 @@ def _read_manifest(folder: Path) -> bytes:
             raise BundleError(f"bundle {folder}: there is no {MANIFEST}, so this is not a bundle.{hint}")
         return read_plain(manifest, MAX_MANIFEST_BYTES)
     except (OSError, ValueError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BundleError(f"bundle {folder}: {MANIFEST} cannot be read: {error}.") from error
 
 
@@ -349,7 +357,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any], check_hash: b
     except FileNotFoundError as error:
         raise BundleError(f"bundle {folder}: the file {name} is missing. {again}") from error
     except OSError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BundleError(f"bundle {folder}: {name} cannot be read: {error}.") from error
     if stat.S_ISLNK(found_there.st_mode):
         raise BundleError(f"bundle {folder}: {name} is a symbolic link, expected a file of the bundle's own. {again}")
@@ -383,6 +391,6 @@ def sha256(path: Path) -> str:
             while block := stream.read(1 << 22):
                 digest.update(block)
     except OSError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BundleError(f"{path} cannot be read: {error}.") from error
     return digest.hexdigest()

@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .shown import shown
+from .regions import TOKENS
+from .values.shown import shown
 
 __all__ = ["check_form"]
 
@@ -85,7 +86,7 @@ def _check_tokenizer(tokenizer: Mapping[str, Any]) -> None:
     if tokenizer:  # a bundle of a U-Net alone has none
         _text(tokenizer["file"], "tokenizer.file")
         _whole(tokenizer["pad_token_id"], "tokenizer.pad_token_id", 0, 2**31)
-        _whole(tokenizer["max_length"], "tokenizer.max_length", 3, 77)
+        _whole(tokenizer["max_length"], "tokenizer.max_length", 3, TOKENS)
 
 
 def _check_graph(name: str, graph: Any) -> None:

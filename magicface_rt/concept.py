@@ -12,11 +12,10 @@ import numpy as np
 from PIL import Image
 
 from .decoding import as_seen
-from .errors import ConceptError, ImageError, OptionError, PromptError
-from .images import RESAMPLE, ImageSource, Resample
-from .plain_numbers import as_float
-from .plain_words import one_of
-from .shown import shown
+from .errors import ConceptError, ImageError, PromptError
+from .images import ImageSource, Resample, check_mask_threshold, check_resample
+from .values.plain_numbers import as_float
+from .values.shown import shown
 
 __all__ = ["MAX_WEIGHT", "Concept", "NamedConcept", "PlacedConcept", "Reference", "place_concepts"]
 
@@ -52,11 +51,8 @@ class Reference:
             raise ImageError(f"image is {self.image!r}, expected a path, a PIL image, or a uint8 array.")
         if not isinstance(self.prompt, str):
             raise PromptError(f"a reference's prompt is {self.prompt!r}, expected text (it may be empty).")
-        threshold = self.mask_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, np.integer)) or not 1 <= threshold <= 255:
-            raise OptionError(f"mask_threshold is {shown(threshold)}, expected a whole number from 1 to 255.")
-        if not one_of(self.resample, RESAMPLE):
-            raise OptionError(f"resample is {shown(self.resample)}, expected 'lanczos' or 'nearest'.")
+        check_mask_threshold(self.mask_threshold)
+        check_resample(self.resample)
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of run.json for this reference.
@@ -164,11 +160,6 @@ def place_concepts(
     token; `PromptError` for a prompt that is too long or does not hold a concept's word.
     """
     concepts = tuple(concepts)
-    for position, concept in enumerate(concepts):
-        if not isinstance(concept, NamedConcept):
-            raise ConceptError(
-                f"concepts[{position}] is a {type(concept).__name__}, expected a Concept or a KeptConcept."
-            )
     if len(concepts) > limit:
         names = ", ".join(repr(concept.name) for concept in concepts)
         raise ConceptError(

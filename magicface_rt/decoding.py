@@ -12,8 +12,8 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from .errors import ImageError, MaskError
-from .interrupts import let_through
-from .warned import MagicFaceWarning, warn
+from .process.interrupts import reraise_if_interrupt
+from .soft_warnings import MagicFaceWarning, warn
 
 __all__ = ["MAX_FILE_BYTES", "MAX_PIXELS", "MAX_SIDE", "Decoded", "ImageSource", "as_seen", "decode"]
 
@@ -68,7 +68,7 @@ class Decoded:
         try:
             return self.image.convert(mode)
         except Exception as cause:
-            let_through(cause)
+            reraise_if_interrupt(cause)
             raise self.error(
                 f"{self.name} is of mode {self.image.mode}, which cannot be converted ({type(cause).__name__}: "
                 f"{cause}). Save it as RGB or RGBA."
@@ -123,7 +123,7 @@ def _from_file(path: Path, name: str, error: _Error) -> Decoded:
     except MagicFaceWarning:  # where warnings are errors
         raise
     except Exception as cause:
-        let_through(cause)
+        reraise_if_interrupt(cause)
         raise _unreadable(name, cause, error) from cause
 
 
@@ -139,7 +139,7 @@ def _settled(image: Image.Image, name: str, error: _Error) -> Decoded:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         upright = ImageOps.exif_transpose(image)
     except Exception as cause:  # decoders raise anything on damaged files
-        let_through(cause)
+        reraise_if_interrupt(cause)
         raise _unreadable(name, cause, error) from cause
     if upright.mode == "F":
         raise error(f"{name} holds floating-point values; expected 8 bits a channel. Convert it first.")

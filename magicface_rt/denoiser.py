@@ -1,20 +1,20 @@
-"""The two U-Net graphs of a bundle, driven with the quantities of the method instead of raw arrays."""
+"""The loop of a request's steps: `denoise_step` of a bundle, driven with the quantities of the method."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Arrays, GraphRunner
+from .backends.base import Arrays
 from .backends.binding import Binding
-from .backends.host import host_dtype
 from .bundle import Bundle
 from .computed import ComputedOnce
-from .regions import KeptTokens, MaskedReference, Stage, WeightMode, cell_groups, kept_tokens, key_access, token_arrays
+from .options import WeightMode
+from .regions import Stage, cell_groups, token_arrays
 
 Float32Array = NDArray[np.float32]
 
@@ -54,82 +54,6 @@ class Guidance:
             "semantic_guidance": np.full(images, float(self.semantic), np.float32),
             "guidance": np.full(images, self.scale, np.float32),
         }
-
-
-@dataclass(frozen=True)
-class ReferenceSet:
-    """The references of a request: R rows for `reference_kv`, and which of their tokens are kept on each grid."""
-
-    masked: tuple[MaskedReference, ...]
-    kept: Mapping[int, KeptTokens]
-
-    @property
-    def arrays(self) -> Arrays:
-        """The `reference_kv` inputs that do not change from step to step, except the text."""
-        return {f"kept_{factor}": tokens.index for factor, tokens in self.kept.items()}
-
-    @classmethod
-    def of(cls, bundle: Bundle, masked: Sequence[MaskedReference]) -> ReferenceSet:
-        """Compute the kept tokens on the grids of the bundle's injection layers."""
-        return cls(tuple(masked), {factor: kept_tokens(masked, *bundle.grid(factor)) for factor in bundle.factors})
-
-
-class Denoiser:
-    """`reference_kv` and `denoise_step` of one bundle. Holds no state between calls."""
-
-    def __init__(self, bundle: Bundle, reference_kv: GraphRunner, denoise_step: GraphRunner) -> None:
-        self.bundle = bundle
-        self._reference_kv = reference_kv
-        self._denoise_step = denoise_step
-
-    def reference_kv(
-        self, references: ReferenceSet, latents: Float32Array, timestep: int, text: NDArray[Any]
-    ) -> Arrays:
-        """Compute the keys and values [1, M, C] of the kept tokens, by `denoise_step` input name.
-
-        latents: noised, float32 [R, 4, h, w]; text: [R, 77, D].
-        """
-        inputs: Arrays = {
-            "latents": latents,
-            "timestep": _timesteps(timestep, len(references.masked)),
-            "text": text,
-            **references.arrays,
-        }
-        return {name: array[None] for name, array in self._reference_kv.run(inputs).items()}
-
-    def no_references(self) -> Arrays:
-        """The substitute for `reference_kv` in a request without references: one padding key per layer."""
-        return no_references(self.bundle)
-
-    def step(
-        self,
-        latents: Float32Array,
-        timestep: int,
-        coefficients: Float32Array,
-        *,
-        stage: Stage,
-        region_label: NDArray[np.int64],
-        references: ReferenceSet,
-        reference_kv: Arrays,
-        guidance: Guidance,
-        outputs: Sequence[str] = STATE,
-    ) -> Arrays:
-        """Run one step of `denoise_step`; see its contract for the outputs.
-
-        latents: float32 [B, 4, h, w]; coefficients: the schedule's row for this step, float32 [2]; region_label:
-        int64 [B, h/2, w/2] from the previous step, used in the RBA stage only.
-        """
-        images = len(latents)
-        inputs = {
-            **guidance.arrays,
-            **reference_kv,
-            **key_access(references.kept, stage, guidance.weight_mode),
-            "latents": latents,
-            "timestep": _timesteps(timestep, images),
-            "region_label": cell_groups(stage, region_label),
-            "ddim": _ddim(coefficients, images),
-        }
-        return self._denoise_step.run(inputs, outputs)
 
 
 class Keys(Protocol):
@@ -186,8 +110,8 @@ class DenoisingLoop:
         """Start a step. coefficients: the schedule's row for it, float32 [2]; stages: one for each of `guidance`."""
         self._keys.start(step)
         self._set_stages(tuple(stages))
-        self._step.set("timestep", _timesteps(timestep, self._images))
-        self._step.set("ddim", _ddim(coefficients, self._images))
+        self._step.set("timestep", np.full(self._images, timestep, np.int64))
+        self._step.set("ddim", np.tile(coefficients, (self._images, 1)))
         self._step.run()
         self._step.feed_back("latents", "latents_out")
 
@@ -233,20 +157,3 @@ class DenoisingLoop:
     def read(self) -> tuple[Float32Array, NDArray[np.int64]]:
         """Return latents [B, 4, h, w] and region labels [B, h/2, w/2] after the last step."""
         return self._step.read("latents_out"), self._step.read("region_label_out")
-
-
-def no_references(bundle: Bundle) -> Arrays:
-    """Return keys and values for a request without references: one padding key per layer, [1, 1, C]."""
-    return {
-        f"{kind}_ref_{layer.index}": np.zeros((1, 1, layer.width), host_dtype(bundle.dtype))
-        for layer in bundle.injection_layers
-        for kind in "kv"
-    }
-
-
-def _timesteps(timestep: int, rows: int) -> NDArray[np.int64]:
-    return np.full(rows, timestep, np.int64)
-
-
-def _ddim(coefficients: Float32Array, images: int) -> Float32Array:
-    return np.tile(coefficients, (images, 1))

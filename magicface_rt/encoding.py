@@ -12,9 +12,9 @@ from .bundle import Bundle
 from .concept import Concept
 from .errors import MaskError
 from .images import LoadedReference, layer_mask, load_reference
+from .soft_warnings import warn
 from .tokenizer import Tokenizer
-from .warned import warn
-from .workplace import Workplace
+from .worker_context import WorkerContext
 
 Float32Array = NDArray[np.float32]
 
@@ -54,15 +54,15 @@ def _check_mask(loaded: LoadedReference, bundle: Bundle) -> None:
         )
 
 
-def encode_text(place: Workplace, tokenizer: Tokenizer, prompts: Sequence[str]) -> NDArray[Any]:
+def encode_text(context: WorkerContext, tokenizer: Tokenizer, prompts: Sequence[str]) -> NDArray[Any]:
     """Encode prompts into embeddings [n, 77, D]."""
     ids = np.stack([tokenizer.encode(prompt) for prompt in prompts])
-    encoder = place.binding("text_encoder")
+    encoder = context.binding("text_encoder")
     size = encoder.largest("B") or len(ids)
     return np.concatenate([encoder.once({"token_ids": ids[i : i + size]})["text"] for i in range(0, len(ids), size)])
 
 
-def encode_image(place: Workplace, bundle: Bundle, loaded: LoadedReference) -> Float32Array:
+def encode_image(context: WorkerContext, bundle: Bundle, loaded: LoadedReference) -> Float32Array:
     """Encode a reference into clean latents, float32 [1, 4, h, w]."""
     pixels = loaded.pixels(bundle.height, bundle.width)
-    return place.binding("vae_encoder").once({"pixels": pixels})["latents"]
+    return context.binding("vae_encoder").once({"pixels": pixels})["latents"]

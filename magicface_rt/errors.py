@@ -211,7 +211,7 @@ class DeviceMemoryError(DeviceError):
 
 
 class HostMemoryError(BackendError, MemoryError):
-    """The host has too little memory, or this process may use too little of it; see `magicface_rt.shortage`."""
+    """The host has too little memory, or this process may use too little of it; see `process/host_memory.py`."""
 
 
 class NonFiniteError(BackendError):

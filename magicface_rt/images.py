@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .decoding import MAX_PIXELS, MAX_SIDE, Decoded, ImageSource, decode
 from .errors import ImageError, MaskError, NonFiniteError, OptionError
-from .plain_words import one_of
-from .shown import shown
-from .warned import warn
+from .soft_warnings import warn
+from .values.plain_words import one_of
+from .values.shown import shown
 
 if TYPE_CHECKING:
     from .concept import Reference
@@ -32,6 +32,8 @@ __all__ = [
     "ImageSource",
     "LoadedReference",
     "Resample",
+    "check_mask_threshold",
+    "check_resample",
     "image_to_pixels",
     "layer_mask",
     "load_alpha_mask",
@@ -161,9 +163,28 @@ def _alpha_mask(image: Decoded, threshold: int, name: str) -> npt.NDArray[np.boo
     return load_mask(np.asarray(alpha), image_size=None, threshold=threshold, name=f"{name}: alpha channel")
 
 
-def _thresholded(mask: Decoded, threshold: int) -> npt.NDArray[np.bool_]:
+def check_mask_threshold(threshold: object, name: str = "mask_threshold") -> None:
+    """Check the value from which a mask counts; `name` is what the message calls it.
+
+    Raises:
+        OptionError: it is not a whole number from 1 to 255.
+    """
     if isinstance(threshold, bool) or not isinstance(threshold, (int, np.integer)) or not 1 <= threshold <= 255:
-        raise OptionError(f"{mask.name}: mask_threshold is {threshold!r}, expected a whole number from 1 to 255.")
+        raise OptionError(f"{name} is {shown(threshold)}, expected a whole number from 1 to 255.")
+
+
+def check_resample(resample: object) -> None:
+    """Check the way in which an image is brought to a bundle's size.
+
+    Raises:
+        OptionError: it is neither "lanczos" nor "nearest".
+    """
+    if not one_of(resample, RESAMPLE):
+        raise OptionError(f"resample is {shown(resample)}, expected 'lanczos' or 'nearest'.")
+
+
+def _thresholded(mask: Decoded, threshold: int) -> npt.NDArray[np.bool_]:
+    check_mask_threshold(threshold, f"{mask.name}: mask_threshold")
     if mask.has_alpha:
         rgba = mask.convert("RGBA")
         alpha = np.asarray(rgba.getchannel("A"))
@@ -190,8 +211,7 @@ def image_to_pixels(
     "nearest" samples as the loader of the method's authors does: pixel (i, j) is taken from (floor(i h / height),
     floor(j w / width)). An alpha channel is dropped, not blended.
     """
-    if not one_of(resample, RESAMPLE):
-        raise OptionError(f"resample is {shown(resample)}, expected 'lanczos' or 'nearest'.")
+    check_resample(resample)
     rgb = image.convert("RGB")
     if resample == "nearest":
         values = _sample(np.asarray(rgb), height, width)

@@ -31,12 +31,12 @@ import yaml
 
 from .concept import Concept, Reference
 from .errors import InputError, JobError
-from .interrupts import let_through
+from .files.plain_file import read_plain
+from .files.strict_json import DoubledKeyError, read_json
 from .options import Options
-from .plain_file import read_plain
-from .plain_numbers import is_number, is_whole
-from .shown import shown
-from .strict_json import DoubledKeyError, read_json
+from .process.interrupts import reraise_if_interrupt
+from .values.plain_numbers import is_number, is_whole
+from .values.shown import shown
 
 __all__ = ["MAX_JOB_BYTES", "Job", "load_job", "parse_concept_option", "parse_job"]
 
@@ -100,7 +100,7 @@ def load_job(path: str | os.PathLike[str]) -> Job:
         folder = path.absolute().parent
         raw = read_plain(path, MAX_JOB_BYTES)
     except (OSError, ValueError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise JobError(f"job {name} cannot be read: {error}. Is it another file?") from error
     try:
         text = raw.decode("utf-8-sig")
@@ -108,7 +108,9 @@ def load_job(path: str | os.PathLike[str]) -> Job:
         raise JobError(f"job {name} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     suffix = path.suffix.lower()
     is_json = suffix == ".json" or (suffix not in (".yaml", ".yml") and text.lstrip().startswith("{"))
-    return _placed(f"job {name}", lambda: parse_job(_read_json(text) if is_json else _read_yaml(text), base=folder))
+    return _with_location(
+        f"job {name}", lambda: parse_job(_read_json(text) if is_json else _read_yaml(text), base=folder)
+    )
 
 
 def parse_job(data: object, *, base: str | os.PathLike[str] = ".") -> Job:
@@ -141,7 +143,7 @@ def parse_concept_option(text: str, *, base: str | os.PathLike[str] = ".") -> Co
 
     Raises `JobError` for text that cannot be parsed, and whatever `Concept` and `Reference` raise.
     """
-    return _placed(f"concept option {shown(text)}", lambda: _concept(_option_data(text), "", Path(base), {}))
+    return _with_location(f"concept option {shown(text)}", lambda: _concept(_option_data(text), "", Path(base), {}))
 
 
 def _option_data(text: str) -> dict[str, Any]:
@@ -244,7 +246,7 @@ def _concept(
         items = [(where, {key: concept[key] for key in ("image", "mask", "prompt") if key in concept})]
     references = [_reference(item, place, base, reading, without_prompts) for place, item in items]
     settings = {key: concept[key] for key in ("weight", "token_index", "name") if key in concept}
-    return _placed(where, lambda: Concept(concept["word"], *references, **settings))
+    return _with_location(where, lambda: Concept(concept["word"], *references, **settings))
 
 
 def _reference(item: object, where: str, base: Path, reading: Mapping[str, Any], without_prompts: bool) -> Reference:
@@ -259,7 +261,7 @@ def _reference(item: object, where: str, base: Path, reading: Mapping[str, Any],
         mask = None if reference.get("mask") is None else _absolute(base / reference["mask"])
         return Reference(_absolute(base / reference["image"]), mask=mask, **settings)
 
-    return _placed(where, make)
+    return _with_location(where, make)
 
 
 def _absolute(path: Path) -> Path:
@@ -309,7 +311,7 @@ def _unknown_key(key: object, where: str, known: Sequence[str]) -> JobError:
     return JobError(f"unknown key {shown(key)}{f' in {where}' if where else ''}. {hint}Known keys: {', '.join(known)}.")
 
 
-def _placed(where: str, make: Callable[[], _T]) -> _T:
+def _with_location(where: str, make: Callable[[], _T]) -> _T:
     """Return what `make` returns; add to the input errors that it raises where they come from."""
     try:
         return make()
@@ -380,5 +382,5 @@ def _read_yaml(text: str) -> object:
     except JobError:
         raise
     except Exception as error:  # scalars that only look like dates or numbers raise whatever their parsers raise
-        let_through(error)
+        reraise_if_interrupt(error)
         raise JobError(f"it is not YAML: {error}.") from error

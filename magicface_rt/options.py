@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from .errors import OptionError, PromptError
-from .plain_numbers import as_float
-from .plain_words import one_of
-from .shown import shown
+from .values.plain_numbers import as_float
+from .values.plain_words import one_of
+from .values.shown import shown
 
 __all__ = ["Options", "WeightMode"]
 

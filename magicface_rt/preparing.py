@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
-from .course import Course
 from .encoding import encode_image, encode_text, load_references
 from .errors import NonFiniteError
 from .images import LoadedReference, pixels_to_images
 from .kept import KeptConcept, KeptReference, Origin
 from .kept.keeper import Keeper
-from .kept.memory import Tokens
+from .kept.memory import PlannedReference
 from .kept.origin import content_key
 from .kept.preparation import EncodedReference, prepare_reference, token_counts
 from .kept.reference import Storage
 from .request import Progress, check_concept, check_number
+from .request_progress import RequestProgress
 from .tokenizer import Tokenizer
-from .workplace import Workplace
+from .worker_context import WorkerContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +38,16 @@ class BareReference:
 
 
 class Preparer:
-    """Prepares references at one workplace."""
+    """Prepares references in one worker context."""
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, keeper: Keeper, place: Workplace, course: Course) -> None:
+    def __init__(
+        self, bundle: Bundle, tokenizer: Tokenizer, keeper: Keeper, context: WorkerContext, progress: RequestProgress
+    ) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer
         self.keeper = keeper
-        self.place = place
-        self.course = course
+        self.context = context
+        self.progress = progress
 
     def prepare(
         self,
@@ -62,39 +66,52 @@ class Preparer:
         total = origin.steps * len(references)
         kept = []
         for number, bare in enumerate(references):
-            key = bare.key(origin, storage)
-
-            def make(bare: BareReference = bare, key: str = key, before: int = number * origin.steps) -> KeptReference:
-                self.keeper.check_room(bare.tokens, origin.steps, storage)
-                with self.course.timed("image_encoding"):
-                    latents = encode_image(self.place, self.bundle, bare.loaded)
-                with self.course.timed("text_encoding"):
-                    text = encode_text(self.place, self.tokenizer, [bare.prompt])
-                binding = self.place.binding("reference_kv")
-                symbols = ["R", *(f"M{factor}" for factor in self.bundle.factors)]
-                largest = {symbol: binding.largest(symbol) for symbol in symbols}
-                with self.course.timed("reference_pass"):
-                    prepared = prepare_reference(
-                        self.bundle,
-                        binding,
-                        EncodedReference(bare.loaded, bare.prompt, latents, text),
-                        origin,
-                        key,
-                        storage=storage,
-                        rows=self.keeper.rows(bare.tokens, origin.steps, largest, workspace),
-                        report=lambda done: self.course.report(Progress(before + done, total, "prepare", 0, 1)),
-                    )
-                self.bundle.check_unwritten()  # otherwise the store would hold keys made with other weights
-                return prepared
-
-            def waiting(before: int = number * origin.steps) -> None:
-                self.course.report(Progress(before, total, "prepare", 0, 1))
-
+            key, before = bare.key(origin, storage), number * origin.steps
+            make = partial(self._prepare_one, bare, origin, storage, key, workspace, before, total)
             try:
-                kept.append(self.keeper.store.get_or_make(key, make, waiting))
+                kept.append(
+                    self.keeper.store.get_or_make(key, make, partial(self._report_prepared_steps, before, total))
+                )
             except NonFiniteError as error:
                 raise NonFiniteError(f"concept {concept.name!r}: {error}") from error
         return kept
+
+    def _prepare_one(
+        self,
+        bare: BareReference,
+        origin: Origin,
+        storage: Storage,
+        key: str,
+        workspace: int | None,
+        before: int,
+        total: int,
+    ) -> KeptReference:
+        """Compute a reference's keys for all steps. `before` of `total` steps were prepared for references before."""
+        self.keeper.check_room(bare.tokens, origin.steps, storage)
+        with self.progress.timed("image_encoding"):
+            latents = encode_image(self.context, self.bundle, bare.loaded)
+        with self.progress.timed("text_encoding"):
+            text = encode_text(self.context, self.tokenizer, [bare.prompt])
+        binding = self.context.binding("reference_kv")
+        symbols = ["R", *(f"M{factor}" for factor in self.bundle.factors)]
+        largest = {symbol: binding.largest(symbol) for symbol in symbols}
+        with self.progress.timed("reference_pass"):
+            prepared = prepare_reference(
+                self.bundle,
+                binding,
+                EncodedReference(bare.loaded, bare.prompt, latents, text),
+                origin,
+                key,
+                storage=storage,
+                rows=self.keeper.rows(bare.tokens, origin.steps, largest, workspace),
+                report=lambda done: self._report_prepared_steps(before + done, total),
+            )
+        self.bundle.check_not_modified()  # otherwise the store would hold keys made with other weights
+        return prepared
+
+    def _report_prepared_steps(self, done: int, total: int) -> None:
+        """Report that `done` of the `total` steps of all references are prepared, also while this request waits."""
+        self.progress.report(Progress(done, total, "prepare", 0, 1))
 
 
 def load_bare(concept: Concept, bundle: Bundle) -> list[BareReference]:
@@ -124,47 +141,50 @@ def _in_size(loaded: LoadedReference, bundle: Bundle) -> LoadedReference:
     return replace(loaded, image=pixels_to_images(loaded.pixels(bundle.height, bundle.width))[0])
 
 
-def held_references(keeper: Keeper, references: Sequence[BareReference], origin: Origin) -> list[KeptReference | None]:
-    """For each of a bare concept's references, return what the Session's store already holds, or None."""
+def find_in_store(keeper: Keeper, references: Sequence[BareReference], origin: Origin) -> list[KeptReference | None]:
+    """For each of a bare concept's references, return what the Session's store has, or None."""
     if not keeper.settings.keep:
         return [None] * len(references)
     return [keeper.store.find(bare.key(origin, keeper.settings.storage)) for bare in references]
 
 
-class TokenList:
+class PlannedReferences:
     """The references of requests as the memory plan sees them, each listed once, however many concepts share it."""
 
     def __init__(self) -> None:
-        self._found: dict[object, Tokens] = {}
-        self.keys: list[str] = []
+        self._found: dict[object, PlannedReference] = {}
+        self.content_keys: list[str] = []
 
     def add(
         self,
         concept: NamedConcept,
         bare: Sequence[BareReference] = (),
-        held: Sequence[KeptReference | None] = (),
+        from_store: Sequence[KeptReference | None] = (),
         seed: int = 0,
     ) -> None:
-        """Add a concept's references. `bare`, `held`: a bare concept's references, and what the store has of them."""
+        """Add a concept's references. `bare`, `from_store`: a bare concept's references, and what the store has of
+        them.
+        """
         used = concept.weight != 0
         if isinstance(concept, KeptConcept):
             for one in concept.references:
                 self._add_kept(one, used)
             return
-        for reference, one_held in zip(bare, held, strict=True):
-            if one_held is not None:
-                self._add_kept(one_held, used)
+        for reference, found in zip(bare, from_store, strict=True):
+            if found is not None:
+                self._add_kept(found, used)
             else:
-                self._add((id(reference), seed), Tokens(reference.tokens, "no", 0, used))
+                self._add((id(reference), seed), PlannedReference(reference.tokens, "nowhere", 0, used))
 
     @property
-    def tokens(self) -> list[Tokens]:
+    def references(self) -> list[PlannedReference]:
         return list(self._found.values())
 
     def _add_kept(self, one: KeptReference, used: bool) -> None:
-        self.keys.append(one.key)
-        self._add(one.identity, Tokens(one.tokens, "file" if one.mapped else "memory", one.nbytes, used))
+        self.content_keys.append(one.key)
+        stored_in: Literal["memory", "file"] = "file" if one.mapped else "memory"
+        self._add(one.identity, PlannedReference(one.tokens, stored_in, one.nbytes, used))
 
-    def _add(self, key: object, tokens: Tokens) -> None:
-        if key not in self._found or tokens.used:
-            self._found[key] = tokens
+    def _add(self, key: object, reference: PlannedReference) -> None:
+        if key not in self._found or reference.used:
+            self._found[key] = reference

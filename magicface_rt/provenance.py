@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 
 from .errors import ImageError
 from .images import MAX_PIXELS
-from .interrupts import let_through
+from .process.interrupts import reraise_if_interrupt
 
 __all__ = ["DIGITAL_SOURCE_TYPE", "ProvenancePicture", "png_info", "read_provenance", "software", "xmp_packet"]
 
@@ -113,7 +113,7 @@ def read_provenance(file: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any] 
             text = getattr(image, "text", {}).get(TEXT_KEY)
             found = None if text is None else json.loads(text)
     except Exception as error:  # decoders raise anything on damaged files
-        let_through(error)
+        reraise_if_interrupt(error)
         raise ImageError(f"{name}: no provenance can be read from it ({error}); expected a PNG.") from error
     if found is not None and not isinstance(found, dict):
         raise ImageError(f"{name}: its {TEXT_KEY} text is {type(found).__name__}, expected an object.")

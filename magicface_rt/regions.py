@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from .errors import ConceptError
 from .images import layer_mask
-from .plain_numbers import as_float
+from .options import WeightMode
+from .values.plain_numbers import as_float
 
 Stage = Literal["rsa", "rba", "off"]
-WeightMode = Literal["bias", "scale"]
 
 PADDING = -1
 MAX_CONCEPTS = 6
 TOKENS = 77
+"""The number of tokens of an encoded prompt, CLIP's maximum, which every graph takes."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from .errors import ConceptError, OptionError, PromptError
 from .kept import KeptConcept, Origin
 from .options import Options
 from .regions import Stage
-from .shown import shown
+from .soft_warnings import warn
 from .tokenizer import Tokenizer
-from .warned import warn
+from .values.shown import shown
 
 MAX_SCALE_WEIGHT = 10.0
 """The largest weight in weight_mode="scale". The logits of forbidden keys are 1000 below the others, which a factor of
@@ -28,8 +28,9 @@ MAX_SCALE_WEIGHT = 10.0
 class Progress:
     """Where a request stands: `step` of `steps` is done, in batch `batch` of `batches`.
 
-    stage: "rsa" or "rba" for denoising steps; "prepare" while references are prepared, step by step of each, and from
-        time to time, with the step that it has reached, while it waits for other requests.
+    stage: "rsa" or "rba" for denoising steps; "prepare" while references are prepared, step by step of each.
+
+    While a request waits for others, where it stands is reported again from time to time.
     """
 
     step: int
@@ -195,7 +196,7 @@ def check_concept(concept: NamedConcept, origin: Origin, tokenizer: Tokenizer) -
     for a reference prompt that is too long.
     """
     if isinstance(concept, KeptConcept):
-        concept.check_unwritten()
+        concept.check_not_modified()
         concept.origin.check(origin, concept.name)
         return
     for reference in concept.references:

@@ -18,17 +18,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from . import unfinished
 from .concept import NamedConcept
 from .errors import OptionError, OutputError
+from .files import atomic_files
+from .files.plain_file import read_plain
+from .files.strict_json import read_json
 from .images import region_overlay
-from .interrupts import let_through
 from .options import Options
-from .plain_file import read_plain
+from .process.interrupts import reraise_if_interrupt
 from .provenance import SOFTWARE, ProvenancePicture, software
-from .strict_json import read_json
 
-__all__ = ["Result", "Timings"]
+__all__ = ["Result", "Timings", "encode_png"]
 
 _OCCUPIED = {errno.EEXIST, errno.ENOTEMPTY}
 _RUN, _REGIONS = "run.json", "regions.npz"
@@ -149,26 +149,31 @@ class Result:
             run.json        prompt, concepts, options, timings, bundle and software
 
         The folder appears complete or not at all: it is written beside its place, flushed to disk and renamed.
-        `overwrite` replaces an earlier result, which stays whole until then, or an empty folder. A folder that holds
-        anything else is never replaced: a result is recognised by its run.json, and has only the regular files that
-        this accounts for.
+        `overwrite` replaces an earlier result, which stays whole until then, or an empty folder. Folder and files take
+        over the permissions of their namesakes, and a file that had none is as private as the most private of the
+        earlier files. A folder that holds anything else is never replaced: a result is recognised by its run.json, and
+        has only the regular files that this accounts for.
 
         Raises `OutputError` for a folder that exists (without `overwrite`) or cannot be written.
         """
         target = Path(folder)
         try:
-            target = unfinished.place(folder)
+            target = atomic_files.resolve_target(folder)
             check_replaceable(target, overwrite)
-            unfinished.make_folder(target.parent)
-            with unfinished.part(target, folder=True) as part:
+            atomic_files.make_folder(target.parent)
+            with atomic_files.temporary_sibling(target, folder=True) as part:
                 for name, content in self._files():
                     (part / name).write_bytes(content)
-                unfinished.put(part, target, overwrite=overwrite, look=lambda earlier: _check_own(earlier, target))
+                atomic_files.replace_into_place(
+                    part, target, overwrite=overwrite, look=lambda earlier: _check_own(earlier, target)
+                )
         except OSError as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             if error.errno in _OCCUPIED:  # somebody put a folder there meanwhile
                 check_replaceable(target, overwrite)
-            raise OutputError(f"output folder {str(target)!r} cannot be written: {unfinished.why(error)}") from error
+            raise OutputError(
+                f"output folder {str(target)!r} cannot be written: {atomic_files.explain_os_error(error)}"
+            ) from error
         return target
 
     def to_dict(self) -> dict[str, Any]:
@@ -215,8 +220,8 @@ class Result:
         count = len(self.images)
         names = zip(_pictures("image", count), _pictures("regions", count), strict=True)
         for index, (picture, overlay) in enumerate(names):
-            yield picture, _png(self.images[index])
-            yield overlay, _png(self.overlay(index))
+            yield picture, encode_png(self.images[index])
+            yield overlay, encode_png(self.overlay(index))
         concept_names = np.array(self.concept_names, dtype=np.str_)
         arrays: dict[str, Any] = {"regions": self.regions, "concept_names": concept_names}
         if self.regions_per_step is not None:
@@ -291,7 +296,8 @@ def _pictures(kind: str, count: int) -> list[str]:
     return [f"{kind}-{k}.png" for k in range(count)]
 
 
-def _png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
+    """Return an image as a PNG file, with the text that it carries."""
     encoded = io.BytesIO()
     image.save(encoded, "PNG")
     return encoded.getvalue()

@@ -32,8 +32,8 @@ import numpy.typing as npt
 
 from .computed import ComputedOnce
 from .errors import CheckpointError, OptionError
-from .plain_numbers import as_float
-from .shown import shown
+from .values.plain_numbers import as_float
+from .values.shown import shown
 
 __all__ = ["Schedule", "is_region_step", "reference_noise", "target_noise"]
 
@@ -61,17 +61,17 @@ class Schedule:
     def __post_init__(self) -> None:
         count, offset = self.num_train_timesteps, self.steps_offset
         if not _is_int(count) or not 1 <= count <= 1_000_000:
-            raise _refused("num_train_timesteps", count, "a whole number from 1 to 1000000")
+            raise _refusal("num_train_timesteps", count, "a whole number from 1 to 1000000")
         if not _is_int(offset) or not 0 <= offset < count:
-            raise _refused("steps_offset", offset, f"a whole number from 0 to {count - 1}")
+            raise _refusal("steps_offset", offset, f"a whole number from 0 to {count - 1}")
         for name in ("beta_start", "beta_end"):
             beta = getattr(self, name)
             if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < 1:
-                raise _refused(name, beta, "a number between 0 and 1")
+                raise _refusal(name, beta, "a number between 0 and 1")
         if self.beta_schedule not in _BETA_SCHEDULES:
-            raise _refused("beta_schedule", self.beta_schedule, " or ".join(map(repr, _BETA_SCHEDULES)))
+            raise _refusal("beta_schedule", self.beta_schedule, " or ".join(map(repr, _BETA_SCHEDULES)))
         if not isinstance(self.set_alpha_to_one, bool):
-            raise _refused("set_alpha_to_one", self.set_alpha_to_one, "true or false")
+            raise _refusal("set_alpha_to_one", self.set_alpha_to_one, "true or false")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
@@ -91,9 +91,9 @@ class Schedule:
                 "MagicFace is defined for noise prediction; use a checkpoint such as Stable Diffusion 1.5 or 2.1-base."
             )
         if config.get("trained_betas") is not None:
-            raise _refused("trained_betas", "a list", "absent or null, as only computed betas are supported")
+            raise _refusal("trained_betas", "a list", "absent or null, as only computed betas are supported")
         if config.get("rescale_betas_zero_snr"):
-            raise _refused("rescale_betas_zero_snr", config["rescale_betas_zero_snr"], "absent or false")
+            raise _refusal("rescale_betas_zero_snr", config["rescale_betas_zero_snr"], "absent or false")
         known = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
         return cls(**known)
 
@@ -228,5 +228,5 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _refused(key: str, found: object, expected: str) -> CheckpointError:
+def _refusal(key: str, found: object, expected: str) -> CheckpointError:
     return CheckpointError(f"scheduler config: {key} is {shown(found)}, expected {expected}.")

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 
+from .admission import Admission, RunningRequest
 from .backends import Backend, GraphRunner, open_backend
 from .backends.tensorrt import PlanStore
 from .bundle import Bundle
 from .concept import Concept, NamedConcept
-from .cores import MOST_THREADS, threads_of_each
-from .course import Course
 from .errors import (
     BackendError,
     BundleError,
@@ -28,14 +25,16 @@ from .errors import (
     OtherProcessError,
     SessionClosedError,
 )
-from .exits import end_at_exit
-from .forks import keep_in_forks
+from .graphs import LoadedGraphs
 from .kept import KeptConcept, MemoryPlan, Origin
 from .kept.keeper import Keeper, KeepSettings, checked_storage
 from .kept.memory import MEMORY
 from .options import Options
-from .plain_words import one_of
-from .preparing import Preparer, TokenList, held_references, load_alone, load_bare
+from .preparing import PlannedReferences, Preparer, find_in_store, load_alone, load_bare
+from .process.cores import MOST_THREADS, threads_of_each
+from .process.exits import end_at_exit
+from .process.forks import leak_in_forks
+from .process.host_memory import as_host_memory_error
 from .request import (
     Progress,
     ProgressCallback,
@@ -47,23 +46,20 @@ from .request import (
     check_request,
     declined,
 )
+from .request_progress import RequestProgress
 from .results import Result
-from .shortage import told_as_ours
-from .shown import shown
-from .sizes import parse_size
 from .tokenizer import Tokenizer
+from .values.plain_words import one_of
+from .values.shown import shown
+from .values.sizes import parse_size
 from .work import Work
-from .workplace import Workplace, Workplaces
+from .worker_context import WorkerContext, WorkerContextPool
 
 __all__ = ["Progress", "ProgressCallback", "Request", "Session", "tokenizer_of"]
 
-T = TypeVar("T")
-
-WAIT_SECONDS = 0.2
-"""How often, in seconds, a request that waits for a worker reports progress, so that it can be cancelled."""
-
 WARM_UP_STEPS = 3
-"""A GPU runs the first one as it is and captures the others: latents alternate between two buffers, a graph each."""
+"""A GPU runs a graph's first step uncaptured and captures a CUDA graph at the next one for each latent buffer. There
+are two buffers, so three steps capture everything."""
 
 HOLD_REFERENCES = ("vae_encoder", "reference_kv", "denoise_step")
 """The graphs whose bindings hold pixels, latents or keys of the last references that went through them."""
@@ -128,50 +124,41 @@ class Session:
         pad_keys: bool | None = None,
     ) -> None:
         KeepSettings.of(keep, memory, budget, storage, bool(pad_keys))
-        for name, value, least in (("workers", workers, 1), ("threads", threads, 0), ("device", device, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise OptionError(f"{name} is {shown(value)}, expected a whole number from {least}.")
-        if threads > MOST_THREADS:
-            raise OptionError(f"threads is {shown(threads)}, expected a whole number from 0 to {MOST_THREADS}.")
+        workers, threads, device = _checked_numbers(workers, threads, device)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, check_hashes=check_hashes)
         self.tokenizer = tokenizer_of(self.bundle)
         self.provenance = provenance
         self._owns_backend = not isinstance(backend, Backend)
-        self.backend: Backend
-        if isinstance(backend, Backend):
-            self.backend = backend
-        else:
-            self.backend = open_backend(
-                backend,
-                threads=threads_of_each(threads, workers),
-                store=store,
-                device=device,
-                build_missing=build_missing,
-                target=target,
-                cuda_graphs=cuda_graphs,
-                bundle=self.bundle,
-            )
-        try:
-            self.backend.check(self.bundle)
-        except BaseException:
-            if self._owns_backend:
-                self.backend.close()
-            raise
+        self.backend = self._open_backend(
+            backend,
+            threads=threads_of_each(threads, workers),
+            store=store,
+            device=device,
+            build_missing=build_missing,
+            target=target,
+            cuda_graphs=cuda_graphs,
+        )
         padded = self.backend.free_device_memory() is not None if pad_keys is None else pad_keys
         self._keeper = Keeper(self.bundle, self.backend, KeepSettings.of(keep, memory, budget, storage, padded))
         self._process = os.getpid()
-        self._workers = workers
-        self._running: dict[_Running, None] = {}
-        self._over: dict[_Running, None] = {}
-        self._ended = threading.Event()
-        self._here = threading.local()
-        self._loading = threading.RLock()  # `close` may be called in between, by a signal handler or a finalizer
-        self._inside = False
-        self._runners: dict[str, GraphRunner] = {}
-        self._workplaces = Workplaces(self.runner)
-        self._closed = False
-        keep_in_forks(self)
+        self._admission = Admission(workers, self._check_open, self._drop_forgotten_again, self._free)
+        self._graphs = LoadedGraphs(self.bundle, self.backend, self._check_open)
+        self._worker_contexts = WorkerContextPool(self._get_or_load)
+        leak_in_forks(self)
         end_at_exit(self)
+
+    def _open_backend(self, backend: str | Backend, **settings: Any) -> Backend:
+        """Return the backend, opened with these settings of `open_backend` if it is a name, after it has checked the
+        bundle.
+        """
+        opened = backend if isinstance(backend, Backend) else open_backend(backend, **settings, bundle=self.bundle)
+        try:
+            opened.check(self.bundle)
+        except BaseException:
+            if self._owns_backend:
+                opened.close()
+            raise
+        return opened
 
     def __enter__(self) -> Session:
         return self
@@ -182,40 +169,32 @@ class Session:
     def close(self) -> None:
         """Free the graphs. May be called more than once, from any thread, and from a signal handler or a finalizer.
 
-        A request that is running ends with `SessionClosedError` at its next step, one that waits for a worker ends with
-        it soon; what they use is freed once they have ended. In a process forked from the Session's own this frees
+        A request that is running ends with `SessionClosedError` at its next step, or once the graph that it loads is
+        there; one that waits for a worker, or for another thread that loads a graph, ends with it soon. This waits for
+        none of them: what they use is freed once they have ended. In a process forked from the Session's own this frees
         nothing, since it is not that process's to free.
         """
         if os.getpid() != self._process:  # the runtime's threads are not there, and a lock may be held for ever
             return
-        self._closed = True
-        self._alone(lambda: None)
+        self._admission.close()
 
-    def end_soon(self) -> None:
-        """End running requests at their next step, and begin no more; see `exits.Ending`."""
-        self._closed = True
+    def request_stop(self) -> None:
+        """End running requests at their next step, and begin no more; see `exits.Stoppable`."""
+        self._admission.closed = True
 
-    def ended(self, seconds: float) -> bool:
-        """Wait at most `seconds` for running requests to end; return whether none is left; see `exits.Ending`."""
+    def wait_stopped(self, seconds: float) -> bool:
+        """Wait at most `seconds` for running requests to end; return whether none is left; see `exits.Stoppable`."""
         if os.getpid() != self._process:
             return True
-        end = time.monotonic() + seconds
-        while self._running and time.monotonic() < end:
-            time.sleep(0.01)
-        if not self._loading.acquire(timeout=max(0.0, end - time.monotonic())):  # a thread loads a graph or frees some
-            return False
-        self._loading.release()
-        return not self._running
+        return self._admission.drained(seconds)
 
-    def _free_if_idle(self) -> None:
-        if not self._running:
-            self._workplaces.close()
-            self._keeper.close()
-            for runner in self._runners.values():
-                runner.close()
-            self._runners.clear()
-            if self._owns_backend:
-                self.backend.close()
+    def _free(self) -> None:
+        """Free what requests share. May be called twice."""
+        self._worker_contexts.close()
+        self._keeper.close()
+        self._graphs.close()
+        if self._owns_backend:
+            self.backend.close()
 
     def warm_up(self, prompt: str = "", concepts: Sequence[NamedConcept] = (), **settings: Any) -> None:
         """Load the graphs that a request like this needs and run three of its steps, so that the first need not wait.
@@ -230,15 +209,15 @@ class Session:
         typical = {"steps": WARM_UP_STEPS}
         if kept is not None:
             typical = {"steps": kept.steps, "reference_seed": kept.reference_seed}
-        told: ProgressCallback | None = settings.pop("progress", None)
-        check_progress(told)
+        progress: ProgressCallback | None = settings.pop("progress", None)
+        check_progress(progress)
         enough = False
 
-        def few(progress: Progress) -> bool:
+        def few(now: Progress) -> bool:
             nonlocal enough
-            if told is not None and declined(told(progress)):
+            if progress is not None and declined(progress(now)):
                 return False
-            enough = progress.stage != "prepare" and WARM_UP_STEPS <= progress.step < progress.steps
+            enough = now.stage != "prepare" and WARM_UP_STEPS <= now.step < now.steps
             return not enough
 
         try:
@@ -251,8 +230,9 @@ class Session:
     def _warm_decoder(self) -> None:
         """Decode one image of zeros, since a request that stopped early has not reached the decoder."""
         latents = np.zeros((1, self.bundle.latent_channels, self.bundle.rows, self.bundle.columns), np.float32)
-        with self._worker(Course(None, self._check_open), 1), self._place() as place:
-            place.binding("vae_decoder").once({"latents": latents})
+        progress = RequestProgress(None, self._check_open, 1)
+        with self._worker_slot(progress), self._borrow_context(progress) as context:
+            context.binding("vae_decoder").once({"latents": latents})
 
     def generate(
         self,
@@ -299,12 +279,12 @@ class Session:
             whatever `generate` raises.
         """
         requests = check_batch(requests)
-        course = Course(progress, self._check_open)
-        with self._worker(course, requests[0].options.steps):
+        request_progress = RequestProgress(progress, self._check_open, requests[0].options.steps)
+        with self._worker_slot(request_progress):
             checked = [check_request(request, self.bundle, self.tokenizer) for request in requests]
-            with self._place() as place:
-                work = Work(self.bundle, self.tokenizer, self._keeper, place, course)
-                return work.run(checked, backend=self.backend.name, provenance=self.provenance)
+            with self._borrow_context(request_progress) as context:
+                work = Work(checked, self.bundle, self.tokenizer, self._keeper, context, request_progress)
+                return work.run(backend=self.backend.name, provenance=self.provenance)
 
     def prepare(
         self,
@@ -336,12 +316,12 @@ class Session:
         options = Options(steps=steps, reference_seed=reference_seed)
         form = self._keeper.settings.storage if storage is None else checked_storage(storage)
         room = None if workspace is None else parse_size(workspace, "workspace")
-        course = Course(progress, self._check_open)
-        with self._worker(course, options.steps * len(concept.references)):
+        request_progress = RequestProgress(progress, self._check_open, options.steps * len(concept.references))
+        with self._worker_slot(request_progress):
             origin = Origin.of(self.bundle, options.steps, options.reference_seed)
             loaded = load_alone(concept, origin, self.bundle, self.tokenizer)
-            with self._place() as place:
-                preparer = Preparer(self.bundle, self.tokenizer, self._keeper, place, course)
+            with self._borrow_context(request_progress) as context:
+                preparer = Preparer(self.bundle, self.tokenizer, self._keeper, context, request_progress)
                 kept = preparer.prepare(concept, loaded, origin, form, workspace=room)
         return KeptConcept(
             concept.word,
@@ -375,7 +355,7 @@ class Session:
         options = Options(steps=steps, images=images)
         self.bundle.schedule.timesteps(options.steps)
         self._check_open()
-        listed, references = TokenList(), 0
+        listed, references = PlannedReferences(), 0
         for concept in check_concepts(concepts):
             if isinstance(concept, KeptConcept):
                 seed = concept.reference_seed
@@ -384,14 +364,14 @@ class Session:
             elif isinstance(concept, Concept):
                 bare = load_bare(concept, self.bundle)
                 origin = Origin.of(self.bundle, options.steps, options.reference_seed)
-                listed.add(concept, bare, held_references(self._keeper, bare, origin))
+                listed.add(concept, bare, find_in_store(self._keeper, bare, origin))
             references += len(concept.references)
         check_number(references, self.bundle)
         return self._keeper.plan(
-            listed.tokens,
+            listed.references,
             steps=options.steps,
             images=options.images,
-            keys=listed.keys,
+            content_keys=listed.content_keys,
             memory=memory,
             budget=None if budget is None else parse_size(budget, "budget"),
         )
@@ -410,16 +390,16 @@ class Session:
         Raises:
             OptionError: `keys` is not a collection of texts.
         """
-        chosen = None if keys is None else _checked_keys(keys)
+        chosen = None if keys is None else _checked_content_keys(keys)
         self._check_process()
 
         def forget() -> bool:
-            gone = self._let_go(chosen)
-            for running in self._running:
-                running.note(chosen)
-            return gone and not self._running
+            running = self._admission.running
+            for request in running:
+                request.note(chosen)
+            return self._drop_references(chosen) and not running
 
-        return self._alone(forget)
+        return self._admission.exclusively(forget)
 
     @property
     def kept_bytes(self) -> int:
@@ -450,120 +430,69 @@ class Session:
         self._check_process()
 
         def unload() -> None:
-            if self._running:
+            if self._admission.running:
                 raise OptionError("graphs cannot be unloaded while a request is running; wait for it to end.")
             for graph in graphs:
-                self._workplaces.drop(graph)
-                runner = self._runners.pop(graph, None)
-                if runner is not None:
-                    runner.close()
+                self._worker_contexts.drop(graph)
+                self._graphs.unload(graph)
 
-        self._alone(unload)
+        self._admission.exclusively(unload)
 
     def runner(self, graph: str) -> GraphRunner:
         """Return a graph of the bundle, which is loaded on first use.
 
+        Graphs are loaded one at a time. Closing the Session ends waiting for another thread that loads one.
+
         Raises:
             BundleError: the bundle has no such graph, or a file of it was replaced since it was opened.
+            SessionClosedError: the session is closed.
+            OtherProcessError: this process was forked from the one that opened the Session.
         """
-        self._check_process()
+        return self._get_or_load(graph, self._check_open)
 
-        def loaded() -> GraphRunner:
-            self._check_open()
-            if graph not in self._runners:
-                self._runners[graph] = self._load(graph)
-            return self._runners[graph]
+    def _get_or_load(self, graph: str, waiting: Callable[[], object]) -> GraphRunner:
+        """Return a graph; see `LoadedGraphs.get_or_load`. Nothing that is shared is freed before that has ended."""
+        with self._admission.in_use():
+            return self._graphs.get_or_load(graph, waiting)
 
-        return self._alone(loaded)
-
-    def _load(self, graph: str) -> GraphRunner:
-        """Load a graph, making sure that it is from the files that were opened: backends find them by path."""
-        self.bundle.check_unchanged()
-        runner = self.backend.load(self.bundle, graph)
-        try:
-            self.bundle.check_unchanged()
-        except BaseException:
-            runner.close()
-            raise
-        return runner
-
-    def _let_go(self, keys: frozenset[str] | None) -> bool:
+    def _drop_references(self, keys: frozenset[str] | None) -> bool:
+        """Drop what is kept of references with these content keys (None: of all), and what the buffers of idle graphs
+        hold of any. Return whether nothing of them is left.
+        """
         for graph in HOLD_REFERENCES:
-            self._workplaces.drop(graph)
+            self._worker_contexts.drop(graph)
         return self._keeper.forget(keys)
 
+    def _drop_forgotten_again(self, request: RunningRequest) -> None:
+        """Drop what was forgotten while a request ran that has finished since, because it may have put it back."""
+        if request.forgotten_all or request.forgotten:
+            self._drop_references(None if request.forgotten_all else frozenset(request.forgotten))
+
     @contextmanager
-    def _place(self) -> Iterator[Workplace]:
-        """Provide a workplace for the block. If the runtime fails, what no request uses is freed on the device.
+    def _worker_slot(self, progress: RequestProgress) -> Iterator[None]:
+        """Occupy one of the workers for the block. While all are busy, the first progress is reported repeatedly."""
+        with self._admission.slot(progress.report_again), as_host_memory_error():
+            yield
+
+    @contextmanager
+    def _borrow_context(self, progress: RequestProgress) -> Iterator[WorkerContext]:
+        """Provide a worker context for the block. If the runtime fails, what no request uses is freed on the device.
 
         Backends may have mapped the bundle's files, and then compute with whatever was written to them; so that is
         checked before and after the block.
         """
         try:
-            with self._workplaces.take() as place, told_as_ours():
-                self.bundle.check_unwritten()
-                yield place
-                self.bundle.check_unwritten()
+            with self._worker_contexts.take(progress.report_again) as context, as_host_memory_error():
+                self.bundle.check_not_modified()
+                yield context
+                self.bundle.check_not_modified()
         except BackendError:
             self._keeper.on_device.free_unused()
             raise
 
-    @contextmanager
-    def _worker(self, course: Course, steps: int) -> Iterator[None]:
-        """Occupy one of the workers for the block. While all are busy, step 0 of `steps` is reported as progress."""
-        if getattr(self._here, "busy", False):
-            raise OptionError("generate was called from within a progress callback of the same Session.")
-        self._check_process()
-        mine = _Running()
-        try:
-            self._here.busy = True
-            while True:
-                with self._loading:
-                    self._check_open()
-                    if len(self._running) < self._workers:
-                        self._running[mine] = None  # nothing is called after it is counted: Ctrl-C comes at a call
-                        break
-                    self._ended.clear()
-                self._ended.wait(WAIT_SECONDS)
-                course.report(Progress(0, steps, "prepare", 0, 1))
-            with told_as_ours():
-                yield
-        finally:
-            self._here.busy = False
-            if mine in self._running:
-                with self._loading:  # nothing is called before it is counted off: Ctrl-C comes at a call or a loop
-                    self._over[mine] = None
-                    del self._running[mine]
-                    self._ended.set()
-                    self._alone(self._let_go_again)
-
-    def _let_go_again(self) -> None:
-        """Drop what was forgotten while requests ran that have ended since, because they may have put it back."""
-        for over in list(self._over):
-            if over.forgotten_all or over.forgotten:
-                self._let_go(None if over.forgotten_all else frozenset(over.forgotten))
-            del self._over[over]
-
-    def _alone(self, action: Callable[[], T]) -> T:
-        """Run an action on what all requests share, while no other does, and return its result.
-
-        `close` may be called in the middle of it in the same thread: the outermost action then frees everything when it
-        ends.
-        """
-        with self._loading:
-            before, self._inside = self._inside, True
-            try:
-                return action()
-            finally:
-                try:
-                    if self._closed and not before:
-                        self._free_if_idle()
-                finally:
-                    self._inside = before
-
     def _check_open(self) -> None:
         self._check_process()
-        if self._closed:
+        if self._admission.closed:
             raise SessionClosedError("this Session is closed; open a new one to generate.")
 
     def _check_process(self) -> None:
@@ -574,29 +503,14 @@ class Session:
                 "What a runtime computes with does not survive a fork: open a Session in each process."
             )
 
-    def natively_held(self) -> object:
+    def native_objects(self) -> object:
         """Return everything that waits for threads when it is freed; see `forks.Opened`."""
-        return (*self._runners.values(), self._workplaces, self.backend)
+        return (*list(self._graphs.runners.values()), self._worker_contexts, self.backend)
 
     def __reduce__(self) -> NoReturn:
         raise OtherProcessError(
             "a Session cannot be copied or sent to another process; send the bundle's path, and open one there."
         )
-
-
-class _Running:
-    """A running request, and what was forgotten meanwhile, since the request may put it back."""
-
-    def __init__(self) -> None:
-        self.forgotten: set[str] = set()
-        self.forgotten_all = False
-
-    def note(self, keys: frozenset[str] | None) -> None:
-        """Note that these content keys were forgotten; None: all that is kept."""
-        if keys is None:
-            self.forgotten_all = True
-        else:
-            self.forgotten |= keys
 
 
 def tokenizer_of(bundle: Bundle) -> Tokenizer:
@@ -617,7 +531,7 @@ def tokenizer_of(bundle: Bundle) -> Tokenizer:
     )
 
 
-def _checked_keys(keys: Iterable[str]) -> frozenset[str]:
+def _checked_content_keys(keys: Iterable[str]) -> frozenset[str]:
     listed = None if isinstance(keys, str) or not isinstance(keys, Iterable) else list(keys)
     if listed is None or not all(isinstance(key, str) for key in listed):
         raise OptionError(
@@ -625,3 +539,13 @@ def _checked_keys(keys: Iterable[str]) -> frozenset[str]:
             "[reference.key for reference in kept.references]."
         )
     return frozenset(listed)
+
+
+def _checked_numbers(workers: int, threads: int, device: int) -> tuple[int, int, int]:
+    """Return the numbers if each is a whole number in its range. Raises OptionError."""
+    for name, value, least in (("workers", workers, 1), ("threads", threads, 0), ("device", device, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"{name} is {shown(value)}, expected a whole number from {least}.")
+    if threads > MOST_THREADS:
+        raise OptionError(f"threads is {shown(threads)}, expected a whole number from 0 to {MOST_THREADS}.")
+    return workers, threads, device

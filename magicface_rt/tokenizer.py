@@ -12,8 +12,9 @@ import numpy.typing as npt
 import tokenizers
 
 from .errors import BundleError, PromptError
-from .interrupts import let_through
-from .plain_file import read_plain
+from .files.plain_file import read_plain
+from .process.interrupts import reraise_if_interrupt
+from .regions import TOKENS
 
 __all__ = ["Tokenizer", "guarded"]
 
@@ -26,7 +27,7 @@ _T = TypeVar("_T")
 class Tokenizer:
     """The tokenizer of a bundle. Make one with `from_file`; it holds no state and may be shared between threads."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, pad_token_id: int, max_length: int = 77) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, pad_token_id: int, max_length: int = TOKENS) -> None:
         """Take over `tokenizer`; its own truncation and padding are switched off.
 
         Raises `BundleError` when it has no start and end token, or when the pad token is not in its vocabulary.
@@ -46,13 +47,13 @@ class Tokenizer:
         self.max_length = max_length
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], *, pad_token_id: int, max_length: int = 77) -> Tokenizer:
+    def from_file(cls, path: str | os.PathLike[str], *, pad_token_id: int, max_length: int = TOKENS) -> Tokenizer:
         """Read a `tokenizer.json`. Raises `BundleError` for a file that is missing or not a tokenizer."""
         name = f"tokenizer {os.fspath(path)!r}"
         try:
             raw = read_plain(path, MAX_FILE_BYTES)
         except (OSError, ValueError) as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             raise BundleError(f"{name} cannot be read: {error}.") from error
         try:
             return guarded(
@@ -61,7 +62,7 @@ class Tokenizer:
         except BundleError as error:
             raise BundleError(f"{name}: {str(error).removeprefix('tokenizer: ')}") from error
         except Exception as error:  # the wheel raises plain Exception
-            let_through(error)
+            reraise_if_interrupt(error)
             raise BundleError(f"{name} cannot be read: {str(error)[:500]}.") from error
 
     def encode(self, prompt: str) -> npt.NDArray[np.int64]:
@@ -113,7 +114,7 @@ class Tokenizer:
         Raises `PromptError` as `encode`.
         """
         encoding = self._encode(prompt)
-        return [_place(prompt, encoding, self._raw_encode(word, "word").ids) for word in words]
+        return [_find_tokens(prompt, encoding, self._raw_encode(word, "word").ids) for word in words]
 
     def _encode(self, prompt: str) -> tokenizers.Encoding:
         """Encode a prompt without start and end token; at most max_length - 2 tokens fit, or PromptError is raised."""
@@ -136,7 +137,7 @@ class Tokenizer:
         except (TypeError, ValueError) as error:  # lone surrogates have no UTF-8
             raise PromptError(f"the {what} {_excerpt(text)!r} is not valid Unicode text.") from error
         except Exception as error:  # a model without a token for unknown text, for example
-            let_through(error)
+            reraise_if_interrupt(error)
             raise BundleError(f"tokenizer: it cannot encode the {what} {_excerpt(text)!r}: {error}.") from error
 
     def _text(self, token_id: int) -> str:
@@ -164,7 +165,7 @@ def _frame(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
     return start, end
 
 
-def _place(prompt: str, encoding: tokenizers.Encoding, wanted: Sequence[int]) -> tuple[int, ...] | None:
+def _find_tokens(prompt: str, encoding: tokenizers.Encoding, wanted: Sequence[int]) -> tuple[int, ...] | None:
     """Return the positions of the first tokens with these ids that are not part of a longer word, or None."""
     ids = encoding.ids
     for first in range(len(ids) - len(wanted) + 1) if wanted else ():

@@ -1,6 +1,7 @@
-"""The record of a run: a file of the cache of pytest says after each test whether it passed, or why not, and what was
-counted by then. All that was counted is told at the end. A run that was ended before its end goes on with `--resume`,
-which leaves out what passed before at this very commit, and tells those figures too.
+"""The record of a run: a file of the cache of pytest says after each test whether it passed, or why not, how many
+seconds its fixtures and it took, and what was counted by then. All that was counted is told at the end. A run that was
+ended before its end goes on with `--resume`, which leaves out what passed before at this very commit, and tells those
+figures too.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ _left_out = 0
 _put_down: dict[str, Any] = {"figures": {}, "tally": {}}
 _fell = pytest.StashKey[str]()
 """Why a test did not pass: what pytest tells of it at the end, which may be hours away, or never comes."""
+_took = pytest.StashKey[dict[str, float]]()
+"""Seconds of a test by phase: "setup" (its fixtures, also those that later tests share), "call", "teardown"."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -124,6 +127,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if not report.passed:  # a test that was skipped may find what it needs another time
         item.stash[_fell] = report.longreprtext
+    item.stash.setdefault(_took, {})[report.when] = round(report.duration, 3)
     return report
 
 
@@ -138,7 +142,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     _put_down.update(now)
     why = item.stash.get(_fell, None)
     outcome = {"passed": True} if why is None else {"passed": False, "why": why}
-    _write({"process": os.getpid(), "after": item.nodeid, **outcome, **{k: v for k, v in new.items() if v}})
+    took = {"seconds": item.stash.get(_took, {})}
+    _write({"process": os.getpid(), "after": item.nodeid, **outcome, **took, **{k: v for k, v in new.items() if v}})
     return done
 
 

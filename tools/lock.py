@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from tools import lockfile
-from tools.wanted import APART, SOURCES, asked_for
+from tools.wanted import APART, IMAGE, IMAGE_PYTHON, SOURCES, asked_for
 
 _HEADER = """\
 # Python {python}, Linux x86_64, torch {torch}. Made by `make lock` from pyproject.toml and constraints.txt; not to be
@@ -29,6 +29,10 @@ _HEADER = """\
 _HEADER_APART = """\
 # Python {python}, Linux x86_64, the package itself with its extra {extra}. Made by `make lock` from pyproject.toml and
 # constraints.txt; not to be edited. To be installed with --no-deps --require-hashes.
+"""
+_HEADER_IMAGE = """\
+# Python {python}, Linux x86_64, {what}. Made by `make lock` from
+# pyproject.toml and constraints.txt; not to be edited. Installed by deploy/Dockerfile with --no-deps --require-hashes.
 """
 
 
@@ -114,6 +118,24 @@ def write_lock_apart(python: str, extra: str) -> Path:
     return _write(lockfile.path_apart(version, extra), header, [pin_of(item) for item in report(python, wanted)])
 
 
+def write_lock_image(python: str, folder: str) -> Path:
+    """Resolve for the Python of the image's base what one of its environments holds, and write its lock file.
+
+    Args:
+        python: of the version `IMAGE_PYTHON`.
+        folder: one of `IMAGE`.
+
+    Raises:
+        SystemExit: see `report` and `pin_of`.
+    """
+    extras = IMAGE[folder]
+    what = f"the package itself with its extras {', '.join(extras)}" if extras else "what builds the wheel"
+    header = _HEADER_IMAGE.format(python="{}.{}".format(*IMAGE_PYTHON), what=what)
+    wanted = [requirement for group in asked_for(folder).values() for requirement in group]
+    pins = [pin_of(item) for item in report(python, wanted)]
+    return _write(lockfile.path_apart(IMAGE_PYTHON, folder), header, pins)
+
+
 def _write(path: Path, header: str, pins: Sequence[lockfile.Pin]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(header + lockfile.text_of(pins), encoding="utf-8")
@@ -125,4 +147,7 @@ if __name__ == "__main__":
     for interpreter in sys.argv[1:] or [sys.executable]:
         for apart in APART:
             write_lock_apart(interpreter, apart)
+        if version_of(interpreter) == IMAGE_PYTHON:
+            for environment in IMAGE:
+                write_lock_image(interpreter, environment)
         write_lock(interpreter)

@@ -2,7 +2,7 @@
 
     python -m tools.mutate magicface_rt/regions.py
     python -m tools.mutate magicface_rt/kept/memory.py --lines 150-200
-    python -m tools.mutate magicface_rt/sizes.py --tests tests/runtime/test_kept_store.py
+    python -m tools.mutate magicface_rt/values/sizes.py --tests tests/runtime/test_kept_store.py
 
 Each mutant runs in a process of its own, forked after the packages that do not change have been loaded, until its first
 test fails. No file is written: the changed module exists in that process only. Mutants that survive are printed; a

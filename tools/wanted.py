@@ -12,6 +12,10 @@ from tools.lockfile import ROOT
 EXTRAS = ("cpu", "export", "tensorrt-rtx", "bench", "serve", "ray", "ui", "dev")
 # The extras that have a lock of their own, with the base, because they cannot be installed beside the others.
 APART = ("gpu",)
+# What deploy/Dockerfile installs, by folder of requirements/: the extras of the package, or none for what builds the
+# wheel. Its base images bring this Python.
+IMAGE: dict[str, tuple[str, ...]] = {"image": ("gpu", "serve", "ray"), "image-build": ()}
+IMAGE_PYTHON = (3, 12)
 # What comes as sources; everything else must be a wheel, so that nothing foreign runs while it is installed.
 SOURCES = ("tensorrt-rtx", "tensorrt-rtx-cu13")
 # setuptools builds those sources; pip is pinned so that one version of it does the rest.
@@ -24,7 +28,7 @@ def asked_for(apart: str | None = None) -> dict[str, list[str]]:
     """Requirements by group: "base", each of `EXTRAS`, and "build" for what builds the wheel and installs it.
 
     Args:
-        apart: one of `APART`, for the base and that extra only.
+        apart: one of `APART`, for the base and that extra only; or one of `IMAGE`, for what that environment holds.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -34,7 +38,10 @@ def asked_for(apart: str | None = None) -> dict[str, list[str]]:
     found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = found["project"]["optional-dependencies"]
     if apart is not None:
-        return {"base": found["project"]["dependencies"], apart: extras[apart]}
+        chosen = IMAGE.get(apart, (apart,))
+        if not chosen:
+            return {"build": [*found["build-system"]["requires"], *NATIVE_TOOLS]}
+        return {"base": found["project"]["dependencies"], **{name: extras[name] for name in chosen}}
     return {
         "base": found["project"]["dependencies"],
         **{name: extras[name] for name in EXTRAS},

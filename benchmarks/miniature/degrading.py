@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from magicface_rt.errors import InputError
+from magicface_rt.process.host_memory import as_host_memory_error
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 
 class Autoencoder:
@@ -22,10 +24,12 @@ class Autoencoder:
     def load(cls, checkpoint: Path) -> Autoencoder:
         """Load the autoencoder of a diffusers folder. Raises InputError if there is none."""
         try:
-            return cls(
-                AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32, local_files_only=True)
-            )
+            with as_host_memory_error():
+                return cls(
+                    AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32, local_files_only=True)
+                )
         except (OSError, ValueError) as error:
+            reraise_if_interrupt(error)
             raise InputError(
                 f"checkpoint {checkpoint}: its autoencoder cannot be read ({error}); expected a diffusers folder."
             ) from error

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from magicface_rt.errors import MagicFaceError, OptionError, OutputError
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .quality import GUIDANCE, STEPS
 from .requests import COUNT, Case, draw_cases
@@ -54,6 +55,7 @@ def write_job(case: Case, folder: Path, *, name: str = "job.json") -> Path:
         }
         (folder / name).write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
+        reraise_if_interrupt(error)
         raise OutputError(f"job {folder / name} cannot be written: {error}.") from error
     return folder / name
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from magicface_rt import Bundle, Concept, KeptConcept, Options, Reference, Request, Result, Session
 from magicface_rt.errors import BackendError, EngineError, OutputError
+from magicface_rt.process.host_memory import shortage
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .requests import Case
 from .variants import Variant
@@ -49,6 +51,7 @@ class PictureFolder:
                     )
             _write(file, json.dumps(settings, indent=1).encode())
         except (OSError, json.JSONDecodeError) as error:
+            reraise_if_interrupt(error)
             raise OutputError(f"output folder {folder}: {error}. Choose another folder.") from error
 
     def has(self, variant: str, number: int) -> bool:
@@ -66,6 +69,7 @@ class PictureFolder:
                 )
             part.replace(file)
         except OSError as error:
+            reraise_if_interrupt(error)
             raise OutputError(f"picture {file} cannot be written: {error}.") from error
 
     def image(self, variant: str, number: int) -> Tensor:
@@ -85,6 +89,7 @@ class PictureFolder:
             with np.load(file) as stored:
                 return np.asarray(stored[name])
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            reraise_if_interrupt(error)
             raise OutputError(f"picture {file} cannot be read ({error}); remove it, and it is made anew.") from error
 
 
@@ -112,6 +117,8 @@ def make(
     try:
         session = Session(bundle, backend=backend, threads=threads, provenance=False, **(session_settings or {}))
     except (BackendError, EngineError) as error:
+        if (short := shortage(error)) is not None:  # which says nothing of the backend
+            raise short from (None if short is error else error)
         return str(error)
     with session:
         for done, (case, lacking) in enumerate(missing):

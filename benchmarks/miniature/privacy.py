@@ -7,7 +7,8 @@ token (keys and values of the layers with the finest grid) and predicts what its
 where that place was. The network is then given kept concepts of people in looks that it has never seen. Nothing here is
 specific to the miniature, except that such pictures can be drawn without end.
 
-Writes privacy.json, privacy.md and sheet.png. docs/privacy.md has the findings.
+Writes privacy.json, privacy.md and sheet.png. privacy.json also says on which machine, when, at which commit and with
+which bundle it was measured. docs/privacy.md has the findings.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from magicface_rt import Concept, MagicFaceError, Reference, Session
+from magicface_rt.bundle import reference_tensor_names
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.images import layer_mask, mask_grid
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
+from ..machine import describe
 from .quality import autoencoded, open_model
 from .sheets import eight_bits, tile
 from .shipping import WEIGHTS
@@ -74,7 +78,7 @@ def take(session: Session, pictures: Pictures, *, steps: int, storage: str = "ex
     """Prepare each picture's person, everything but the background, as a concept, and read what was kept."""
     bundle = session.bundle
     finest = min(layer.factor for layer in bundle.injection_layers)
-    names = [f"{kind}_ref_{x.index}" for x in bundle.injection_layers if x.factor == finest for kind in "kv"]
+    names = [name for x in bundle.injection_layers if x.factor == finest for name in reference_tensor_names(x.index)]
     rows, columns = (side // bundle.vae_factor // finest for side in (bundle.height, bundle.width))
     side = bundle.height // rows
     taken = []
@@ -258,17 +262,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if a.examples < 2 or a.victims < 2 or a.steps < 4:
             raise OptionError("--examples and --victims have to be at least 2, --steps at least 4.")
+        machine = describe()
         bundle = open_model(a.source, a.out, ("fp32",), print).bundle
         with Session(bundle, backend="onnxruntime-cpu") as session:
             rows, shown, victims, pictures = attacks(session, examples=a.examples, victims=a.victims, steps=a.steps)
         settings = {name: getattr(a, name) for name in ("examples", "victims", "steps")}
-        text = json.dumps({"settings": settings, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
+        report = {
+            "machine": machine,
+            "bundle": {
+                "width": bundle.width,
+                "height": bundle.height,
+                "dtype": bundle.dtype,
+                "hash": bundle.hash,
+                "checkpoint": bundle.checkpoint_hash,
+            },
+            "settings": settings,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        text = json.dumps(report, indent=1)
         try:
             a.out.mkdir(parents=True, exist_ok=True)
             (a.out / "privacy.json").write_text(text + "\n", encoding="utf-8")
             (a.out / "privacy.md").write_text(table(rows), encoding="utf-8")
             sheet(shown, victims, pictures).save(a.out / "sheet.png", optimize=True)
         except OSError as error:
+            reraise_if_interrupt(error)
             raise OutputError(f"output folder {a.out}: {error.strerror or error}.") from error
     except MagicFaceError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -30,6 +30,7 @@ from magicface_rt import Bundle, MagicFaceError, Session
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .fidelity import Score, region_iou, score
 from .pictures import PictureFolder, make
@@ -196,6 +197,7 @@ def run(
     try:
         sheet(cases[:SHEET_ROWS], folder).save(out / "sheet.png")
     except OSError as error:
+        reraise_if_interrupt(error)
         raise OutputError(f"the sheet cannot be written into {out}: {error}.") from error
     return scores
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from magicface_rt.errors import OutputError
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .fidelity import Score
 from .quality_table import MEASURES, Interval, markdown, summary
@@ -84,4 +85,5 @@ class Report:
             (folder / JSON).write_text(content, encoding="utf-8")
             (folder / TABLE).write_text(self.markdown(), encoding="utf-8")
         except OSError as error:
+            reraise_if_interrupt(error)
             raise OutputError(f"the report cannot be written into {folder}: {error}.") from error

@@ -29,7 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magicface_rt.errors import InputError
+from magicface_rt.errors import InputError, MagicFaceError
+from magicface_rt.process.host_memory import as_host_memory_error
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .degrading import Autoencoder, degrade
 from .world import PARTS, PATTERNS, Pictures, World
@@ -118,13 +120,14 @@ class Segmenter:
     def load(cls, path: Path) -> Segmenter:
         """Load a segmenter. Raises InputError for a file that is missing, or no segmenter of this form."""
         try:
-            with safe_open(path, framework="pt") as file:
+            with as_host_memory_error(), safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - no mapping
             network = PartNet()
             network.load_state_dict(weights)
             return cls(network, json.loads(metadata["report"]))
         except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+            reraise_if_interrupt(error)
             raise InputError(
                 f"segmenter {path}: it cannot be read ({error}); expected a file that "
                 "`python -m benchmarks.miniature.segmenter --out FILE` wrote."
@@ -244,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise InputError(f"segmenter {a.out}: {size} bytes, expected less than {MAX_BYTES}.")
             report = made.report
             print(f"wrote {a.out}: {size / 1e3:.0f} kB")
-    except InputError as error:
+    except MagicFaceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(json.dumps(report, indent=2))

@@ -27,6 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magicface_rt.errors import CheckpointError, MagicFaceError, OutputError
+from magicface_rt.process.host_memory import as_host_memory_error
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 WEIGHTS = Path(__file__).parent / "weights"
 SUMS = "SHA256SUMS"
@@ -69,6 +71,7 @@ def ship(checkpoint: Path, out: Path, segmenter: Path | None = None) -> Path:
             (part / SUMS).write_text(sums, encoding="utf-8")
             os.replace(part, out)
     except OSError as error:
+        reraise_if_interrupt(error)
         raise OutputError(f"output folder {out} cannot be written: {error}.") from error
     verify(out)
     return out
@@ -82,6 +85,7 @@ def verify(folder: Path) -> list[str]:
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        reraise_if_interrupt(error)
         raise CheckpointError(
             f"shipped weights {folder}: {SUMS} cannot be read ({error}); expected a folder that "
             "`python -m benchmarks.miniature.shipping ship` wrote."
@@ -120,7 +124,7 @@ def _split(file: Path, place: Path) -> None:
     pieces: list[dict[str, Tensor]] = [{}]
     used = total = 0
     try:
-        with safe_open(file, framework="pt") as stored:
+        with as_host_memory_error(), safe_open(file, framework="pt") as stored:
             for name in sorted(stored.keys()):
                 tensor = stored.get_tensor(name)
                 if pieces[-1] and used + tensor.nbytes > _SHARD_BYTES:
@@ -130,6 +134,7 @@ def _split(file: Path, place: Path) -> None:
                 used += tensor.nbytes
                 total += tensor.nbytes
     except (SafetensorError, OSError) as error:
+        reraise_if_interrupt(error)
         raise CheckpointError(f"weights {file}: they cannot be read: {error}.") from error
     where: dict[str, str] = {}
     for number, piece in enumerate(pieces, 1):

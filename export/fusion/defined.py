@@ -6,18 +6,13 @@ themselves are not run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import onnx
-from numpy.typing import NDArray
 
 from magicface_rt.backends import Backend, GraphRunner
-from magicface_rt.backends.base import Arrays
-from magicface_rt.backends.onnxruntime import import_onnxruntime
-from magicface_rt.backends.ort_arena import trim
-from magicface_rt.bundle import CUDA_RUNTIME, Bundle, GraphContract
+from magicface_rt.backends.onnxruntime import HostRunner, import_onnxruntime
+from magicface_rt.bundle import CUDA_RUNTIME, Bundle
 from magicface_rt.errors import BackendError
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .definitions import define
 
@@ -42,22 +37,6 @@ class DefinedCuda(Backend):
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:
+            reraise_if_interrupt(error)
             raise BackendError(f"graph {graph} of bundle {bundle.path}: {self.name} refused it: {error}") from error
-        return _Runner(contract, session)
-
-
-class _Runner(GraphRunner):
-    def __init__(self, contract: GraphContract, session: Any) -> None:
-        super().__init__(contract)
-        self._session = session
-
-    def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
-        try:
-            results = self._session.run(list(outputs), dict(inputs))
-        except Exception as error:
-            raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {error}") from error
-        return dict(zip(outputs, results, strict=True))
-
-    def close(self) -> None:
-        self._session = None
-        trim()
+        return HostRunner(contract, session)

@@ -7,9 +7,12 @@ their com.microsoft namesakes but take and return [B, C, H, W]; `layout` turns t
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from .matching import constant, dims, is_filled, made_by, new_value, only_consumer, other_input, rank, replace
 
@@ -24,8 +27,12 @@ def replace_patterns(graph: ir.Graph, split_gelu_widths: Collection[int]) -> lis
     for node in tuple(graph):
         if node.domain != "":
             continue
-        if node.op_type == "InstanceNormalization" and not _group_norm(graph, node):
-            missed.append(f"group normalisation {node.outputs[0].name}")
+        if node.op_type == "InstanceNormalization":
+            match = _match_group_norm(node)
+            if match is None:
+                missed.append(f"group normalisation {node.outputs[0].name}")
+            else:
+                _replace_group_norm(graph, match)
         elif node.op_type == "Erf" and not _gelu(graph, node, split_gelu_widths):
             missed.append(f"GELU {node.outputs[0].name}")
         elif node.op_type == "LayerNormalization":
@@ -33,23 +40,39 @@ def replace_patterns(graph: ir.Graph, split_gelu_widths: Collection[int]) -> lis
     return missed
 
 
-def _group_norm(graph: ir.Graph, norm: ir.Node) -> bool:
-    """Replace a group norm: Reshape, InstanceNormalization, Reshape, Mul, Add, then Sigmoid, Mul if SiLU follows.
+@dataclass(frozen=True)
+class _GroupNorm:
+    """The nodes and values of a traced group norm that replacing it needs."""
 
-    Returns whether the pattern was recognised.
-    """
+    norm: ir.Node
+    """The InstanceNormalization."""
+    x: ir.Value
+    """What is read: `image`, or its form [B, C, H W]."""
+    image: ir.Value
+    """[B, C, H, W]"""
+    groups: int
+    gamma: NDArray[Any]
+    beta: NDArray[Any]
+    shift: ir.Node
+    """The last node of the norm itself: the Add of beta."""
+    silu: ir.Value | None
+    """The output of the SiLU that follows; None if none does."""
+
+
+def _match_group_norm(norm: ir.Node) -> _GroupNorm | None:
+    """Match a group norm: Reshape, InstanceNormalization, Reshape, Mul, Add, then Sigmoid, Mul if SiLU follows."""
     split = made_by(norm.inputs[0], "Reshape")
     back = only_consumer(norm.outputs[0], "Reshape")
     scale = only_consumer(back.outputs[0], "Mul") if back is not None else None
     shift = only_consumer(scale.outputs[0], "Add") if scale is not None else None
     if split is None or back is None or scale is None or shift is None:
-        return False
+        return None
     x, whole = split.inputs[0], made_by(back.inputs[1], "Shape")
     gamma = constant(other_input(scale, back.outputs[0]))
     beta = constant(other_input(shift, scale.outputs[0]))
     grouping = constant(split.inputs[1])
     if x is None or x.shape is None or gamma is None or beta is None or grouping is None or whole is None:
-        return False
+        return None
     channels, spatial = gamma.size, rank(x) - 2
     fits = (
         whole.inputs[0] is x
@@ -65,14 +88,19 @@ def _group_norm(graph: ir.Graph, norm: ir.Node) -> bool:
     )
     image = _image_of(x)
     if not fits or image is None:
-        return False
+        return None
+    return _GroupNorm(norm, x, image, int(grouping[1]), gamma, beta, shift, _silu_of(shift.outputs[0]))
 
+
+def _replace_group_norm(graph: ir.Graph, match: _GroupNorm) -> None:
+    """Put a GroupNorm in the place of what was matched; a SkipGroupNorm if its image is a sum."""
+    x, image, shift = match.x, match.image, match.shift
     y = shift.outputs[0]
-    silu = _silu_of(y)
-    last = y if silu is None else silu
+    last = y if match.silu is None else match.silu
     out = new_value(last, "_fused", image.shape)
     first, skip = _summands(image)
-    parameters = [_parameter(graph, f"{y.name}_{name}", a) for name, a in (("gamma", gamma), ("beta", beta))]
+    named = (("gamma", match.gamma), ("beta", match.beta))
+    parameters = [_parameter(graph, f"{y.name}_{name}", array) for name, array in named]
     outputs = [out]
     if skip is not None:
         outputs.append(new_value(image, "_sum", image.shape))
@@ -80,9 +108,9 @@ def _group_norm(graph: ir.Graph, norm: ir.Node) -> bool:
         "GroupNorm" if skip is None else "SkipGroupNorm",
         [first, *parameters, *([] if skip is None else [skip])],
         {
-            "groups": int(grouping[1]),
-            "epsilon": norm.attributes.get_float("epsilon", 1e-5),
-            "activation": int(silu is not None),
+            "groups": match.groups,
+            "epsilon": match.norm.attributes.get_float("epsilon", 1e-5),
+            "activation": int(match.silu is not None),
             "channels_last": 1,
         },
         domain=CHANNELS_FIRST,
@@ -101,7 +129,6 @@ def _group_norm(graph: ir.Graph, norm: ir.Node) -> bool:
     replace(last, out)
     if skip is not None:
         replace(image, outputs[1])
-    return True
 
 
 def _image_of(x: ir.Value) -> ir.Value | None:

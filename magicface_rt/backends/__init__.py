@@ -13,11 +13,12 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..errors import BackendMissingError, MagicFaceError, OptionError
+from ..store_folders import COMPILING_PROVIDERS, FLAVOURS, onnxruntime_cache
 from .base import Backend, GraphRunner
 from .binding import Binding
 from .onnxruntime import PROVIDERS, OnnxRuntime, import_onnxruntime
 from .probe import why_not
-from .tensorrt import FLAVOURS, PlanStore, TensorRT
+from .tensorrt import PlanStore, TensorRT
 
 __all__ = [
     "BACKENDS",
@@ -129,8 +130,10 @@ def _with_plans(
 
 
 def _cache_folder(store: PlanStore | Path | str | None, provider: str) -> Path | None:
-    """Return the folder, beside the plans, for a provider that compiles graphs itself; None without a store."""
-    if store is None:
+    """Return the folder, beside the plans, for a provider that compiles graphs itself; None for another, or without a
+    store.
+    """
+    if store is None or provider not in COMPILING_PROVIDERS:
         return None
     root = Path(store) if isinstance(store, (str, Path)) else store.root
-    return root / f"onnxruntime-{provider}"
+    return root / onnxruntime_cache(provider)

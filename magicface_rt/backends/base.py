@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle, GraphContract
 from .binding import Binding, HostBinding
-from .checks import Limits, check_finite, check_inputs
+from .checks import ShapeRanges, check_finite, check_inputs
 
 __all__ = ["Arrays", "Backend", "GraphRunner", "check_finite", "check_inputs"]
 
@@ -57,7 +57,7 @@ class GraphRunner(ABC):
         return HostBinding(self, outputs)
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ShapeRanges:
         """The smallest and the largest shape that each input takes, by input; an input that is not named takes any."""
         return {}
 
@@ -88,7 +88,7 @@ class Backend(ABC):
         """
 
     def free_device_memory(self) -> int | None:
-        """Return the bytes that the device has left for keys; None if bindings have no `shelf` there."""
+        """Return the bytes that the device has left for keys; None if bindings have no `key_uploader` there."""
         return None
 
     def close(self) -> None:  # noqa: B027 - not every backend holds something

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from ..bundle import GraphContract, Tensor
 from ..errors import BackendError
-from .checks import Limits, Shape, check_finite, check_input, check_limits, check_names, match_sizes, output_shape
+from .checks import Shape, ShapeRanges, check_finite, check_input, check_limits, check_names, match_sizes, output_shape
 from .host import host_dtype
 from .pieces import Layout, Piece, lay_on_host, layout
 
 if TYPE_CHECKING:
     from .base import Arrays, GraphRunner
-    from .shelf import Shelf
+    from .key_uploader import KeyUploader
 
 
 class Binding(ABC):
@@ -41,7 +41,7 @@ class Binding(ABC):
         if unknown:
             raise BackendError(f"graph {contract.name} has no outputs {unknown}; it has {sorted(self._outputs)}.")
         self.outputs = tuple(self._outputs) if outputs is None else tuple(outputs)
-        self.limits: Limits = {}
+        self.limits: ShapeRanges = {}
         self._shapes: dict[str, Shape] = {}
         self._links: dict[str, tuple[Binding, str]] = {}
         self._fed_back: dict[str, str] = {}
@@ -92,8 +92,11 @@ class Binding(ABC):
         self._shapes[name] = shape
         self._laid[name] = wanted
 
-    def shelf(self) -> Shelf | None:
-        """Make a place on the device for pieces, for the caller to close; None if they come from the host."""
+    def key_uploader(self, contents: str) -> KeyUploader | None:
+        """Make what uploads pieces for this graph ahead of need; None if they come from the host.
+
+        contents: what the pieces are, for error messages. The caller closes it.
+        """
         return None
 
     def link(self, name: str, source: Binding, output: str) -> None:

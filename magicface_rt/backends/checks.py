@@ -12,7 +12,7 @@ from ..errors import BackendError, NonFiniteError
 from .host import holds, non_finite
 
 Shape = tuple[int, ...]
-Limits = Mapping[str, tuple[Shape, Shape]]
+ShapeRanges = Mapping[str, tuple[Shape, Shape]]
 """The smallest and the largest shape that a plan takes, by input."""
 
 
@@ -73,7 +73,7 @@ def match_sizes(contract: GraphContract, shapes: Mapping[str, Shape]) -> dict[st
     return {symbol: size for symbol, (size, _) in sizes.items()}
 
 
-def check_limits(contract: GraphContract, shapes: Mapping[str, Shape], limits: Limits) -> None:
+def check_limits(contract: GraphContract, shapes: Mapping[str, Shape], limits: ShapeRanges) -> None:
     """Raise BackendError if a shape is outside the range that a plan was built for."""
     for tensor in contract.inputs:
         if tensor.name not in limits:

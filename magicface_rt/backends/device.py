@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendMissingError, DeviceError, DeviceMemoryError
-from ..interrupts import let_through
+from ..process.interrupts import reraise_if_interrupt
+from ..values.sizes import megabytes
 
-MEGABYTE = 1_000_000
 ALIGNMENT = 256
 _NO_DEVICE = 100
 _OLD_DRIVER = 35
@@ -43,7 +43,7 @@ def import_cuda() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except (ImportError, OSError, RuntimeError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BackendMissingError(
             f"cuda-bindings is not installed or does not load ({type(error).__name__}: {error}). Install it with the "
             "backend that needs it: pip install 'magicface_rt[tensorrt]', 'magicface_rt[tensorrt-rtx]' or "
@@ -200,7 +200,7 @@ class Device:
             )
         if int(status) == _OLD_DRIVER:
             found = self.driver_version
-            needed = _version(self.call("cudaRuntimeGetVersion")).split(".")[0] + ".0"
+            needed = self.runtime_version.split(".")[0] + ".0"
             driver = "no NVIDIA driver was found" if found == "0.0" else f"the NVIDIA driver supports CUDA {found} only"
             raise DeviceError(
                 f"{driver}, and CUDA {needed} or newer is needed. Install a newer driver, or use a CPU backend: "
@@ -225,7 +225,8 @@ class Device:
         try:
             self.call(name, *arguments)
         except CudaCallError as error:
-            # After some failures every call fails; one line says enough.
+            # After a sticky CUDA error every later call fails the same way: warn once per code, then log at debug
+            # level.
             level = logging.DEBUG if error.code == self._logged_code else logging.WARNING
             self._logged_code = error.code
             logger.log(level, "%s", error)
@@ -419,7 +420,3 @@ def _available_to_host() -> int:
 
 def _version(number: Any) -> str:
     return f"{int(number) // 1000}.{int(number) % 1000 // 10}"
-
-
-def megabytes(nbytes: int) -> str:
-    return f"{nbytes / MEGABYTE:,.1f} MB"

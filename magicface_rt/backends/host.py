@@ -32,7 +32,7 @@ def to_bfloat16(array: NDArray[Any]) -> NDArray[np.uint16]:
     return np.where(np.isnan(array), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
-def stored(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+def to_contract_dtype(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Convert an array of numbers to a tensor of a contract's dtype."""
     return to_bfloat16(array) if dtype == BFLOAT16 else array.astype(dtype, copy=False)
 

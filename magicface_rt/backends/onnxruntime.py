@@ -15,24 +15,22 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..bundle import CUDA_RUNTIME, Bundle, GraphContract
-from ..cores import cores
 from ..errors import BackendError, BackendMissingError, TargetError
-from ..interrupts import let_through
-from ..shortage import check_addresses, share_heap, stack_bytes
+from ..process.cores import cores
+from ..process.host_memory import check_addresses, share_heap, stack_bytes
+from ..process.interrupts import reraise_if_interrupt
+from ..store_folders import COMPILING_PROVIDERS
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
 from .device import Device
 from .host import BFLOAT16
-from .one_thread import InTurn, OneThread, at_once
 from .ort_arena import give_back, registering, trim, use_shared_arena
 from .ort_binding import GraphIds, OrtBinding, OrtDevice, first_line
 from .ort_placement import left_to_the_cpu, record_placement
 from .private_folder import why_not_private
+from .single_thread_executor import Invoker, SingleThreadExecutor, call_directly
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-COMPILING_PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
-"""Providers that build TensorRT engines of their own, and take the graph with the body that TensorRT fuses."""
 
 _ALL = {**PROVIDERS, **COMPILING_PROVIDERS}
 _CURES = {
@@ -82,7 +80,7 @@ def import_onnxruntime() -> Any:
         module = importlib.import_module("onnxruntime")
         _ = module.InferenceSession
     except (ImportError, AttributeError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         missing = getattr(error, "name", None) == "onnxruntime" or isinstance(error, AttributeError)
         state = "is not installed" if missing else f"does not load ({type(error).__name__}: {first_line(error)})"
         raise BackendMissingError(
@@ -143,7 +141,7 @@ class OnnxRuntime(Backend):
         self._fused = fused
         self._target = target
         self._cache = cache
-        self._thread = OneThread(self.name) if self._cuda_graphs else None
+        self._thread = SingleThreadExecutor(self.name) if self._cuda_graphs else None
         self._plugin_devices: list[Any] = []
         self._placement_missed = False
         if provider != "cpu":
@@ -159,8 +157,8 @@ class OnnxRuntime(Backend):
                 )
 
     @property
-    def _in_turn(self) -> InTurn:
-        return self._thread or at_once
+    def _invoke(self) -> Invoker:
+        return self._thread or call_directly
 
     def load(self, bundle: Bundle, graph: str) -> GraphRunner:
         contract = bundle.graph(graph)
@@ -175,20 +173,20 @@ class OnnxRuntime(Backend):
         subject = f"graph {graph} of bundle {bundle.path}: {self.name} refused {path.name} ({bundle.dtype})"
         profile = self._profile(bundle, contract)
         try:
-            session, captures = self._in_turn(self._open, str(path), bundle.hash, profile)
+            session, captures = self._invoke(self._open, str(path), bundle.hash, profile)
         except Exception as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             raise BackendError(f"{subject}: {first_line(error)}") from error
         self._check_provider(f"graph {graph}", session)
         if self.provider == "cpu":
-            return _Runner(contract, session)
+            return HostRunner(contract, session)
         left = left_to_the_cpu(session)
         if left is None:
             self._say_that_placement_is_not_known()
         elif left:
             logger.warning("%s computes a part of graph %s on the CPU, and is slow there: %s", self.name, graph, left)
         where: OrtDevice = ("gpu", self._ordinal, _NVIDIA) if self._plugin_devices else ("cuda", self._ordinal)
-        return DeviceRunner(contract, session, self._ort, where, GraphIds(captures), in_turn=self._in_turn)
+        return DeviceRunner(contract, session, self._ort, where, GraphIds(captures), invoke=self._invoke)
 
     def close(self) -> None:
         if self._thread is not None:
@@ -240,7 +238,7 @@ class OnnxRuntime(Backend):
             try:
                 return self._session(model, self._settings(cache_name, captures=True) | profile), True
             except Exception as error:
-                let_through(error)
+                reraise_if_interrupt(error)
                 # A CUDA graph needs every node on the GPU; without one the graph may still run there.
                 reason = first_line(error)
         session = self._session(model, self._settings(cache_name, captures=False) | profile)
@@ -338,7 +336,7 @@ class OnnxRuntime(Backend):
         try:
             plugin = importlib.import_module(_RTX_PLUGIN)
         except (ImportError, OSError) as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             return []
         name = plugin.get_ep_name()
         with registering():
@@ -346,7 +344,7 @@ class OnnxRuntime(Backend):
                 try:
                     self._ort.register_execution_provider_library(name, plugin.get_library_path())
                 except Exception as error:
-                    let_through(error)
+                    reraise_if_interrupt(error)
                     raise BackendMissingError(
                         f"{_RTX_PLUGIN} is installed and does not load: {first_line(error)}."
                     ) from error
@@ -358,7 +356,7 @@ class OnnxRuntime(Backend):
         return devices
 
 
-class _Runner(GraphRunner):
+class HostRunner(GraphRunner):
     """Runs a graph on host arrays."""
 
     def __init__(self, contract: GraphContract, session: Any) -> None:
@@ -369,7 +367,7 @@ class _Runner(GraphRunner):
         try:
             results = self._session.run(list(outputs), dict(inputs))
         except Exception as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {first_line(error)}") from error
         return dict(zip(outputs, results, strict=True))
 
@@ -389,10 +387,10 @@ class DeviceRunner(GraphRunner):
         device: OrtDevice,
         graph_ids: GraphIds,
         *,
-        in_turn: InTurn = at_once,
+        invoke: Invoker = call_directly,
     ) -> None:
         super().__init__(contract)
-        self._in_turn = in_turn
+        self._invoke = invoke
         self._session = session
         self._ort = ort
         self._device = device
@@ -408,7 +406,7 @@ class DeviceRunner(GraphRunner):
             self._device,
             self._graph_ids,
             outputs,
-            in_turn=self._in_turn,
+            invoke=self._invoke,
         )
 
     def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
@@ -424,7 +422,7 @@ class DeviceRunner(GraphRunner):
     def close(self) -> None:
         if self._session is not None:
             held, self._session = [self._session], None
-            self._in_turn(held.clear)  # frees device memory, and destroys the captured graphs
+            self._invoke(held.clear)  # frees device memory, and destroys the captured graphs
 
 
 def _preload_libraries(ort: Any) -> None:
@@ -436,7 +434,7 @@ def _preload_libraries(ort: Any) -> None:
         with contextlib.redirect_stdout(said):  # it prints what it does not find
             preload()
     except Exception as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         logger.info("onnxruntime.preload_dlls failed: %s", first_line(error))
     if said.getvalue().strip():
         logger.info("onnxruntime.preload_dlls: %s", said.getvalue().strip())

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..interrupts import let_through
+from ..process.interrupts import reraise_if_interrupt
 from .sum_model import sum_model
 
 logger = logging.getLogger("magicface_rt.onnxruntime")
@@ -56,7 +56,7 @@ def use_shared_arena(ort: Any, options: Any) -> None:
                 _run_in_arena(ort, ort.RunOptions())
                 _usable = True
             except Exception as error:
-                let_through(error)
+                reraise_if_interrupt(error)
                 logger.warning("graphs on the CPU have arenas of their own, and take more memory: %s", error)
                 _usable = False
     if _usable:
@@ -71,7 +71,7 @@ def give_back(ort: Any) -> None:
         try:
             _run_in_arena(ort, shrinking)
         except Exception as error:  # where memory is short; what was asked for is done
-            let_through(error)
+            reraise_if_interrupt(error)
             logger.warning("memory of graphs that are closed stays with this process: %s", error)
     trim()
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from ..bundle import GraphContract, Tensor
 from ..errors import BackendError
-from ..interrupts import let_through
+from ..process.interrupts import reraise_if_interrupt
 from .binding import Binding
 from .checks import Shape, output_shape
 from .device import Device
 from .host import BFLOAT16, host_dtype
-from .one_thread import InTurn, at_once
+from .single_thread_executor import Invoker, call_directly
 
 logger = logging.getLogger("magicface_rt.onnxruntime")
 
@@ -52,7 +52,7 @@ class OrtBinding(Binding):
     """A binding of OrtValues on a device. A run is done when it returns.
 
     device: as ONNX Runtime names it, ("cuda", ordinal), ("cpu", 0), or ("gpu", ordinal, vendor) for a provider that
-    came as a plugin; in_turn: makes every call that touches the device.
+    came as a plugin; invoke: makes every call that touches the device.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class OrtBinding(Binding):
         graph_ids: GraphIds,
         outputs: Sequence[str] | None = None,
         *,
-        in_turn: InTurn = at_once,
+        invoke: Invoker = call_directly,
     ) -> None:
         super().__init__(contract, outputs)
-        self._in_turn = in_turn
+        self._invoke = invoke
         self._ort = ort
         self._session = session
         self._device = device
@@ -83,14 +83,14 @@ class OrtBinding(Binding):
         return self._seconds
 
     def _put(self, tensor: Tensor, array: NDArray[Any]) -> None:
-        self._in_turn(self._upload, tensor, array)
+        self._invoke(self._upload, tensor, array)
 
     def _upload(self, tensor: Tensor, array: NDArray[Any]) -> None:
         value = self._value(tensor, array.shape)
         value.update_inplace(np.ascontiguousarray(array.view(host_dtype(tensor.dtype))))
 
     def _execute(self, shapes: Mapping[str, Shape]) -> None:
-        self._in_turn(self._bind_and_run, shapes)
+        self._invoke(self._bind_and_run, shapes)
 
     def _bind_and_run(self, shapes: Mapping[str, Shape]) -> None:
         # Ping-pong: what was written last is read now, and what was read last is written over.
@@ -109,7 +109,7 @@ class OrtBinding(Binding):
         try:
             self._run(graph_id)
         except Exception as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             if graph_id == "-1":
                 raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {first_line(error)}") from error
             self._graph_ids.disable()
@@ -117,7 +117,7 @@ class OrtBinding(Binding):
             try:
                 self._run("-1")
             except Exception as error:
-                let_through(error)
+                reraise_if_interrupt(error)
                 raise BackendError(f"graph {self.contract.name}: onnxruntime failed: {first_line(error)}") from error
         self._seconds = perf_counter() - start
 
@@ -143,7 +143,7 @@ class OrtBinding(Binding):
             try:
                 value = self._ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _element(tensor), *self._device)
             except Exception as error:
-                let_through(error)
+                reraise_if_interrupt(error)
                 raise BackendError(
                     f"graph {self.contract.name}: no memory for {tensor} of shape {list(shape)} on "
                     f"{self._device[0]} {self._device[1]}: {first_line(error)}"
@@ -171,7 +171,7 @@ class OrtBinding(Binding):
         self._bound[name] = value
 
     def _get(self, tensor: Tensor) -> NDArray[Any]:
-        return self._in_turn(self._download, tensor)
+        return self._invoke(self._download, tensor)
 
     def _download(self, tensor: Tensor) -> NDArray[Any]:
         value = self._values[tensor.name]

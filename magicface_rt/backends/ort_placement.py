@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ..interrupts import let_through
+from ..process.interrupts import reraise_if_interrupt
 
 CPU = "CPUExecutionProvider"
 
@@ -34,7 +34,7 @@ def left_to_the_cpu(session: Any) -> str | None:
     try:
         parts = session.get_provider_graph_assignment_info()
     except Exception as error:  # not knowing is no reason to refuse a graph
-        let_through(error)
+        reraise_if_interrupt(error)
         return None
     kinds = Counter(node.op_type for part in parts if part.ep_name == CPU for node in part.get_nodes())
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common() if kind in HEAVY)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MagicFaceError
-from ..interrupts import let_through
+from ..process.interrupts import reraise_if_interrupt
 from .device import Device
 from .onnxruntime import OnnxRuntime
 from .ort_binding import first_line
@@ -31,7 +31,7 @@ def why_not(name: str, *, device: int = 0, cuda: Any = None) -> str:
     except MagicFaceError as error:
         return str(error)
     except Exception as error:  # a broken installation raises whatever it raises
-        let_through(error)
+        reraise_if_interrupt(error)
         return f"{type(error).__name__}: {first_line(error)}"
     return ""
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from ..bundle import GraphContract, Tensor
 from ..errors import BackendError, DeviceError
 from .binding import Binding
-from .checks import Limits, Shape, output_shape
+from .checks import Shape, ShapeRanges, output_shape
 from .device import Buffer, CapturedGraph, Event, Staging, capture, logger
 from .host import host_dtype
-from .lane import Lane, Slot
+from .key_uploader import KeyUploader
 from .pieces import DeviceArray, OutputRows, Piece
-from .shelf import Shelf
+from .worker_stream import Slot, WorkerStream
 
 MAX_CAPTURED = 8
 """The most captured graphs kept for one binding: 2 to 4 for each set of shapes. The least recently used goes first."""
@@ -29,7 +29,7 @@ class Executor(ABC):
     """A graph as the runtime runs it: shapes and addresses are set, then it is enqueued."""
 
     outputs: Sequence[str]
-    limits: Limits
+    limits: ShapeRanges
 
     @property
     @abstractmethod
@@ -85,34 +85,34 @@ class ResidentBinding(Binding):
         self,
         contract: GraphContract,
         make: Callable[[], Executor],
-        lane: Lane,
+        worker_stream: WorkerStream,
         outputs: Sequence[str] | None = None,
         *,
         cuda_graphs: bool = True,
     ) -> None:
         super().__init__(contract, outputs)
-        self.lane = lane
+        self.worker_stream = worker_stream
         self._cuda_graphs = cuda_graphs
         self._slots: dict[str, Slot] = {t.name: Slot() for t in (*contract.inputs, *contract.outputs)}
         self._staging: dict[str, Staging] = {}
         self._events: list[Event] = []
         self._captured: dict[_Key, _Captured] = {}
         self._executor: Executor | None = None
-        self._given_shapes: dict[str, Shape] = {}
-        self._given_buffers: dict[str, Buffer] = {}
-        self._given_scratch: Buffer | None = None
+        self._executor_shapes: dict[str, Shape] = {}
+        self._executor_buffers: dict[str, Buffer] = {}
+        self._executor_scratch: Buffer | None = None
         self._warm: dict[str, Shape] | None = None
         self._new_shapes = False
         self._refusal_logged = False
-        lane.join()
+        worker_stream.join()
         try:
             self._executor = executor = make()
             self.limits = executor.limits
             self._produced = tuple(executor.outputs)
             check_produced(contract.name, outputs or (), self._produced)
             self.outputs = self._produced if outputs is None else tuple(outputs)
-            lane.reserve({lane.scratch: executor.scratch_bytes}, contract.name)
-            self._events = [Event(lane.device) for _ in range(2)]
+            worker_stream.reserve({worker_stream.scratch: executor.scratch_bytes}, contract.name)
+            self._events = [Event(worker_stream.device) for _ in range(2)]
         except BaseException:
             self.close()
             raise
@@ -120,38 +120,38 @@ class ResidentBinding(Binding):
     # ------------------------------------------------------------------------------------------------------ inputs
 
     def _can_link(self, source: Binding) -> bool:
-        return isinstance(source, ResidentBinding) and source.lane is self.lane
+        return isinstance(source, ResidentBinding) and source.worker_stream is self.worker_stream
 
     def _put(self, tensor: Tensor, array: NDArray[Any]) -> None:
-        with self.lane.naming(self.contract.name):
-            self.lane.device.use()
+        with self.worker_stream.naming(self.contract.name):
+            self.worker_stream.device.use()
             slot = self._slots[tensor.name]
-            self.lane.reserve({slot: array.nbytes}, self.contract.name, f": input {tensor.name}")
+            self.worker_stream.reserve({slot: array.nbytes}, self.contract.name, f": input {tensor.name}")
             assert slot.buffer
-            self._staged(tensor.name).upload(array, slot.buffer, self.lane.stream)
+            self._staged(tensor.name).upload(array, slot.buffer, self.worker_stream.stream)
 
     def _staged(self, name: str) -> Staging:
         if name not in self._staging:
-            self._staging[name] = Staging(self.lane.device)
+            self._staging[name] = Staging(self.worker_stream.device)
         return self._staging[name]
 
-    def shelf(self) -> Shelf:
-        return Shelf(self.lane)
+    def key_uploader(self, contents: str) -> KeyUploader:
+        return KeyUploader(self.worker_stream, self.contract.name, contents)
 
     def _lay(self, tensor: Tensor, shape: Shape, pieces: Sequence[Piece], clear: bool) -> None:
-        with self.lane.naming(self.contract.name):
-            self.lane.device.use()
+        with self.worker_stream.naming(self.contract.name):
+            self.worker_stream.device.use()
             slot, itemsize = self._slots[tensor.name], host_dtype(tensor.dtype).itemsize
             nbytes = math.prod(shape) * itemsize
-            moved = self.lane.reserve({slot: nbytes}, self.contract.name, f": input {tensor.name}")
+            moved = self.worker_stream.reserve({slot: nbytes}, self.contract.name, f": input {tensor.name}")
             assert slot.buffer
             if clear or moved:
-                self.lane.stream.clear(slot.buffer)
+                self.worker_stream.stream.clear(slot.buffer)
             for piece in pieces:
                 self._copy(piece, tensor, slot.buffer, piece.first_element(shape) * itemsize)
 
     def _copy(self, piece: Piece, tensor: Tensor, to: Buffer, offset: int) -> None:
-        source, stream = piece.source, self.lane.stream
+        source, stream = piece.source, self.worker_stream.stream
         if isinstance(source, DeviceArray):
             if source.ready is not None:
                 stream.wait_for(source.ready)
@@ -168,29 +168,29 @@ class ResidentBinding(Binding):
     # --------------------------------------------------------------------------------------------------------- run
 
     def _execute(self, shapes: Mapping[str, Shape]) -> None:
-        with self.lane.naming(self.contract.name):
+        with self.worker_stream.naming(self.contract.name):
             self._start(shapes)
 
     def _start(self, shapes: Mapping[str, Shape]) -> None:
-        self.lane.device.use()
+        self.worker_stream.device.use()
         # Ping-pong: what was written last is read now, and what was read last is written over.
         for name, output in self._fed_back.items():
             self._slots[name], self._slots[output] = self._slots[output], self._slots[name]
         self._reserve()
         before, after = self._events
-        before.record(self.lane.stream)
-        self.lane.enqueued(self.contract.name)
+        before.record(self.worker_stream.stream)
+        self.worker_stream.enqueued(self.contract.name)
         self._launch({name: shapes[name] for name in self._inputs})
-        after.record(self.lane.stream)
+        after.record(self.worker_stream.stream)
 
     def _reserve(self) -> None:
         """Reserve memory for outputs and scratch, all of it or none."""
         assert self._executor
-        needs = {self.lane.scratch: self._executor.scratch_bytes}
+        needs = {self.worker_stream.scratch: self._executor.scratch_bytes}
         for name in self._produced:
             tensor = self._outputs[name]
             needs[self._slots[name]] = math.prod(self._shape_of(tensor)) * host_dtype(tensor.dtype).itemsize
-        self.lane.reserve(needs, self.contract.name)
+        self.worker_stream.reserve(needs, self.contract.name)
 
     def _shape_of(self, tensor: Tensor) -> Shape:
         return output_shape(tensor, self._sizes)
@@ -210,7 +210,7 @@ class ResidentBinding(Binding):
         self._captured[key] = captured  # the most recently used stands last
         while len(self._captured) > MAX_CAPTURED:
             self._captured.pop(next(iter(self._captured))).graph.destroy()
-        captured.graph.launch(self.lane.stream)
+        captured.graph.launch(self.worker_stream.stream)
 
     def _buffers(self) -> dict[str, Buffer]:
         """Return the memory of every tensor, and the scratch under the name ""."""
@@ -222,8 +222,8 @@ class ResidentBinding(Binding):
             if buffer is None:
                 raise BackendError(f"graph {self.contract.name}: there is no memory for {name}; set it again.")
             found[name] = buffer
-        if self.lane.scratch.buffer:
-            found[""] = self.lane.scratch.buffer
+        if self.worker_stream.scratch.buffer:
+            found[""] = self.worker_stream.scratch.buffer
         return found
 
     def _may_capture(self, shapes: dict[str, Shape]) -> bool:
@@ -231,7 +231,7 @@ class ResidentBinding(Binding):
         assert self._executor
         if not self._cuda_graphs or self._warm != shapes:
             return False
-        if self._executor.can_be_captured(int(self.lane.stream.handle)):
+        if self._executor.can_be_captured(int(self.worker_stream.stream.handle)):
             return True
         if not self._refusal_logged:
             self._refusal_logged = True
@@ -242,8 +242,8 @@ class ResidentBinding(Binding):
         self._hand_over(shapes, buffers)
         assert self._executor
         try:
-            with capture(self.lane.stream) as made:
-                self._executor.enqueue(int(self.lane.stream.handle))
+            with capture(self.worker_stream.stream) as made:
+                self._executor.enqueue(int(self.worker_stream.stream.handle))
         except DeviceError as error:
             # The picture can be made without it, so this is logged once and not raised.
             self._cuda_graphs = False
@@ -254,23 +254,23 @@ class ResidentBinding(Binding):
     def _enqueue(self, shapes: dict[str, Shape], buffers: dict[str, Buffer]) -> None:
         self._hand_over(shapes, buffers)
         assert self._executor
-        self._executor.enqueue(int(self.lane.stream.handle))
+        self._executor.enqueue(int(self.worker_stream.stream.handle))
 
     def _hand_over(self, shapes: dict[str, Shape], buffers: dict[str, Buffer]) -> None:
         """Tell the executor what changed since the last time."""
         assert self._executor
         for name, shape in shapes.items():
-            if self._given_shapes.get(name) != shape:
+            if self._executor_shapes.get(name) != shape:
                 self._executor.set_shape(name, shape)
-                self._given_shapes[name] = shape
+                self._executor_shapes[name] = shape
         scratch = buffers.get("")
-        if scratch is not None and self._given_scratch is not scratch:
+        if scratch is not None and self._executor_scratch is not scratch:
             self._executor.use_scratch(scratch.address, scratch.nbytes)
-            self._given_scratch = scratch
+            self._executor_scratch = scratch
         for name, buffer in buffers.items():
-            if name and self._given_buffers.get(name) is not buffer:
+            if name and self._executor_buffers.get(name) is not buffer:
                 self._executor.set_address(name, buffer.address)
-                self._given_buffers[name] = buffer
+                self._executor_buffers[name] = buffer
 
     def _drop_stale(self) -> None:
         """Destroy the captured graphs that use memory which has moved since."""
@@ -281,9 +281,9 @@ class ResidentBinding(Binding):
 
     def wait(self) -> None:
         self._check_open()
-        with self.lane.naming(self.contract.name):
-            self.lane.device.use()
-            self.lane.wait(self.contract.name)
+        with self.worker_stream.naming(self.contract.name):
+            self.worker_stream.device.use()
+            self.worker_stream.wait(self.contract.name)
         if self._new_shapes and self._executor is not None:
             self._new_shapes = False
             self._executor.keep_what_was_compiled()
@@ -298,22 +298,22 @@ class ResidentBinding(Binding):
         array = np.empty(self._shape_of(tensor), host_dtype(tensor.dtype))
         buffer = self._slots[tensor.name].buffer
         assert buffer
-        with self.lane.naming(self.contract.name):
-            self.lane.stream.download(buffer, array)
+        with self.worker_stream.naming(self.contract.name):
+            self.worker_stream.stream.download(buffer, array)
         return array
 
     def close(self) -> None:
         if self._closed:
             return
         super().close()
-        self.lane.settle()
+        self.worker_stream.wait_quietly()
         for captured in self._captured.values():
             captured.graph.destroy()
         self._captured.clear()
         if self._executor is not None:
             self._executor.close()
             self._executor = None
-        self._given_buffers.clear()
+        self._executor_buffers.clear()
         for staging in self._staging.values():
             staging.free()
         self._staging.clear()
@@ -321,4 +321,4 @@ class ResidentBinding(Binding):
             slot.free()
         for event in self._events:
             event.destroy()
-        self.lane.leave()
+        self.worker_stream.leave()

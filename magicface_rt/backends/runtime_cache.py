@@ -17,11 +17,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from .. import unfinished
-from ..plain_file import read_plain
+from ..files import atomic_files
+from ..files.plain_file import read_plain
+from ..store_folders import RUNTIME_CACHE
 from .private_folder import why_not_private
 
-FOLDER = "runtime-cache"
 SAVED_AT_MOST_EVERY = 60.0
 """Seconds, while requests are served: each set of shapes may add kernels, and the file is written as a whole."""
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("magicface_rt.tensorrt")
 def cache_path(store: Path, plan_digest: str, compute_capability: str, driver: str, version: str) -> Path:
     """Return the cache's path: one file for each plan, kind of GPU, driver and version of the library."""
     where = re.sub(r"[^0-9A-Za-z.-]", "_", f"sm{compute_capability}-driver{driver}-{version}")
-    return store / FOLDER / f"{plan_digest[:32]}-{where}.cache"
+    return store / RUNTIME_CACHE / f"{plan_digest[:32]}-{where}.cache"
 
 
 class RuntimeCache:
@@ -148,9 +148,9 @@ class RuntimeCache:
 
     def _write(self, content: bytes) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with unfinished.part(self.path) as part:
+        with atomic_files.temporary_sibling(self.path) as part:
             part.chmod(0o600)  # readable by its owner only
             part.write_bytes(content)
             if not self._is_private(logging.DEBUG, folder=False):
-                self.path.unlink()  # else `put` would keep its permissions
-            unfinished.put(part, self.path)
+                self.path.unlink()  # else `replace_into_place` would keep its permissions
+            atomic_files.replace_into_place(part, self.path)

@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle, GraphContract
 from ..errors import BackendError, DeviceError, PlanError, TargetError
+from ..values.sizes import megabytes
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
-from .checks import Limits, Shape
-from .device import Device, megabytes
+from .checks import Shape, ShapeRanges
+from .device import Device
 from .host import BFLOAT16
-from .lane import Lane
 from .resident import Executor, ResidentBinding, check_produced
 from .runtime_cache import RuntimeCache, cache_path
-
-FLAVOURS = ("tensorrt", "tensorrt-rtx")
+from .worker_stream import WorkerStream
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": BFLOAT16, "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 
@@ -104,7 +103,7 @@ class TensorRT(Backend):
         self._cuda_graphs = cuda_graphs
         self._report = report
         self._runtime: Any = None
-        self._logger: Any = None
+        self.logger: Any = None
         self._opening = threading.Lock()
 
     def load(self, bundle: Bundle, graph: str) -> GraphRunner:
@@ -230,39 +229,28 @@ class TensorRT(Backend):
     def _deserialize(self, graph: str, plan: Plan, data: bytes) -> Any:
         with self._opening:
             if self._runtime is None:
-                self._logger = _engines("log").trt_logger(self.flavour.trt)
-                self._runtime = self.flavour.trt.Runtime(self._logger)
-            engine = self.make(lambda: self._runtime.deserialize_cuda_engine(data), len(data))
+                self.logger = _engines("log").trt_logger(self.flavour.trt)
+                self._runtime = self.flavour.trt.Runtime(self.logger)
+            engine = self._create_with_reclaim(lambda: self._runtime.deserialize_cuda_engine(data), len(data))
         if engine is None:
             made_for = ", ".join(plan.key.compute_capabilities)
             raise PlanError(
                 f"plan of graph {graph}: {self.name} {self.flavour.version} did not take it. It was made by "
                 f"{plan.key.flavour_version} for GPUs of compute capability {made_for}, and {self.device} is used. "
-                f"{self.said()} Build the plan for this GPU: magicface-rt build"
+                f"{self.logger.reason()} Build the plan for this GPU: magicface-rt build"
             )
         return engine
 
-    def make(self, making: Callable[[], Any], nbytes: int = 1) -> Any:
+    def _create_with_reclaim(self, create: Callable[[], Any], nbytes: int = 1) -> Any:
         """Return what the library makes, or None if it fails. It takes device memory of its own, `nbytes` or more, and
         does not say when it found too little; so memory is reclaimed, and it tries again.
         """
-        self.forget_errors()
-        made = making()
-        while made is None and self.device.reclaim(nbytes):
-            self.forget_errors()
-            made = making()
-        return made
-
-    def forget_errors(self) -> None:
-        """Forget the library's errors so far, which are not about what is done next."""
-        self._logger.errors = []
-
-    def said(self) -> str:
-        """Return the library's errors since `forget_errors`, for an error message."""
-        errors = self._logger.errors
-        if not errors:
-            return "It gave no reason; set the log level of magicface_rt.tensorrt to DEBUG."
-        return "It said: " + " | ".join(errors[-3:])
+        self.logger.clear_errors()
+        created = create()
+        while created is None and self.device.reclaim(nbytes):
+            self.logger.clear_errors()
+            created = create()
+        return created
 
 
 class _Runner(GraphRunner):
@@ -288,18 +276,20 @@ class _Runner(GraphRunner):
             raise BackendError(f"graph {self.contract.name}: it was closed; load it again.")
         device = self._backend.device
         if beside is None:
-            lane = Lane(device)
-        elif isinstance(beside, ResidentBinding) and beside.lane.device.ordinal == device.ordinal:
-            lane = beside.lane
+            worker_stream = WorkerStream(device)
+        elif isinstance(beside, ResidentBinding) and beside.worker_stream.device.ordinal == device.ordinal:
+            worker_stream = beside.worker_stream
         else:
             raise BackendError(
                 f"graph {self.contract.name}: it cannot be bound beside graph {beside.contract.name} of another "
                 "backend or device."
             )
-        return ResidentBinding(self._whole, self._executor, lane, outputs, cuda_graphs=self._backend._cuda_graphs)
+        return ResidentBinding(
+            self._whole, self._executor, worker_stream, outputs, cuda_graphs=self._backend._cuda_graphs
+        )
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ShapeRanges:
         return self._limits
 
     def _run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Arrays:
@@ -347,11 +337,11 @@ class _Runner(GraphRunner):
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._making:  # the plan's contexts share a runtime cache; an engine is not said to be thread-safe
             how = self._rtx_config(trt, strategy) if hasattr(trt, "IRuntimeCache") else strategy
-            context = self._backend.make(lambda: self._engine.create_execution_context(how))
+            context = self._backend._create_with_reclaim(lambda: self._engine.create_execution_context(how))
         if context is None:
             raise BackendError(
                 f"graph {self.contract.name}: {self._backend.name} could not make an execution context. "
-                f"{self._backend.said()}"
+                f"{self._backend.logger.reason()}"
             )
         return context
 
@@ -388,7 +378,7 @@ class _ContextExecutor(Executor):
         engine: Any,
         inputs: Sequence[str],
         outputs: Sequence[str],
-        limits: Limits,
+        limits: ShapeRanges,
         backend: TensorRT,
         runtime_cache: RuntimeCache | None,
     ) -> None:
@@ -409,26 +399,29 @@ class _ContextExecutor(Executor):
         # A plan lacks the inputs that none of its outputs depends on.
         if name not in self._taken:
             return
-        self._backend.forget_errors()
+        self._backend.logger.clear_errors()
         if not self._context.set_input_shape(name, tuple(shape)):
             raise BackendError(
-                f"graph {self._graph}: the plan refused shape {list(shape)} for input {name}. {self._backend.said()}"
+                f"graph {self._graph}: the plan refused shape {list(shape)} for input {name}. "
+                f"{self._backend.logger.reason()}"
             )
 
     def set_address(self, name: str, address: int) -> None:
         if name not in self._taken:
             return
-        self._backend.forget_errors()
+        self._backend.logger.clear_errors()
         if not self._context.set_tensor_address(name, address):
-            raise BackendError(f"graph {self._graph}: the plan refused the memory for {name}. {self._backend.said()}")
+            raise BackendError(
+                f"graph {self._graph}: the plan refused the memory for {name}. {self._backend.logger.reason()}"
+            )
 
     def use_scratch(self, address: int, nbytes: int) -> None:
         self._context.set_device_memory(address, nbytes)
 
     def enqueue(self, stream: int) -> None:
-        self._backend.forget_errors()
+        self._backend.logger.clear_errors()
         if not self._context.execute_async_v3(stream):
-            raise DeviceError(f"graph {self._graph}: it could not be enqueued. {self._backend.said()}")
+            raise DeviceError(f"graph {self._graph}: it could not be enqueued. {self._backend.logger.reason()}")
 
     def can_be_captured(self, stream: int) -> bool:
         asked = getattr(self._context, "is_stream_capturable", None)

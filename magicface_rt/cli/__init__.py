@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ._signals import handlers_restored
-from ._streams import open_closed_streams, told
+from ._streams import lossy_streams, open_closed_streams
 
 __all__ = ["main"]
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     silently.
     """
     open_closed_streams()
-    with handlers_restored(), told() as (stdout, _):
+    with handlers_restored(), lossy_streams() as (stdout, _):
         code = _ended(argv)
         fault = None if code == INTERRUPTED else stdout.fault()  # flushes, which may wait for a reader
         if fault:
@@ -89,7 +89,7 @@ def _loaded() -> ModuleType:
         whatever too little memory raises elsewhere.
     """
     if "numpy" not in sys.modules:
-        from magicface_rt.shortage import check_addresses, share_heap
+        from magicface_rt.process.host_memory import check_addresses, share_heap
 
         share_heap()
         check_addresses(ADDRESSES + (_threads() - 1) * ADDRESSES_OF_A_THREAD, "the command line")
@@ -100,7 +100,7 @@ def _loaded() -> ModuleType:
 
 def _threads() -> int:
     """Return how many threads OpenBLAS will use."""
-    from magicface_rt.cores import processors
+    from magicface_rt.process.cores import processors
 
     asked = (os.environ.get(f"{of}_NUM_THREADS", "") for of in ("OPENBLAS", "GOTO", "OMP"))
     return min(processors(), next((int(number) for number in asked if number.isdecimal() and int(number)), 1 << 30))
@@ -108,7 +108,7 @@ def _threads() -> int:
 
 def _was_interrupted(error: Exception) -> bool:
     try:
-        from magicface_rt.interrupts import was_interrupted
+        from magicface_rt.process.interrupts import was_interrupted
 
         return was_interrupted(error)
     except Exception:  # too little memory for this as well
@@ -118,8 +118,8 @@ def _was_interrupted(error: Exception) -> bool:
 def _too_little(error: Exception) -> str:
     """Return what to print if too little memory caused the error, else ""."""
     try:
-        from magicface_rt.shortage import shortage
-        from magicface_rt.shown import one_line
+        from magicface_rt.process.host_memory import shortage
+        from magicface_rt.values.shown import one_line
 
         found = shortage(error)
         return "" if found is None else one_line(str(found))

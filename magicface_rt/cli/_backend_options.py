@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from magicface_rt.cores import MOST_THREADS
+from magicface_rt.process.cores import MOST_THREADS
 
 BackendOption = Annotated[str, typer.Option(metavar="NAME", help="See `magicface-rt doctor`.")]
 StoreOption = Annotated[

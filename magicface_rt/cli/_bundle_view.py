@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from magicface_rt.bundle import Bundle
-from magicface_rt.shown import one_line
+from magicface_rt.values.shown import one_line
 
 
 def bundle_outcome(bundle: Bundle) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console, RenderableType
 
-from magicface_rt import unfinished
 from magicface_rt.errors import BackendError, BackendMissingError, EngineError, MagicFaceError, OutputError
-from magicface_rt.interrupts import let_through, was_interrupted
+from magicface_rt.files import atomic_files
+from magicface_rt.process.host_memory import address_hint, check_addresses, shortage
+from magicface_rt.process.interrupts import reraise_if_interrupt, was_interrupted
 from magicface_rt.results import check_replaceable
-from magicface_rt.shortage import address_hint, check_addresses, shortage
-from magicface_rt.shown import one_line
-from magicface_rt.warned import MagicFaceWarning
+from magicface_rt.soft_warnings import MagicFaceWarning
+from magicface_rt.values.shown import one_line
 
 from . import INTERRUPTED, INTERRUPTED_TEXT
 from ._signals import came, raise_lost
@@ -174,24 +174,26 @@ def write_json(to: str | None, content: Mapping[str, Any], *, wait: bool = True)
             with open(to, "ab", opener=None if wait else _open_at_once) as stream:
                 stream.write(encoded)
             return
-        unfinished.write(unfinished.place(to), encoded)
+        atomic_files.write(atomic_files.resolve_target(to), encoded)
     except OSError as error:
-        raise OutputError(f"JSON file {to!r} cannot be written: {unfinished.why(error)}") from error
+        raise OutputError(f"JSON file {to!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
 
 
 def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
-    """Check, before hours of work, that a new folder can be created there, as `unfinished.check` does.
+    """Check, before hours of work, that a new folder can be created there, as `atomic_files.check_writable` does.
 
     Raises:
         OutputError: the folder exists (with `overwrite`: and is not an earlier result), or cannot be created.
     """
     try:
-        target = unfinished.place(folder)
+        target = atomic_files.resolve_target(folder)
         check_replaceable(target, overwrite)
-        unfinished.check(target, folder=True)
+        atomic_files.check_writable(target, folder=True)
     except OSError as error:
         tried = OSError(error.errno, error.strerror)  # without the name of what was only tried
-        raise OutputError(f"output folder {str(folder)!r} cannot be made: {unfinished.why(tried)}") from error
+        raise OutputError(
+            f"output folder {str(folder)!r} cannot be made: {atomic_files.explain_os_error(tried)}"
+        ) from error
 
 
 def check_new_path(path: Path, what: str) -> None:
@@ -219,7 +221,7 @@ def export_module(name: str) -> Any:
     try:
         return importlib.import_module(f"magicface_rt.export.{name}")
     except ImportError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BackendMissingError(
             f"this needs the export extra, which is not installed or not whole ({error}). "
             "Install it: pip install 'magicface_rt[export]'"
@@ -237,13 +239,13 @@ def _check_json_target(to: str | None) -> None:
     try:
         if _is_stream(str(to)):
             return
-        target = unfinished.place(str(to))
+        target = atomic_files.resolve_target(str(to))
         if target.is_dir() or not target.parent.is_dir():
             why = "it is a folder" if target.is_dir() else f"there is no folder {str(target.parent)!r}"
             raise OutputError(f"JSON file {to!r} cannot be written: {why}.")
-        unfinished.check(target)
+        atomic_files.check_writable(target)
     except OSError as error:
-        raise OutputError(f"JSON file {to!r} cannot be written: {unfinished.why(error)}") from error
+        raise OutputError(f"JSON file {to!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
 
 
 def _is_stream(path: str) -> bool:

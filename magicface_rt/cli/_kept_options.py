@@ -12,7 +12,7 @@ from rich.table import Table
 from magicface_rt import Concept, ConceptError, InputError, KeptConcept, MemoryPlan, OptionError
 from magicface_rt.concept import NamedConcept
 from magicface_rt.jobs import option_value, split_option
-from magicface_rt.shown import one_line, shown
+from magicface_rt.values.shown import one_line, shown
 
 from ._bundle_view import grid, size
 

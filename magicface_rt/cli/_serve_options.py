@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from magicface_rt.cores import MOST_THREADS
+from magicface_rt.process.cores import MOST_THREADS
 
 ServedBundle = Annotated[Path, typer.Argument(help="A bundle's folder.")]
 HostOption = Annotated[

@@ -72,7 +72,7 @@ def heard() -> Iterator[None]:
         signal.signal(signal.SIGINT, _interrupt)
     before, timers = sys.unraisablehook, []
 
-    def told(lost: Any) -> None:
+    def on_unraisable(lost: Any) -> None:
         if isinstance(lost.exc_value, KeyboardInterrupt):
             with suppress(RuntimeError):  # no thread can be started
                 timers.append(threading.Timer(AGAIN_SECONDS, _give_again, [threading.get_ident()]))
@@ -82,7 +82,7 @@ def heard() -> Iterator[None]:
         if not _came:  # after a signal, objects whose creation was interrupted may fail to finalize
             before(lost)
 
-    sys.unraisablehook = told
+    sys.unraisablehook = on_unraisable
     try:
         yield
     finally:

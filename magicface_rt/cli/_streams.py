@@ -26,7 +26,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - to the process's end
 
 
-class Told:
+class LossyStream:
     """A stream for messages. What it does not take is dropped, and the work goes on."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -56,7 +56,7 @@ class Told:
         self.flush()
         return None if isinstance(self._fault, BrokenPipeError) else self._fault
 
-    def end(self) -> TextIO:
+    def restore(self) -> TextIO:
         """Return the stream, or the null device if the stream has failed: that one keeps what it did not take, and
         would fail again.
         """
@@ -68,14 +68,14 @@ class Told:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[tuple[Told, Told]]:
+def lossy_streams() -> Iterator[tuple[LossyStream, LossyStream]]:
     """Replace stdout and stderr by such streams for the block, and yield them."""
-    both = Told(sys.stdout), Told(sys.stderr)
+    both = LossyStream(sys.stdout), LossyStream(sys.stderr)
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in both)
     try:
         yield both
     finally:
-        sys.stdout, sys.stderr = (stream.end() for stream in both)
+        sys.stdout, sys.stderr = (stream.restore() for stream in both)
 
 
 def _occupy(number: int) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from magicface_rt import Bundle
 from magicface_rt.errors import BackendMissingError, InputError, OptionError, OutputError
-from magicface_rt.interrupts import let_through
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from ._backend_options import StoreOption
 from ._command import JsonOption, command, export_module
@@ -153,7 +153,7 @@ def benchmark_module(name: str) -> Any:
     try:
         return importlib.import_module(f"magicface_rt.benchmarks.{name}")
     except ImportError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise BackendMissingError(
             f"benchmarks need the extras export and bench, which are not installed or not whole ({error}). "
             "Install them: pip install 'magicface_rt[cpu,export,bench]'"

@@ -15,12 +15,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import Cancelled, OptionError
-from magicface_rt.shortage import check_addresses
+from magicface_rt.process.host_memory import check_addresses
+from magicface_rt.values.sizes import parse_size
 
 from ._backend_options import DeviceOption
 from ._bundle_view import grid, size
 from ._command import Command, JsonOption, command
-from ._sizes import parse_size
 
 if TYPE_CHECKING:
     from magicface_rt.engines.store import Plan

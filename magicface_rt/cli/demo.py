@@ -19,16 +19,16 @@ from magicface_rt import (
     JobError,
     OutputError,
     Session,
-    unfinished,
 )
 from magicface_rt.bundle import MANIFEST, MAX_MANIFEST_BYTES
-from magicface_rt.plain_file import read_plain
+from magicface_rt.files import atomic_files
+from magicface_rt.files.plain_file import read_plain
+from magicface_rt.files.strict_json import read_json
 from magicface_rt.provenance import read_provenance
-from magicface_rt.strict_json import read_json
 
 from ._command import Command, JsonOption, check_output_folder, command, export_module
 from ._demo_sheet import TILES, contact_sheet
-from .run import print_result, progress_bar, request_of
+from .run import build_request, print_result, progress_bar
 
 JOB = Path("demo") / "portrait" / "job.json"
 WEIGHTS = Path("benchmarks") / "miniature" / "weights"
@@ -57,7 +57,7 @@ def demo(
         portrait, sheet = out / PORTRAIT, out / SHEET
         check_output_folder(portrait, overwrite=True)
         _check_sheet(sheet)
-        request = request_of(job or _find(JOB, JobError, "--job FILE"), None, [], {"steps": steps})
+        request = build_request(job or _find(JOB, JobError, "--job FILE"), None, [], {"steps": steps})
         options, concepts = request.options, [one for one in request.concepts if isinstance(one, Concept)]
         parity = export_module("parity")
         source = checkpoint or _find(WEIGHTS, CheckpointError, "--checkpoint DIR")
@@ -69,12 +69,14 @@ def demo(
                 result = session.generate(request.prompt, concepts, options=options, progress=progress)
         folder = result.save(portrait, overwrite=True)
         try:
-            with unfinished.part(sheet) as part:
+            with atomic_files.temporary_sibling(sheet) as part:
                 contact_sheet(concepts, plain, result).save(part, "PNG")
                 _check_sheet(sheet)
-                unfinished.put(part, sheet)
+                atomic_files.replace_into_place(part, sheet)
         except OSError as error:
-            raise OutputError(f"file {str(sheet)!r} cannot be written: {unfinished.why(error)}") from error
+            raise OutputError(
+                f"file {str(sheet)!r} cannot be written: {atomic_files.explain_os_error(error)}"
+            ) from error
         verdict = parity.verify_bundle(bundle.path, source, steps=VERIFY_STEPS, report=verb.note)
         verb.outcome = {
             "out": str(out),
@@ -157,9 +159,11 @@ def _remove_earlier(folder: Path) -> None:
             "Move it away, or give another folder (--work)."
         )
     try:
-        unfinished.remove(folder)
+        atomic_files.remove(folder)
     except OSError as error:
-        raise OutputError(f"folder {str(folder)!r} cannot be removed: {unfinished.why(error)}") from error
+        raise OutputError(
+            f"folder {str(folder)!r} cannot be removed: {atomic_files.explain_os_error(error)}"
+        ) from error
 
 
 def _why_no_bundle(folder: Path) -> str:

@@ -13,8 +13,8 @@ from magicface_rt.backends.device import Device, import_cuda
 from magicface_rt.backends.onnxruntime import import_onnxruntime
 from magicface_rt.backends.probe import no_plan_for
 from magicface_rt.errors import BackendMissingError, DeviceError
-from magicface_rt.interrupts import let_through
-from magicface_rt.shortage import check_addresses
+from magicface_rt.process.host_memory import check_addresses
+from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from ._bundle_view import grid
 from ._command import JsonOption, command
@@ -173,7 +173,7 @@ def _imports(module: str) -> bool:
     try:
         importlib.import_module(module)
     except (ImportError, OSError) as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         return False
     return True
 

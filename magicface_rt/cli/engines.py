@@ -11,11 +11,11 @@ import typer
 from magicface_rt.bundle import Bundle
 from magicface_rt.engines.store import EngineStore, Plan
 from magicface_rt.errors import StoreError
+from magicface_rt.values.sizes import parse_size
 
 from ._backend_options import DeviceOption
 from ._bundle_view import grid, size
 from ._command import JsonOption, command
-from ._sizes import parse_size
 from .build import FlavourOption, TargetOption, choose_target, plan_outcome
 
 app = typer.Typer(help="Look after an engine store.", no_args_is_help=True, rich_markup_mode=None)
@@ -135,15 +135,36 @@ def prune(
     limit: Annotated[str, typer.Option(metavar="SIZE", help="What may stay, such as 20GiB; the oldest go first.")],
     json_to: JsonOption = None,
 ) -> None:
-    """Remove the least recently used plans until the store is under a size. Plans in use stay."""
+    """Remove caches and the least recently used plans until the store is under a size. Plans in use stay.
+
+    Exit code 2 where something could not be removed; the rest is removed all the same.
+    """
     with command(json_to) as verb:
         kept = _open(store)
         allowed = parse_size(limit, "--limit")
-        removed = kept.prune(allowed)
+        faults: list[StoreError] = []
+        pruned = kept.prune(allowed, on_fault=faults.append)
         left = sum(kept.size(entry) for entry in kept.entries())
-        verb.outcome = {"store": str(kept.root), "removed": [str(entry.folder) for entry in removed], "bytes": left}
-        verb.print(f"{len(removed)} plans removed, {size(left)} left in {kept.root}")
-        if left > allowed:
+        left_of_caches = kept.cache_size()
+        verb.outcome = {
+            "store": str(kept.root),
+            "removed": [str(entry.folder) for entry in pruned.entries],
+            "removed_cache_files": pruned.cache_files,
+            "removed_cache_bytes": pruned.cache_bytes,
+            "bytes": left,
+            "cache_bytes": left_of_caches,
+            "faults": [str(fault) for fault in faults],
+        }
+        caches = f" and {size(left_of_caches)} of caches" if left_of_caches else ""
+        verb.print(
+            f"{len(pruned.entries)} plans and {pruned.cache_files} cache files ({size(pruned.cache_bytes)}) removed, "
+            f"{size(left)}{caches} left in {kept.root}"
+        )
+        for fault in faults:
+            verb.note(f"error: {fault}")
+        if faults:
+            verb.fail(StoreError.exit_code)
+        elif left + left_of_caches > allowed:
             verb.print("the rest is in use, or being built")
 
 
@@ -152,7 +173,9 @@ def _open(store: Path) -> EngineStore:
         raise StoreError(
             f"engine store {store}: no such folder. Make one with `magicface-rt build BUNDLE --store DIR`."
         )
-    return EngineStore(store)
+    kept = EngineStore(store)
+    kept.check()
+    return kept
 
 
 def _time(seconds: float) -> str:

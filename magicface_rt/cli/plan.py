@@ -13,7 +13,7 @@ from ._backend_options import BackendOption, DeviceOption, StoreOption, TargetOp
 from ._bundle_view import size
 from ._command import JsonOption, command
 from ._kept_options import BudgetOption, KeepOption, KeptOption, MemoryOption, StorageOption, plan_table
-from .run import request_of
+from .run import build_request
 
 
 def plan(
@@ -44,7 +44,7 @@ def plan(
     """
     with command(json_to) as verb:
         prompt = None if job is not None else ""
-        request = request_of(job, prompt, concept or [], {"steps": steps, "images": images}, kept or [])
+        request = build_request(job, prompt, concept or [], {"steps": steps, "images": images}, kept or [])
         with Session(
             bundle,
             backend=backend,

@@ -103,7 +103,7 @@ def run(
             "images": images,
             "reference_seed": reference_seed,
         }
-        request = request_of(job, prompt, concept or [], settings, kept or [])
+        request = build_request(job, prompt, concept or [], settings, kept or [])
         with (
             Session(
                 bundle,
@@ -127,7 +127,7 @@ def run(
         print_result(verb, result, folder)
 
 
-def request_of(
+def build_request(
     job: Path | None, prompt: str | None, concepts: list[str], settings: dict[str, Any], kept: Sequence[str] = ()
 ) -> Request:
     """Build the request from a job, overridden by what the command line gives; settings that are None were not given.

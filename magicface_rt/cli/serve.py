@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from magicface_rt import Session
 from magicface_rt.errors import OptionError
+from magicface_rt.process.host_memory import check_addresses
 from magicface_rt.serve import module as serving_module
-from magicface_rt.shortage import check_addresses
-from magicface_rt.sizes import parse_size
+from magicface_rt.soft_warnings import MagicFaceWarning
 from magicface_rt.ui import module as ui_module
-from magicface_rt.warned import MagicFaceWarning
+from magicface_rt.values.sizes import parse_size
 
 from ._backend_options import BackendOption, BuildMissingOption, DeviceOption, StoreOption, TargetOption
 from ._command import Command, JsonOption, command
@@ -37,6 +36,9 @@ from ._serve_options import (
     ServingThreadsOption,
     TokensOption,
 )
+
+if TYPE_CHECKING:
+    from magicface_rt.serve import ConceptStore, ServeSettings
 
 SERVE_ADDRESSES = 640 << 20
 """Bytes of address space below which even the smallest bundle was not always served: the runtime ends the process if a
@@ -99,94 +101,140 @@ def serve(
     """
     with command(json_to) as verb:
         check_addresses(SERVE_ADDRESSES, "the service")
-        serving = serving_module("server")
+        serving_module("server")
         on_ray = _on_ray(engine, replicas=replicas, device=device)
         if on_ray:
             serving_module("ray.cluster")
         if ui:
             ui_module("mounting")
-        if deadline <= 0:
-            raise OptionError(f"--deadline is {deadline:g}, expected seconds above 0.")
-        kind = serving_module("settings").ServeSettings
-        body = parse_size(max_body, "--max-body")
-        settings = kind(
+        settings = _settings(
+            deadline=deadline,
+            max_body=max_body,
+            concept_bytes=concept_bytes,
             queue=queue,
             batch=batch,
             batch_wait=batch_wait_ms / 1000,
-            deadline=deadline,
             drain=drain,
-            body_bytes=body,
-            bodies_bytes=max(kind.bodies_bytes, 2 * body),
             pixels=max_pixels,
             steps=max_steps,
             default_steps=min(default_steps, max_steps),
             images=max_images,
             concepts=most_concepts,
-            concept_bytes=parse_size(concept_bytes, "--concept-bytes"),
         )
         accepted = serving_module("auth").Tokens.read(tokens)
-        kept = serving_module("concepts")
-        limits = {"most": settings.concepts, "most_bytes": settings.concept_bytes}
-        place = kept.MemoryConcepts(**limits) if concepts is None else kept.FolderConcepts(concepts, **limits)
+        kept = _concept_store(concepts, settings)
         # A bundle takes long to open, so check first whether it can be served here.
-        with contextlib.closing(serving.listen(host, port)) as where:
-            address = str(where.getsockname()[0])
-        if not accepted and serving_module("gate").names_of(address) is None:
-            verb.note(f"warning: {host} can be reached by others, and no --tokens were given: anyone may use it.")
+        _check_address(verb, host, port, protected=bool(accepted))
+        options: dict[str, Any] = {
+            "backend": backend,
+            "threads": threads,
+            "provenance": provenance,
+            "store": None if store is None else str(store.absolute()),
+            "build_missing": build_missing,
+            "target": target,
+            "keep": keep,
+            "memory": memory,
+            "budget": budget,
+            "storage": storage,
+        }
+        service = {"settings": settings, "tokens": accepted, "workers": workers, "page": ui}
         if on_ray:
-            of_each = {"backend": backend, "threads": threads, "provenance": provenance, "target": target}
-            of_each |= {"store": None if store is None else str(store.absolute()), "build_missing": build_missing}
-            of_each |= {"keep": keep, "memory": memory, "budget": budget, "storage": storage}
-            with _shared_folder(concepts) as folder:
-                plan = serving_module("ray.plan").RayPlan(
-                    bundle=str(bundle.absolute()),
-                    concepts=str(folder),
-                    session=of_each,
-                    workers=workers,
-                    replicas=None if replicas is None else serving_module("ray.plan").parse_replicas(replicas),
-                    page=ui,
-                    settings=settings,
-                    tokens=accepted,
-                )
-                cut_off = serving_module("ray.cluster").serve(plan, host=host, port=port, told=verb.note)
-            _say_how_it_ended(verb, cut_off)
-            return
-        with Session(
-            bundle,
-            backend=backend,
-            workers=workers,
-            threads=threads,
-            provenance=provenance,
-            device=device,
-            store=store,
-            build_missing=build_missing,
-            target=target,
-            keep=keep,
-            memory=memory,
-            budget=budget,
-            storage=storage,
-        ) as session:
-            # Warnings go into answers. They quote the names that clients give their concepts, so only kinds are logged.
-            warnings.simplefilter("ignore", MagicFaceWarning)
-            logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-            verb.note(f"serving {bundle} on {session.backend.name}")
-            cut_off = serving.serve(
-                [session],
-                store=place,
-                settings=settings,
-                tokens=accepted,
-                workers=workers,
-                host=host,
-                port=port,
-                page=ui,
-                told=verb.note,
-            )
-        _say_how_it_ended(verb, cut_off)
+            cut_off = _serve_on_ray(verb, bundle, options, service, host, port, concepts=concepts, replicas=replicas)
+        else:
+            options |= {"workers": workers, "device": device}
+            cut_off = _serve_here(verb, bundle, options, {**service, "store": kept}, host, port)
+        verb.outcome = {"cut_off": cut_off}
+        verb.note(f"ended; {cut_off} requests were cut off" if cut_off else "ended")
 
 
-def _say_how_it_ended(verb: Command, cut_off: int) -> None:
-    verb.outcome = {"cut_off": cut_off}
-    verb.note(f"ended; {cut_off} requests were cut off" if cut_off else "ended")
+def _settings(*, deadline: float, max_body: str, concept_bytes: str, **limits: Any) -> ServeSettings:
+    """Return the limits of the service: three as they are on the command line, the others by their names in
+    `ServeSettings`.
+
+    Raises:
+        OptionError: a limit cannot be used.
+    """
+    if deadline <= 0:
+        raise OptionError(f"--deadline is {deadline:g}, expected seconds above 0.")
+    kind: type[ServeSettings] = serving_module("settings").ServeSettings
+    body = parse_size(max_body, "--max-body")
+    return kind(
+        deadline=deadline,
+        body_bytes=body,
+        bodies_bytes=max(kind.bodies_bytes, 2 * body),
+        concept_bytes=parse_size(concept_bytes, "--concept-bytes"),
+        **limits,
+    )
+
+
+def _concept_store(folder: Path | None, settings: ServeSettings) -> ConceptStore:
+    """Return where concepts are kept: in memory, or as files in a folder, which is made if it is missing.
+
+    Raises:
+        OutputError: the folder cannot be made or written to.
+    """
+    stores = serving_module("concepts")
+    limits = {"most": settings.concepts, "most_bytes": settings.concept_bytes}
+    found: ConceptStore = stores.MemoryConcepts(**limits) if folder is None else stores.FolderConcepts(folder, **limits)
+    return found
+
+
+def _check_address(verb: Command, host: str, port: int, *, protected: bool) -> None:
+    """Check that the service can listen there; warn if others than this machine could then use it without a token.
+
+    Raises:
+        OptionError: the port is in use, or the address does not belong to this machine.
+    """
+    with contextlib.closing(serving_module("server").listen(host, port)) as where:
+        address = str(where.getsockname()[0])
+    if not protected and serving_module("access").names_of(address) is None:
+        verb.note(f"warning: {host} can be reached by others, and no --tokens were given: anyone may use it.")
+
+
+def _serve_here(
+    verb: Command, bundle: Path, options: dict[str, Any], service: dict[str, Any], host: str, port: int
+) -> int:
+    """Serve in this process until a signal. Returns how many requests were cut off.
+
+    options  settings of the Session
+    service  further arguments of `serve.server.serve`
+    """
+    with Session(bundle, **options) as session:
+        # Warnings go into answers. They quote the names that clients give their concepts, so only kinds are logged.
+        warnings.simplefilter("ignore", MagicFaceWarning)
+        logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        verb.note(f"serving {bundle} on {session.backend.name}")
+        cut_off: int = serving_module("server").serve([session], **service, host=host, port=port, report=verb.note)
+        return cut_off
+
+
+def _serve_on_ray(
+    verb: Command,
+    bundle: Path,
+    options: dict[str, Any],
+    service: dict[str, Any],
+    host: str,
+    port: int,
+    *,
+    concepts: Path | None,
+    replicas: str | None,
+) -> int:
+    """Serve on Ray, which is started for that, until a signal. Returns how many requests were cut off.
+
+    options  settings of each replica's Session
+    service  further arguments of `RayPlan`
+    """
+    plans = serving_module("ray.plan")
+    with _shared_folder(concepts) as folder:
+        plan = plans.RayPlan(
+            bundle=str(bundle.absolute()),
+            concepts=str(folder),
+            session=options,
+            replicas=None if replicas is None else plans.parse_replicas(replicas),
+            **service,
+        )
+        cut_off: int = serving_module("ray.cluster").serve(plan, host=host, port=port, report=verb.note)
+    return cut_off
 
 
 def _on_ray(engine: str, *, replicas: str | None, device: int) -> bool:
@@ -210,8 +258,5 @@ def _shared_folder(concepts: Path | None) -> Iterator[Path]:
     if concepts is not None:
         yield concepts.absolute()
         return
-    folder: Path = serving_module("ray.cluster").shared_memory_folder()
-    try:
+    with serving_module("ray.cluster").shared_memory_folder() as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -6,18 +6,18 @@ import threading
 from collections.abc import Callable
 
 WAIT_SECONDS = 0.2
+"""How often, in seconds, a thread that waits is asked whether it still wants to."""
 
 
 class Awaited:
-    """A result that is awaited. `over`: it is there, or it is known that it will not be.
+    """A result that is awaited. `finished`: it is there, or it is known that it will not be.
 
-    Its maker sets `over` in a `finally` and then calls `wake`, in this order. Setting an attribute calls nothing, so
-    Ctrl-C cannot come in between; a call may be interrupted before it does anything, and then those who wait see `over`
-    a moment later.
+    Its maker sets `finished` in a `finally` and then calls `wake` (rule R1 of `interrupts`). If `wake` is interrupted,
+    waiters see `finished` after at most WAIT_SECONDS.
     """
 
     def __init__(self) -> None:
-        self.over = False
+        self.finished = False
         self._woken = threading.Event()
 
     def wake(self) -> None:
@@ -25,6 +25,6 @@ class Awaited:
         self._woken.set()
 
     def wait(self, waiting: Callable[[], object]) -> None:
-        """Wait until it is over. `waiting` is called from time to time, and may raise."""
-        while not self.over and not self._woken.wait(WAIT_SECONDS):
+        """Wait until it is finished. `waiting` is called from time to time, and may raise."""
+        while not self.finished and not self._woken.wait(WAIT_SECONDS):
             waiting()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..concept import Concept, NamedConcept
 from ..errors import KeptConceptError
-from ..shown import shown
+from ..values.shown import shown
 from .origin import Origin
 from .reference import KeptReference
 
@@ -99,14 +99,14 @@ class KeptConcept(NamedConcept):
         """Bytes of its keys, in memory or in its file."""
         return sum(reference.nbytes for reference in self.references)
 
-    def check_unwritten(self) -> None:
+    def check_not_modified(self) -> None:
         """Check that no file of its keys was written to since it was loaded. Takes microseconds.
 
         Raises:
             KeptConceptError: a file was, or cannot be examined.
         """
         for file in {reference.file for reference in self.references if reference.file is not None}:
-            file.check_unwritten()
+            file.check_not_modified()
 
     @property
     def error(self) -> float:

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from ..backends.base import Arrays
 from ..backends.binding import Binding
+from ..backends.key_uploader import KeyUploader
 from ..backends.pieces import DeviceArray, OutputRows, Piece
-from ..backends.shelf import Shelf
-from ..bundle import Bundle
-from ..regions import PADDING, KeptTokens, MaskedReference, Stage, WeightMode, bucket, kept_tokens, key_access
+from ..bundle import Bundle, reference_tensor_names
+from ..options import WeightMode
+from ..regions import PADDING, KeptTokens, MaskedReference, Stage, bucket, kept_tokens, key_access
 from .reference import KeptReference
 
 Float32Array = NDArray[np.float32]
@@ -118,10 +119,10 @@ class ReferencePass:
 class KeyFeed:
     """The keys of a batch. `rows`: the references of each row of keys, in order; one row for all images or one each.
 
-    binding    the binding of `denoise_step`
-    computing  the pass that computes the `ComputedKeys`, None if there are none
-    padded     pad token counts to buckets; rows of different lengths are always padded to the longest
-    shelf      uploads keys ahead of need, None if there is no device or all keys are on it
+    binding       the binding of `denoise_step`
+    computing     the pass that computes the `ComputedKeys`, None if there are none
+    padded        pad token counts to buckets; rows of different lengths are always padded to the longest
+    key_uploader  uploads keys ahead of need, None if there is no device or all keys are on it
     """
 
     def __init__(
@@ -132,16 +133,16 @@ class KeyFeed:
         *,
         computing: ReferencePass | None = None,
         padded: bool = False,
-        shelf: Shelf | None = None,
+        key_uploader: KeyUploader | None = None,
     ) -> None:
         self._binding = binding
         self._computing = computing
-        self._shelf = shelf
+        self._key_uploader = key_uploader
         self._rows = [[placed for placed in row if placed.weight != 0] for row in rows]
         self._tensors = {
-            f"{kind}_ref_{layer.index}": (layer.factor, layer.width)
+            name: (layer.factor, layer.width)
             for layer in bundle.injection_layers
-            for kind in "kv"
+            for name in reference_tensor_names(layer.index)
         }
         self.tokens = [{factor: _row_tokens(row, factor) for factor in bundle.factors} for row in self._rows]
         for factor in bundle.factors:
@@ -150,7 +151,7 @@ class KeyFeed:
                 longest = bucket(longest, binding.largest(f"M{factor}"))
             for row in self.tokens:
                 row[factor] = row[factor].padded(longest)
-        self._linked = self._is_the_pass()
+        self._linked = self._is_reference_pass()
         self._started = False
         self._brought: tuple[int, dict[tuple[int, str], DeviceArray]] | None = None
 
@@ -176,7 +177,7 @@ class KeyFeed:
         """Get the next step's keys ready while the device computes."""
         if self._computing is not None:
             self._computing.prepare(step)
-        if self._shelf is not None:
+        if self._key_uploader is not None:
             self._bring(step)
 
     @property
@@ -194,14 +195,14 @@ class KeyFeed:
         if self._computing is not None:
             self._computing.binding.check()
 
-    def spoiled(self, step: int) -> str:
+    def non_finite_message(self, step: int) -> str:
         """Return a message on stored keys of a step that are not finite; "" if all are finite."""
         for source in (placed.source for row in self._rows for placed in row):
-            if isinstance(source, StoredKeys) and (said := source.kept.spoiled(step)):
+            if isinstance(source, StoredKeys) and (said := source.kept.non_finite_message(step)):
                 return said
         return ""
 
-    def _is_the_pass(self) -> bool:
+    def _is_reference_pass(self) -> bool:
         """Whether there is one row of keys, and it is just what the pass puts out."""
         if self._computing is None or len(self._rows) != 1:
             return False
@@ -209,7 +210,7 @@ class KeyFeed:
         return numbers == list(range(self._computing.references))
 
     def _bring(self, step: int) -> None:
-        assert self._shelf
+        assert self._key_uploader
         wanted = {}
         for row in self._rows:
             for placed in row:
@@ -218,16 +219,16 @@ class KeyFeed:
                     for name, (factor, _) in self._tensors.items():
                         if source.tokens[factor] and (id(source), name) not in wanted:
                             wanted[(id(source), name)] = source.kept.tensors[name].step(step)
-        self._brought = (step, self._shelf.bring(wanted) if wanted else {})
+        self._brought = (step, self._key_uploader.bring(wanted) if wanted else {})
 
     def _lay(self, step: int) -> None:
-        if self._shelf is not None and (self._brought is None or self._brought[0] != step):
+        if self._key_uploader is not None and (self._brought is None or self._brought[0] != step):
             self._bring(step)
         for name, (factor, width) in self._tensors.items():
             shape = (len(self._rows), self.tokens[0][factor].count, width)
             self._binding.lay(name, shape, self._pieces(step, name, factor))
-        if self._shelf is not None:
-            self._shelf.used()
+        if self._key_uploader is not None:
+            self._key_uploader.used()
 
     def _pieces(self, step: int, name: str, factor: int) -> list[Piece]:
         pieces, seen = [], dict[int, Any]()
@@ -249,7 +250,7 @@ class KeyFeed:
         assert isinstance(source, StoredKeys)
         if source.on_device is not None:
             return source.on_device[(step, name)]
-        if self._shelf is not None:
+        if self._key_uploader is not None:
             assert self._brought
             return self._brought[1][(id(source), name)]
         return source.kept.tensors[name].step(step)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import unfinished
 from ..backends.host import BFLOAT16, host_dtype, non_finite
+from ..concept import Concept
 from ..errors import InputError, KeptConceptError, OutputError
-from ..images import MASK_GRID, load_reference
-from ..interrupts import let_through
-from ..shown import shown
-from ..stamps import Stamp
-from ..strict_json import read_json
+from ..files import atomic_files
+from ..files.stamps import Stamp
+from ..files.strict_json import read_json
+from ..images import MASK_GRID, LoadedReference, load_reference
+from ..process.interrupts import reraise_if_interrupt
+from ..values.shown import shown
 from .concept import KeptConcept
 from .origin import Origin, content_key, finite_number, text_entry, whole_numbers
 from .reference import STORAGES, EightBit, Exact, KeptReference, MappedFile, Stored
@@ -41,41 +43,107 @@ _NAMES = {"float32": "F32", "float16": "F16", BFLOAT16: "BF16", "uint8": "U8"}
 def save(concept: KeptConcept, path: Path, *, with_image: bool, overwrite: bool, follow: bool = True) -> Path:
     """Write a file; see `KeptConcept.save`. Without `follow`, a link is replaced, and not the file that it leads to."""
     target = _free(path, overwrite, follow)
-    concept.check_unwritten()
+    concept.check_not_modified()
     arrays = _arrays(concept)
     if with_image:
         arrays |= {name: (array, "uint8") for name, array in _pictures(concept).items()}
     header = _header(concept, arrays)
     try:
-        unfinished.make_folder(target.parent)
-        with unfinished.part(target) as part:
+        atomic_files.make_folder(target.parent)
+        with atomic_files.temporary_sibling(target) as part:
             with part.open("wb") as stream:
                 stream.write(header)
                 for array, _ in arrays.values():
                     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            concept.check_unwritten()
+            concept.check_not_modified()
             try:
-                unfinished.put(part, target, overwrite=overwrite)
+                atomic_files.replace_into_place(part, target, overwrite=overwrite)
             except FileExistsError as error:  # it appeared after this began, and is left alone
                 raise _exists(path) from error
     except OSError as error:
-        let_through(error)
-        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
+        reraise_if_interrupt(error)
+        raise OutputError(f"file {str(path)!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
     return target
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
-    """Check, before minutes of work, that `save` can put a file there, as `unfinished.check` does.
+    """Check, before minutes of work, that `save` can put a file there, as `atomic_files.check_writable` does.
 
     Raises:
         OutputError: as `save`.
     """
     target = _free(path, overwrite)
     try:
-        unfinished.check(target)
+        atomic_files.check_writable(target)
     except OSError as error:
-        let_through(error)
-        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
+        reraise_if_interrupt(error)
+        raise OutputError(f"file {str(path)!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
+
+
+def difference(
+    found: KeptConcept,
+    concept: Concept,
+    origin: Origin,
+    keys: Sequence[str],
+    storage: str,
+    note: str | None,
+    *,
+    with_image: bool,
+) -> str:
+    """Say in what a file differs from the one that preparing a concept and saving it would write; "" if in nothing.
+
+    All that a user can choose must agree: bundle, schedule, steps and reference seed (the origin), storage, word, name,
+    weight, token index and note, each reference's prompt and content key, and whether images are stored, and which.
+    Not compared are the bytes of the keys: another backend, number of threads or workspace rounds them otherwise, and
+    a Session takes keys of the same content key for the same as well.
+
+    found        the file's concept, loaded with its hashes checked
+    concept      what would be prepared for `origin`, in the form `storage`
+    keys         the content keys of its references, see `content_key`
+    note         what would be saved with it
+    with_image   whether its images would be saved
+
+    Raises:
+        ImageError, MaskError: with `with_image`, an image or mask cannot be read.
+    """
+    settings = {
+        "bundle": (found.origin.bundle_hash, origin.bundle_hash),
+        "number of steps": (found.origin.steps, origin.steps),
+        "reference_seed": (found.origin.reference_seed, origin.reference_seed),
+        "schedule": (found.origin.to_dict(), origin.to_dict()),
+        "word": (found.word, concept.word),
+        "name": (found.name, concept.name),
+        "weight": (found.weight, concept.weight),
+        "token_index": (found.token_index, concept.token_index),
+        "note": (found.note, note),
+        "number of references": (len(found.references), len(concept.references)),
+    }
+    for name, (is_there, wanted) in settings.items():
+        if is_there != wanted:
+            return f"its {name} is {shown(is_there)}, expected {shown(wanted)}"
+    for position, (kept, bare, key) in enumerate(zip(found.references, concept.references, keys, strict=True), 1):
+        if kept.storage != storage:
+            return f"its storage is {shown(kept.storage)}, expected {shown(storage)}"
+        if kept.prompt != bare.prompt:
+            return f"the prompt of its reference {position} is {shown(kept.prompt)}, expected {shown(bare.prompt)}"
+        if kept.key != key:
+            return f"its reference {position} was made from another image or mask"
+    if not with_image:
+        return "it holds its images, and none are to be stored" if found.pictures else ""
+    if not found.pictures:
+        return "it holds no images, and they are to be stored"
+    pictures = _as_stored([load_reference(one, name=f"concept {concept.name!r}") for one in concept.references])
+    if set(pictures) != set(found.pictures) or not all(
+        np.array_equal(array, found.pictures[name]) for name, array in pictures.items()
+    ):
+        return "the images in it are others"
+    return ""
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left of a file that stands, as writing it anew would. Nothing is raised."""
+    with contextlib.suppress(OSError):
+        atomic_files.remove_abandoned_of(atomic_files.resolve_target(path))
 
 
 def load(path: Path, *, check_hashes: bool) -> KeptConcept:
@@ -84,7 +152,7 @@ def load(path: Path, *, check_hashes: bool) -> KeptConcept:
     manifest = _manifest(path, header)
     views = _views(path, data, header, start, manifest)
     try:
-        concept = _concept(file, header, manifest, views)
+        concept = _concept(file, manifest, _TensorReader(header, views))
     except _MALFORMED as error:
         what = str(error).rstrip(".") if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         _damaged(path, f"its manifest does not have the expected form ({what[:500]})", error)
@@ -99,10 +167,10 @@ def load(path: Path, *, check_hashes: bool) -> KeptConcept:
 def _free(path: Path, overwrite: bool, follow: bool = True) -> Path:
     """Return the absolute path, after checking that a file may be put or replaced there."""
     try:
-        target = unfinished.place(path) if follow else path.absolute()
+        target = atomic_files.resolve_target(path) if follow else path.absolute()
     except OSError as error:
-        let_through(error)
-        raise OutputError(f"file {str(path)!r} cannot be written: {unfinished.why(error)}") from error
+        reraise_if_interrupt(error)
+        raise OutputError(f"file {str(path)!r} cannot be written: {atomic_files.explain_os_error(error)}") from error
     if not os.path.lexists(target):
         return target
     if not target.is_file():
@@ -146,6 +214,11 @@ def _pictures(concept: KeptConcept) -> Mapping[str, NDArray[np.uint8]]:
                 f"kept concept {concept.name!r}: the image or mask of reference {position} is not what its keys were "
                 "made from; it has changed since. Prepare it again, or save it without images."
             )
+    return _as_stored(loaded)
+
+
+def _as_stored(loaded: Sequence[LoadedReference]) -> dict[str, NDArray[np.uint8]]:
+    """Return the images and masks of references as a file holds them, by their names there."""
     pictures: dict[str, NDArray[np.uint8]] = {}
     for number, one in enumerate(loaded):
         pictures[f"image_{number}"] = np.asarray(one.image, np.uint8)
@@ -198,7 +271,7 @@ def _open(path: Path) -> tuple[MappedFile, NDArray[np.uint8], dict[str, Any], in
                 _damaged(path, f"it has {size} bytes")
             data = np.memmap(stream, np.uint8, "r")
     except OSError as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         raise KeptConceptError(f"kept concept {str(path)!r} cannot be read: {error}.") from error
     length = int.from_bytes(data[:8].tobytes(), "little")
     if not 2 <= length <= MAX_HEADER_BYTES or 8 + length > size:
@@ -274,14 +347,14 @@ def _check_content(
             # One NaN among the keys makes every cell that looks at them NaN.
             if bad := _non_finite(stored, concept.origin):
                 _damaged(path, f"{position}.{name} holds {bad} values that are NaN or infinite")
-        reference.known_as(_content(reference, position, manifest["sha256"]))
+        reference.with_identity(_content(reference, position, manifest["sha256"]))
 
 
 def _non_finite(stored: Stored, origin: Origin) -> int:
     """Count the values that are NaN or infinite, many steps at once if they are small, or else one at a time."""
     at_once = max(1, _AT_ONCE * origin.steps // max(stored.nbytes, 1))
     parts = (slice(first, first + at_once) for first in range(0, origin.steps, at_once))
-    return sum(non_finite(stored.extremes(part), origin.dtype) for part in parts)
+    return sum(non_finite(stored.finite_witness(part), origin.dtype) for part in parts)
 
 
 def _content(reference: KeptReference, position: int, hashes: Mapping[str, str]) -> tuple[str, str]:
@@ -292,61 +365,51 @@ def _content(reference: KeptReference, position: int, hashes: Mapping[str, str])
     return reference.key, hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
-def _concept(
-    file: MappedFile, header: Mapping[str, Any], manifest: Mapping[str, Any], views: Mapping[str, NDArray[np.uint8]]
-) -> KeptConcept:
-    origin = Origin.from_dict(manifest["origin"])
-    unread = set(views)
+class _TensorReader:
+    """Reads the tensors of a file, and notes which it has not been asked for. `views`: their bytes, by name."""
 
-    def array(name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        found, sides = text_entry(header[name], "dtype"), whole_numbers(header[name]["shape"], "shape")
+    def __init__(self, header: Mapping[str, Any], views: Mapping[str, NDArray[np.uint8]]) -> None:
+        self._header = header
+        self._views = views
+        self._unread = set(views)
+
+    def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return a tensor, which stays mapped.
+
+        Raises:
+            ValueError: it has another dtype, shape or size.
+            one of `_MALFORMED`: it is missing, or its entry does not have the expected form.
+        """
+        found, sides = text_entry(self._header[name], "dtype"), self.sides(name)
         if found != _NAMES[dtype] or sides != list(shape):
             raise ValueError(f"{name} is {found[:10]}{sides[:10]}, expected {_NAMES[dtype]}{list(shape)}")
-        if views[name].nbytes != math.prod(shape) * host_dtype(dtype).itemsize:
-            raise ValueError(f"{name} has {views[name].nbytes} bytes")
-        unread.discard(name)
-        return views[name].view(host_dtype(dtype)).reshape(shape)
+        view = self._views[name]
+        if view.nbytes != math.prod(shape) * host_dtype(dtype).itemsize:
+            raise ValueError(f"{name} has {view.nbytes} bytes")
+        self._unread.discard(name)
+        return view.view(host_dtype(dtype)).reshape(shape)
 
-    if len(manifest["references"]) > MAX_REFERENCES:
-        raise ValueError(f"there are {len(manifest['references'])} references, expected at most {MAX_REFERENCES}")
-    references, widths = [], origin.widths
-    factors = [str(factor) for factor in origin.factors]
-    for position, entry in enumerate(manifest["references"]):
-        counts = entry["tokens"]
-        if set(counts) != set(factors) or entry["storage"] not in STORAGES:
-            raise ValueError(f"reference {position} has tokens {shown(counts)}, storage {shown(entry['storage'])}")
-        found = whole_numbers([counts[factor] for factor in factors], "tokens")
-        tokens = {int(factor): count for factor, count in zip(factors, found, strict=True)}
-        tensors: dict[str, Stored] = {}
-        for name, (factor, width) in widths.items():
-            full, channels = (origin.steps, tokens[factor], width), (origin.steps, width)
-            if entry["storage"] == "8-bit":
-                tensors[name] = EightBit(
-                    array(f"{position}.{name}.levels", "uint8", full),
-                    array(f"{position}.{name}.scale", "float32", channels),
-                    array(f"{position}.{name}.low", "float32", channels),
-                    origin.dtype,
-                )
-            else:
-                tensors[name] = Exact(array(f"{position}.{name}", origin.dtype, full))
-        references.append(
-            KeptReference(
-                text_entry(entry, "key"),
-                text_entry(entry, "prompt"),
-                entry["storage"],
-                tokens,
-                tensors,
-                finite_number(entry["error"], "error"),
-                file,
-            )
-        )
-    pictures = {}
-    for k in range(len(references)):
-        if (name := f"image_{k}") in unread:
-            height, width, _ = whole_numbers(header[name]["shape"], "shape")
-            pictures[name] = array(name, "uint8", (height, width, 3))
-        if (name := f"mask_{k}") in unread:
-            pictures[name] = array(name, "uint8", (MASK_GRID, MASK_GRID))
+    def sides(self, name: str) -> list[int]:
+        """Return a tensor's shape, as the header has it."""
+        return whole_numbers(self._header[name]["shape"], "shape")
+
+    def unread(self) -> set[str]:
+        """Return the names of the tensors that have not been read."""
+        return set(self._unread)
+
+
+def _concept(file: MappedFile, manifest: Mapping[str, Any], reader: _TensorReader) -> KeptConcept:
+    """Make the concept that a manifest describes.
+
+    Raises:
+        ValueError: the file holds a tensor that is none of a kept concept's.
+        InputError, one of `_MALFORMED`: the manifest or the header does not have the expected form.
+    """
+    origin = Origin.from_dict(manifest["origin"])
+    entries = manifest["references"]
+    if len(entries) > MAX_REFERENCES:
+        raise ValueError(f"there are {len(entries)} references, expected at most {MAX_REFERENCES}")
+    references = [_reference(reader, position, entry, origin, file) for position, entry in enumerate(entries)]
     concept = KeptConcept(
         text_entry(manifest, "word"),
         references,
@@ -354,9 +417,58 @@ def _concept(
         weight=manifest["weight"],
         token_index=manifest["token_index"],
         name=text_entry(manifest, "name"),
-        pictures=pictures,
+        pictures=_stored_pictures(reader, len(references)),
         note=None if manifest.get("note") is None else text_entry(manifest, "note"),
     )
-    if unread:
+    if unread := reader.unread():
         raise ValueError(f"tensor {min(unread)[:100]!r} is none of a kept concept's")
     return concept
+
+
+def _reference(
+    reader: _TensorReader, position: int, entry: Mapping[str, Any], origin: Origin, file: MappedFile
+) -> KeptReference:
+    """Return the reference at a position, from 0, with its tensors in the file. `entry`: what the manifest says of it.
+
+    Raises as `_concept`.
+    """
+    counts, storage = entry["tokens"], entry["storage"]
+    factors = [str(factor) for factor in origin.factors]
+    if set(counts) != set(factors) or storage not in STORAGES:
+        raise ValueError(f"reference {position} has tokens {shown(counts)}, storage {shown(storage)}")
+    found = whole_numbers([counts[factor] for factor in factors], "tokens")
+    tokens = {int(factor): count for factor, count in zip(factors, found, strict=True)}
+    tensors: dict[str, Stored] = {}
+    for name, (factor, width) in origin.widths.items():
+        full, channels = (origin.steps, tokens[factor], width), (origin.steps, width)
+        if storage == "8-bit":
+            tensors[name] = EightBit(
+                reader.array(f"{position}.{name}.levels", "uint8", full),
+                reader.array(f"{position}.{name}.scale", "float32", channels),
+                reader.array(f"{position}.{name}.low", "float32", channels),
+                origin.dtype,
+            )
+        else:
+            tensors[name] = Exact(reader.array(f"{position}.{name}", origin.dtype, full))
+    return KeptReference(
+        text_entry(entry, "key"),
+        text_entry(entry, "prompt"),
+        storage,
+        tokens,
+        tensors,
+        finite_number(entry["error"], "error"),
+        file,
+    )
+
+
+def _stored_pictures(reader: _TensorReader, references: int) -> dict[str, NDArray[np.uint8]]:
+    """Return the images, uint8 [h, w, 3], and masks, uint8 [128, 128], that the file holds of so many references."""
+    pictures = {}
+    there = reader.unread()
+    for k in range(references):
+        if (name := f"image_{k}") in there:
+            height, width, _ = reader.sides(name)
+            pictures[name] = reader.array(name, "uint8", (height, width, 3))
+        if (name := f"mask_{k}") in there:
+            pictures[name] = reader.array(name, "uint8", (MASK_GRID, MASK_GRID))
+    return pictures

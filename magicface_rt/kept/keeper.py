@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from ..backends import Backend
 from ..bundle import Bundle
 from ..errors import OptionError
-from ..plain_words import one_of
-from ..shortage import foreseen, room
-from ..shown import shown
-from ..sizes import parse_size
-from .memory import FREE_SHARE, MEMORY, WORKSPACE, MemoryPlan, Tokens, make_plan, rows_per_pass, stored_bytes
+from ..process.host_memory import available_bytes, host_memory_error
+from ..values.plain_words import one_of
+from ..values.shown import shown
+from ..values.sizes import megabytes, parse_size
+from .memory import FREE_SHARE, MEMORY, WORKSPACE, MemoryPlan, PlannedReference, make_plan, rows_per_pass, stored_bytes
 from .on_device import OnDevice
 from .reference import STORAGES, Storage
 from .store import KeptStore
@@ -66,40 +66,47 @@ class Keeper:
         self.store = KeptStore(settings.keep)
         self.on_device = OnDevice()
 
+    @property
+    def plans_without_graphs(self) -> bool:
+        """Whether a plan can be made before graphs are loaded. On a device without a budget, the budget is what the
+        loaded graphs leave free.
+        """
+        return self.settings.budget is not None or self.backend.free_device_memory() is None
+
     def plan(
         self,
-        references: Sequence[Tokens],
+        references: Sequence[PlannedReference],
         *,
         steps: int,
         images: int,
-        keys: Sequence[str] = (),
-        own_keys: bool = False,
+        content_keys: Sequence[str] = (),
+        keys_per_image: bool = False,
         memory: str | None = None,
         budget: int | None = None,
     ) -> MemoryPlan:
         """Make the plan of a request, by the Session's settings where nothing else is given.
 
-        keys: content keys of the references that may be on the device already.
+        content_keys: of the references that may be on the device already.
         """
         free = self.backend.free_device_memory()
         budget = self.settings.budget if budget is None else budget
         if budget is None and free is not None:
-            budget = int(FREE_SHARE * free) + self.on_device.unused_bytes(keys)
-        bare = [r.tokens for r in references if r.held == "no"]
+            budget = int(FREE_SHARE * free) + self.on_device.unused_bytes(content_keys)
+        bare = [r.tokens for r in references if r.stored_in == "nowhere"]
         return make_plan(
             self.bundle,
             references,
             steps=steps,
             images=images,
             at_once=min(images, self.bundle.limits.images),
-            own_keys=own_keys,
+            keys_per_image=keys_per_image,
             storage=self.settings.storage,
             memory=self.settings.memory if memory is None else memory,
             budget=budget,
             store_limit=self.settings.keep,
             on_device=free is not None,
             rows=max((self.rows(tokens, steps, {}) for tokens in bare), default=0),
-            host_room=room(),
+            host_room=available_bytes(),
         )
 
     def rows(
@@ -117,9 +124,11 @@ class Keeper:
 
     def check_room(self, tokens: Mapping[int, int], steps: int, storage: Storage) -> None:
         """Raise HostMemoryError if the keys of a reference would not fit under a limit of this process."""
-        need, left = stored_bytes(self.bundle, tokens, steps, storage), room()
+        need, left = stored_bytes(self.bundle, tokens, steps, storage), available_bytes()
         if left is not None and need > left:
-            raise foreseen(f"the keys of a reference for {steps} steps need {need / 1e6:,.1f} MB more on the host")
+            raise host_memory_error(
+                f"the keys of a reference for {steps} steps need {megabytes(need)} more on the host"
+            )
 
     def make_room(self, plan: MemoryPlan, wanted: Collection[Hashable]) -> None:
         """Make sure that a request keeps to its budget on the device, whatever earlier ones left there.
@@ -138,8 +147,8 @@ class Keeper:
         self.store.forget(keys)
         self.on_device.forget(keys)
         if keys is None:
-            return not self.store.keys and not self.on_device.nbytes
-        return set(keys).isdisjoint(self.store.keys) and not any(self.on_device.holds(key) for key in keys)
+            return not self.store.content_keys and not self.on_device.nbytes
+        return set(keys).isdisjoint(self.store.content_keys) and not any(self.on_device.holds(key) for key in keys)
 
     def close(self) -> None:
         """Free what is on the device, and forget the rest."""

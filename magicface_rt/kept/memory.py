@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 from ..backends.host import host_dtype
 from ..bundle import Bundle
-from ..errors import BudgetError, OptionError
-from ..shortage import foreseen
+from ..errors import BudgetError
+from ..process.host_memory import host_memory_error
+from ..regions import TOKENS
+from ..values.sizes import megabytes
 from .reference import Storage
 
 MemoryMode = Literal["keep", "stream", "recompute"]
@@ -35,14 +37,14 @@ FREE_SHARE = 0.9
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A reference as the plan sees it: its kept tokens by factor, and where its keys are already.
+class PlannedReference:
+    """A reference in the planner's terms: its token count per factor, and where its keys are stored now.
 
-    held: "no", "memory", or "file"; nbytes: the size of its keys as they are stored; used: whether its weight is not 0.
+    nbytes: the size of its keys as they are stored, 0 if that is not known; used: whether its weight is not 0.
     """
 
     tokens: Mapping[int, int]
-    held: Literal["no", "memory", "file"]
+    stored_in: Literal["nowhere", "memory", "file"]
     nbytes: int
     used: bool = True
 
@@ -141,12 +143,12 @@ def rows_per_pass(
 
 def make_plan(
     bundle: Bundle,
-    references: Sequence[Tokens],
+    references: Sequence[PlannedReference],
     *,
     steps: int,
     images: int,
     at_once: int,
-    own_keys: bool,
+    keys_per_image: bool,
     storage: Storage,
     memory: str,
     budget: int | None,
@@ -157,102 +159,207 @@ def make_plan(
 ) -> MemoryPlan:
     """Make the plan of a request.
 
-    at_once: images in one batch; own_keys: whether each image of a batch has its own keys, as images of different
-    requests have; budget: bytes that the peak may reach, on the device if there is one, None for no limit; rows: the
-    rows of a pass that prepares; host_room: bytes of the host that the process may still take, None for no limit.
+    at_once: images in one batch; keys_per_image: whether each image of a batch has its own keys, as images of different
+    requests have; memory: one of `MEMORY`; budget: bytes that the peak may reach, on the device if there is one, None
+    for no limit; store_limit: bytes that the Session's store may hold; rows: the rows of a pass that prepares;
+    host_room: bytes of the host that the process may still take, None for no limit.
 
     Raises:
         BudgetError: not even the mode that needs least fits.
         HostMemoryError: no mode that fits the budget has room on the host.
     """
+    demand = _demand(
+        bundle,
+        references,
+        steps=steps,
+        images=images,
+        rows_of_keys=at_once if keys_per_image else 1,
+        storage=storage,
+        rows=rows,
+    )
+    modes = _device_modes(demand) if on_device else _host_modes(demand)
     used = [r for r in references if r.used]
-    tokens = {factor: sum(r.tokens[factor] for r in used) for factor in bundle.factors}
-    one_step = sum(step_bytes(bundle, r.tokens) for r in used)
-    slot = _padded(one_step) * (at_once if own_keys else 1)
-    exact = steps * one_step
-    stored = {
-        held: sum(
-            r.nbytes or stored_bytes(bundle, r.tokens, steps, storage)
-            for r in references
-            if r.held == held and (r.used or held != "no")
-        )
-        for held in ("no", "memory", "file")
-    }
-    bare = [r for r in used if r.held == "no"]
-    widest = max((step_bytes(bundle, r.tokens) for r in bare), default=0)
-    preparing = rows * (row_bytes(bundle) + 2 * widest) if bare else 0
-    beside = len(bare) * row_bytes(bundle) + 2 * sum(step_bytes(bundle, r.tokens) for r in bare)
-    other = request_bytes(bundle, images, len(bare))
-    spread = _padded(one_step) if storage == "8-bit" or stored["memory"] or stored["file"] else 0
-    if on_device:
-        modes: dict[MemoryMode, MemoryUse] = {
-            "keep": MemoryUse(sum(stored.values()) + rows * widest + one_step + other, exact + slot + preparing),
-            "stream": MemoryUse(sum(stored.values()) + rows * widest + 2 * slot + other, 3 * slot + preparing),
-            "recompute": MemoryUse(stored["memory"] + stored["file"] + 2 * slot + other, 3 * slot + beside),
-        }
-    else:
-        in_memory = stored["no"] + stored["memory"]
-        modes = {
-            "keep": MemoryUse(in_memory + stored["file"] + slot + spread + preparing + other, 0),
-            "stream": MemoryUse(in_memory + slot + spread + preparing + other, 0),
-            "recompute": MemoryUse(stored["memory"] + 2 * slot + spread + beside + other, 0),
-        }
-    batches = -(-images // at_once)
+    bare = any(r.stored_in == "nowhere" for r in used)
     # Without references there is nothing that a budget could hold down.
     allowed, room = (budget, host_room) if used else (None, None)
-    mode = _choose(modes, memory, allowed, room, on_device, bare, stored, store_limit, batches)
+    batches = -(-images // at_once)
+    # Preparing pays where the keys serve again: in a later request, or in a later batch of this one.
+    worth_preparing = not bare or batches > 1 or demand.stored_nowhere <= store_limit
+    order = _order(memory, on_device, bare, worth_preparing, bool(demand.stored_in_file))
     return MemoryPlan(
-        modes, mode, budget, on_device, steps, images, sum(stored.values()), one_step, tokens, rows if bare else 0
+        modes,
+        _first_that_fits(modes, order, on_device, allowed, room, demand.stored_in_memory),
+        budget,
+        on_device,
+        steps,
+        images,
+        demand.stored,
+        demand.one_step,
+        {factor: sum(r.tokens[factor] for r in used) for factor in bundle.factors},
+        rows if bare else 0,
     )
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """What a request's references take, in bytes, by what it is for."""
+
+    stored_nowhere: int
+    """The keys of all steps of the bare references, as they would be stored: only if they are prepared."""
+    stored_in_memory: int
+    """Keys that are in memory already, in every mode, also those of weight 0."""
+    stored_in_file: int
+    """Keys in mapped files, which count where they are read whole, or page by page on their way to a device."""
+    one_step: int
+    """The keys of one step in the bundle's dtype, as they are staged on their way to a device."""
+    input_bytes: int
+    """The inputs of `denoise_step` for one step, in which keys are laid together, with their padding."""
+    device_key_bytes: int
+    """The keys of all steps in the bundle's dtype, since a device holds no 8-bit keys."""
+    prepared_rows_bytes: int
+    """The keys that a pass that prepares gives, in the bundle's dtype, since they are read back from a device."""
+    preparation_bytes: int
+    """A pass that prepares, with the keys that it gives. References are prepared one after the other."""
+    recompute_bytes: int
+    """The pass of one step in which all bare references run together, with the keys that it gives."""
+    request_arrays: int
+    """The request's own pictures, latents and texts."""
+    decode_bytes: int
+    """Keys that are not laid from where they were computed: 8-bit ones are decoded, others are read, step by step."""
+
+    @property
+    def stored(self) -> int:
+        """The keys of all steps as they are stored, wherever that is."""
+        return self.stored_nowhere + self.stored_in_memory + self.stored_in_file
+
+
+def _demand(
+    bundle: Bundle,
+    references: Sequence[PlannedReference],
+    *,
+    steps: int,
+    images: int,
+    rows_of_keys: int,
+    storage: Storage,
+    rows: int,
+) -> _Demand:
+    """Count what a request's references take. `rows_of_keys`: rows in a batch's input, 1 if all images share one."""
+
+    def stored_in(place: str) -> int:
+        return sum(
+            r.nbytes or stored_bytes(bundle, r.tokens, steps, storage)
+            for r in references
+            if r.stored_in == place and (r.used or place != "nowhere")
+        )
+
+    used = [r for r in references if r.used]
+    bare = [step_bytes(bundle, r.tokens) for r in used if r.stored_in == "nowhere"]
+    one_step = sum(step_bytes(bundle, r.tokens) for r in used)
+    largest_bare_step = max(bare, default=0)
+    in_memory, in_file = stored_in("memory"), stored_in("file")
+    return _Demand(
+        stored_nowhere=stored_in("nowhere"),
+        stored_in_memory=in_memory,
+        stored_in_file=in_file,
+        one_step=one_step,
+        input_bytes=_padded(one_step) * rows_of_keys,
+        device_key_bytes=steps * one_step,
+        prepared_rows_bytes=rows * largest_bare_step,
+        # The keys twice, here and below: those of the last pass are held until those of the next one are there.
+        preparation_bytes=rows * (row_bytes(bundle) + 2 * largest_bare_step) if bare else 0,
+        recompute_bytes=len(bare) * row_bytes(bundle) + 2 * sum(bare),
+        request_arrays=request_bytes(bundle, images, len(bare)),
+        decode_bytes=_padded(one_step) if storage == "8-bit" or in_memory or in_file else 0,
+    )
+
+
+def _device_modes(d: _Demand) -> dict[MemoryMode, MemoryUse]:
+    """Return what each mode takes where keys are on a device.
+
+    Streamed keys are on the device three times: in the inputs of the step that runs, and in `key_uploader.DEPTH` = 2
+    buffers, for that step and for the one that is being uploaded. Each of the two has page-locked memory of its size on
+    the host. `recompute` streams what is stored, and so takes the same for keys.
+    """
+    streamed_on_device, streamed_on_host = 3 * d.input_bytes, 2 * d.input_bytes
+    return {
+        "keep": MemoryUse(
+            d.stored + d.prepared_rows_bytes + d.one_step + d.request_arrays,
+            d.device_key_bytes + d.input_bytes + d.preparation_bytes,
+        ),
+        "stream": MemoryUse(
+            d.stored + d.prepared_rows_bytes + streamed_on_host + d.request_arrays,
+            streamed_on_device + d.preparation_bytes,
+        ),
+        "recompute": MemoryUse(
+            d.stored_in_memory + d.stored_in_file + streamed_on_host + d.request_arrays,
+            streamed_on_device + d.recompute_bytes,
+        ),
+    }
+
+
+def _host_modes(d: _Demand) -> dict[MemoryMode, MemoryUse]:
+    """Return what each mode takes where all is host memory. What stays in a mapped file is the system's cache."""
+    of_every_mode = d.stored_in_memory + d.decode_bytes + d.request_arrays
+    prepared = of_every_mode + d.stored_nowhere + d.input_bytes + d.preparation_bytes
+    return {
+        "keep": MemoryUse(prepared + d.stored_in_file, 0),
+        "stream": MemoryUse(prepared, 0),
+        # The inputs twice, which is a bound: where rows change their lengths, new inputs are made beside the old ones.
+        "recompute": MemoryUse(of_every_mode + 2 * d.input_bytes + d.recompute_bytes, 0),
+    }
 
 
 def request_bytes(bundle: Bundle, images: int, references: int) -> int:
     """Return the bytes of the request's own arrays: pictures, latents, texts."""
     pixels = bundle.height * bundle.width * 3
     latents = bundle.latent_channels * bundle.rows * bundle.columns * 4
-    text = 77 * bundle.text_width * 4
+    text = TOKENS * bundle.text_width * 4
     return pixels * (20 + 2 * images) + (images + references) * (8 * latents + 8 * text) + 2**20
 
 
-def _choose(
+def _order(memory: str, on_device: bool, bare: bool, worth_preparing: bool, from_files: bool) -> tuple[MemoryMode, ...]:
+    """Return the modes that `memory` allows, the best first."""
+    if memory != "auto":
+        return tuple(mode for mode in MODES if mode == memory)
+    # On a CPU a step reads a mapped file as fast as memory, so nothing is gained by copying it.
+    ready: tuple[MemoryMode, ...] = ("keep", "stream") if on_device or not from_files else ("stream", "keep")
+    if not bare:
+        return ready
+    return (*ready, "recompute") if worth_preparing else ("recompute", *ready)
+
+
+def _first_that_fits(
     modes: Mapping[MemoryMode, MemoryUse],
-    memory: str,
+    order: Sequence[MemoryMode],
+    on_device: bool,
     budget: int | None,
     host_room: int | None,
-    on_device: bool,
-    bare: Sequence[Tokens],
-    stored: Mapping[str, int],
-    store_limit: int,
-    batches: int,
+    already_taken: int,
 ) -> MemoryMode:
-    where = "device" if on_device else "host"
+    """Return the first mode that keeps to the budget and has room on the host, of which `already_taken` bytes are part.
+
+    Raises:
+        BudgetError, HostMemoryError: as `make_plan`.
+    """
 
     def need(mode: MemoryMode) -> int:
         return modes[mode].device if on_device else modes[mode].host
 
-    if memory == "auto":
-        # Preparing pays where the keys serve again: in a later request, or in a later batch of this one.
-        worth = not bare or batches > 1 or stored["no"] <= store_limit
-        # On a CPU a step reads a mapped file as fast as memory, so nothing is gained by copying it.
-        ready: tuple[MemoryMode, ...] = ("keep", "stream") if on_device or not stored["file"] else ("stream", "keep")
-        order: tuple[MemoryMode, ...] = (*ready, "recompute") if worth else ("recompute", *ready)
-        order = tuple(mode for mode in order if bare or mode != "recompute")
-    else:
-        order = tuple(mode for mode in MODES if mode == memory)
-        if not order:
-            raise OptionError(f"memory is {memory!r}, expected one of {', '.join(MEMORY)}.")
     allowed = [mode for mode in order if budget is None or need(mode) <= budget]
-    more = {mode: modes[mode].host - stored["memory"] for mode in allowed}  # those in memory take no more
+    more = {mode: modes[mode].host - already_taken for mode in allowed}
     for mode in allowed:
         if host_room is None or more[mode] <= host_room:
             return mode
     if allowed:
         least = min(allowed, key=lambda mode: more[mode])
-        raise foreseen(f"the references of this request need {_megabytes(more[least])} more on the host ({least!r})")
+        raise host_memory_error(
+            f"the references of this request need {megabytes(more[least])} more on the host ({least!r})"
+        )
     least = min(order, key=need)
+    where = "device" if on_device else "host"
     raise BudgetError(
-        f"the references of this request need at least {_megabytes(need(least))} on the {where} (memory={least!r}), "
-        f"and the budget is {_megabytes(budget or 0)}. Allow more, use smaller masks or fewer references, or a smaller "
+        f"the references of this request need at least {megabytes(need(least))} on the {where} (memory={least!r}), "
+        f"and the budget is {megabytes(budget or 0)}. Allow more, use smaller masks or fewer references, or a smaller "
         "bundle; see session.plan(...)."
     )
 
@@ -260,7 +367,3 @@ def _choose(
 def _padded(nbytes: int) -> int:
     """Add the keys that fill up a bucket."""
     return nbytes + nbytes // 4
-
-
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB"

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 from ..backends.device import Buffer, Device
 from ..backends.host import host_dtype
+from ..backends.key_uploader import KeyUploader
 from ..backends.pieces import DeviceArray
-from ..backends.shelf import Shelf
-from ..bundle import Bundle
+from ..bundle import Bundle, reference_tensor_names
 from ..errors import KeptConceptError
-from ..shown import shown
+from ..values.shown import shown
 from .awaited import Awaited
 from .reference import KeptReference
 
@@ -37,7 +37,7 @@ class OnDevice:
     def use(
         self,
         reference: KeptReference,
-        shelf: Shelf,
+        key_uploader: KeyUploader,
         bundle: Bundle,
         steps: int,
         waiting: Callable[[], object] = lambda: None,
@@ -45,7 +45,7 @@ class OnDevice:
         """Provide a reference's keys, by step and name. They stay for the block, and then until others need their room.
 
         While another thread uploads them, `waiting` is called from time to time, and may raise. However the block ends,
-        what it enqueued on the shelf's lane is waited for, since it may still read them.
+        what it enqueued on the key uploader's worker stream is waited for, since it may still read them.
 
         Raises:
             DeviceMemoryError: the device has not enough memory, even without what no request uses.
@@ -55,12 +55,13 @@ class OnDevice:
         """
         user = _User()
         try:
-            yield self._take(user, reference, shelf, bundle, steps, waiting).arrays
+            yield self._take(user, reference, key_uploader, bundle, steps, waiting).arrays
         finally:
             try:
-                shelf.lane.settle()
+                key_uploader.worker_stream.wait_quietly()
             finally:
-                # Not a function of ours, at whose beginning Ctrl-C could leave the user there for ever.
+                # A method of C (rule R3 of `interrupts`): an interrupt at the beginning of one of ours would leave the
+                # user there for ever.
                 user.entry.users.discard(user)
 
     def has(self, reference: KeptReference) -> bool:
@@ -123,7 +124,7 @@ class OnDevice:
         self,
         user: _User,
         reference: KeptReference,
-        shelf: Shelf,
+        key_uploader: KeyUploader,
         bundle: Bundle,
         steps: int,
         waiting: Callable[[], object],
@@ -134,18 +135,18 @@ class OnDevice:
         sizes = _sizes(reference, bundle, steps)
         while True:
             mine = _Entry(reference.key, sizes)
-            try:  # begins before it is registered: Ctrl-C may come at any moment
+            try:  # before `mine` is registered (rule R2 of `interrupts`)
                 with self._lock:
-                    self._serve(shelf.lane.device)
+                    self._serve(key_uploader.worker_stream.device)
                     entry = self._present().setdefault(reference.identity, mine)
                     entry.check(sizes)
                     self._entries.move_to_end(reference.identity)
                     user.entry = entry
                     entry.users.add(user)
                 if entry is mine:
-                    buffer, arrays = shelf.keep(sizes, lambda key: reference.tensors[key[1]].step(key[0]))
+                    buffer, arrays = key_uploader.keep(sizes, lambda key: reference.tensors[key[1]].step(key[0]))
                     try:
-                        reference.check_unwritten()  # or others with its identity would find another one's keys
+                        reference.check_not_modified()  # or others with its identity would find another one's keys
                     except BaseException:
                         buffer.free()
                         raise
@@ -153,7 +154,7 @@ class OnDevice:
                 else:
                     entry.wait(waiting)
             finally:
-                mine.over = True
+                mine.finished = True  # before any call (rule R1)
                 mine.wake()
                 with self._lock:
                     self._present()
@@ -169,7 +170,7 @@ class OnDevice:
     def _present(self) -> OrderedDict[Hashable, _Entry]:
         """Return the entries, after removing those of which it is known that they will not be there."""
         for identity, entry in list(self._entries.items()):
-            if entry.over and entry.buffer is None:
+            if entry.finished and entry.buffer is None:
                 self._entries.pop(identity, None)
         return self._entries
 
@@ -217,10 +218,10 @@ class _User:
 def _sizes(reference: KeptReference, bundle: Bundle, steps: int) -> dict[tuple[int, str], int]:
     itemsize = host_dtype(bundle.dtype).itemsize
     return {
-        (step, f"{kind}_ref_{layer.index}"): reference.tokens[layer.factor] * layer.width * itemsize
+        (step, name): reference.tokens[layer.factor] * layer.width * itemsize
         for step in range(steps)
         for layer in bundle.injection_layers
-        for kind in "kv"
+        for name in reference_tensor_names(layer.index)
         if reference.tokens[layer.factor]
     }
 

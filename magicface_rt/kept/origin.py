@@ -11,10 +11,10 @@ from itertools import pairwise
 from typing import Any
 
 from ..backends.host import BFLOAT16
-from ..bundle import Bundle
+from ..bundle import Bundle, reference_tensor_names
 from ..errors import KeptConceptError
 from ..images import LoadedReference
-from ..shown import shown
+from ..values.shown import shown
 
 DTYPES = ("float32", "float16", BFLOAT16)
 MAX_LAYERS = 16
@@ -66,7 +66,7 @@ class Origin:
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
         """(factor, C) of every kept tensor, by the name of its input of `denoise_step`."""
-        return {f"{kind}_ref_{index}": (factor, width) for index, factor, width in self.layers for kind in "kv"}
+        return {name: (factor, width) for index, factor, width in self.layers for name in reference_tensor_names(index)}
 
     @property
     def factors(self) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ def prepare_reference(
         report(steps.stop)
     kept = KeptReference(key, encoded.prompt, storage, counts, tensors, worst_error(tensors))
     # Whatever is computed here for the same content key has the same keys. Other noise is not part of the key.
-    return kept if noise is not None else kept.known_as(("computed", key))
+    return kept if noise is not None else kept.with_identity(("computed", key))
 
 
 def _indices(tokens: Mapping[int, NDArray[np.int64]], rows: int, bundle: Bundle) -> dict[str, NDArray[np.int64]]:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from ..backends.host import BFLOAT16, from_bfloat16, host_dtype, non_finite, to_bfloat16
 from ..errors import KeptConceptError, NonFiniteError
-from ..interrupts import let_through
-from ..shown import shown
-from ..stamps import Stamp
+from ..files.stamps import Stamp
+from ..process.interrupts import reraise_if_interrupt
+from ..values.shown import shown
 from .origin import Origin
 
 Storage = Literal["exact", "8-bit"]
@@ -41,8 +41,11 @@ class Stored(ABC):
         """Return a step's values [M, C], in the bundle's dtype (bfloat16 as bits)."""
 
     @abstractmethod
-    def extremes(self, steps: slice) -> NDArray[Any]:
-        """Return values [..., C] in the bundle's dtype, all finite exactly if those of the steps are sure to be."""
+    def finite_witness(self, steps: slice) -> NDArray[Any]:
+        """Return an array [..., C] that is finite if and only if every value of these steps is.
+
+        Cheaper than reading the values: of 8-bit keys only the scale and offset decide.
+        """
 
     @property
     @abstractmethod
@@ -74,7 +77,7 @@ class Exact(Stored):
     def step(self, step: int) -> NDArray[Any]:
         return np.asarray(self.values[step])
 
-    def extremes(self, steps: slice) -> NDArray[Any]:
+    def finite_witness(self, steps: slice) -> NDArray[Any]:
         return np.asarray(self.values[steps])
 
     @property
@@ -136,7 +139,7 @@ class EightBit(Stored):
     def step(self, step: int) -> NDArray[Any]:
         return self._in_dtype(self._values(step))
 
-    def extremes(self, steps: slice) -> NDArray[Any]:
+    def finite_witness(self, steps: slice) -> NDArray[Any]:
         # A value rises or falls with its level, so all lie between those of the first level and the last.
         ends = np.array([0, LEVELS], np.float32).reshape(2, 1, 1)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -163,7 +166,7 @@ class MappedFile:
     path: str
     stamp: Stamp
 
-    def check_unwritten(self) -> None:
+    def check_not_modified(self) -> None:
         """Check that the file was not written to in place, which would have changed its keys. Takes microseconds.
 
         Raises:
@@ -171,9 +174,9 @@ class MappedFile:
         """
         name = shown(os.path.basename(self.path))
         try:
-            found = self.stamp.rewritten(self.path)
+            found = self.stamp.was_modified(self.path)
         except OSError as error:
-            let_through(error)
+            reraise_if_interrupt(error)
             raise KeptConceptError(f"kept concept {name} cannot be looked at: {error.strerror}.") from error
         if found is not None:
             raise KeptConceptError(
@@ -194,8 +197,8 @@ class KeptReference:
     tensors  by name, such as "k_ref_10"
     error    what 8 bits cost: relative 2-norm of the worst tensor; 0 if the values are as they were computed
     file     the file that the tensors lie in, None if they are in memory
-    identity    equal only for references that are sure to have the same keys, see `known_as`; not for comparing across
-                processes. `dataclasses.replace` gives the new one an identity of its own
+    identity    equal only for references that are sure to have the same keys, see `with_identity`; not for comparing
+                across processes. `dataclasses.replace` gives the new one an identity of its own
     """
 
     key: str
@@ -218,12 +221,12 @@ class KeptReference:
 
     def __deepcopy__(self, memo: object) -> KeptReference:
         read = self._read()
-        self.check_unwritten()  # otherwise what was read is not what the identity stands for
+        self.check_not_modified()  # otherwise what was read is not what the identity stands for
         return read
 
     def __reduce__(self) -> tuple[Any, ...]:
         read = self.in_memory()
-        self.check_unwritten()
+        self.check_not_modified()
         fields = (self.key, self.prompt, self.storage, dict(self.tokens), dict(read.tensors), self.error)
         return _restored, (fields, self.identity)
 
@@ -236,12 +239,12 @@ class KeptReference:
         """Return the entry of run.json for this reference."""
         return {"kept": self.key, "storage": self.storage, "prompt": self.prompt}
 
-    def check_unwritten(self) -> None:
-        """See `MappedFile.check_unwritten`; tensors in memory always pass."""
+    def check_not_modified(self) -> None:
+        """See `MappedFile.check_not_modified`; tensors in memory always pass."""
         if self.file is not None:
-            self.file.check_unwritten()
+            self.file.check_not_modified()
 
-    def known_as(self, identity: Hashable) -> KeptReference:
+    def with_identity(self, identity: Hashable) -> KeptReference:
         """Give this reference an identity that stands for its content and that no file can claim; return itself."""
         object.__setattr__(self, "identity", identity)
         return self
@@ -250,7 +253,7 @@ class KeptReference:
     def nbytes(self) -> int:
         return sum(stored.nbytes for stored in self.tensors.values())
 
-    def spoiled(self, step: int) -> str:
+    def non_finite_message(self, step: int) -> str:
         """Return a message on a step's keys that are not finite; "" if all are finite."""
         for name, stored in self.tensors.items():
             values = stored.step(step)
@@ -280,7 +283,7 @@ class KeptReference:
 
 
 def _restored(fields: tuple[Any, ...], identity: Hashable) -> KeptReference:
-    return KeptReference(*fields).known_as(identity)
+    return KeptReference(*fields).with_identity(identity)
 
 
 def empty_tensors(origin: Origin, tokens: Mapping[int, int], storage: Storage) -> dict[str, Stored]:

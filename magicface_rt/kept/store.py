@@ -26,10 +26,10 @@ class KeptStore:
     def nbytes(self) -> int:
         """The bytes that are held now."""
         with self._lock:
-            return self._held()
+            return self._nbytes()
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def content_keys(self) -> tuple[str, ...]:
         """The content keys of what is held, the least recently used first."""
         with self._lock:
             return tuple(self._entries)
@@ -52,13 +52,13 @@ class KeptStore:
         """
         while True:
             mine = _Making()
-            try:  # begins before it is registered: Ctrl-C may come at any moment
+            try:  # before `mine` is registered (rule R2 of `interrupts`)
                 with self._lock:
                     found = self._entries.get(key)
                     if found is not None:
                         self._entries.move_to_end(key)
                         return found
-                    self._drop_what_is_over()
+                    self._drop_finished()
                     making = self._making.setdefault(key, mine)
                 if making is mine:
                     made = make()
@@ -69,15 +69,15 @@ class KeptStore:
                 if making.made is not None:
                     return making.made
             finally:
-                mine.over = True
+                mine.finished = True  # before any call (rule R1)
                 mine.wake()
                 with self._lock:
-                    self._drop_what_is_over()
+                    self._drop_finished()
 
     def forget(self, keys: Collection[str] | None = None) -> None:
         """Drop the references with these content keys; None: all."""
         with self._lock:
-            self._drop_what_is_over()
+            self._drop_finished()
             for key in tuple(self._entries) if keys is None else keys:
                 self._entries.pop(key, None)
 
@@ -85,17 +85,17 @@ class KeptStore:
         with self._lock:
             if made.nbytes > self.limit:
                 return
-            while self._held() + made.nbytes > self.limit:
+            while self._nbytes() + made.nbytes > self.limit:
                 self._entries.popitem(last=False)
             self._entries[key] = made
 
-    def _drop_what_is_over(self) -> None:
-        """Remove computations that are over, also those whose maker was interrupted first; nobody waits for these."""
+    def _drop_finished(self) -> None:
+        """Remove finished computations, also those whose maker was interrupted before it removed them."""
         for key, making in tuple(self._making.items()):
-            if making.over:
+            if making.finished:
                 self._making.pop(key, None)
 
-    def _held(self) -> int:
+    def _nbytes(self) -> int:
         return sum(entry.nbytes for entry in list(self._entries.values()))
 
 

@@ -20,15 +20,16 @@ from starlette.responses import Response, StreamingResponse
 from .. import __version__
 from ..errors import Cancelled, MagicFaceError, ServiceError
 from ..request import Progress
-from ..shown import shown
+from ..values.shown import shown
 from . import events
+from .access import AccessMiddleware
 from .auth import Tokens
-from .bodies import Bodies, take_body
-from .gate import Gate
+from .bodies import BodyLimitMiddleware, take_body
+from .error_middleware import ErrorMiddleware
 from .metrics import CONTENT_TYPE_LATEST, Metrics
 from .multipart import read_form
 from .openapi import FORM_BODY, ORDER_BODY, describe, documented
-from .problems import Problem, refused
+from .problems import Problem, refusal
 from .reading import FORM_PARTS, NoOrderError, read_order, upload_of, wants_png
 from .schemas import (
     BundleInfo,
@@ -42,7 +43,6 @@ from .schemas import (
 )
 from .service import Accepted, Outcome, Service
 from .settings import ServeSettings
-from .unexpected import Unexpected
 
 __all__ = ["build_app"]
 
@@ -75,7 +75,7 @@ def build_app(
     settings  the service's own; the limits on bodies are taken from them
     tokens    who may use the service; everybody, unless given
     metrics   what /metrics shows; pass the object that the service reports to
-    hosts     names that clients may call the machine by, such as `gate.LOOPBACK_NAMES` where it can be reached from
+    hosts     names that clients may call the machine by, such as `access.LOOPBACK_NAMES` where it can be reached from
               this machine only and has no tokens; any name, unless given
     """
     limits = settings or ServeSettings()
@@ -98,9 +98,9 @@ def build_app(
         redoc_url=None,
     )
     app.state.ending = asyncio.Event()
-    app.add_middleware(Bodies, settings=limits, told=measured.problem, ending=app.state.ending)
-    app.add_middleware(Unexpected, problem_of=partial(_counted, metrics=measured))
-    app.add_middleware(Gate, tokens=tokens or Tokens(), metrics=measured, hosts=hosts)
+    app.add_middleware(BodyLimitMiddleware, settings=limits, on_problem=measured.problem, ending=app.state.ending)
+    app.add_middleware(ErrorMiddleware, problem_of=partial(_counted, metrics=measured))
+    app.add_middleware(AccessMiddleware, tokens=tokens or Tokens(), metrics=measured, hosts=hosts)
     _add_handlers(app, measured)
     _add_concepts(app, service)
     _add_images(app, service, measured)
@@ -268,7 +268,7 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
     async def get_readiness() -> Response:
         reason = service.not_ready()
         if reason is not None:
-            not_ready = refused(503, "not-ready", reason)
+            not_ready = refusal(503, "not-ready", reason)
             not_ready.retry_after = 1.0
             raise not_ready
         return _json(Status(status="ready"))

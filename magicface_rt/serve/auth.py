@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from ..errors import AnswerError, OptionError
-from ..plain_file import read_plain
+from ..files.plain_file import read_plain
 
 __all__ = ["ENVIRONMENT", "Tokens"]
 
@@ -78,13 +78,13 @@ class Tokens:
             return client
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise _refused("there is no token; expected the header `Authorization: Bearer TOKEN`.")
+            raise _refusal("there is no token; expected the header `Authorization: Bearer TOKEN`.")
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
         # Compare every token, each in constant time, so the time taken reveals nothing about any of them.
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):
-            raise _refused("the token is not one of this service's.")
+            raise _refusal("the token is not one of this service's.")
         return digest.hex()[:16]
 
 
-def _refused(detail: str) -> AnswerError:
+def _refusal(detail: str) -> AnswerError:
     return AnswerError(detail, status=401, kind="unauthorized", field="Authorization")

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..errors import Cancelled, DrainingError, ServiceError
-from .problems import Problem, refused
+from .problems import Problem, refusal
 from .settings import ServeSettings
 
-__all__ = ["Bodies", "Share", "replayed", "send_problem", "take_body"]
+__all__ = ["BodyLimitMiddleware", "Share", "replayed", "send_problem", "take_body"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -32,7 +32,7 @@ class Share:
     loop.
     """
 
-    def __init__(self, bodies: Bodies) -> None:
+    def __init__(self, bodies: BodyLimitMiddleware) -> None:
         self._bodies = bodies
         self._loop = asyncio.get_running_loop()
         self._nbytes = 0
@@ -44,7 +44,7 @@ class Share:
 
     def give_back(self) -> None:
         """Release the share: nothing holds the body any more. Further calls do nothing."""
-        self._bodies.held -= self._nbytes
+        self._bodies.held_bytes -= self._nbytes
         self._nbytes = 0
 
     def lasts_as_long_as(self, holder: object) -> None:
@@ -62,26 +62,26 @@ class Share:
             self._loop.call_soon_threadsafe(self.give_back)
 
 
-class Bodies:
+class BodyLimitMiddleware:
     """ASGI middleware that hands each body on in one piece, and its `Share` as `share` in the request's state.
 
-    held    bytes that all bodies hold now
-    told    called with the kind of each problem that the middleware answers itself
-    ending  when set, bodies that are still arriving are no longer waited for, since they would be of no use
+    held_bytes  bytes that all bodies hold now
+    on_problem  called with the kind of each problem that the middleware answers itself
+    ending      when set, bodies that are still arriving are no longer waited for, since they would be of no use
     """
 
     def __init__(
         self,
         app: App,
         settings: ServeSettings,
-        told: Callable[[str], object] = lambda kind: None,
+        on_problem: Callable[[str], object] = lambda kind: None,
         ending: asyncio.Event | None = None,
     ) -> None:
         self._app = app
         self._settings = settings
-        self._told = told
+        self._on_problem = on_problem
         self._ending = ending or asyncio.Event()
-        self.held = 0
+        self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,7 +95,7 @@ class Bodies:
                     return
                 _check_not_packed(scope, body)
             except ServiceError as error:
-                self._told(error.kind)
+                self._on_problem(error.kind)
                 await send_problem(Problem.of(error), send)
                 return
             whole = replayed(bytes(body), receive)
@@ -106,11 +106,11 @@ class Bodies:
 
     def take(self, nbytes: int) -> None:
         """See `Share.take`."""
-        if self.held + nbytes > self._settings.bodies_bytes:
-            busy = refused(503, "busy", "too many uploads are being read. Try again later.")
+        if self.held_bytes + nbytes > self._settings.bodies_bytes:
+            busy = refusal(503, "busy", "too many uploads are being read. Try again later.")
             busy.retry_after = 1.0
             raise busy
-        self.held += nbytes
+        self.held_bytes += nbytes
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray, share: Share) -> bool:
         """Fill `body`; return False if the client disconnects first."""
@@ -147,14 +147,14 @@ class Bodies:
                 return coming.result()
             if ending.done():
                 raise DrainingError("the service is ending, and the body has not come.", retry_after=1.0)
-            raise refused(408, "body-timeout", f"the body did not come within {self._settings.body_seconds:g} s.")
+            raise refusal(408, "body-timeout", f"the body did not come within {self._settings.body_seconds:g} s.")
         finally:
             coming.cancel()
             ending.cancel()
 
     def _too_large(self, found: str) -> ServiceError:
         limit = self._settings.body_bytes
-        return refused(413, "body-too-large", f"the body has {found} bytes; at most {limit:,} are taken.")
+        return refusal(413, "body-too-large", f"the body has {found} bytes; at most {limit:,} are taken.")
 
     async def _discard(self, receive: Receive) -> None:
         """Read the rest of the body, within limits, and keep none of it."""
@@ -170,7 +170,7 @@ class Bodies:
 
 
 async def take_body(receive: Receive) -> bytes:
-    """Return the body from the `receive` of an application behind `Bodies`, which then keeps no copy of it.
+    """Return the body from the `receive` of an application behind `BodyLimitMiddleware`, and keep no copy of it there.
 
     Raises:
         Cancelled: the client has gone.
@@ -218,7 +218,7 @@ def _check_not_packed(scope: Scope, body: bytearray) -> None:
     """Raise AnswerError, 415, if the body is packed."""
     packed = (header(scope, b"content-encoding") or "identity").strip().lower()
     if body and packed not in ("identity", ""):
-        raise refused(
+        raise refusal(
             415,
             "content-encoding",
             f"the body is packed as {packed[:80]!a}, expected it as it is. Send it without Content-Encoding.",

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
@@ -24,13 +24,13 @@ from ..errors import (
     UnknownConceptError,
     UnreachableError,
 )
+from ..files.strict_json import read_json
 from ..request import Progress, ProgressCallback, check_progress, declined
-from ..shown import shown
-from ..strict_json import read_json
+from ..values.shown import shown
 from .answers import ANSWER_BYTES, PACKED, Answer, Body, Lines
 from .wire import (
     UNREADABLE,
-    Events,
+    EventParser,
     Given,
     KeptId,
     Made,
@@ -147,9 +147,7 @@ def _path_of(id: str) -> str:
     return f"/v1/concepts/{id}"
 
 
-def _failed(answer: Answer) -> ServiceError | None:
-    if answer.response.is_success:
-        return None
+def _error_of(answer: Answer) -> ServiceError:
     return error_of(answer.status, answer.content, answer.response.headers.get("Retry-After"))
 
 
@@ -220,19 +218,10 @@ class Client:
         order = order_of(prompt, listed(concepts), settings)
         if progress is None:
             return read(self._send("POST", "/v1/images", **_sent(order)), made_of)
-        for attempt in range(self._retries.most + 1):
-            try:
-                return self._streamed({**order, "stream": True}, progress)
-            except _CallbackError as carried:
-                raised = carried.raised
-                break
-            except ServiceError as error:
-                wait = self._retries.wait("POST", error, attempt)
-                if wait is None:
-                    raise
-                time.sleep(wait)
-        else:
-            raise AssertionError("the last attempt ends the loop")
+        try:
+            return self._repeat("POST", lambda: self._streamed({**order, "stream": True}, progress))
+        except _CallbackError as carried:
+            raised = carried.raised
         raise raised  # not from within the handler, which would become its context
 
     def put_concept(
@@ -272,27 +261,33 @@ class Client:
             return False
 
     def _send(self, method: str, path: str, **arguments: Any) -> Answer:
-        for attempt in range(self._retries.most + 1):
-            error: ServiceError | None
+        def send() -> Answer:
+            with _reached(self._http), self._http.stream(method, path, **arguments) as response:
+                answer = self._read(response)
+            if not answer.response.is_success:
+                raise _error_of(answer)
+            return answer
+
+        return self._repeat(method, send)
+
+    def _repeat(self, method: str, send: Callable[[], T]) -> T:
+        """Return what `send` returns. It is called again, after a wait, where that may help."""
+        attempt = 0
+        while True:
             try:
-                with _reached(self._http), self._http.stream(method, path, **arguments) as response:
-                    answer = self._read(response)
-                error = _failed(answer)
-            except ServiceError as unanswered:
-                error = unanswered
-            if error is None:
-                return answer
-            wait = self._retries.wait(method, error, attempt)
-            if wait is None:
-                raise error
+                return send()
+            except ServiceError as error:
+                wait = self._retries.wait(method, error, attempt)
+                if wait is None:
+                    raise
             time.sleep(wait)
-        raise AssertionError("the last attempt ends the loop")
+            attempt += 1
 
     def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
-        events, lines = Events(), Lines()
+        events, lines = EventParser(), Lines()
         with _reached(self._http), self._http.stream("POST", "/v1/images", **_sent(order)) as response:
             if not response.is_success:
-                raise _failed(self._read(response)) or AssertionError
+                raise _error_of(self._read(response))
             _check_events(response)
             body = Body(response, self._answer_bytes)
             for raw in response.iter_raw():
@@ -354,19 +349,10 @@ class AsyncClient:
         order = await asyncio.to_thread(order_of, prompt, listed(concepts), settings)
         if progress is None:
             return read(await self._send("POST", "/v1/images", **_sent(order)), made_of)
-        for attempt in range(self._retries.most + 1):
-            try:
-                return await self._streamed({**order, "stream": True}, progress)
-            except _CallbackError as carried:
-                raised = carried.raised
-                break
-            except ServiceError as error:
-                wait = self._retries.wait("POST", error, attempt)
-                if wait is None:
-                    raise
-                await asyncio.sleep(wait)
-        else:
-            raise AssertionError("the last attempt ends the loop")
+        try:
+            return await self._repeat("POST", lambda: self._streamed({**order, "stream": True}, progress))
+        except _CallbackError as carried:
+            raised = carried.raised
         raise raised  # not from within the handler, which would become its context
 
     async def put_concept(
@@ -404,29 +390,35 @@ class AsyncClient:
             return False
 
     async def _send(self, method: str, path: str, **arguments: Any) -> Answer:
-        for attempt in range(self._retries.most + 1):
-            error: ServiceError | None
+        async def send() -> Answer:
+            with _reached(self._http):
+                async with self._http.stream(method, path, **arguments) as response:
+                    answer = await self._read(response)
+            if not answer.response.is_success:
+                raise _error_of(answer)
+            return answer
+
+        return await self._repeat(method, send)
+
+    async def _repeat(self, method: str, send: Callable[[], Awaitable[T]]) -> T:
+        """The same as `Client._repeat`."""
+        attempt = 0
+        while True:
             try:
-                with _reached(self._http):
-                    async with self._http.stream(method, path, **arguments) as response:
-                        answer = await self._read(response)
-                error = _failed(answer)
-            except ServiceError as unanswered:
-                error = unanswered
-            if error is None:
-                return answer
-            wait = self._retries.wait(method, error, attempt)
-            if wait is None:
-                raise error
+                return await send()
+            except ServiceError as error:
+                wait = self._retries.wait(method, error, attempt)
+                if wait is None:
+                    raise
             await asyncio.sleep(wait)
-        raise AssertionError("the last attempt ends the loop")
+            attempt += 1
 
     async def _streamed(self, order: dict[str, Any], progress: ProgressCallback) -> Made:
-        events, lines = Events(), Lines()
+        events, lines = EventParser(), Lines()
         with _reached(self._http):
             async with self._http.stream("POST", "/v1/images", **_sent(order)) as response:
                 if not response.is_success:
-                    raise _failed(await self._read(response)) or AssertionError
+                    raise _error_of(await self._read(response))
                 _check_events(response)
                 body = Body(response, self._answer_bytes)
                 async for raw in response.aiter_raw():
@@ -468,7 +460,7 @@ def _check_events(response: httpx.Response) -> None:
 
 
 def _hear(
-    response: httpx.Response, pieces: Iterable[bytes], lines: Lines, events: Events, progress: ProgressCallback
+    response: httpx.Response, pieces: Iterable[bytes], lines: Lines, events: EventParser, progress: ProgressCallback
 ) -> None:
     """Report to `progress` the steps whose events end in these pieces. Raises Cancelled when it declines."""
     for piece in pieces:

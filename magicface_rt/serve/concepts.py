@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import unfinished
 from ..errors import (
     AnswerError,
     ErasedError,
@@ -30,9 +29,11 @@ from ..errors import (
     StoreFullError,
     UnknownConceptError,
 )
+from ..files import atomic_files
+from ..files.stamps import Stamp
 from ..kept import KeptConcept
 from ..kept.files import save
-from .problems import refused
+from .problems import refusal
 
 __all__ = [
     "NO_WORD",
@@ -103,7 +104,7 @@ def unknown(id: str) -> UnknownConceptError:
 def unreadable(error: OSError) -> AnswerError:
     """Make the error for when it cannot be seen what is kept; that is not the same as nothing being kept."""
     logger.error("the folder of concepts cannot be read: %s", error)
-    return refused(503, "store-unusable", "the folder of concepts cannot be read; the service's log says more.")
+    return refusal(503, "store-unusable", "the folder of concepts cannot be read; the service's log says more.")
 
 
 class ConceptStore(ABC):
@@ -185,7 +186,7 @@ class _Limited(ConceptStore):
         with self._room:
             with self._reserving:
                 reserved = dict(self._reserved)
-            self._check_room(nbytes, [held for other, held in reserved.items() if not self._keeps(other)])
+            self._check_room(nbytes, [room for other, room in reserved.items() if not self._keeps(other)])
             with self._reserving:
                 self._reserved[id] = nbytes
 
@@ -201,14 +202,14 @@ class _Limited(ConceptStore):
 
     def _check_room(self, nbytes: int, others: Sequence[int] = ()) -> None:
         """Raise StoreFullError if a concept does not fit. others: bytes of other concepts about to be kept."""
-        count, held = self.used()
-        count, held = count + len(others), held + sum(others)
+        count, used_bytes = self.used()
+        count, used_bytes = count + len(others), used_bytes + sum(others)
         if count >= self._most:
             raise StoreFullError(f"{count} concepts are kept, which is the limit. Erase one that is not needed.")
-        if held + nbytes > self._most_bytes:
+        if used_bytes + nbytes > self._most_bytes:
             raise StoreFullError(
-                f"the concept needs {nbytes:,} bytes, and {held:,} of {self._most_bytes:,} are used. Erase concepts, "
-                "or put it with fewer steps, a smaller mask or 8-bit storage."
+                f"the concept needs {nbytes:,} bytes, and {used_bytes:,} of {self._most_bytes:,} are used. Erase "
+                "concepts, or put it with fewer steps, a smaller mask or 8-bit storage."
             )
 
 
@@ -279,7 +280,7 @@ class FolderConcepts(_Limited):
         if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
             raise OutputError(f"folder of concepts {str(folder)!r} may not be read and written.")
         self._lock = threading.Lock()
-        self._mapped: dict[str, tuple[_Stamp, StoredConcept]] = {}
+        self._mapped: dict[str, tuple[Stamp, StoredConcept]] = {}
         self._vanished: set[str] = set()
 
     def get(self, id: str) -> StoredConcept:
@@ -314,7 +315,7 @@ class FolderConcepts(_Limited):
             if stamp is None:
                 raise unknown(id)
             with _reading(id, path):
-                stored = StoredConcept(id, KeptConcept.load(path, check_hashes=False), stamp.seconds)
+                stored = StoredConcept(id, KeptConcept.load(path, check_hashes=False), stamp.written / 1e9)
         except (OutputError, UnknownConceptError) as error:
             cause, written = error.__cause__, isinstance(error, UnknownConceptError)
             if not (cause is None if written else isinstance(cause, FileNotFoundError)):
@@ -333,7 +334,7 @@ class FolderConcepts(_Limited):
             raise unknown(id)
         gone = 0
         for file in files:
-            if file != path and unfinished.is_live(file):
+            if file != path and atomic_files.is_live(file):
                 continue
             try:
                 file.unlink(missing_ok=True)
@@ -374,7 +375,7 @@ class FolderConcepts(_Limited):
     def used(self) -> tuple[int, int]:
         self._let_go_of_what_is_gone()
         stamps = [stamp_of(path) for path in self._all()]
-        sizes = [stamp.nbytes for stamp in stamps if stamp is not None]
+        sizes = [stamp.size for stamp in stamps if stamp is not None]
         return len(sizes), sum(sizes)
 
     def take_vanished(self) -> frozenset[str]:
@@ -398,7 +399,7 @@ class FolderConcepts(_Limited):
 
     def _make_folder(self) -> None:
         try:
-            unfinished.make_folder(self.folder, mode=0o700)
+            atomic_files.make_folder(self.folder, mode=0o700)
         except OSError as error:
             raise OutputError(f"folder of concepts {str(self.folder)!r} cannot be made: {error}.") from error
 
@@ -420,9 +421,9 @@ class FolderConcepts(_Limited):
         return [self.folder / name for name in names]
 
     @staticmethod
-    def _read(id: str, path: Path, stamp: _Stamp, *, check_hashes: bool = True) -> StoredConcept:
+    def _read(id: str, path: Path, stamp: Stamp, *, check_hashes: bool = True) -> StoredConcept:
         with _reading(id, path):
-            return StoredConcept(id, load_own(id, path, check_hashes=check_hashes), stamp.seconds)
+            return StoredConcept(id, load_own(id, path, check_hashes=check_hashes), stamp.written / 1e9)
 
     def _path(self, id: str) -> Path | None:
         """Return the path of a concept's file, or None for a text that is no id, so that no name leads out of the
@@ -431,23 +432,10 @@ class FolderConcepts(_Limited):
         return self.folder / f"{id}{SUFFIX}" if _ID.fullmatch(id) else None
 
 
-@dataclass(frozen=True)
-class _Stamp:
-    """What distinguishes a file from another one put in its place."""
-
-    inode: int
-    nbytes: int
-    changed: int
-
-    @property
-    def seconds(self) -> float:
-        return self.changed / 1e9
-
-
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 
 
-def stamp_of(path: Path) -> _Stamp | None:
+def stamp_of(path: Path) -> Stamp | None:
     """Return a file's stamp, or None if there is no file.
 
     Raises:
@@ -459,7 +447,7 @@ def stamp_of(path: Path) -> _Stamp | None:
         return None
     except OSError as error:
         raise unreadable(error) from error
-    return _Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
+    return Stamp.of(found)
 
 
 @contextlib.contextmanager

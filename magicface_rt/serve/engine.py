@@ -13,15 +13,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ..errors import BackendError, Cancelled, DrainingError, MagicFaceError, OptionError, QueueFullError
+from ..errors import BackendError, Cancelled, MagicFaceError, OptionError
+from ..process.host_memory import shortage
 from ..request import Progress, Request
 from ..session import Session
-from ..shortage import shortage
 from .fair import FairQueue
-from .job import Job
+from .job import EngineJob
+from .refusals import cut_off, draining, queue_full
 from .settings import ServeSettings
 
-__all__ = ["Engine", "Observer"]
+__all__ = ["Engine", "EngineObserver"]
 
 logger = logging.getLogger("magicface_rt.serve")
 
@@ -30,13 +31,13 @@ T = TypeVar("T")
 WARMING = "the warm-up failed"
 
 
-class Observer:
+class EngineObserver:
     """Is notified of the work as it is done; this base class does nothing. Called in the engine's threads.
 
     What a method raises is logged and does not affect the jobs.
     """
 
-    def batch(self, jobs: Sequence[Job], seconds: float) -> None:
+    def batch(self, jobs: Sequence[EngineJob], seconds: float) -> None:
         """Called when jobs have been made together, before anyone receives them."""
 
 
@@ -45,7 +46,7 @@ class Engine:
 
         engine = Engine([session], ServeSettings(queue=8))
         engine.start()
-        job = engine.submit(Job(Request("a man", options=Options(steps=20)), owner="me"))
+        job = engine.submit(EngineJob(Request("a man", options=Options(steps=20)), owner="me"))
         job.future.result().result.images[0].save("out.png")
         engine.drain(60)
         engine.close()
@@ -64,7 +65,7 @@ class Engine:
         *,
         workers: int = 1,
         warm: Callable[[Session], object] | None = None,
-        observer: Observer | None = None,
+        observer: EngineObserver | None = None,
     ) -> None:
         sessions = tuple(sessions)
         if not sessions or len({session.bundle.hash for session in sessions}) > 1:
@@ -75,12 +76,13 @@ class Engine:
         self.bundle = sessions[0].bundle
         self.settings = settings or ServeSettings()
         self._warm = warm
-        self._observer = observer or Observer()
-        self._queue: FairQueue[Job] = FairQueue()
+        self._observer = observer or EngineObserver()
+        self._queue: FairQueue[EngineJob] = FairQueue()
         self._changed = threading.Condition()
-        self._running: set[Job] = set()
+        self._running: set[EngineJob] = set()
         self._busy = 0
         self._cold = len(sessions) * workers
+        self._warming = 0  # apart from `_busy`, since draining need not wait for a warm-up
         self._failure: BaseException | None = None
         self._draining = self._closed = False
         self._paused = 0
@@ -133,7 +135,7 @@ class Engine:
         except Exception as error:  # such as too little memory for its stack
             self._fail(WARMING, error)
 
-    def submit(self, job: Job) -> Job:
+    def submit(self, job: EngineJob) -> EngineJob:
         """Queue a job and return it.
 
         Raises:
@@ -142,18 +144,15 @@ class Engine:
         """
         with self._changed:
             if self._draining or self._failure is not None:
-                raise DrainingError("the service is ending and takes no more work.", retry_after=1.0)
+                raise draining()
             if len(self._queue) >= self.settings.queue:
-                raise QueueFullError(
-                    f"{len(self._queue)} requests wait, which is the limit. Try again later.",
-                    retry_after=self.retry_after(),
-                )
+                raise queue_full(len(self._queue), self.retry_after())
             job.enqueued = time.monotonic()
             self._queue.put(job)
             self._changed.notify_all()
         return job
 
-    def cancel(self, job: Job, error: MagicFaceError) -> None:
+    def cancel(self, job: EngineJob, error: MagicFaceError) -> None:
         """End a job with this error: at once if it waits, at its next step if it runs."""
         job.cancel(error)
         with self._changed:
@@ -162,13 +161,21 @@ class Engine:
             self._changed.notify_all()
 
     def exclusive(self, action: Callable[[Sequence[Session]], T]) -> T:
-        """Run `action` while no job runs; jobs in the queue go on waiting. Blocks until the running jobs have ended."""
+        """Run `action` while no job and no warm-up runs; jobs in the queue go on waiting, and threads that have not
+        warmed up wait as well. Blocks until what runs has ended.
+
+        Raises:
+            DrainingError: the engine was closed before that.
+        """
         with self._exclusive:
             with self._changed:
                 self._paused += 1
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: not self._busy)
             try:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or not (self._busy or self._warming))
+                    if self._busy or self._warming:  # waiting on would hold up the end of the process
+                        raise cut_off()
                 return action(self.sessions)
             finally:
                 with self._changed:
@@ -184,7 +191,7 @@ class Engine:
             self._changed.wait_for(lambda: not self._queue and not self._busy, max(0.0, end - time.monotonic()))
             left = [job for job in (*self._queue, *self._running) if not job.done]
         for job in left:
-            self.cancel(job, _cut_off())
+            self.cancel(job, cut_off())
         return len(left)
 
     def close(self, seconds: float = 30.0) -> bool:
@@ -204,16 +211,32 @@ class Engine:
     def _serve(self, session: Session) -> None:
         doing = WARMING
         try:
-            if self._warm is not None:
-                self._warm(session)
-            with self._changed:
-                self._cold -= 1
-                self._changed.notify_all()
+            if not self._warm_up(session):
+                return
             doing = "a thread that computes has ended"
             while self._do_next(session):
                 pass
         except BaseException as error:
             self._fail(doing, error)
+
+    def _warm_up(self, session: Session) -> bool:
+        """Do what a thread does first, once nothing runs exclusively; return False when the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self._paused)
+            if self._closed:
+                return False
+            self._warming += 1
+        warmed = False
+        try:
+            if self._warm is not None:
+                self._warm(session)
+            warmed = True
+        finally:
+            with self._changed:
+                self._warming -= 1
+                self._cold -= warmed
+                self._changed.notify_all()
+        return True
 
     def _fail(self, doing: str, error: BaseException) -> None:
         """Record that no work can be done any more, and end every job so that nobody waits in vain."""
@@ -236,7 +259,7 @@ class Engine:
             self._run(session, batch)
         except BaseException:
             for job in batch:
-                job.fail(_cut_off())
+                job.fail(cut_off())
             raise
         finally:
             seconds = time.monotonic() - start
@@ -249,7 +272,7 @@ class Engine:
                 self._changed.notify_all()
         return True
 
-    def _next(self) -> list[Job] | None:
+    def _next(self) -> list[EngineJob] | None:
         """Wait for the next job, and return it with those that may be made together with it; None when the engine is
         closed.
         """
@@ -268,15 +291,15 @@ class Engine:
                     self._busy -= 1
                     raise
 
-    def _companions(self, first: Job) -> list[Job]:
+    def _companions(self, first: EngineJob) -> list[EngineJob]:
         """Take waiting requests with the same number of steps, as many as fit, for as long as the first may wait."""
-        found: list[Job] = []
+        found: list[EngineJob] = []
         images = first.images
         bare = first.bare
         most = min(self.settings.batch, self.bundle.limits.images)
         until = first.enqueued + self.settings.batch_wait
 
-        def fits(job: Job) -> bool:
+        def fits(job: EngineJob) -> bool:
             return (
                 job.is_request
                 and not job.alone
@@ -299,7 +322,7 @@ class Engine:
             self._changed.wait(left)
         return found
 
-    def _run(self, session: Session, batch: Sequence[Job]) -> None:
+    def _run(self, session: Session, batch: Sequence[EngineJob]) -> None:
         jobs = [job for job in batch if job.begin()]
         if not jobs:
             return
@@ -338,7 +361,7 @@ class Engine:
             for job in jobs:
                 self._run(session, [job])
 
-    def _observe(self, jobs: Sequence[Job], seconds: float) -> None:
+    def _observe(self, jobs: Sequence[EngineJob], seconds: float) -> None:
         try:
             self._observer.batch(jobs, seconds)
         except BaseException:
@@ -355,10 +378,6 @@ def _clear_frames(error: BaseException) -> None:
             seen.add(id(one))
             traceback.clear_frames(one.__traceback__)
             chain += [one.__cause__, one.__context__]
-
-
-def _cut_off() -> DrainingError:
-    return DrainingError("the service has ended before this request was done.", retry_after=1.0)
 
 
 def _ending(error: BaseException) -> MagicFaceError:

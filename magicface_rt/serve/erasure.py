@@ -70,11 +70,11 @@ class Trace:
 
 
 def scrub(sessions: Sequence[Session]) -> str | None:
-    """Make Sessions drop their references, while no job of theirs runs. Returns where something may be left, in words,
-    or None.
+    """Make Sessions drop their references. Returns where something may be left, in words, or None.
 
-    What a Session keeps by itself is dropped entirely, because it may hold the same photographs prepared in other ways,
-    under other keys. It comes back from the store of concepts, or is prepared again.
+    While requests of a Session run, what they hold is left, and is dropped when they have ended. What a Session keeps
+    by itself is dropped entirely, because it may hold the same photographs prepared in other ways, under other keys. It
+    comes back from the store of concepts, or is prepared again.
     """
     gone = [session.forget() for session in sessions]
     return None if all(gone) else "a Session that makes pictures for others than this service"

@@ -1,5 +1,5 @@
 """Server-sent events, as the server writes them: the progress of a request, with its answer or its problem as the last
-event. The client reads them with `wire.Events`.
+event. The client reads them with `wire.EventParser`.
 
 event: accepted   {"waiting": 2}
 event: progress   {"step": 1, "steps": 20, "stage": "rsa", "batch": 0, "batches": 1}

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..concept import Concept
-from ..errors import DeadlineError, MagicFaceError
+from ..errors import MagicFaceError
 from ..request import Progress, ProgressCallback, Request
 from ..results import Result
 from ..session import Session
+from .refusals import deadline_passed
 
-__all__ = ["Done", "Job", "Task", "deadline_passed"]
+__all__ = ["Done", "EngineJob", "Task"]
 
 Task = Callable[[Session, ProgressCallback], Any]
 """Work other than a request for pictures, such as preparing a concept. Gets the Session, and a callback for its
@@ -37,7 +38,7 @@ class Done:
     batch: int
 
 
-class Job:
+class EngineJob:
     """A request for pictures, or a `Task`. `future` resolves to a `Done`, or raises.
 
     owner     who the job belongs to; owners take turns
@@ -121,10 +122,3 @@ class Job:
         """Release the work, which holds images and keys."""
         self._work = None
         self._progress = None
-
-
-def deadline_passed() -> DeadlineError:
-    """Make the error for a request whose deadline has passed."""
-    return DeadlineError(
-        "the deadline passed before the request was done. Allow more time, or ask for fewer steps or pictures."
-    )

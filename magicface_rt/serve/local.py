@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import io
 import logging
 import math
 import time
@@ -30,23 +29,25 @@ from ..errors import (
 )
 from ..kept import KeptConcept
 from ..kept.keeper import checked_storage
+from ..kept.memory import stored_bytes
 from ..kept.origin import content_key
 from ..provenance import software
 from ..request import Progress, ProgressCallback
-from ..results import Result
+from ..results import Result, encode_png
 from ..session import Session
-from ..shown import shown
-from ..warned import MagicFaceWarning, collected, warn
+from ..soft_warnings import MagicFaceWarning, collect_warnings, warn
+from ..values.shown import shown
 from .concepts import NO_WORD, ConceptStore, StoredConcept, concept_id, without_source
 from .engine import Engine
 from .erasure import STILL_RUNS, Erasures, Trace, not_begun, scrub
-from .job import Done, Job, deadline_passed
-from .orders import check_named, kept_bytes, pixels_of, read_upload, request_of
-from .problems import at, refused
+from .job import Done, EngineJob
+from .orders import check_named, parse_order, pixels_of, read_upload
+from .problems import at, refusal
+from .refusals import deadline_passed, draining, queue_full, remaining_seconds
 from .schemas import BundleInfo, BundleLimits, ConceptInfo, ConceptPut, Erasure, PictureOrder, Warned
 from .service import Accepted, ConceptUpload, Listener, Outcome, Service
 
-__all__ = ["LocalService", "Watcher", "until"]
+__all__ = ["LocalService", "ServiceObserver", "until"]
 
 logger = logging.getLogger("magicface_rt.serve")
 
@@ -61,7 +62,7 @@ bundle was written to.
 """
 
 
-class Watcher:
+class ServiceObserver:
     """Is notified about concepts and pictures; this base class does nothing. Called in the event loop's thread."""
 
     def looked_up(self, hit: bool) -> None:
@@ -80,7 +81,7 @@ class _Use:
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids = frozenset(ids)
         self.error: MagicFaceError | None = None
-        self.job: Job | None = None
+        self.job: EngineJob | None = None
         self.over = asyncio.Event()
 
     def check(self) -> None:
@@ -96,11 +97,11 @@ class LocalService(Service):
     All calls come from one event loop.
     """
 
-    def __init__(self, engine: Engine, store: ConceptStore, *, watcher: Watcher | None = None) -> None:
+    def __init__(self, engine: Engine, store: ConceptStore, *, observer: ServiceObserver | None = None) -> None:
         self.engine = engine
         self.store = store
         self.settings = engine.settings
-        self._watcher = watcher or Watcher()
+        self._observer = observer or ServiceObserver()
         self._session = engine.sessions[0]
         self._decoders = ThreadPoolExecutor(self.settings.decoders, thread_name_prefix="magicface-decode")
         # Separate, so that finished pictures do not wait behind uploads.
@@ -112,6 +113,8 @@ class LocalService(Service):
         # Separate, since it may wait for a whole batch, and whatever shared its thread would wait as well.
         self._alone = ThreadPoolExecutor(1, thread_name_prefix="magicface-alone")
         self._uses: set[_Use] = set()
+        self._late: set[_Use] = set()  # those of a concept that another process has erased
+        self._stale = False  # whether Sessions may hold something of such a concept
         self._erasures = Erasures(self.settings.queue)
         self._making: dict[str, asyncio.Event] = {}
         self._unfinished: dict[str, Trace] = {}
@@ -157,27 +160,27 @@ class LocalService(Service):
     # --------------------------------------------------------------------------------------------------------- pictures
 
     async def generate(self, order: PictureOrder, *, owner: str, listener: Listener | None = None) -> Outcome:
-        end = time.monotonic() + self._seconds(order.deadline)
+        end = time.monotonic() + remaining_seconds(order.deadline, self.settings.deadline)
         check_named(order)
-        with collected() as warned, self._using([use.id for use in order.concepts if use.id is not None]) as use:
+        with collect_warnings() as warned, self._using([use.id for use in order.concepts if use.id is not None]) as use:
             with self._taken():
                 kept = {id: await self._kept(id, k) for k, id in self._ids(order)}
                 use.check()
                 request, pixels = await self._by(
-                    end, self._decoders, request_of, order, kept.__getitem__, self._session, self.settings
+                    end, self._decoders, parse_order, order, kept.__getitem__, self._session, self.settings
                 )
                 kept.clear()
             request, alone = replace(request, record_regions=order.record_regions), order.alone
             del order  # and with it the files of its images
             use.check()
             with self._holding(pixels):
-                job = Job(request, owner=owner, deadline=end, alone=alone, progress=_relay(listener))
+                job = EngineJob(request, owner=owner, deadline=end, alone=alone, progress=_relay(listener))
                 del request
                 done = await self._done(job, use, listener)
-            outcome: Outcome = await self._in(self._encoders, _outcome, done, _told(warned))
+            outcome: Outcome = await self._in(self._encoders, _outcome, done, _warnings_for_answer(warned))
             del done
             use.check()
-        self._watcher.made(outcome)
+        self._observer.made(outcome)
         return outcome
 
     async def bundle(self) -> BundleInfo:
@@ -211,15 +214,15 @@ class LocalService(Service):
             storage = checked_storage(upload.storage)
         word = upload.word
 
-        with ExitStack() as held:
-            warned = held.enter_context(collected())
-            place = held.enter_context(ExitStack())  # in the queue, until the Engine has it
+        with ExitStack() as resources:
+            warned = resources.enter_context(collect_warnings())
+            place = resources.enter_context(ExitStack())  # in the queue, until the Engine has it
             place.enter_context(self._taken())
             concept, bare, origin = await self._by(
                 end, self._decoders, read_upload, upload, self._session, self.settings
             )
             del upload  # and with it the files of its images
-            held.enter_context(self._holding(pixels_of(concept)))
+            resources.enter_context(self._holding(pixels_of(concept)))
 
             def keys() -> list[str]:
                 return [content_key(origin, one.loaded, one.prompt, storage) for one in bare]
@@ -237,18 +240,17 @@ class LocalService(Service):
             id = concept_id(await self._by(end, self._decoders, keys))
             async with self._making_alone(id, end):
                 found = await self._found(id)
-                self._watcher.looked_up(found is not None)
+                self._observer.looked_up(found is not None)
                 if found is not None:
                     _warn_of_word(found.concept, word)
                     return _put(found, warned), False
-                room = asyncio.ensure_future(
-                    self._in(self._files, self.store.reserve, id, kept_bytes(origin, bare, storage))
-                )
-                held.callback(_give_back, room)  # even if nobody waits for it any more
+                nbytes = sum(stored_bytes(self._session.bundle, one.tokens, origin.steps, storage) for one in bare)
+                room = asyncio.ensure_future(self._in(self._files, self.store.reserve, id, nbytes))
+                resources.callback(_give_back, room)  # even if nobody waits for it any more
                 await _to_its_end(room)
                 with self._using([]) as use:
-                    done = await self._done(Job(prepare, owner=owner, deadline=end), use, None, place)
-                self._watcher.prepared()
+                    done = await self._done(EngineJob(prepare, owner=owner, deadline=end), use, None, place)
+                self._observer.prepared()
                 putting = asyncio.ensure_future(self._in(self._writers, self.store.put, id, done.result))
                 return _put(await _to_its_end(putting), warned), True
 
@@ -261,10 +263,10 @@ class LocalService(Service):
     async def erase(self, id: str) -> Erasure:
         end = time.monotonic() + self.settings.deadline
         files = stopped = 0
-        async with AsyncExitStack() as held:
-            held.enter_context(self._erasures.one())
+        async with AsyncExitStack() as resources:
+            resources.enter_context(self._erasures.one())
             try:
-                await held.enter_async_context(self._making_alone(id, end))
+                await resources.enter_async_context(self._making_alone(id, end))
             except DeadlineError:
                 raise not_begun(id) from None
             for attempt in range(ERASE_ATTEMPTS):
@@ -278,7 +280,7 @@ class LocalService(Service):
                 if await self._in(self._erasers, self.store.left, id) is None:
                     return Erasure(id=id, files=files, stopped=stopped)
                 await asyncio.sleep(ERASE_PAUSE)
-        raise refused(
+        raise refusal(
             409, "concept-put-again", f"concept {id}: another process puts it as it is erased. Erase it again."
         )
 
@@ -306,9 +308,6 @@ class LocalService(Service):
         self._unfinished.pop(id, None)
         return files, stopped
 
-    def _seconds(self, wanted: float | None) -> float:
-        return self.settings.deadline if wanted is None else min(wanted, self.settings.deadline)
-
     @contextmanager
     def _taken(self) -> Iterator[None]:
         """Hold a place in the queue while the block decodes a request's images, before the Engine has the request.
@@ -318,13 +317,10 @@ class LocalService(Service):
             DrainingError: no more work is taken.
         """
         if self.engine.draining:
-            raise DrainingError("the service is ending and takes no more work.", retry_after=1.0)
+            raise draining()
         waiting = self.engine.waiting + self._arriving
         if waiting >= self.settings.queue:
-            raise QueueFullError(
-                f"{waiting} requests wait, which is the limit. Try again later.",
-                retry_after=self.engine.retry_after(),
-            )
+            raise queue_full(waiting, self.engine.retry_after())
         self._arriving += 1
         try:
             yield
@@ -356,9 +352,9 @@ class LocalService(Service):
             try:
                 found: StoredConcept = await self._in(self._files, self.store.get, id)
             except UnknownConceptError:
-                self._watcher.looked_up(False)
+                self._observer.looked_up(False)
                 raise
-        self._watcher.looked_up(True)
+        self._observer.looked_up(True)
         return found.concept
 
     async def _found(self, id: str) -> StoredConcept | None:
@@ -368,7 +364,7 @@ class LocalService(Service):
         except UnknownConceptError:
             return None
 
-    async def _done(self, job: Job, use: _Use, listener: Listener | None, place: ExitStack | None = None) -> Done:
+    async def _done(self, job: EngineJob, use: _Use, listener: Listener | None, place: ExitStack | None = None) -> Done:
         """Queue a job and wait for it; whatever ends the wait ends the job. place: the place in the queue that the
         request has held so far.
         """
@@ -399,18 +395,32 @@ class LocalService(Service):
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 await self._in(self._files, self.store.used)
-                if self.store.take_vanished():
-                    await self._scrubbed()
+                await self._drop_vanished()
             except Exception as error:  # such as a folder that cannot be read now; try again next time
                 logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
             try:
-                said = await self._in(self._files, self._session.bundle.written_to)
+                said = await self._in(self._files, self._session.bundle.modified_error)
                 if said is not None:
                     self._spoilt = BundleError(said)
             except MagicFaceError as error:  # likewise
                 logger.warning("%s", error)
 
-    async def _scrubbed(self, end: float = math.inf) -> str | None:
+    async def _drop_vanished(self) -> None:
+        """Make the Sessions drop what other processes have erased: now, and again whenever a request that uses it has
+        ended, since it may have waited until now, and put the keys back when it ran.
+        """
+        vanished = self.store.take_vanished()
+        self._late |= {use for use in self._uses if not vanished.isdisjoint(use.ids)}
+        ended = {use for use in self._late if use.over.is_set()}
+        self._late -= ended
+        self._stale = self._stale or bool(vanished or ended)
+        if self._stale:
+            # Not in `_alone`, where it would wait for what runs: a Session that is busy drops the rest by itself, when
+            # the requests that run now have ended.
+            await asyncio.to_thread(scrub, self.engine.sessions)
+            self._stale = False
+
+    async def _scrubbed(self, end: float) -> str | None:
         """Once the running batches have ended, make the Sessions drop what is no longer kept. Returns where something
         is left.
 
@@ -563,7 +573,7 @@ def _relay(listener: Listener | None) -> Callable[[Progress], object] | None:
     return relay
 
 
-def _told(warned: Sequence[MagicFaceWarning]) -> list[Warned]:
+def _warnings_for_answer(warned: Sequence[MagicFaceWarning]) -> list[Warned]:
     """Return the warnings for the answer. The log gets only their kinds, since the rest quotes the request."""
     if warned:
         logger.warning("a request was warned of: %s", ", ".join(sorted({one.kind for one in warned})))
@@ -571,7 +581,7 @@ def _told(warned: Sequence[MagicFaceWarning]) -> list[Warned]:
 
 
 def _put(stored: StoredConcept, warned: Sequence[MagicFaceWarning]) -> ConceptPut:
-    return ConceptPut(**ConceptInfo.of(stored).model_dump(), warnings=_told(warned))
+    return ConceptPut(**ConceptInfo.of(stored).model_dump(), warnings=_warnings_for_answer(warned))
 
 
 def _warn_of_word(concept: KeptConcept, word: str | None) -> None:
@@ -589,13 +599,8 @@ def _warn_of_word(concept: KeptConcept, word: str | None) -> None:
 
 def _outcome(done: Done, warnings: Sequence[Warned]) -> Outcome:
     result: Result = done.result
-    pngs = []
-    for image in result.images:
-        file = io.BytesIO()
-        image.save(file, format="PNG")
-        pngs.append(file.getvalue())
     return Outcome(
-        pngs=pngs,
+        pngs=[encode_png(image) for image in result.images],
         regions=result.regions,
         names=result.concept_names,
         timings={**result.timings.to_dict(), "queued": done.queued},

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from .concepts import ConceptStore, known_use
-from .engine import Engine, Observer
-from .job import Job
-from .local import Watcher
+from .engine import Engine, EngineObserver
+from .job import EngineJob
+from .local import ServiceObserver
 from .service import Outcome
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
@@ -19,7 +19,7 @@ _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 _STAGES = ("queued", "loading", "text_encoding", "image_encoding", "reference_pass", "denoising", "decoding", "total")
 
 
-class Metrics(Observer, Watcher):
+class Metrics(EngineObserver, ServiceObserver):
     """The metrics of one service, in a registry of their own."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Metrics(Observer, Watcher):
         """Count an answer that was a problem."""
         self.errors.labels(kind).inc()
 
-    def batch(self, jobs: Sequence[Job], seconds: float) -> None:
+    def batch(self, jobs: Sequence[EngineJob], seconds: float) -> None:
         pictures = sum(job.images for job in jobs)
         if pictures:
             self.batches.observe(pictures)

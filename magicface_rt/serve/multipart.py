@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from .problems import refused
+from .problems import refusal
 
 __all__ = ["Form", "read_form"]
 
@@ -41,7 +41,7 @@ class Form:
         try:
             return [part.decode("utf-8") for part in self.parts.get(name, [])]
         except UnicodeDecodeError as error:
-            raise refused(422, "form", f"the part {name!r} is no UTF-8 text.", name) from error
+            raise refusal(422, "form", f"the part {name!r} is no UTF-8 text.", name) from error
 
     def text(self, name: str) -> str | None:
         """Return the text of the one part with this name, or None if there is none.
@@ -51,7 +51,7 @@ class Form:
         """
         found = self.texts(name)
         if len(found) > 1:
-            raise refused(422, "form", f"the part {name!r} stands {len(found)} times, expected once.", name)
+            raise refusal(422, "form", f"the part {name!r} stands {len(found)} times, expected once.", name)
         return found[0] if found else None
 
 
@@ -65,7 +65,7 @@ def read_form(content_type: str | None, body: bytes, known: Sequence[str]) -> Fo
     kind, options = parse_options_header(content_type or "")
     boundary = options.get(b"boundary")
     if kind.lower() != b"multipart/form-data" or not boundary:
-        raise refused(
+        raise refusal(
             415, "content-type", "expected Content-Type: multipart/form-data with a boundary.", "Content-Type"
         )
     reader = _Reader()
@@ -76,13 +76,13 @@ def read_form(content_type: str | None, body: bytes, known: Sequence[str]) -> Fo
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
-        raise refused(400, "form", f"the multipart body is malformed: {ascii(str(error))[:200]}.") from error
+        raise refusal(400, "form", f"the multipart body is malformed: {ascii(str(error))[:200]}.") from error
     if not reader.ended:
-        raise refused(400, "form", "the multipart body is cut short: its closing boundary is missing.")
+        raise refusal(400, "form", "the multipart body is cut short: its closing boundary is missing.")
     parts: dict[str, list[bytes]] = {}
     for name, data in reader.parts:
         if name not in known:
-            raise refused(422, "form", f"the part {name[:80]!a} is not known; there are {', '.join(known)}.", name)
+            raise refusal(422, "form", f"the part {name[:80]!a} is not known; there are {', '.join(known)}.", name)
         parts.setdefault(name, []).append(data)
     return Form(parts)
 
@@ -114,7 +114,7 @@ class _Reader:
         self._name, self._header_bytes, self._data = "", 0, bytearray()
         self._encoding = self._charset = ""
         if len(self.parts) >= MOST_PARTS:
-            raise refused(422, "form", f"the multipart body has more than {MOST_PARTS} parts.")
+            raise refusal(422, "form", f"the multipart body has more than {MOST_PARTS} parts.")
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._count(end - start)
@@ -137,7 +137,7 @@ class _Reader:
 
     def _headers_finished(self) -> None:
         if not self._name:
-            raise refused(
+            raise refusal(
                 400, "form", "a part of the multipart body has no name; expected one in its Content-Disposition."
             )
         for what, found, fine in (
@@ -146,7 +146,7 @@ class _Reader:
         ):
             if found not in fine:
                 name = self._name[:80]
-                raise refused(
+                raise refusal(
                     422, "form", f"the part {name!a} has the {what} {found[:80]!a}; expected {fine[0]}, or none.", name
                 )
 
@@ -162,6 +162,6 @@ class _Reader:
     def _count(self, more: int) -> None:
         self._header_bytes += more
         if self._header_bytes > MOST_HEADER_BYTES:
-            raise refused(
+            raise refusal(
                 400, "form", f"a part of the multipart body has headers of more than {MOST_HEADER_BYTES} bytes."
             )

@@ -8,24 +8,23 @@ from typing import Any, cast
 
 from PIL import Image
 
-from ..backends.host import host_dtype
 from ..bundle import Bundle
 from ..concept import Concept, NamedConcept, Reference, place_concepts
 from ..errors import AnswerError, ImageError, MaskError
 from ..images import Resample
-from ..kept import KeptConcept, Origin, Storage
+from ..kept import KeptConcept, Origin
 from ..options import Options
 from ..preparing import BareReference, load_bare
 from ..request import Request, check_concept, check_number, check_request
 from ..session import Session
 from .concepts import NO_WORD
-from .problems import at, refused
+from .problems import at, refusal
 from .schemas import ConceptUse, PictureOrder
 from .service import ConceptUpload
 from .settings import ServeSettings
 from .uploads import from_base64, open_image
 
-__all__ = ["check_named", "kept_bytes", "pixels_of", "read_upload", "request_of"]
+__all__ = ["check_named", "parse_order", "pixels_of", "read_upload"]
 
 _OPTIONS = tuple(option.name for option in fields(Options))
 _OF_A_CONCEPT = ("weight", "token_index", "name", "word")
@@ -36,10 +35,10 @@ def check_named(order: PictureOrder) -> None:
     for k, use in enumerate(order.concepts):
         if (use.id is None) == (use.references is None):
             found = "neither id nor references" if use.id is None else "both id and references"
-            raise refused(422, "concept", f"{found}; expected one of them.", f"concepts[{k}]")
+            raise refusal(422, "concept", f"{found}; expected one of them.", f"concepts[{k}]")
 
 
-def request_of(
+def parse_order(
     order: PictureOrder, kept: Callable[[str], KeptConcept], session: Session, settings: ServeSettings
 ) -> tuple[Request, int]:
     """Return the request, and the number of pixels that were decoded for it. Blocks: run it in a thread.
@@ -57,7 +56,7 @@ def request_of(
     with at("negative_prompt"):
         tokenizer.encode(order.negative_prompt)
     if len(order.concepts) > bundle.limits.concepts:
-        raise refused(
+        raise refusal(
             422,
             "concept",
             f"{len(order.concepts)} concepts were given; the bundle takes at most {bundle.limits.concepts}.",
@@ -106,7 +105,7 @@ def read_upload(
         options = Options(steps=steps, reference_seed=upload.reference_seed)
     origin = _origin(options, bundle, settings)
     if len(upload.references) > bundle.limits.references:
-        raise refused(
+        raise refusal(
             422,
             "concept",
             f"{len(upload.references)} images were given; the bundle takes at most {bundle.limits.references}.",
@@ -144,16 +143,6 @@ def pixels_of(concept: Concept) -> int:
     return sum(file.width * file.height for file in files if isinstance(file, Image.Image))
 
 
-def kept_bytes(origin: Origin, bare: Sequence[BareReference], storage: Storage) -> int:
-    """Return how many bytes the keys of references will take once they are kept."""
-    itemsize, of_channel = (1, 8) if storage == "8-bit" else (host_dtype(origin.dtype).itemsize, 0)
-    return sum(
-        origin.steps * width * (one.tokens[factor] * itemsize + of_channel)
-        for one in bare
-        for factor, width in origin.widths.values()
-    )
-
-
 def _concept(
     use: ConceptUse, field: str, kept: Callable[[str], KeptConcept], settings: ServeSettings, tokens: Sequence[str]
 ) -> tuple[NamedConcept, int]:
@@ -164,14 +153,14 @@ def _concept(
         word, name = known.word if use.word is None else use.word, use.name
         if word == NO_WORD and use.word is None:
             if index is None:
-                raise refused(
+                raise refusal(
                     422, "concept", "the concept was put without a word; say which word it is.", f"{field}.word"
                 )
             word, name = _standing_at(index, tokens), name or "concept"
         with at(field, *_OF_A_CONCEPT):
             return known.renamed(word, weight=use.weight, token_index=index, name=name), 0
     if use.word is None:
-        raise refused(422, "concept", "word is missing; expected a word of the prompt.", f"{field}.word")
+        raise refusal(422, "concept", "word is missing; expected a word of the prompt.", f"{field}.word")
     references, pixels = [], 0
     for j, one in enumerate(use.references or ()):
         place = f"{field}.references[{j}]"
@@ -209,7 +198,7 @@ def _options(order: PictureOrder, concepts: Sequence[NamedConcept], bundle: Bund
     with at("", *_OPTIONS):
         options = Options(**{**given, "steps": steps, "reference_seed": seed})
     if options.images > settings.images:
-        raise refused(
+        raise refusal(
             422, "option", f"images is {options.images}; this service makes at most {settings.images}.", "images"
         )
     _origin(options, bundle, settings)
@@ -218,7 +207,7 @@ def _options(order: PictureOrder, concepts: Sequence[NamedConcept], bundle: Bund
 
 def _origin(options: Options, bundle: Bundle, settings: ServeSettings) -> Origin:
     if options.steps > settings.steps:
-        raise refused(422, "option", f"steps is {options.steps}; this service takes at most {settings.steps}.", "steps")
+        raise refusal(422, "option", f"steps is {options.steps}; this service takes at most {settings.steps}.", "steps")
     with at("steps"):
         return Origin.of(bundle, options.steps, options.reference_seed)
 

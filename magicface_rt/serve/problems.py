@@ -30,9 +30,9 @@ from ..errors import (
     ServiceError,
     SessionClosedError,
 )
-from ..warned import placed
+from ..soft_warnings import attributed_to
 
-__all__ = ["MEDIA_TYPE", "Problem", "at", "refused", "title"]
+__all__ = ["MEDIA_TYPE", "Problem", "at", "refusal", "title"]
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -147,7 +147,7 @@ def at(field: str, *parts: str) -> Iterator[None]:
         AnswerError: in place of an InputError, with its status and kind, and the field.
     """
     try:
-        with placed(field):
+        with attributed_to(field):
             yield
     except InputError as error:
         problem = Problem.of(error)
@@ -165,6 +165,6 @@ def title(status: int) -> str:
     return _TITLES.get(status, "The request failed")
 
 
-def refused(status: int, kind: str, detail: str, field: str | None = None) -> AnswerError:
+def refusal(status: int, kind: str, detail: str, field: str | None = None) -> AnswerError:
     """Make the error for a refused request."""
     return AnswerError(detail, status=status, kind=kind, field=field)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pydantic import ValidationError
 
 from .multipart import Form
-from .problems import Problem, refused
+from .problems import Problem, refusal
 from .schemas import FORM_SCHEMA, MOST_TEXT, MOST_WORD, ConceptUse, InlineReference, PictureOrder
 from .service import ConceptUpload, Upload
 from .structure import read_body
@@ -29,16 +29,16 @@ def upload_of(form: Form) -> ConceptUpload:
     """
     images, masks, prompts = form.files("image"), form.files("mask"), form.texts("prompt")
     if not images:
-        raise refused(422, "form", "the part 'image' is missing; expected a PNG, JPEG or WebP file.", "image")
+        raise refusal(422, "form", "the part 'image' is missing; expected a PNG, JPEG or WebP file.", "image")
     if masks and len(masks) != len(images):
-        raise refused(
+        raise refusal(
             422,
             "form",
             f"there are {len(masks)} masks for {len(images)} images; expected one for each or none.",
             "mask",
         )
     if len(prompts) not in (0, 1, len(images)):
-        raise refused(
+        raise refusal(
             422,
             "form",
             f"there are {len(prompts)} prompts for {len(images)} images; expected one for all or one for each.",
@@ -49,7 +49,7 @@ def upload_of(form: Form) -> ConceptUpload:
     word = form.text("word")
     for name, text, most in (("word", word or "", MOST_WORD), *(("prompt", text, MOST_TEXT) for text in prompts)):
         if len(text) > most:
-            raise refused(422, "form", f"{name} has {len(text)} characters; at most {most} are taken.", name)
+            raise refusal(422, "form", f"{name} has {len(text)} characters; at most {most} are taken.", name)
     return ConceptUpload(
         references=[
             Upload(image, masks[k] if masks else None, prompt)
@@ -73,15 +73,15 @@ def wants_png(order: PictureOrder, accept: str | None) -> bool:
     png = order.response == "png"
     if order.response is None and accept is not None and not order.stream:
         if (count := 1 + accept.count(",") + accept.count(";")) > _MOST_RANGES:
-            raise refused(
+            raise refusal(
                 406, "not-acceptable", f"Accept has {count:,} parts; at most {_MOST_RANGES} are read.", "Accept"
             )
         for_png, for_json = _quality(accept, "image", "png"), _quality(accept, "application", "json")
         if not for_png and not for_json:
-            raise refused(406, "not-acceptable", "an answer is image/png or application/json; accept one.", "Accept")
+            raise refusal(406, "not-acceptable", "an answer is image/png or application/json; accept one.", "Accept")
         png = for_png > for_json
     if png and order.images > 1 and not order.stream:
-        raise refused(
+        raise refusal(
             422, "option", f"images is {order.images}, and a PNG holds one picture. Ask for response=json.", "images"
         )
     return png
@@ -105,9 +105,9 @@ def read_order(content_type: str | None, body: bytes) -> PictureOrder:
     """
     kind = (content_type or "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise refused(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
+        raise refusal(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
     if not body:
-        raise refused(422, "body", "the body is empty; expected a JSON object.")
+        raise refusal(422, "body", "the body is empty; expected a JSON object.")
     content = read_body(body)
     del body
     try:
@@ -145,7 +145,7 @@ def _whole(form: Form, name: str) -> int | None:
     if text is None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise refused(422, "form", f"{name} is {text[:80]!a}, expected a whole number.", name)
+        raise refusal(422, "form", f"{name} is {text[:80]!a}, expected a whole number.", name)
     return int(text)
 
 

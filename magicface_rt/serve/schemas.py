@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..warned import MagicFaceWarning
+from ..regions import TOKENS
+from ..soft_warnings import MagicFaceWarning
 from .concepts import NO_WORD, StoredConcept
 
 MOST_TEXT = 2000
@@ -56,7 +57,7 @@ class ConceptUse(_Body):
         None, description="Word or words of the prompt. Null: the word that the concept was put with.", examples=["man"]
     )
     weight: Number = Field(3.0, description="Strength, -100 to 100; 0 hides the references.", examples=[2.5])
-    token_index: int | Annotated[list[int], Field(min_length=1, max_length=77)] | None = Field(
+    token_index: int | Annotated[list[int], Field(min_length=1, max_length=TOKENS)] | None = Field(
         None, description="Token positions in the prompt instead of looking for the word; 1 is the first."
     )
     name: Word | None = Field(None, description="What regions and messages call it; the word, unless given.")

@@ -23,12 +23,12 @@ from ..options import Options
 from ..request import Request
 from ..session import Session
 from ..ui import module as ui_module
+from .access import PAGE, names_of
 from .app import build_app
 from .auth import Tokens
 from .concepts import ConceptStore, MemoryConcepts
 from .connection import HEAD_BYTES, Connection
 from .engine import Engine
-from .gate import PAGE, names_of
 from .local import LocalService
 from .metrics import Metrics
 from .service import Service
@@ -55,7 +55,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     page: bool = False,
-    told: Callable[[str], object] = logger.info,
+    report: Callable[[str], object] = logger.info,
 ) -> int:
     """Serve until SIGTERM, SIGINT or Ctrl-C, and then until the running requests have their answers or `settings.drain`
     seconds have passed. Returns how many requests were cut off.
@@ -63,7 +63,7 @@ def serve(
     workers  execution contexts of each Session, which must have been opened with as many
     port     0 for any free port
     page     whether to serve the page of `magicface_rt.ui` at /ui
-    told     called with what is going on, line by line
+    report   called with what is going on, line by line
 
     Raises:
         OptionError: the port is in use, or the address does not belong to this machine.
@@ -79,16 +79,16 @@ def serve(
         found = where.getsockname()
         hosts = None if tokens else names_of(str(found[0]))
         app = build_app(service, settings=settings, tokens=tokens, metrics=metrics, hosts=hosts)
-        server = Server(app, service, drain=settings.drain, told=told)
+        server = Server(app, service, drain=settings.drain, report=report)
         if mounting is not None:
             facts = ui_module("facts").Facts.of(
                 sessions[0].bundle, settings, backend=sessions[0].backend.name, protected=bool(tokens)
             )
             server.at_end = mounting.mount_page(app, service, sessions[0].tokenizer, facts).end
         url = f"http://{f'[{found[0]}]' if ':' in found[0] else found[0]}:{found[1]}"
-        told(f"listening on {url}")
+        report(f"listening on {url}")
         if page:
-            told(f"the page is at {url}{PAGE}/")
+            report(f"the page is at {url}{PAGE}/")
         server.run(sockets=[where])
     failure = service.failure()
     if failure is not None:
@@ -117,7 +117,7 @@ def local_service(
     )
     if metrics is not None:
         metrics.watch(engine, store)
-    return LocalService(engine, store, watcher=metrics)
+    return LocalService(engine, store, observer=metrics)
 
 
 def warm_up(session: Session, settings: ServeSettings) -> None:
@@ -193,7 +193,7 @@ class Server(uvicorn.Server):
         service: Service,
         *,
         drain: float = 60.0,
-        told: Callable[[str], object] = logger.info,
+        report: Callable[[str], object] = logger.info,
         **config: Any,
     ) -> None:
         super().__init__(
@@ -217,7 +217,7 @@ class Server(uvicorn.Server):
         self._app = app
         self._service = service
         self._drain = drain
-        self._told = told
+        self._report = report
         self._draining: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -257,12 +257,12 @@ class Server(uvicorn.Server):
 
     def _stop(self, number: int) -> None:
         if self._draining is None:
-            self._told(
+            self._report(
                 f"{signal.Signals(number).name}: ending when the requests that are being done have their answers"
             )
             self._draining = asyncio.ensure_future(self._end(self._drain))
         else:
-            self._told(f"{signal.Signals(number).name} again: ending now")
+            self._report(f"{signal.Signals(number).name} again: ending now")
             self._draining.cancel()
             self._draining = asyncio.ensure_future(self._end(0))
 
@@ -283,5 +283,5 @@ class Server(uvicorn.Server):
                 return
             if not ready and self._service.not_ready() is None:
                 ready = True
-                self._told("ready")
+                self._report("ready")
             await asyncio.sleep(WATCH_SECONDS if ready else 0.05)

@@ -6,8 +6,8 @@ import json
 import sys
 from typing import Any
 
-from ..strict_json import DoubledKeyError, read_json
-from .problems import refused
+from ..files.strict_json import DoubledKeyError, read_json
+from .problems import refusal
 
 __all__ = ["MOST_VALUES", "read_body"]
 
@@ -30,9 +30,9 @@ def read_body(body: bytes) -> Any:
     try:
         return read_json(body)
     except DoubledKeyError as error:  # quoted in part: the key is the client's, and may be anything
-        raise refused(422, "body", f"the key {error.key[:80]!a} stands twice in one object. Leave one out.") from None
+        raise refusal(422, "body", f"the key {error.key[:80]!a} stands twice in one object. Leave one out.") from None
     except ValueError as error:
-        raise refused(400, "json", _why_not(error)) from None
+        raise refusal(400, "json", _why_not(error)) from None
 
 
 def _why_not(error: ValueError) -> str:
@@ -49,4 +49,4 @@ def _check_structure(body: bytes) -> None:
         chunk = body[start : start + _CHUNK]
         left -= len(chunk) - len(chunk.translate(None, b",[{"))
         if left < 0:
-            raise refused(422, "body", f"the body has more than {MOST_VALUES:,} values.")
+            raise refusal(422, "body", f"the body has more than {MOST_VALUES:,} values.")

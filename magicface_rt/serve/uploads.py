@@ -9,7 +9,7 @@ import io
 from PIL import ExifTags, Image
 
 from ..errors import ImageError, MaskError
-from ..interrupts import let_through
+from ..process.interrupts import reraise_if_interrupt
 
 __all__ = ["FORMATS", "from_base64", "open_image"]
 
@@ -37,7 +37,7 @@ def open_image(data: bytes, *, pixels: int, name: str, error: type[ImageError] |
     except Image.DecompressionBombError as cause:
         raise error(f"{name} has more than the {pixels:,} pixels that are taken. Scale it down.") from cause
     except Exception as cause:  # decoders raise anything on damaged files
-        let_through(cause)
+        reraise_if_interrupt(cause)
         raise error(
             f"{name} cannot be read: it is damaged, cut short, or no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file "
             f"({type(cause).__name__})."

@@ -37,16 +37,17 @@ from ..errors import (
     UnknownConceptError,
     UnreachableError,
 )
+from ..files.strict_json import read_json
 from ..images import MAX_PIXELS, load_alpha_mask, load_image, load_mask
 from ..options import Options
-from ..plain_numbers import as_float
 from ..request import Progress
-from ..shown import shown
-from ..strict_json import read_json
+from ..results import encode_png
+from ..values.plain_numbers import as_float
+from ..values.shown import shown
 
 __all__ = [
     "UNREADABLE",
-    "Events",
+    "EventParser",
     "Given",
     "KeptId",
     "Made",
@@ -375,7 +376,7 @@ def _seconds(retry_after: str) -> float:
     return max(0.0, seconds) if math.isfinite(seconds) else 1.0
 
 
-class Events:
+class EventParser:
     """Reads server-sent events line by line. `content`: what the last event, `pictures`, held, once it has arrived."""
 
     def __init__(self) -> None:
@@ -519,7 +520,7 @@ def _image_bytes(reference: Reference, name: str) -> bytes:
             raise ImageError(f"{name}: image {os.fspath(source)!r} cannot be read: {error}.") from error
         if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
             return data
-    return _png(load_image(source, name=f"{name}: image"))
+    return encode_png(load_image(source, name=f"{name}: image"))
 
 
 def _mask_bytes(reference: Reference, name: str, *, explicit: bool) -> bytes:
@@ -529,10 +530,4 @@ def _mask_bytes(reference: Reference, name: str, *, explicit: bool) -> bytes:
         mask = load_alpha_mask(reference.image, threshold=threshold, name=name)
     else:
         mask = load_mask(reference.mask, image_size=None, threshold=threshold, name=f"{name}: mask")
-    return _png(Image.fromarray(mask.astype(np.uint8) * np.uint8(255)))
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
+    return encode_png(Image.fromarray(mask.astype(np.uint8) * np.uint8(255)))

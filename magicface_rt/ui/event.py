@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..serve.bodies import Share
-from ..serve.problems import refused
+from ..serve.problems import refusal
 from ..serve.schemas import MOST_TEXT, SEED_LIMIT
 from ..serve.structure import read_body
 
-__all__ = ["Events", "Kind", "Parcel", "read_event"]
+__all__ = ["Kind", "PageEvents", "Parcel", "read_event"]
 
 Kind = Literal["photographs", "text", "number"]
 
-Events = Mapping[int, Sequence[Kind]]
+PageEvents = Mapping[int, Sequence[Kind]]
 """What each field of an event holds, by the event's number. At most one field holds photographs."""
 
 _TAB = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -42,7 +42,7 @@ class Parcel:
         return content
 
 
-def read_event(body: bytes, events: Events) -> tuple[bytes, bytes]:
+def read_event(body: bytes, events: PageEvents) -> tuple[bytes, bytes]:
     """Split an event into what the framework gets and the photographs. This takes time in proportion to the event: run
     it in a thread.
 
@@ -57,20 +57,20 @@ def read_event(body: bytes, events: Events) -> tuple[bytes, bytes]:
     """
     event = read_body(body) if body else None
     if not isinstance(event, dict):
-        raise refused(422, "body", "the body holds no event; expected an object with data, fn_index and session_hash.")
+        raise refusal(422, "body", "the body holds no event; expected an object with data, fn_index and session_hash.")
     number, tab, data = event.get("fn_index"), event.get("session_hash"), event.get("data")
     if type(number) is not int or number not in events:
-        raise refused(422, "body", "fn_index: expected the number of an event of this page. Load it again.", "fn_index")
+        raise refusal(422, "body", "fn_index: expected the number of an event of this page. Load it again.", "fn_index")
     if not isinstance(tab, str) or _TAB.fullmatch(tab) is None:
-        raise refused(422, "body", "session_hash: expected 1 to 64 letters, digits, _ and -.", "session_hash")
+        raise refusal(422, "body", "session_hash: expected 1 to 64 letters, digits, _ and -.", "session_hash")
     kinds = events[number]
     if not isinstance(data, list) or len(data) != len(kinds):
         found = f"{len(data)} fields" if isinstance(data, list) else "no list of fields"
-        raise refused(422, "body", f"data has {found}, expected {len(kinds)}. Load the page again.", "data")
+        raise refusal(422, "body", f"data has {found}, expected {len(kinds)}. Load the page again.", "data")
     photographs = b""
     for place, (kind, value) in enumerate(zip(kinds, data, strict=True)):
         if not _holds(kind, value):
-            raise refused(
+            raise refusal(
                 422, "body", f"data: field {place + 1} of {len(kinds)} holds no {kind}. Load the page again.", "data"
             )
         if isinstance(value, str):

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from ..errors import AnswerError, OptionError
 from ..serve.schemas import PictureOrder
 from ..serve.structure import read_body
-from ..shown import one_line
 from ..tokenizer import Tokenizer
+from ..values.shown import one_line
 from .words import chosen, words_of
 
 __all__ = ["Form", "FormConcept", "Photograph", "photographs"]
@@ -118,7 +118,7 @@ class Form:
 
         return replace(self, concepts=[replace(one, photograph=named(one.photograph)) for one in self.concepts])
 
-    def place(self, name: str | None) -> str:
+    def field_label(self, name: str | None) -> str:
         """Return a field of the order in the page's words: concepts[0].references[0].mask is "Concept 1, mask"."""
         if name is None:
             return ""

@@ -131,7 +131,7 @@ class Handlers:
         except Exception as error:
             if not isinstance(error, MagicFaceError) or Problem.of(error).status == 500:
                 logger.error("a request of the page failed", exc_info=error)
-            yield {status: saying.refused(error, form)}
+            yield {status: saying.refusal_text(error, form)}
         finally:
             if run is not None:
                 self.runs.over(tab, run)
@@ -228,7 +228,7 @@ def _number(value: Any) -> Any:
 
 
 def _owner(request: gr.Request) -> str:
-    """Return who the request belongs to in the queue, as determined by the gate."""
+    """Return who the request belongs to in the queue, as determined by `AccessMiddleware`."""
     return str(getattr(request.state, "owner", ""))
 
 

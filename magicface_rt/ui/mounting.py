@@ -8,14 +8,14 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.routing import Mount
 
-from ..serve.gate import PAGE
+from ..serve.access import PAGE
 from ..serve.service import Service
 from ..tokenizer import Tokenizer
-from .door import Door
-from .event import Events, Kind
+from .event import Kind, PageEvents
 from .facts import Facts
 from .handlers import Handlers
 from .layout import lay_out, theme
+from .page_middleware import PageMiddleware
 
 __all__ = ["Mounted", "mount_page"]
 
@@ -44,7 +44,7 @@ class Mounted:
 def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Facts) -> Mounted:
     """Add the page to an application that `build_app` made of the same service.
 
-    The application's gate and its limits on bodies apply to the page as well.
+    The application's checks of who may ask (`AccessMiddleware`) and its limits on bodies apply to the page as well.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     handlers = Handlers(service, tokenizer, facts)
@@ -67,7 +67,7 @@ def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Fact
     )
     mounted = next(route for route in app.router.routes if isinstance(route, Mount) and route.path == PAGE)
     page.app = mounted.app  # type: ignore[assignment]
-    mounted.app = Door(mounted.app, _events(page, handlers), handlers.left)
+    mounted.app = PageMiddleware(mounted.app, _events(page, handlers), handlers.left)
     holder = page.state_holder
 
     def forget(tab: str) -> None:
@@ -78,7 +78,7 @@ def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Fact
     return Mounted(page)
 
 
-def _events(page: gr.Blocks, handlers: Handlers) -> Events:
+def _events(page: gr.Blocks, handlers: Handlers) -> PageEvents:
     """Return the events that reach the service; all others are handled by scripts in the browser."""
 
     def kind(event: str, field: object) -> Kind:

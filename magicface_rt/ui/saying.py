@@ -9,7 +9,7 @@ from ..serve.problems import Problem
 from ..serve.service import Outcome
 from .form import Form
 
-__all__ = ["cancelled", "done", "note", "progressing", "refused", "started", "waiting"]
+__all__ = ["cancelled", "done", "note", "progressing", "refusal_text", "started", "waiting"]
 
 STAGES = {
     "rsa": "first stage (RSA): every place may look at every photograph",
@@ -29,12 +29,12 @@ def note(text: str) -> str:
 
 def done(outcome: Outcome) -> str:
     """The request succeeded; also says what was done to the photographs and masks that may not have been meant."""
-    told = "".join(f"<li>{escape(one.detail)}</li>" for one in outcome.warnings if one.kind not in MEANT)
+    message = "".join(f"<li>{escape(one.detail)}</li>" for one in outcome.warnings if one.kind not in MEANT)
     text = f"Done in {outcome.timings['total']:.1f} seconds."
-    if not told:
+    if not message:
         return note(text)
     text += " Something was done that may not have been meant:"
-    return f'<div class="mf-status"><div role="status"><p>{escape(text)}</p><ul>{told}</ul></div></div>'
+    return f'<div class="mf-status"><div role="status"><p>{escape(text)}</p><ul>{message}</ul></div></div>'
 
 
 def waiting(before: int) -> str:
@@ -69,9 +69,9 @@ def cancelled(last: Progress | None) -> str:
     return note(f"Cancelled after step {last.step} of {last.steps}." if last else "Cancelled before the first step.")
 
 
-def refused(error: BaseException, form: Form | None = None) -> str:
+def refusal_text(error: BaseException, form: Form | None = None) -> str:
     """The error's message, after the part of the page that is at fault."""
     problem = Problem.of(error)
-    place = form.place(problem.field) if form is not None else ""
+    place = form.field_label(problem.field) if form is not None else ""
     where = f"<strong>{escape(place)}:</strong> " if place else ""
     return f'<div class="mf-status mf-error"><p role="alert">{where}{escape(problem.detail)}</p></div>'

@@ -10,11 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ from magicface_rt import Bundle, Session
 from magicface_rt.backends import Binding
 from magicface_rt.cli import main
 from magicface_rt.errors import BackendError, InputError, OptionError, OutputError
+from tests.killed import fill, killed, temporary
 from tests.locations import ROOT
 
 OURS = "onnxruntime-cpu"
@@ -855,3 +858,30 @@ def test_a_contender_whose_process_dies_is_reported(tiny_bundle: Path, tmp_path:
         worker._process.kill()
         with pytest.raises(ContenderError, match="exit code -9; was there not enough memory"):
             worker.call("step", "rba")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and flock")
+def test_what_a_killed_benchmark_left_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = SimpleNamespace(dtype="float32", width=64, height=64)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(bench, "Bundle", SimpleNamespace(open=lambda *_, **__: opened))
+    monkeypatch.setattr(bench, "_peaks", lambda *_: {})
+    measured: list[Path] = []
+
+    def stub(then: Any) -> Any:
+        return lambda settings, path, bundle, case, folder, say: SimpleNamespace(run=lambda: then(Path(folder)))
+
+    def measure(folder: Path) -> None:
+        measured.append(folder)
+        raise BackendError("enough was seen")
+
+    settings = Settings(bundles=("bundle",), kinds=("bare",))
+    monkeypatch.setattr(bench, "_Bench", stub(fill))
+    killed(lambda: bench.run(settings))
+    (left,) = temporary(tmp_path, "magicface-bench")
+    assert (left / "weights.bin").exists()
+    monkeypatch.setattr(bench, "_Bench", stub(measure))
+    with pytest.raises(BackendError, match="enough"):
+        bench.run(settings)
+    assert measured[0].parent == tmp_path
+    assert list(tmp_path.iterdir()) == []

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from benchmarks.miniature.privacy import Attack, Taken, cut, judged, table  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from benchmarks.miniature import privacy  # noqa: E402
+from benchmarks.miniature.privacy import Attack, Row, Taken, cut, judged, table  # noqa: E402
 
 GRID, PATCH, STEPS = 8, 2, 3
 
@@ -59,3 +68,32 @@ def test_the_table_leaves_what_was_not_asked_empty() -> None:
     row = judged("the truth", [one.patches * 0.99 for one in victims], victims, photographs)
     assert row.named == 1.0
     assert table([row]).splitlines()[-1].endswith("| 100% |  |")
+
+
+def test_the_report_says_where_when_and_of_what_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = SimpleNamespace(width=64, height=64, dtype="fp32", hash="1" * 64, checkpoint_hash="2" * 64)
+    monkeypatch.setattr(privacy, "open_model", lambda *_: SimpleNamespace(bundle=bundle))
+    monkeypatch.setattr(privacy, "Session", lambda opened, **_: nullcontext(opened))
+    monkeypatch.setattr(privacy, "attacks", lambda *_, **__: ([Row("an attack", 20.0, 1.0, 0.5)], {}, [], None))
+    monkeypatch.setattr(privacy, "sheet", lambda *_: Image.new("RGB", (1, 1)))
+    monkeypatch.setenv("MAGICFACE_RT_COMMIT", "3" * 40)
+
+    assert privacy.main(["--out", str(tmp_path / "out"), "--examples", "7", "--victims", "5"]) == 0
+    report = json.loads((tmp_path / "out" / "privacy.json").read_text(encoding="utf-8"))
+    assert report["bundle"] == {
+        "width": 64,
+        "height": 64,
+        "dtype": "fp32",
+        "hash": "1" * 64,
+        "checkpoint": "2" * 64,
+    }
+    machine = report["machine"]
+    assert machine["commit"] == "3" * 40
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", machine["started"])
+    assert machine["processor"]
+    assert machine["cores"] >= 1
+    assert machine["versions"]["torch"] == torch.__version__
+    assert report["settings"] == {"examples": 7, "victims": 5, "steps": privacy.STEPS}
+    assert [row["name"] for row in report["rows"]] == ["an attack"]

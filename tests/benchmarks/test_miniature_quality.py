@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,14 @@ from benchmarks.miniature import (  # noqa: E402
     vocabulary,
     world,
 )
-from magicface_rt.errors import CheckpointError, InputError, OptionError, OutputError  # noqa: E402
+from magicface_rt.errors import (  # noqa: E402
+    BackendError,
+    CheckpointError,
+    HostMemoryError,
+    InputError,
+    OptionError,
+    OutputError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -424,6 +432,27 @@ def test_the_command_makes_measures_and_goes_on_where_it_was(
     capsys.readouterr()
     assert quality.main([*arguments, "--only", "plain", "--steps", "3"]) == 2
     assert "another steps (2, not 3)" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_no_reason_to_leave_a_variant_out(
+    cases: list[requests.Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = variants.chosen("plain", ("onnxruntime-cpu",))
+    settings = {"steps": 1, "guidance": 3.0, "threads": 1, "say": lambda _: None}
+
+    def make(raised: Exception) -> object:
+        def opened(*_: object, **__: object) -> None:
+            raise raised
+
+        monkeypatch.setattr(pictures, "Session", opened)
+        folder = pictures.PictureFolder(tmp_path / "pictures", {})
+        bundle: Any = None  # nothing reads it
+        return pictures.make(bundle, "onnxruntime-cpu", chosen, cases[:1], folder, **settings)
+
+    assert make(BackendError("it serves no such bundle")) == "it serves no such bundle"
+    for raised in (HostMemoryError("nothing is left"), BackendError("onnxruntime failed: std::bad_alloc")):
+        with pytest.raises(HostMemoryError):
+            make(raised)
 
 
 @pytest.mark.slow  # exports a bundle

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import Bundle, unfinished
+from magicface_rt import Bundle
 from magicface_rt.cli import main
+from magicface_rt.files import atomic_files
 from magicface_rt.provenance import DIGITAL_SOURCE_TYPE, read_provenance
 
 BUNDLE = "magicface-demo-bundle"
@@ -37,10 +38,10 @@ def demo(tiny_bundle: Path, tiny_checkpoint: Path, job: Path, tmp_path: Path, mo
 
     def export(checkpoint: object, folder: Path, **_: object) -> Bundle:
         demo.exported += 1
-        unfinished.make_folder(folder.parent)
-        with unfinished.part(folder, folder=True) as part:
+        atomic_files.make_folder(folder.parent)
+        with atomic_files.temporary_sibling(folder, folder=True) as part:
             shutil.copytree(tiny_bundle, part, dirs_exist_ok=True)
-            unfinished.put(part, folder, overwrite=False)
+            atomic_files.replace_into_place(part, folder, overwrite=False)
         return Bundle.open(folder)
 
     def compare(*_: object, **__: object) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
@@ -14,9 +15,10 @@ import pytest
 pytest.importorskip("tensorrt_rtx")
 
 from magicface_rt.cli import main
-from magicface_rt.cli._sizes import parse_size
 from magicface_rt.cli.build import _watched
+from magicface_rt.engines import caches
 from magicface_rt.errors import OptionError
+from magicface_rt.values.sizes import parse_size
 
 TARGET = ["--target", "rtx-4090"]
 
@@ -87,6 +89,45 @@ def test_a_damaged_plan_is_told_and_pruned(store: Path, capsys: pytest.CaptureFi
     assert code == 0
     assert len(said["removed"]) == 1
     assert said["bytes"] == 0
+
+
+def test_prune_says_which_caches_it_removed_and_what_it_could_not_remove(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [store / "runtime-cache" / f"{digit * 32}-sm89.cache" for digit in "ab"]
+    paths[0].parent.mkdir()
+    for path in paths:
+        path.write_bytes(bytes(1000))
+    real = caches.remove
+
+    def remove(path: Path) -> None:
+        if path == paths[0]:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        real(path)
+
+    monkeypatch.setattr(caches, "remove", remove)
+    arguments = ["engines", "prune", "--store", str(store), "--limit", "1GiB"]
+    code, said = outcome(capsys, *arguments)
+    assert code == 2
+    assert (said["removed"], said["removed_cache_files"], said["removed_cache_bytes"]) == ([], 1, 1000)
+    assert said["cache_bytes"] == 1000
+    (fault,) = said["faults"]
+    assert str(paths[0]) in fault
+    assert [path.exists() for path in paths] == [True, False]
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert "0 plans and 1 cache files (1000 B) removed" in capsys.readouterr().out
+    assert not paths[0].exists()
+
+
+def test_a_folder_that_is_no_store_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    library = tmp_path / "onnxruntime-linux-x64-gpu-1.23.2" / "libonnxruntime.so"
+    library.parent.mkdir()
+    library.write_bytes(bytes(1000))
+    for verb in (["list"], ["verify"], ["prune", "--limit", "0"]):
+        assert main(["engines", *verb, "--store", str(tmp_path)]) == 2
+        assert "'onnxruntime-linux-x64-gpu-1.23.2'" in capsys.readouterr().err
+    assert library.exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from PIL import Image
 
 from magicface_rt import Concept, KeptConcept, Options, Progress, Session
 from magicface_rt.cli import main
-from magicface_rt.cli.run import progress_bar, request_of
+from magicface_rt.cli.run import build_request, progress_bar
+from magicface_rt.errors import HostMemoryError
 from magicface_rt.kept.keeper import KeepSettings
-from tests.cli.jobs import write_job
+from tests.cli.jobs import write_images, write_job
 
 
 @pytest.fixture
@@ -25,6 +27,15 @@ def kept(tiny_bundle: Path, job: Path, tmp_path: Path) -> Path:
     """A folder with man.concept and hat.concept, for two steps."""
     outcome(tmp_path, "prepare", tiny_bundle, "--job", job, "--out", tmp_path / "kept")
     return tmp_path / "kept"
+
+
+@pytest.fixture(scope="module")
+def kept_once(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with man.concept and hat.concept, for two steps; not to be written to."""
+    folder = tmp_path_factory.mktemp("kept-once")
+    write_images(folder)
+    outcome(folder, "prepare", tiny_bundle, "--job", write_job(folder), "--out", folder / "kept")
+    return folder / "kept"
 
 
 def outcome(tmp_path: Path, *arguments: object) -> dict[str, Any]:
@@ -70,6 +81,25 @@ def test_what_can_be_refused_is_refused_before_anything_is_prepared(
     assert not (tmp_path / "kept").exists()
 
 
+def test_where_memory_ends_the_concepts_that_were_done_remain(
+    tiny_bundle: Path, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, prepared = Session.prepare, []
+
+    def prepare(session: Session, concept: Concept, **named: Any) -> KeptConcept:
+        prepared.append(concept.name)
+        if len(prepared) == 2:
+            raise HostMemoryError("there is too little memory.")
+        return real(session, concept, **named)
+
+    monkeypatch.setattr(Session, "prepare", prepare)
+    assert main(["prepare", str(tiny_bundle), "--job", str(job), "--out", str(tmp_path / "kept")]) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == "error: there is too little memory."
+    assert prepared == ["man", "hat"]
+    assert os.listdir(tmp_path / "kept") == ["man.concept"]
+    assert KeptConcept.load(tmp_path / "kept" / "man.concept", check_hashes=True).name == "man"
+
+
 def test_a_prepared_concept_makes_the_picture_of_the_bare_one(
     tiny_bundle: Path, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,7 +136,6 @@ def test_a_prepared_concept_makes_the_picture_of_the_bare_one(
         capsys, "run", tiny_bundle, "--job", job, *kept, "--steps", 3, "--out", tmp_path / "x"
     )
     assert "budget" in refusal(capsys, "plan", tiny_bundle, "--job", job, "--budget", "1kB")
-    assert "exists already" in refusal(capsys, "prepare", tiny_bundle, "--job", job, "--out", tmp_path / "kept")
 
 
 def test_a_job_says_how_its_kept_concepts_are_used(tiny_bundle: Path, kept: Path, tmp_path: Path) -> None:
@@ -203,6 +232,120 @@ def test_prepare_stores_as_it_is_told(tiny_bundle: Path, job: Path, tmp_path: Pa
     assert made["files"][0]["error"] == loaded.error > 0
 
 
+def test_prepare_goes_on_where_some_files_are_there_already(
+    tiny_bundle: Path,
+    job: Path,
+    kept: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is whole and the very same is kept and named; nothing of it is computed again."""
+    man, hat = kept / "man.concept", kept / "hat.concept"
+    before = man.read_bytes(), man.stat().st_ino
+    hat.unlink()
+    abandoned = kept / f".man.concept.{'0' * 32}.part"  # of a process killed as it put man.concept there
+    os.link(man, abandoned)
+    prepared: list[str] = []
+    real = Session.prepare
+
+    def prepare(session: Session, concept: Concept, **more: Any) -> KeptConcept:
+        prepared.append(concept.name)
+        return real(session, concept, **more)
+
+    monkeypatch.setattr(Session, "prepare", prepare)
+    capsys.readouterr()
+    made = outcome(tmp_path, "prepare", tiny_bundle, "--job", job, "--out", kept)
+    said = capsys.readouterr().out
+    assert [(f["concept"], f["existed"]) for f in made["files"]] == [("man", True), ("hat", False)]
+    assert said.count("was there already") == 1
+    assert prepared == ["hat"]
+    assert (man.read_bytes(), man.stat().st_ino) == before
+    assert sorted(os.listdir(kept)) == ["hat.concept", "man.concept"]
+    assert KeptConcept.load(hat).word == "hat"
+    assert [f["existed"] for f in outcome(tmp_path, "prepare", tiny_bundle, "--job", job, "--out", kept)["files"]] == [
+        True,
+        True,
+    ]
+    assert prepared == ["hat"]
+    again = outcome(tmp_path, "prepare", tiny_bundle, "--job", job, "--out", kept, "--overwrite")
+    assert [f["existed"] for f in again["files"]] == [False, False]
+    assert prepared == ["hat", "man", "hat"]
+
+
+OTHERS: dict[str, tuple[dict[str, Any], list[object], str]] = {
+    "steps": ({}, ["--steps", 3], "its number of steps is 2, expected 3"),
+    "seed": ({}, ["--reference-seed", 9], "its reference_seed is 0, expected 9"),
+    "storage": ({}, ["--storage", "8-bit"], "its storage is 'exact', expected '8-bit'"),
+    "note": ({}, ["--note", "hers"], "its note is None, expected 'hers'"),
+    "images": ({}, ["--with-image"], "it holds no images"),
+    "weight": ({"weight": 1.5}, [], "its weight is 2.5, expected 1.5"),
+    "word": ({"word": "hat", "name": "man"}, [], "its word is 'man', expected 'hat'"),
+    "token": ({"token_index": 2}, [], "its token_index is None, expected (2,)"),
+    "prompt": ({"prompt": "an old man"}, [], "the prompt of its reference 1 is 'a man', expected 'an old man'"),
+    "image": ({"image": "hat.png"}, [], "its reference 1 was made from another image or mask"),
+    "count": (
+        {
+            "image": None,
+            "prompt": None,
+            "references": [{"image": n, "prompt": "a man"} for n in ("man.png", "hat.png")],
+        },
+        [],
+        "its number of references is 1, expected 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_prepare_refuses_a_file_that_differs_before_anything_is_computed(
+    other: str,
+    tiny_bundle: Path,
+    kept_once: Path,
+    job: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It stands second, so the first one would have been computed before it."""
+    changes, more, difference = OTHERS[other]
+    man = {"word": "man", "image": "man.png", "prompt": "a man", "weight": 2.5, **changes}
+    concepts = [
+        {"word": "hat", "name": "first", "image": "hat.png", "prompt": "a hat"},
+        {key: value for key, value in man.items() if value is not None},
+    ]
+    changed = write_job(tmp_path, "changed.json", concepts=concepts)
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(kept_once / "man.concept", out)
+    monkeypatch.setattr(Session, "prepare", lambda *_, **__: pytest.fail("something was prepared"))
+    said = refusal(capsys, "prepare", tiny_bundle, "--job", changed, "--out", out, *more)
+    assert f"{str(out / 'man.concept')!r} exists already" in said
+    assert difference in said
+    assert "--overwrite" in said
+    assert (out / "man.concept").read_bytes() == (kept_once / "man.concept").read_bytes()
+
+
+def test_prepare_refuses_a_damaged_file_and_one_with_other_images(
+    tiny_bundle: Path, kept_once: Path, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    content = (kept_once / "man.concept").read_bytes()
+    (out / "man.concept").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    said = refusal(capsys, "prepare", "nowhere", "--job", job, "--out", out)
+    assert "exists already and is no whole kept concept" in said
+    assert "SHA-256" in said
+    (out / "man.concept").unlink()
+    with_image = ["prepare", tiny_bundle, "--job", job, "--out", out, "--with-image"]
+    outcome(tmp_path, *with_image)
+    assert [f["existed"] for f in outcome(tmp_path, *with_image)["files"]] == [True, True]
+    assert "it holds its images, and none are to be stored" in refusal(capsys, *with_image[:-1])
+    KeptConcept.load(out / "man.concept")._like(pictures={"image_0": np.zeros((1, 1, 3), np.uint8)}).save(
+        out / "man.concept", with_image=True, overwrite=True
+    )
+    assert "the images in it are others" in refusal(capsys, *with_image)
+
+
 def test_prepare_sees_first_whether_it_can_write(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """There is no such bundle, so what is said of the files was seen before it was looked for."""
     (tmp_path / "file").write_text("")
@@ -276,7 +419,7 @@ def test_a_file_that_two_concepts_could_give_way_to_is_refused(
     assert plan["steps"] == 2, "a file that is for neither of them stands behind"
     named = [{**men[0], "name": "the other"}, men[1]]
     twice = write_job(tmp_path, "named.json", prompt="a man with a man", concepts=named)
-    request = request_of(twice, None, [], {}, [str(kept / "man.concept")])
+    request = build_request(twice, None, [], {}, [str(kept / "man.concept")])
     assert [type(concept) for concept in request.concepts] == [Concept, KeptConcept]
 
 

@@ -21,7 +21,7 @@ from magicface_rt import errors
 from magicface_rt.cli import main
 from magicface_rt.cli.export import parse_layers
 from magicface_rt.errors import NonFiniteError, OptionError, ParityError
-from magicface_rt.warned import MagicFaceWarning
+from magicface_rt.soft_warnings import MagicFaceWarning
 from tests.faults.disks import Layer, Settling
 from tests.locations import CASES
 

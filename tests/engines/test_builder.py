@@ -341,8 +341,8 @@ def test_a_timing_cache_is_kept_and_found_again(tmp_path: Path) -> None:
     timing_cache.load(tmp_path / "store", of, 0, second)
     assert second.cache is not None
     assert second.cache.content == b"measured"
-    assert [path.name for path in timing_cache.place(tmp_path / "store", of, 0).parent.iterdir()] == [
-        timing_cache.place(tmp_path / "store", of, 0).name
+    assert [path.name for path in timing_cache.cache_file(tmp_path / "store", of, 0).parent.iterdir()] == [
+        timing_cache.cache_file(tmp_path / "store", of, 0).name
     ]
     third = Config()
     timing_cache.load(tmp_path / "store", replace(of, version="11.5"), 0, third)

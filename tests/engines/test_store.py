@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from store_worker import CONTENT, sample_key, writer
 
-from magicface_rt import unfinished
 from magicface_rt.engines import layout, locking
 from magicface_rt.engines.locking import FileLock
 from magicface_rt.engines.plan_key import PlanKey
 from magicface_rt.engines.store import Damaged, EngineStore, Plan
 from magicface_rt.errors import PlanError, StoreError
+from magicface_rt.files import atomic_files
 
 
 @pytest.fixture
@@ -295,11 +295,11 @@ def test_the_least_recently_used_go_first(store: EngineStore) -> None:
         used_at(store, plan, seconds)
     size = store.size(plans[0])
     assert size > len(CONTENT)
-    assert store.prune(limit=2 * size + 10) == [plans[1], plans[3]]
+    assert store.prune(limit=2 * size + 10).entries == [plans[1], plans[3]]
     assert store.plans() == sorted([plans[0], plans[2]], key=lambda plan: plan.folder)
-    assert store.prune(limit=2 * size + 10) == []
-    assert store.prune() == []
-    assert store.prune(limit=0) == [plans[2], plans[0]]
+    assert store.prune(limit=2 * size + 10).entries == []
+    assert store.prune().entries == []
+    assert store.prune(limit=0).entries == [plans[2], plans[0]]
     assert files(store) == []
 
 
@@ -313,7 +313,7 @@ def test_reading_and_leasing_count_as_use_and_rewrite_nothing(store: EngineStore
     store.find(found.key)
     assert store.last_used(found) == 100
     assert store.last_used(read) > 100
-    assert store.prune(limit=2 * store.size(read)) == [found]
+    assert store.prune(limit=2 * store.size(read)).entries == [found]
     after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in store.root.rglob("*") if path.is_file()}
     assert after.items() <= before.items()
     assert len(after) == 4
@@ -335,8 +335,8 @@ def test_a_plan_in_use_or_to_be_kept_or_being_built_stays(store: EngineStore) ->
     lock = FileLock.acquire(layout.lock_path(building.folder))
     assert lock is not None
     with store.in_use(used), lock:
-        assert store.prune(limit=0, keep=[kept.key]) == [idle]
-    assert store.prune(limit=0, keep=[kept.key]) == [building]
+        assert store.prune(limit=0, keep=[kept.key]).entries == [idle]
+    assert store.prune(limit=0, keep=[kept.key]).entries == [building]
     assert not store.remove(used)
     lease.close()
     lease.close()
@@ -379,7 +379,7 @@ def test_what_else_is_in_the_folder_is_left_alone(store: EngineStore) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     assert store.entries() == [plan]
-    assert store.prune(limit=0) == [plan]
+    assert store.prune(limit=0).entries == [plan]
     assert all(path.read_text() == "mine" for path in strangers)
 
 
@@ -387,13 +387,15 @@ def test_damaged_entries_go_before_sound_ones(store: EngineStore) -> None:
     plans = [store.build(key, writer()) for key in variants(2)]
     used_at(store, plans[0], 100)
     plans[1].path.write_bytes(b"")
-    (removed,) = store.prune(limit=store.size(plans[0]))
+    (removed,) = store.prune(limit=store.size(plans[0])).entries
     assert isinstance(removed, Damaged)
     assert removed.folder == plans[1].folder
     assert store.plans() == [plans[0]]
 
 
 # Caches beside the plans
+
+ORT_CACHE = f"onnxruntime-tensorrt/{'5' * 64}/TensorrtExecutionProvider"
 
 
 def cache(store: EngineStore, name: str, count: int, age: float = 0) -> Path:
@@ -423,24 +425,106 @@ def test_what_killed_processes_left_of_a_cache_goes_and_what_is_being_written_st
 ) -> None:
     written = store.root / name
     left = cache(store, os.fspath(written.with_name(f".{written.name}.{'0' * 32}.part")), 10)
-    other = cache(store, os.fspath(written.with_name(f".other.{'0' * 32}.part")), 10)
-    with unfinished.part(written) as part:
+    other = cache(store, os.fspath(written.with_name(f".{written.stem}.1{written.suffix}.{'0' * 32}.part")), 10)
+    foreign = cache(store, os.fspath(written.with_name(f".other.{'0' * 32}.part")), 10)
+    with atomic_files.temporary_sibling(written) as part:
         assert not left.exists(), "whoever writes the same removes it"
         part.write_bytes(bytes(1000))
-        assert store.prune(0) == []
+        assert store.prune(0).entries == []
         assert not other.exists()
-        unfinished.put(part, written)
+        assert foreign.exists()
+        atomic_files.replace_into_place(part, written)
     assert written.stat().st_size == 1000
 
 
 def test_caches_count_and_go_before_plans(store: EngineStore) -> None:
     plan = store.build(sample_key(), writer(seconds=0))
-    old = cache(store, "onnxruntime-tensorrt/old.engine", 1000, age=100)
-    new = cache(store, "timing-caches/new.bin", 1000)
+    old = cache(store, f"{ORT_CACHE}_TRTKernel_graph_0_0_sm89.engine", 1000, age=100)
+    new = cache(store, "timing-caches/tensorrt-10.0-9.0.bin", 1000)
     assert store.cache_size() == 2000
-    assert store.prune(store.size(plan) + 1500) == []
+    pruned = store.prune(store.size(plan) + 1500)
+    assert (pruned.entries, pruned.cache_files, pruned.cache_bytes) == ([], 1, 1000)
     assert not old.exists()
     assert new.exists()
-    assert store.prune(store.size(plan)) == []
+    assert store.prune(store.size(plan)).entries == []
     assert not new.exists()
     assert store.find(plan.key) is not None
+
+
+def test_only_files_that_the_sdk_or_onnx_runtime_made_are_caches(store: EngineStore) -> None:
+    """ONNX Runtime's own releases unpack into `onnxruntime-linux-...`, and folders may have the names of others'."""
+    store.build(sample_key(), writer())
+    digest = "5" * 64
+    foreign = [
+        "onnxruntime-linux-x64-gpu-1.23.2/lib/libonnxruntime.so",
+        "onnxruntime-x/a.engine",
+        f"onnxruntime-x/{digest}/TensorrtExecutionProvider_TRTKernel_graph_0.engine",
+        "onnxruntime-tensorrt/old.engine",
+        f"onnxruntime-tensorrt/{digest}/notes.txt",
+        f"onnxruntime-tensorrt/{digest}/deeper/TensorrtExecutionProvider_TRTKernel_graph_0.engine",
+        "onnxruntime-tensorrt/mine/TensorrtExecutionProvider_TRTKernel_graph_0.engine",
+        f"onnxruntime-nv-tensorrt-rtx/{digest}/TensorrtExecutionProvider_TRTKernel_graph_0.engine",
+        "runtime-cache/mine.cache",
+        f"runtime-cache/{digest}/{digest[:32]}-sm89.cache",
+        f"runtime-cache/{digest[:32]}-sm89.txt",
+        "timing-caches/mine.bin",
+        "timing-caches/old/tensorrt-10.0-9.0.bin",
+    ]
+    made = [
+        f"onnxruntime-tensorrt/{digest}/TensorrtExecutionProvider_TRTKernel_graph_main_0_0_sm89.engine",
+        f"onnxruntime-tensorrt/{digest}/TensorrtExecutionProvider_TRTKernel_graph_main_0_0_sm89.profile",
+        f"onnxruntime-nv-tensorrt-rtx/{digest}/NvTensorRTRTXExecutionProvider_TRTKernel_graph_main_0_0",
+        f"runtime-cache/{digest[:32]}-sm8.9-driver13000-1.7.1.116.cache",
+        "timing-caches/tensorrt-rtx-1.7.1.116-none.bin",
+    ]
+    strangers = [cache(store, name, 1000, age=1000) for name in foreign]
+    caches = [cache(store, name, 10) for name in made]
+    assert store.cache_size() == 10 * len(caches)
+    pruned = store.prune(limit=0)
+    assert (pruned.cache_files, pruned.cache_bytes) == (len(caches), 10 * len(caches))
+    assert [path for path in strangers if not path.exists()] == []
+    assert [path for path in caches if path.exists()] == []
+
+
+@pytest.mark.parametrize("linked", ["onnxruntime-tensorrt", f"onnxruntime-tensorrt/{'5' * 64}", "timing-caches"])
+def test_a_cache_is_not_looked_for_behind_a_link(store: EngineStore, linked: str) -> None:
+    store.build(sample_key(), writer())
+    paths = [
+        cache(store, f"{ORT_CACHE}_TRTKernel_graph_0_0_sm89.engine", 10),
+        cache(store, "timing-caches/tensorrt-10.0-9.0.bin", 10),
+    ]
+    link, elsewhere = store.root / linked, store.root.parent / "elsewhere"
+    link.rename(elsewhere)
+    link.symlink_to(elsewhere)
+    behind = [path for path in paths if path.is_relative_to(link)]
+    store.prune(limit=0)
+    assert all(path.exists() for path in behind)
+    assert not any(path.exists() for path in paths if path not in behind)
+
+
+@pytest.mark.parametrize("flavour", ["data", "sha256", "tensorflow"])
+def test_files_by_digest_in_a_folder_of_no_flavour_are_not_plans(store: EngineStore, flavour: str) -> None:
+    """Other programs keep files in `data/<two digits>/<digest>` too."""
+    store.build(sample_key(), writer())
+    shard = store.root / flavour / "ab"
+    mine = [shard / ("ab" * 32), shard / ("ac" * 32) / "data", shard / f".{'ab' * 32}.{'0' * 32}.part"]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    assert len(store.entries()) == 1
+    assert len(store.prune(limit=0).entries) == 1
+    assert all(path.read_text() == "mine" for path in mine)
+
+
+def test_a_folder_that_is_no_store_is_named_and_left_alone(tmp_path: Path) -> None:
+    for name in ("", "nowhere"):
+        assert EngineStore(tmp_path / name).prune(limit=0).entries == [], "an empty or missing folder is a new store"
+    mine = cache(EngineStore(tmp_path), "onnxruntime-linux-x64-gpu-1.23.2/lib/libonnxruntime.so", 10, age=100)
+    cache(EngineStore(tmp_path), "tensorrt", 10)  # a file, where a store would have a folder
+    with pytest.raises(StoreError, match=r"is not one.*'onnxruntime-linux-x64-gpu-1\.23\.2', 'tensorrt', expected"):
+        EngineStore(tmp_path).prune(limit=0)
+    assert mine.exists()
+    plan = EngineStore(tmp_path / "new").build(sample_key(), writer())
+    EngineStore(tmp_path / "new").prune(limit=0)
+    assert not plan.folder.exists()
+    assert EngineStore(tmp_path / "new").prune(limit=0).entries == [], "a store without plans is one"

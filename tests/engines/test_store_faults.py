@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_a_damaged_entry_is_reported_refused_and_replaced(
 def test_a_damaged_entry_can_be_removed(store: EngineStore, plan: Plan, damage: Callable[[Plan], None]) -> None:
     damage(plan)
     (entry,) = store.entries()
-    assert store.prune(limit=-1) == [entry]
+    assert store.prune(limit=-1).entries == [entry]
     assert store.entries() == []
     assert not os.path.lexists(plan.folder)
 
@@ -221,7 +222,7 @@ def test_a_linked_folder_of_the_store_is_not_followed(store: EngineStore, plan: 
     with pytest.raises(StoreError, match="not a folder of the store's own"):
         store.build(sample_key(), writer())
     assert store.entries() == []
-    assert store.prune(limit=0) == []
+    assert store.prune(limit=0).entries == []
     assert len(list(elsewhere.rglob("plan"))) == 1
 
 
@@ -275,7 +276,11 @@ def test_a_failing_disk_is_an_error_that_names_the_place_and_leaves_no_half_plan
         fail(patch, name, code, store.root, call)
         with pytest.raises(StoreError) as error:
             store.build(sample_key(), writer())
-    advice = {errno.ENOSPC: "Free some space", errno.EROFS: "Make the store writable", errno.EIO: "Look at the disk"}
+    advice = {
+        errno.ENOSPC: "Free some space",
+        errno.EROFS: "Make the store writable",
+        errno.EIO: "Look at the store and its disk",
+    }
     for part in (str(store.root), "cannot be written", os.strerror(code), advice[code], "--store DIR"):
         assert part in str(error.value)
     assert store.entries() == [], "what was said to have failed is not there"
@@ -308,7 +313,7 @@ def test_a_read_only_store_serves_what_it_has(store: EngineStore, plan: Plan, mo
     with store.in_use(store.get(sample_key())):
         assert store.read(plan) == SMALL
     assert store.verify() == [(plan, None)]
-    assert store.prune() == []
+    assert store.prune().entries == []
     with pytest.raises(StoreError, match=r"Read-only file system.*Make the store writable"):
         store.build(sample_key(precision="bf16"), writer())
     with pytest.raises(StoreError, match="Read-only file system"):
@@ -328,7 +333,7 @@ def test_a_store_of_another_user_is_not_taken_for_an_empty_one(
 def test_a_root_that_cannot_be_made(root: str) -> None:
     store = EngineStore(root)
     assert store.entries() == []
-    assert store.prune() == []
+    assert store.prune().entries == []
     with pytest.raises(PlanError, match="no plan for graph"):
         store.get(sample_key())
     with pytest.raises(StoreError, match=root):
@@ -340,3 +345,53 @@ def test_a_file_in_the_place_of_the_root(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not a folder"):
         EngineStore(tmp_path / "store").build(sample_key(), writer())
     assert (tmp_path / "store").read_text() == "mine"
+
+
+def orphan(store: EngineStore, digit: str, size: int = 10) -> Path:
+    """A runtime cache of a plan that is gone."""
+    path = store.root / "runtime-cache" / f"{digit * 32}-sm89.cache"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bytes(size))
+    return path
+
+
+def test_a_build_stands_though_its_store_cannot_be_pruned(
+    store: EngineStore, plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cache of a plan that is gone, in the folder of another user of the store."""
+    stuck = orphan(store, "a")
+    fail(monkeypatch, "unlink", errno.EPERM, stuck)
+    key = sample_key(precision="bf16")
+    built = store.build(key, writer())
+    assert store.read(built) == CONTENT
+    (line,) = [record for record in caplog.records if record.name == "magicface_rt.engines"]
+    assert line.levelname == "WARNING"
+    assert f"the plan was built; pruning the store afterwards: engine store {store.root}: {stuck}" in line.message
+    assert "Operation not permitted" in line.message
+
+
+def test_a_build_stands_in_a_store_that_cannot_be_listed(
+    store: EngineStore, plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise StoreError("engine store: it cannot be read.")
+
+    monkeypatch.setattr(store, "entries", refuse)
+    assert store.read(store.build(sample_key(precision="bf16"), writer())) == CONTENT
+    assert "it cannot be read" in caplog.text
+
+
+def test_pruning_goes_on_past_what_cannot_be_removed_and_reports_it(
+    store: EngineStore, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, loose = orphan(store, "a"), orphan(store, "b")
+    fail(monkeypatch, "unlink", errno.EPERM, stuck)
+    with pytest.raises(StoreError, match=re.escape(f"{stuck} cannot be written (Operation not permitted)")):
+        store.prune()
+    assert not loose.exists()
+    faults: list[StoreError] = []
+    loose = orphan(store, "b", 20)
+    pruned = store.prune(limit=0, on_fault=faults.append)
+    assert (pruned.entries, pruned.cache_files, pruned.cache_bytes) == ([plan], 1, 20)
+    assert [str(stuck) in str(fault) for fault in faults] == [True]
+    assert stuck.exists()

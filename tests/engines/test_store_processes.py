@@ -111,12 +111,12 @@ def test_a_plan_that_another_process_uses_is_not_pruned_until_that_ends(store: E
     reader = start("lease", store.root)
     try:
         assert hear(reader) == "leased"
-        assert store.prune(limit=0) == []
+        assert store.prune(limit=0).entries == []
         assert store.read(plan) == CONTENT
     finally:
         reader.kill()
         reader.communicate()
-    assert store.prune(limit=0) == [plan]
+    assert store.prune(limit=0).entries == [plan]
 
 
 # Kills

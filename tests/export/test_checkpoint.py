@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -382,6 +383,47 @@ def test_content_hash_covers_every_weight_file_and_nothing_else(folder: Path) ->
     state["post_quant_conv.bias"] += 1
     save_file(state, folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert Checkpoint.open(folder).content_hash() != before
+
+
+def replaced(file: Path) -> None:
+    """As a download or a synchronisation does."""
+    shutil.copyfile(file, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+
+
+def written_to(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"\0\0\0\0")
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("change", [replaced, written_to, cut_short, Path.unlink], ids=lambda change: change.__name__)
+def test_a_weight_file_that_changes_after_it_was_opened_is_named(folder: Path, change: Callable[[Path], None]) -> None:
+    opened = Checkpoint.open(folder)
+    opened.check_unchanged()
+    change(folder / UNET)
+    said = rf"{UNET} was (replaced or written to|removed) since the checkpoint was opened"
+    for call in (opened.check_unchanged, opened.load_unet, opened.load_vae):
+        with pytest.raises(CheckpointError, match=said):
+            call()
+
+
+def test_a_link_to_weights_that_is_switched_is_a_change(folder: Path, tmp_path: Path) -> None:
+    """Caches of model hubs consist of such links."""
+    for name in ("one", "two"):
+        shutil.copyfile(folder / UNET, tmp_path / name)
+    (folder / UNET).unlink()
+    (folder / UNET).symlink_to(tmp_path / "one")
+    opened = Checkpoint.open(folder)
+    opened.load_unet()
+    (folder / UNET).unlink()
+    (folder / UNET).symlink_to(tmp_path / "two")
+    with pytest.raises(CheckpointError, match=rf"{UNET} was replaced"):
+        opened.load_unet()
 
 
 @pytest.mark.full

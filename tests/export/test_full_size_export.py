@@ -26,8 +26,9 @@ import sys
 import numpy as np
 from magicface_rt import Bundle
 from magicface_rt.backends import OnnxRuntime
-from magicface_rt.denoiser import Denoiser, Guidance, ReferenceSet
+from magicface_rt.denoiser import Guidance
 from magicface_rt.regions import MaskedReference
+from magicface_rt.single_step import Denoiser, ReferenceSet
 
 bundle = Bundle.open(sys.argv[1], check_hashes=False)
 graph = OnnxRuntime("cpu").load(bundle, "denoise_step")

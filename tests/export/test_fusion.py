@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from magicface_rt.backends import OnnxRuntime
 from magicface_rt.backends import onnxruntime as onnxruntime_module
 from magicface_rt.bundle import CUDA_RUNTIME, MANIFEST, Bundle
-from magicface_rt.errors import BackendError
+from magicface_rt.errors import BackendError, HostMemoryError
 from magicface_rt.export import exporter
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.fusion import Fused, fuse
@@ -397,3 +397,27 @@ def test_a_fused_graph_that_computes_something_else_is_left_out(
     assert CUDA_RUNTIME not in made.parity["text_encoder"]
     (warning,) = [line for line in said if "warning" in line]
     assert "graph text_encoder: not what PyTorch computes" in warning
+
+
+@pytest.mark.parametrize("where", ["opened", "run"])
+def test_too_little_memory_to_compare_the_form_for_cuda_ends_the_export(
+    where: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing of the form, which would else be missing from the bundle with no more than a warning."""
+    makers, ort = exporter.graph_makers, onnxruntime_module.import_onnxruntime()
+
+    def short(*_: object, **__: object) -> None:
+        raise RuntimeError("std::bad_alloc")
+
+    def session(*given: object, **named: object) -> object:
+        return short() if where == "opened" else SimpleNamespace(run=short)
+
+    replaced = SimpleNamespace(SessionOptions=ort.SessionOptions, InferenceSession=session)
+    monkeypatch.setattr("magicface_rt.export.fusion.defined.import_onnxruntime", lambda: replaced)
+    monkeypatch.setattr(exporter, "graph_makers", lambda *given: iter([next(makers(*given))]))
+    said: list[str] = []
+    with pytest.raises(HostMemoryError, match="bad_alloc"):
+        exporter.export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "bundle", report=said.append)
+    assert "text_encoder: comparing the form for CUDA with PyTorch" in said
+    assert not any("warning" in line for line in said)
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from PIL import Image
 
 from magicface_rt.backends import Backend, OnnxRuntime
 from magicface_rt.bundle import Bundle
-from magicface_rt.denoiser import STATE, Denoiser
+from magicface_rt.denoiser import STATE
 from magicface_rt.export.bundle_runner import BundleStepRunner
 from magicface_rt.export.parity import _case_bundle
 from magicface_rt.export.recordings import Recording
@@ -20,6 +20,7 @@ from magicface_rt.images import LoadedReference
 from magicface_rt.kept import KeptConcept, Origin
 from magicface_rt.kept.feed import KeyFeed, PlacedKeys, StoredKeys
 from magicface_rt.kept.preparation import EncodedReference, prepare_reference
+from magicface_rt.single_step import Denoiser
 from tests.locations import DATA, GOLDENS
 
 SHIPPED = DATA / "recordings" / "guidance-3"

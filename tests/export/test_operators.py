@@ -30,7 +30,7 @@ def session(body: str, dtype: int = TensorProto.FLOAT) -> onnxruntime.InferenceS
     inputs += [value("key_bias", TensorProto.FLOAT, ["K", "M"])]
     graph = helper.make_graph([node], "g", inputs, [value("out", dtype, ["B", "n", WIDTH])])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", operators.OPSET)], ir_version=10)
-    operators.bind(model, body)  # type: ignore[arg-type]
+    operators.write_bodies(model, body)  # type: ignore[arg-type]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -116,8 +116,8 @@ def test_float16_bias_keeps_its_low_part() -> None:
 def test_binding_again_replaces_the_bodies() -> None:
     model = onnx.ModelProto()
     model.graph.node.append(helper.make_node("TokenAttention", list("qkv"), ["out"], domain=operators.DOMAIN))
-    operators.bind(model, "onnxruntime")
-    operators.bind(model, "tensorrt")
+    operators.write_bodies(model, "onnxruntime")
+    operators.write_bodies(model, "tensorrt")
     assert [f.name for f in model.functions] == ["TokenAttention"]
     assert not any(node.op_type == "MultiHeadAttention" for node in model.functions[0].node)
 
@@ -131,7 +131,7 @@ def test_flash_attention_gets_one_width() -> None:
     inputs = [value(name, dtype, None) for name, dtype in zip(names, dtypes, strict=True)]
     graph = helper.make_graph([node], "g", inputs, [value("out", TensorProto.FLOAT, None)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", operators.OPSET)], ir_version=10)
-    operators.bind(model, "onnxruntime-cuda")
+    operators.write_bodies(model, "onnxruntime-cuda")
     model = onnx.inliner.inline_local_functions(model)
     (attention,) = [n for n in model.graph.node if n.op_type == "MultiHeadAttention"]
     model.graph.output.extend(value(name, TensorProto.FLOAT, None) for name in attention.input)

@@ -16,10 +16,20 @@ import onnx
 import onnxruntime
 import pytest
 
-from magicface_rt import BackendError, Bundle, BundleError, ExportError, OptionError, OutputError, ParityError
 from magicface_rt.backends import OnnxRuntime
-from magicface_rt.bundle import GraphContract, Tensor
-from magicface_rt.export import graph_parity
+from magicface_rt.bundle import Bundle, GraphContract, Tensor
+from magicface_rt.errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    ExportError,
+    HostMemoryError,
+    OptionError,
+    OutputError,
+    ParityError,
+)
+from magicface_rt.export import exporter, graph_parity
+from magicface_rt.export import parity as parity_module
 from magicface_rt.export.bundle_runner import BundleStepRunner
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
@@ -29,6 +39,7 @@ from magicface_rt.export.replay import relative_error, replay_steps
 from magicface_rt.export.samples import sample_inputs
 from magicface_rt.export.trajectory import TrajectoryReport
 from magicface_rt.export.widened import widen
+from tests.killed import fill, killed, temporary
 from tests.locations import DATA, GOLDENS
 
 SHIPPED = DATA / "recordings" / "guidance-3"
@@ -61,13 +72,13 @@ def test_a_bundle_reproduces_a_recording(work: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"weights": (6.0, 2.0)},
-        {"tokens": ((5,), (9,))},
-        {"guidance": 3.03},
-        {"ca_scale": 0.65},
-        {"inject_step": 4},
+        pytest.param({"weights": (6.0, 2.0)}, id="weights"),
+        pytest.param({"inject_step": 4}, id="inject_step"),
+        *(  # the recording is spoiled alike in test_recordings.py, and there quickly
+            pytest.param(change, id=next(iter(change)), marks=pytest.mark.slow)
+            for change in ({"tokens": ((5,), (9,))}, {"guidance": 3.03}, {"ca_scale": 0.65})
+        ),
     ],
-    ids=lambda change: next(iter(change)),
 )
 def test_a_bundle_fails_a_recording_with_another_setting(work: Path, change: dict) -> None:
     recording = Recording.load(SHIPPED)
@@ -140,6 +151,48 @@ def test_a_failed_export_leaves_nothing_behind(
 
     monkeypatch.setattr("magicface_rt.export.exporter.trace", fail)
     with pytest.raises(ExportError):
+        export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "out" / "bundle")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("when", ["between hashing and loading", "after the last load"])
+def test_weights_that_change_during_the_export_are_noticed(
+    when: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the bundle tells the hash of weights that it does not hold, and is taken for theirs."""
+    source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
+    file = source / "text_encoder" / "model.safetensors"
+    makers, content_hash = exporter.graph_makers, Checkpoint.content_hash
+
+    def change() -> None:
+        shutil.copyfile(file, tmp_path / "other")
+        (tmp_path / "other").replace(file)
+
+    def hashed(checkpoint: Checkpoint) -> str:
+        found = content_hash(checkpoint)
+        if when == "between hashing and loading":
+            change()
+        return found
+
+    def report(said: str) -> None:
+        if when == "after the last load" and said == "text_encoder: running in PyTorch":
+            change()
+
+    monkeypatch.setattr(Checkpoint, "content_hash", hashed)
+    monkeypatch.setattr(exporter, "graph_makers", lambda *given: iter([next(makers(*given))]))
+    with pytest.raises(CheckpointError, match=r"text_encoder/model\.safetensors was replaced"):
+        export_bundle(Checkpoint.open(source), tmp_path / "out" / "bundle", report=report)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_too_little_memory_to_trace_is_told_as_that(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("torch.onnx.export", short)
+    with pytest.raises(HostMemoryError):
         export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "out" / "bundle")
     assert not list((tmp_path / "out").iterdir())
 
@@ -235,6 +288,39 @@ def test_where_a_bfloat16_graph_cannot_be_widened_the_place_is_named(
     with pytest.raises(OutputError, match=f"graph g: .*{place}: .*Free some space"):
         graph_parity.compare_graph(stub, wanted, OnnxRuntime("cpu"), scratch=place if given else None)  # type: ignore[arg-type]
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and flock")
+def test_what_a_killed_verification_left_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle of a recording's model, and weights in float32: gigabytes, among the system's temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(parity_module, "_replays", lambda *_: [])
+    monkeypatch.setattr(parity_module, "BundleStepRunner", lambda *_: None)
+    monkeypatch.setattr(parity_module, "_case_bundle", lambda _, work, __: fill(work))
+    stub, wanted = SimpleNamespace(dtype="bfloat16"), SimpleNamespace(graph="g")
+
+    def compare() -> object:
+        return graph_parity.compare_graph(stub, wanted, OnnxRuntime("cpu"))  # type: ignore[arg-type]
+
+    killed(lambda: verify_case(DATA / "recordings" / "guidance-3"))
+    (left,) = temporary(tmp_path, "magicface-rt-verify")
+    assert (left / "weights.bin").exists()
+    found: list[Path] = []
+    monkeypatch.setattr(parity_module, "_case_bundle", lambda _, work, __: found.append(work))
+    verify_case(DATA / "recordings" / "guidance-3")
+    assert found[0].parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    verify_case(DATA / "recordings" / "guidance-3", work=tmp_path / "work")
+    assert found[1:] == [tmp_path / "work"]
+
+    monkeypatch.setattr(graph_parity, "widen", lambda _, __, folder: fill(folder))
+    killed(compare)
+    (left,) = temporary(tmp_path, "magicface-rt-float32")
+    assert (left / "weights.bin").exists()
+    monkeypatch.setattr(graph_parity, "widen", lambda _, __, folder: pytest.fail(f"{left.exists()} {folder.exists()}"))
+    with pytest.raises(pytest.fail.Exception, match="False True"):
+        compare()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_widening_keeps_every_value(tmp_path: Path) -> None:

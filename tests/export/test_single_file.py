@@ -132,6 +132,17 @@ def test_converted_weights_equal_the_folder_they_came_from(tiny: Path, state: St
     assert single.architecture == folder.architecture
 
 
+def test_a_file_that_is_replaced_after_it_was_opened_is_refused(state: State, tmp_path: Path) -> None:
+    file, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    save_file(state, file)
+    save_file(state, other)
+    opened = SingleFileCheckpoint(file, expected=TINY)
+    opened.check_unchanged()
+    other.replace(file)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was replaced"):
+        opened.load_vae()
+
+
 def test_content_hash_follows_the_content_not_the_name(state: State, tmp_path: Path) -> None:
     hashes = []
     for name, change in (("a", 0.0), ("b", 0.0), ("c", 1.0)):

@@ -389,7 +389,7 @@ def _kept(text: str) -> object:
 
 
 def _size(text: str) -> object:
-    from magicface_rt.sizes import parse_size
+    from magicface_rt.values.sizes import parse_size
 
     found = parse_size(text, "--keep")
     assert type(found) is int

@@ -16,7 +16,8 @@ from single_files import small_tokenizer
 
 from magicface_rt.errors import CheckpointError, OptionError
 from magicface_rt.export.architectures import ARCHITECTURES
-from magicface_rt.export.checkpoint import MAX_LENGTH, Checkpoint
+from magicface_rt.export.checkpoint import Checkpoint
+from magicface_rt.regions import TOKENS
 
 TINY = ARCHITECTURES["tiny"]
 EMPTY = packed({})
@@ -79,7 +80,7 @@ def is_sound(checkpoint: Checkpoint) -> bool:
     assert len(shape["channels"]) == len(shape["heads"]) == 4
     ids = tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json).get_vocab().values()
     assert max(ids) < text["vocab_size"]
-    assert checkpoint.max_length <= text.get("max_position_embeddings", MAX_LENGTH)
+    assert checkpoint.max_length <= text.get("max_position_embeddings", TOKENS)
     schedule = checkpoint.schedule
     for steps in (1, min(20, schedule.num_train_timesteps)):
         with contextlib.suppress(OptionError):  # which says how many can be made

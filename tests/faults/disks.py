@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from magicface_rt import unfinished
+from magicface_rt.files import atomic_files
 
 Act = Callable[[str, str], object]
 
@@ -74,7 +74,7 @@ class Layer:
             swap(os, "open", self._opening_descriptors(os.open))
             swap(io, "open", opened)
             swap(builtins, "open", opened)
-            swap(unfinished, "exchange", self._acting("exchange", unfinished.exchange))
+            swap(atomic_files, "exchange", self._acting("exchange", atomic_files.exchange))
             for name, function in changed.items():
                 swap(os, name, function)
             for name, function in {**changed, "open": opened}.items():
@@ -240,17 +240,27 @@ class Disk:
         subprocess.run(["mount", "-o", f"remount,{'rw' if yes else 'ro'}", os.fspath(self.path)], check=True)
 
 
+def _skip(reason: str) -> NoReturn:
+    test = os.environ.get("PYTEST_CURRENT_TEST", "a small disk").rpartition("::")[2].partition(" (")[0]
+    import figures  # not where the processes that are killed find it
+
+    figures.tell("disks", test, f"not run: no file system can be mounted here ({reason})")
+    pytest.skip(f"no file system can be mounted here: {reason}")
+
+
 @contextlib.contextmanager
 def small_disk(path: Path, size: int) -> Iterator[Disk]:
-    """A disk of so many bytes, mounted here for the block. Skips the test where nothing can be mounted."""
+    """A disk of so many bytes, mounted here for the block. Skips the test where nothing can be mounted, and tells so
+    among the figures: what it holds is then held by nothing.
+    """
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", os.fspath(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        pytest.skip(f"no file system can be mounted here: {error}")
+        _skip(str(error))
     if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        _skip(done.stderr.strip())
     try:
         yield Disk(path)
     finally:

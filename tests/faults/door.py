@@ -19,7 +19,7 @@ from magicface_rt import Bundle
 from magicface_rt.errors import StoreFullError
 from magicface_rt.serve import ServeSettings
 from magicface_rt.serve.app import build_app
-from magicface_rt.serve.orders import check_named, read_upload, request_of
+from magicface_rt.serve.orders import check_named, parse_order, read_upload
 from magicface_rt.serve.service import ConceptUpload, Service
 from magicface_rt.session import tokenizer_of
 
@@ -52,7 +52,7 @@ class Full(Service):
         def no_concept(id: str) -> Any:
             raise StoreFullError("it would be read now")
 
-        request_of(order, no_concept, self.session, self.settings)
+        parse_order(order, no_concept, self.session, self.settings)
         raise StoreFullError("it would be made now")
 
     async def put_concept(self, upload: ConceptUpload, *, owner: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,23 @@ def plan_at(store: Path) -> bool:
     return bool(checked)
 
 
-def write_job(folder: Path) -> Path:
-    """A job with one concept, and its image."""
-    pixels = np.random.default_rng(5).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    mask = np.zeros((64, 64), np.uint8)
-    mask[16:48, 8:40] = 255
-    Image.fromarray(np.dstack([pixels, mask])).save(folder / "man.png")
-    concepts = [{"word": "man", "image": "man.png", "prompt": "a man"}]
+def concepts_at(folder: Path, sources: Path) -> list[str]:
+    """The names of the kept concepts in a folder, each whole and with the keys of its namesake in `sources`."""
+    found = sorted(path.name for path in folder.glob("*.concept"))
+    for name in found:
+        concept_at(folder / name, KeptConcept.load(sources / name))
+    return found
+
+
+def write_job(folder: Path, words: Sequence[str] = ("man",)) -> Path:
+    """A job with a concept for each of these words, and their images."""
+    for number, word in enumerate(words):
+        pixels = np.random.default_rng(5 + number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        mask = np.zeros((64, 64), np.uint8)
+        mask[16:48, 8:40] = 255
+        Image.fromarray(np.dstack([pixels, mask])).save(folder / f"{word}.png")
+    concepts = [{"word": word, "image": f"{word}.png", "prompt": f"a {word}"} for word in words]
+    prompt = " and ".join(f"a {word}" for word in words)
     path = folder / "job.json"
-    path.write_text(json.dumps({"prompt": "a man", "concepts": concepts, "steps": 2}), encoding="utf-8")
+    path.write_text(json.dumps({"prompt": prompt, "concepts": concepts, "steps": 2}), encoding="utf-8")
     return path

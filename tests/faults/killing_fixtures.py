@@ -47,6 +47,21 @@ def kept_man(forks: GetForks, tiny_bundle: Path, man_job: Path, tmp_path_factory
 
 
 @pytest.fixture(scope="session")
+def pair_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job with two concepts."""
+    return write_job(tmp_path_factory.mktemp("pair"), ("man", "hat"))
+
+
+@pytest.fixture(scope="session")
+def kept_pair(forks: GetForks, tiny_bundle: Path, pair_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `prepare` writes for that job."""
+    below = tmp_path_factory.mktemp("sources")
+    ended = forks("cli").run("cli", [killing_targets.prepare_arguments(tiny_bundle, pair_job, below)], below)
+    assert ended.code == 0, ended.said
+    return below
+
+
+@pytest.fixture(scope="session")
 def exported(
     forks: GetForks, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
@@ -77,6 +92,8 @@ def target(request: pytest.FixtureRequest, tiny_bundle: Path, below: Path) -> Ta
         return killing_targets.concept(below, get("kept_man"))
     if name == "prepare":
         return killing_targets.prepare(below, tiny_bundle, get("man_job"), get("kept_man"))
+    if name == "prepare of two":
+        return killing_targets.prepare_pair(below, tiny_bundle, get("pair_job"), get("kept_pair"))
     if name == "build":
         pytest.importorskip("tensorrt_rtx")
         return killing_targets.build(below, tiny_bundle)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from killing import Ended, Forks, leftovers
-from killing_checks import bundle_at, concept_at, plan_at, result_at
+from killing_checks import bundle_at, concept_at, concepts_at, plan_at, result_at
 
 from magicface_rt import KeptConcept
 from magicface_rt.bundle import Bundle
@@ -83,6 +83,17 @@ def prepare(below: Path, bundle: Path, job: Path, source: Path) -> Target:
     place, kept = below / "man.concept", KeptConcept.load(source)
     arguments = [prepare_arguments(bundle, job, below)]
     return Target("cli", "cli", arguments, below, place, lambda: concept_at(place, kept) is not None, True)
+
+
+PAIR = ["hat.concept", "man.concept"]
+"""The files that `prepare` writes for a job of two concepts, the second one first."""
+
+
+def prepare_pair(below: Path, bundle: Path, job: Path, sources: Path) -> Target:
+    """Of two concepts, of which the first may stand alone. `sources`: the folder that the same command wrote before."""
+    place = below / "kept"
+    arguments = [prepare_arguments(bundle, job, place)]
+    return Target("cli", "cli", arguments, below, place, lambda: concepts_at(place, sources) == PAIR, False)
 
 
 def prepare_arguments(bundle: Path, job: Path, out: Path) -> list[str]:

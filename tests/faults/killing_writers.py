@@ -18,8 +18,8 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from magicface_rt import unfinished
 from magicface_rt.errors import MagicFaceError
+from magicface_rt.files import atomic_files
 
 SIDE = 64
 """Pixels of a made-up result, of noise: its pictures have some kilobytes."""
@@ -47,7 +47,7 @@ def result(out: str, mark: int, overwrite: bool, exchange: bool = True) -> int:
     """A result that says by `mark`, 0 to 255, which it is. `exchange`: whether two folders can change places."""
     with contextlib.ExitStack() as stack:
         if not exchange:
-            stack.enter_context(mock.patch.object(unfinished, "exchange", return_value=False))
+            stack.enter_context(mock.patch.object(atomic_files, "exchange", return_value=False))
         return _saying(lambda: made_result(mark).save(out, overwrite=overwrite))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +34,11 @@ class Slope:
         return f"{self.value:+,.0f} bytes ({self.low:+,.0f} to {self.high:+,.0f}), {self.turns:,} turns"
 
 
-def slope_of(readings: Sequence[int]) -> Slope:
-    """Of all readings after the warm-up. Neighbours depend on each other, so blocks of them are drawn together."""
+def slope_of(readings: Sequence[int], every: int = 1) -> Slope:
+    """Of readings `every` so many turns, without the warm-up.
+
+    Neighbours depend on each other, so blocks of them are drawn together.
+    """
     rows = np.asarray(readings[int(WARM_UP * len(readings)) :], np.float64)
     count = len(rows)
     turns = np.arange(count) - (count - 1) / 2
@@ -44,19 +49,76 @@ def slope_of(readings: Sequence[int]) -> Slope:
     starts = np.random.default_rng(SEED).integers(0, count - block + 1, (DRAWS, -(-count // block)))
     drawn = left[(starts[:, :, None] + np.arange(block)).reshape(DRAWS, -1)[:, :count]]
     low, high = np.percentile(value + drawn @ turns / square, [(100 - SHARE) / 2, (100 + SHARE) / 2])
-    return Slope(value, float(low), float(high), len(readings))
+    return Slope(value / every, float(low) / every, float(high) / every, len(readings) * every)
+
+
+def empty_caches() -> None:
+    """Free what Python can: cycles, its free lists, and its cache of attributes.
+
+    CPython keeps the last names for which it looked up attributes of types, up to 4,096. Many of them are strings that
+    numpy and ONNX Runtime make anew for every look-up, so hundreds of cycles or requests pass until the cache is full,
+    and until then it looks like a leak: some 5 KB a cycle at first, spread over many pages.
+    """
+    clear = getattr(sys, "_clear_internal_caches", None) or getattr(sys, "_clear_type_cache", None)
+    if clear is not None:
+        clear()
+    gc.collect()
+
+
+def make_room_for_names() -> None:
+    """Let CPython's table of interned strings grow once, beforehand.
+
+    Names come and go in it, such as the parts of paths, and when its places are used up, it takes one of double size:
+    half a megabyte more from one request to the next, in one step that says nothing of the others.
+    """
+    names = [sys.intern(f"a name among many, {number}") for number in range(100_000)]
+    del names
 
 
 def anonymous() -> int:
     """Bytes of this process that no file backs, when Python and the allocators have given back what they can."""
     from magicface_rt.backends.ort_arena import trim
 
-    gc.collect()
+    empty_caches()
     trim()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
     raise AssertionError("RssAnon")
+
+
+class _Mallinfo2(ctypes.Structure):
+    """What glibc tells of its allocator, of all threads together; in bytes, but for the numbers of blocks."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+EXACT = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""The environment in which `allocated` is exact: Python asks glibc for every object, and no thread keeps freed blocks
+for itself, which glibc would count as in use (up to 7 of each of 64 sizes, some 240 KB a thread).
+"""
+
+
+def allocated() -> int | None:
+    """Bytes that this process has asked its allocator for and has not freed, when Python has freed what it can.
+
+    Unlike `anonymous` it does not depend on which pages these bytes lie on, so a turn that keeps nothing adds exactly
+    nothing; see `EXACT`. None where there is no glibc of 2.33 or later.
+    """
+    empty_caches()
+    try:
+        ask = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return None
+    ask.restype = _Mallinfo2
+    told = ask()
+    return int(told.uordblks + told.hblkhd)
 
 
 def held() -> dict[str, list[str]]:

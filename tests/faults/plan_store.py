@@ -51,17 +51,17 @@ def spoiled(store: EngineStore, content: dict[str, Any] | bytes) -> Path:
     which are no such content, it is they.
     """
     if isinstance(content, bytes):
-        return _put(layout.place(store.root, "tensorrt-rtx", hashlib.sha256(content).hexdigest()), content)
+        return _put(layout.plan_folder(store.root, "tensorrt-rtx", hashlib.sha256(content).hexdigest()), content)
     try:
         text = manifest._text({**content, "checksum": manifest._checksum(content)})
     except ValueError:  # NaN, which a manifest does not hold
         text = as_json({**content, "checksum": "0" * 64}).encode()
     try:
         key = PlanKey.from_dict(content["key"])
-        folder = layout.place(store.root, key.flavour, key.digest)
+        folder = layout.plan_folder(store.root, key.flavour, key.digest)
     except Exception:
         digest = hashlib.sha256(text).hexdigest()
-        folder = layout.place(store.root, "tensorrt-rtx", digest)
+        folder = layout.plan_folder(store.root, "tensorrt-rtx", digest)
     return _put(folder, text)
 
 

@@ -22,7 +22,7 @@ from magicface_rt.cli.build import BUILD_ADDRESSES
 from magicface_rt.cli.doctor import DOCTOR_ADDRESSES
 from magicface_rt.cli.serve import SERVE_ADDRESSES
 from magicface_rt.errors import BackendError, HostMemoryError
-from magicface_rt.shortage import stack_bytes
+from magicface_rt.process.host_memory import stack_bytes
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory as Linux tells it")
 
@@ -169,7 +169,7 @@ def test_too_few_addresses_are_said_by_every_verb(
 def test_what_would_end_the_process_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch under a limit of addresses; without one there is nothing to foresee."""
     left: list[tuple[str, int]] = []
-    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: left)
+    monkeypatch.setattr("magicface_rt.process.host_memory._address_limit", lambda: left)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     loaded: list[str] = []
     monkeypatch.setattr("importlib.import_module", loaded.append)
@@ -193,7 +193,9 @@ def test_a_plan_is_not_begun_with_too_few_addresses(
 
     monkeypatch.setattr("magicface_rt.cli.build.choose_target", begin)
     left = BUILD_ADDRESSES - 1
-    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", left)])
+    monkeypatch.setattr(
+        "magicface_rt.process.host_memory._address_limit", lambda: [("limit of addresses (ulimit -v)", left)]
+    )
     build = ["build", "nowhere", "--store", str(tmp_path / "plans")]
     assert main(build) == 3
     assert "TensorRT needs 671 MB of addresses. By its limit" in capsys.readouterr().err
@@ -220,7 +222,9 @@ def test_a_command_that_the_runtime_would_end_is_not_begun_with_too_few_addresse
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     left = least - 1
-    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", left)])
+    monkeypatch.setattr(
+        "magicface_rt.process.host_memory._address_limit", lambda: [("limit of addresses (ulimit -v)", left)]
+    )
     assert main(command) == 3
     assert f"{needs} of addresses. By its limit" in capsys.readouterr().err
     left += 1
@@ -232,7 +236,9 @@ def test_onnxruntime_is_not_loaded_with_too_few_addresses(monkeypatch: pytest.Mo
     """Once it is loaded nothing more is needed for that."""
     import_onnxruntime()
     left = ORT_ADDRESSES - 1
-    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", left)])
+    monkeypatch.setattr(
+        "magicface_rt.process.host_memory._address_limit", lambda: [("limit of addresses (ulimit -v)", left)]
+    )
     import_onnxruntime()
     monkeypatch.delitem(sys.modules, "onnxruntime")
     with pytest.raises(HostMemoryError, match=r"ONNX Runtime needs 101 MB of addresses\. By its limit"):
@@ -244,7 +250,9 @@ def test_a_graph_is_not_loaded_with_too_few_addresses_for_its_threads(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend, left = OnnxRuntime("cpu", threads=3), THREADS_ADDRESSES + 2 * stack_bytes() - 1
-    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", left)])
+    monkeypatch.setattr(
+        "magicface_rt.process.host_memory._address_limit", lambda: [("limit of addresses (ulimit -v)", left)]
+    )
     with pytest.raises(
         HostMemoryError, match=r"a graph that runs on 3 threads needs 34 MB of addresses\. By its limit"
     ):
@@ -255,7 +263,7 @@ def test_a_graph_is_not_loaded_with_too_few_addresses_for_its_threads(
 
 ALLOCATING = """
 import resource, threading
-from magicface_rt.shortage import share_heap
+from magicface_rt.process.host_memory import share_heap
 
 hard = resource.getrlimit(resource.RLIMIT_AS)[1]
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30 if {limited} else hard, hard))

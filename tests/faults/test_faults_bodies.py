@@ -24,9 +24,9 @@ from door import BOUNDARY, END, FINE, FORM, FULL, IMAGE, JSON, MASK, ORDER, SETT
 
 from magicface_rt import Bundle
 from magicface_rt.serve import ServeSettings
+from magicface_rt.serve.access import LOOPBACK_NAMES
 from magicface_rt.serve.auth import Tokens
-from magicface_rt.serve.bodies import Bodies
-from magicface_rt.serve.gate import LOOPBACK_NAMES
+from magicface_rt.serve.bodies import BodyLimitMiddleware
 from magicface_rt.serve.multipart import MOST_HEADER_BYTES, MOST_PARTS, read_form
 from magicface_rt.serve.reading import FORM_PARTS
 
@@ -267,10 +267,10 @@ def test_any_headers(inputs: int, bundle: Bundle) -> None:
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def bodies_of(door: Door) -> Bodies:
+def bodies_of(door: Door) -> BodyLimitMiddleware:
     """What holds the bodies, of the application's middleware."""
     found: Any = door.app.middleware_stack
-    while not isinstance(found, Bodies):
+    while not isinstance(found, BodyLimitMiddleware):
         found = getattr(found, "_app", None) or found.app
     return found
 
@@ -279,13 +279,13 @@ def bodies_of(door: Door) -> Bodies:
 def test_any_pieces(inputs: int, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a body comes, no more of it is held than may be, and nothing of it afterwards."""
     most: list[int] = []
-    take = Bodies.take
+    take = BodyLimitMiddleware.take
 
-    def taken(self: Bodies, nbytes: int) -> None:
+    def taken(self: BodyLimitMiddleware, nbytes: int) -> None:
         take(self, nbytes)
-        most.append(self.held)
+        most.append(self.held_bytes)
 
-    monkeypatch.setattr(Bodies, "take", taken)
+    monkeypatch.setattr(BodyLimitMiddleware, "take", taken)
     assert answered("pieces", lambda: door.ask("POST", "/v1/images", JSON, [b"{}"])) == 422  # builds the application
     assert most
     pieces = st.lists(st.integers(0, 150_000), min_size=1, max_size=8)
@@ -305,7 +305,7 @@ def test_any_pieces(inputs: int, door: Door, monkeypatch: pytest.MonkeyPatch) ->
         if sum(sizes) > SETTINGS.body_bytes:
             assert status == 413
         assert max(most, default=0) <= SETTINGS.body_bytes
-        assert held.held == 0
+        assert held.held_bytes == 0
 
     loop(inputs, st.tuples(pieces, lengths), check)
     body = json.dumps(ORDER).encode()

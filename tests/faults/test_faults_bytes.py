@@ -124,7 +124,7 @@ SIZES = {
 @pytest.mark.parametrize("text", SIZES, ids=range(len(SIZES)))
 def test_a_size_that_no_machine_has_is_refused_and_not_an_overflow(text: str) -> None:
     from magicface_rt.errors import OptionError
-    from magicface_rt.sizes import parse_size
+    from magicface_rt.values.sizes import parse_size
 
     if SIZES[text] is not None:
         assert parse_size(text, "--keep") == SIZES[text]
@@ -137,7 +137,7 @@ def test_a_size_that_no_machine_has_is_refused_and_not_an_overflow(text: str) ->
 @pytest.mark.parametrize("number", [10**400, 2**63, -1, True])
 def test_a_number_of_bytes_that_no_machine_has(number: int) -> None:
     from magicface_rt.errors import OptionError
-    from magicface_rt.sizes import parse_size
+    from magicface_rt.values.sizes import parse_size
 
     with pytest.raises(OptionError, match=r"keep is .*, expected a size"):
         parse_size(number, "keep")

@@ -118,7 +118,7 @@ class Config:
 @pytest.mark.parametrize("place", [None, *PLACES])
 def test_a_timing_cache_is_a_hint(place: str | None, reads: bool, tmp_path: Path) -> None:
     flavour: Any = SimpleNamespace(name="tensorrt", version="10.0")
-    path = timing_cache.place(tmp_path, flavour, 0)
+    path = timing_cache.cache_file(tmp_path, flavour, 0)
     path.parent.mkdir()
     path.write_bytes(BLOB)
     if place is not None:

@@ -26,9 +26,10 @@ from killing_checks import concept_at, result_at, write_job
 from killing_targets import clear
 from killing_writers import made_result
 
-from magicface_rt import Bundle, KeptConcept, Session, unfinished
+from magicface_rt import Bundle, KeptConcept, Session
 from magicface_rt.cli import main
 from magicface_rt.errors import OutputError
+from magicface_rt.files import atomic_files
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="paths of descriptors are looked up in /proc")
 
@@ -209,7 +210,7 @@ def test_prepare_on_a_disk_that_fails_at_any_step(
 def test_where_folders_cannot_change_places_a_failing_disk_brings_the_earlier_one_back(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unfinished, "exchange", lambda *_: False)
+    monkeypatch.setattr(atomic_files, "exchange", lambda *_: False)
     for at in range(200):
         writer.put(OLD)
         failing = Failing(at, errno.EIO)
@@ -318,7 +319,7 @@ def test_the_folders_on_the_way_are_on_the_disk(writer: Writer) -> None:
 def test_every_folder_on_the_way_is_on_the_disk(tmp_path: Path) -> None:
     settling = Settling()
     with Layer(tmp_path, settling).installed():
-        unfinished.make_folder(tmp_path / "a" / "b" / "c")
+        atomic_files.make_folder(tmp_path / "a" / "b" / "c")
     assert settling.named == {os.fspath(tmp_path / path) for path in ("", "a", "a/b")}
     settling.check()
 
@@ -334,7 +335,7 @@ def test_the_layer_sees_every_kind_of_step(tmp_path: Path) -> None:
         (below / "a").rename(below / "b")
         os.close(os.open(below / "c", os.O_WRONLY | os.O_CREAT))
         (below / "d").mkdir()
-        unfinished.settle(below / "d")
+        atomic_files.fsync_tree(below / "d")
         shutil.rmtree(below / "d")
         os.remove(below / "b")
         with open(below / "e", "wb", buffering=0) as stream:

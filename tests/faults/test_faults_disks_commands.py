@@ -224,3 +224,14 @@ def test_a_command_on_a_disk_that_fails_at_a_step(target: Target, of: str, tries
     assert said >= tries // 2
     told = f"{said} steps that failed were said, {borne} could be done without; 0 halves, worked again"
     figures.tell("disks", f"{of}, at a step", f"{told}; {left} left something temporary until then")
+
+
+def test_where_nothing_can_be_mounted_the_figures_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "FIGURES", {})
+    monkeypatch.setenv("PATH", str(tmp_path))  # there is no `mount`
+    mounted = small_disk(tmp_path / "disk", MIB)
+    with pytest.raises(pytest.skip.Exception, match="no file system can be mounted here"), mounted:
+        raise AssertionError("it was mounted")
+    (told,) = figures.FIGURES["disks"].items()
+    assert told[0] == "test_where_nothing_can_be_mounted_the_figures_say_so"
+    assert told[1].startswith("not run: no file system can be mounted here")

@@ -55,7 +55,7 @@ def test_inputs_that_reach_new_branches(name: str, inputs: int, tmp_path: Path, 
 def test_an_input_that_fails_is_shown_and_kept(tmp_path: Path) -> None:
     """The attack would not be worth much if it said nothing."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import magicface_rt.shown, magicface_rt.strict_json as strict\n"
+        "import magicface_rt.values.shown, magicface_rt.files.strict_json as strict\n"
         "def distinct(pairs, was=strict._distinct):\n"
         "    if any(len(key) != 2 and key.startswith('pro') and key != 'prompt' for key, _ in pairs):\n"
         "        raise ZeroDivisionError('found')\n"

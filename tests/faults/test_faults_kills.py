@@ -13,11 +13,12 @@ from pathlib import Path
 import figures
 import pytest
 from killing import Moments, Tally, leftovers
-from killing_checks import concept_at, result_at
-from killing_targets import GetForks, Target
+from killing_checks import concept_at, concepts_at, result_at
+from killing_targets import PAIR, GetForks, Target
 from killing_writers import made_result
 
-from magicface_rt import KeptConcept, unfinished
+from magicface_rt import KeptConcept
+from magicface_rt.files import atomic_files
 
 pytest_plugins = ("killing_fixtures",)
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and flock")
@@ -37,10 +38,12 @@ OTHER = 3
     ("target", "of", "kills"),
     [
         *((name, name, CHEAP) for name in ("result.save", "KeptConcept.save")),
-        *((name, name, FEW) for name in ("prepare", "build", "export")),
+        ("prepare of two", "prepare", FEW),
+        *((name, name, FEW) for name in ("build", "export")),
+        pytest.param("prepare of two", "prepare", ALL, marks=pytest.mark.slow),
         *(
             pytest.param(name, name, ALL, marks=pytest.mark.slow)
-            for name in ("result.save", "KeptConcept.save", "prepare", "build", "export")
+            for name in ("result.save", "KeptConcept.save", "build", "export")
         ),
     ],
     indirect=["target"],
@@ -107,6 +110,38 @@ def test_killed_before_each_of_its_steps(
     figures.tell("kills", f"{of}, before each step{', replacing' if replaced else ''}", str(tally))
 
 
+@pytest.mark.parametrize("target", ["prepare of two"], indirect=True)
+@pytest.mark.parametrize("tries", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_prepare_of_two_killed_before_its_steps_goes_on_with_what_is_missing(
+    target: Target, tries: int, kept_pair: Path, forks: GetForks
+) -> None:
+    """Where the first file stands already, the same command keeps it, untouched, and writes the second."""
+    of_it = forks(target.library)
+    whole = target.run(of_it)
+    assert whole.code == 0, whole.said
+    target.clear()
+    tally, halves = Tally(), 0
+    tries = min(tries, whole.steps)
+    for turn in range(tries):
+        ended = target.run(of_it, kill={"step": turn * whole.steps // tries})
+        assert ended.killed, ended.said
+        found = concepts_at(target.place, kept_pair)
+        tally.count(ended, whole=found == PAIR, unfinished=bool(leftovers(target.below)))
+        earlier = {name: (target.place / name).stat() for name in found}
+        halves += found == ["man.concept"]
+        again = target.run(of_it)
+        assert again.code == 0, again.said
+        assert again.said.count("was there already") == len(found)
+        assert target.standing()
+        assert leftovers(target.below) == []
+        for name, stamp in earlier.items():
+            now = (target.place / name).stat()
+            assert (now.st_ino, now.st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns), f"{name} was written anew"
+        target.clear()
+    assert halves >= 1, "no kill came between the two"
+    figures.tell("kills", "prepare, before some of its steps", f"{tally}; {halves} left one concept of two")
+
+
 def test_a_result_killed_where_folders_cannot_change_places_is_not_lost(forks: GetForks, tmp_path: Path) -> None:
     """Then there is a moment at which the earlier one has another name, and that keeps it until the next is there."""
     below = tmp_path / "work"
@@ -157,13 +192,13 @@ def test_an_export_killed_before_each_of_its_steps(target: Target, every: int, f
 
 def test_what_a_live_process_writes_is_not_taken_for_left_behind(tmp_path: Path) -> None:
     target = tmp_path / "run"
-    with unfinished.part(target, folder=True) as one:
+    with atomic_files.temporary_sibling(target, folder=True) as one:
         (one / "run.json").write_text("1")
-        with unfinished.part(target, folder=True) as two:
-            assert unfinished.clear(tmp_path, lambda name: True) == []
+        with atomic_files.temporary_sibling(target, folder=True) as two:
+            assert atomic_files.remove_abandoned(tmp_path, lambda name: True) == []
             (two / "run.json").write_text("2")
-            unfinished.put(two, target)
-        unfinished.put(one, target)
+            atomic_files.replace_into_place(two, target)
+        atomic_files.replace_into_place(one, target)
         assert (target / "run.json").read_text() == "1"
     assert os.listdir(tmp_path) == ["run"]
 
@@ -181,10 +216,10 @@ def test_only_what_was_left_of_the_same_name_is_removed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / f".run.{'f' * 32}.part"
     link.symlink_to("elsewhere")
-    assert sorted(path.name for path in unfinished.clear(tmp_path, "run".__eq__)) == sorted(mine)
+    assert sorted(path.name for path in atomic_files.remove_abandoned(tmp_path, "run".__eq__)) == sorted(mine)
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "elsewhere", link.name])
     (tmp_path / "run").mkdir()  # there is another one now
-    assert [path.name for path in unfinished.clear(tmp_path, "run".__eq__)] == [f".run.{digits}.old"]
+    assert [path.name for path in atomic_files.remove_abandoned(tmp_path, "run".__eq__)] == [f".run.{digits}.old"]
 
 
 @pytest.mark.parametrize("length", [1, 216, 217, 255])
@@ -192,7 +227,7 @@ def test_what_was_left_of_a_long_name_goes_with_the_next_of_it(length: int, tmp_
     target, other = (tmp_path / f"{'n' * (length - 1)}{end}" for end in "ab")
 
     def left(of: Path) -> str:
-        with unfinished.part(of) as part:
+        with atomic_files.temporary_sibling(of) as part:
             os.link(part, tmp_path / "kept")
         os.rename(tmp_path / "kept", part)
         return part.name
@@ -202,10 +237,10 @@ def test_what_was_left_of_a_long_name_goes_with_the_next_of_it(length: int, tmp_
     assert len(os.fsencode(mine)) <= 255
     old = mine.replace(".part", ".old")
     (tmp_path / old).mkdir()
-    with unfinished.part(target) as part:
+    with atomic_files.temporary_sibling(target) as part:
         assert sorted(os.listdir(tmp_path)) == sorted([others, old, part.name]), "the only one that there is stays"
-        unfinished.put(part, target)
-    with unfinished.part(target):
+        atomic_files.replace_into_place(part, target)
+    with atomic_files.temporary_sibling(target):
         pass
     assert sorted(os.listdir(tmp_path)) == sorted([others, target.name])
 
@@ -226,9 +261,9 @@ def test_what_was_left_beside_a_whole_plan_goes_with_the_next_build(target: Targ
 def test_what_was_put_may_be_locked_by_nobody(tmp_path: Path) -> None:
     """The lock ends with the writing, not with the process."""
     for name in ("a", "b"):
-        with unfinished.part(tmp_path / name) as part:
+        with atomic_files.temporary_sibling(tmp_path / name) as part:
             part.write_text(name)
-            unfinished.put(part, tmp_path / name)
+            atomic_files.replace_into_place(part, tmp_path / name)
     os.rename(tmp_path / "a", tmp_path / f".b.{'0' * 32}.part")
-    assert len(unfinished.clear(tmp_path, "b".__eq__)) == 1
+    assert len(atomic_files.remove_abandoned(tmp_path, "b".__eq__)) == 1
     assert os.listdir(tmp_path) == ["b"]

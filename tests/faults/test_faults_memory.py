@@ -14,7 +14,7 @@ from threads_requests import HAT, MAN, PROMPT
 from magicface_rt import Session
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import BackendError, BuildError, DeviceMemoryError, HostMemoryError, InputError, PromptError
-from magicface_rt.shortage import _group_limits, shortage, told_as_ours
+from magicface_rt.process.host_memory import _group_limits, as_host_memory_error, shortage
 from tests.runtime.drawn_backend import Drawn
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory as Linux tells it")
@@ -40,13 +40,14 @@ def bundle(tiny_bundle: Path) -> Bundle:
     ids=lambda error: f"{type(error).__name__} {str(error)[:20]}",
 )
 def test_shortage_is_told_whichever_library_says_it(raised: Exception) -> None:
-    with pytest.raises(HostMemoryError, match=r"too little memory on the host: .*Free some") as caught, told_as_ours():
+    said = r"too little memory on the host: .*Free some"
+    with pytest.raises(HostMemoryError, match=said) as caught, as_host_memory_error():
         raise raised
     assert caught.value.exit_code == 3
     assert str(raised).rstrip(".") in str(caught.value)
     wrapped = BackendError("the graph was refused")
     wrapped.__cause__ = raised
-    with pytest.raises(HostMemoryError), told_as_ours():
+    with pytest.raises(HostMemoryError), as_host_memory_error():
         raise wrapped
 
 
@@ -65,7 +66,7 @@ def test_shortage_is_told_whichever_library_says_it(raised: Exception) -> None:
 )
 def test_other_failures_stay_what_they_are(raised: Exception) -> None:
     assert shortage(raised) is None
-    with pytest.raises(type(raised)) as caught, told_as_ours():
+    with pytest.raises(type(raised)) as caught, as_host_memory_error():
         raise raised
     assert caught.value is raised
 
@@ -107,6 +108,24 @@ def test_a_session_that_ran_out_of_memory_goes_on(bundle: Bundle, monkeypatch: p
                 tried += 1
     assert tried >= 20
     figures.tell("memory", "allocations failed in a request", f"{tried}, each said, and the next picture right")
+
+
+def test_too_little_memory_for_an_image_is_not_the_images_fault(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are read before a graph is bound, in a request and where a concept is prepared by itself."""
+
+    def short(*_: object, **__: object) -> Any:
+        raise MemoryError("Unable to allocate 64.0 MB for an image")
+
+    with Session(bundle, backend=Drawn()) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr("magicface_rt.images.decode", short)
+            with pytest.raises(HostMemoryError, match="Unable to allocate 64"):
+                session.prepare(MAN, steps=3)
+            with pytest.raises(HostMemoryError, match="Unable to allocate 64"):
+                session.generate(PROMPT, [MAN], steps=3)
+        assert session.prepare(MAN, steps=3).references
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -20,10 +20,10 @@ from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
 from magicface_rt.bundle import Bundle
 from magicface_rt.concept import NamedConcept
 from magicface_rt.errors import KeptConceptError
+from magicface_rt.files.stamps import Stamp
 from magicface_rt.kept import KeptReference
 from magicface_rt.kept.reference import MappedFile
 from magicface_rt.schedule import Schedule
-from magicface_rt.stamps import Stamp
 from tests.runtime.drawn_backend import Drawn
 from tests.runtime.test_session import disc, picture
 

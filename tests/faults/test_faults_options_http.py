@@ -24,7 +24,7 @@ from magicface_rt import Concept, KeptConcept, Options, Reference, Request, Sess
 from magicface_rt.images import load_image, load_mask
 from magicface_rt.kept import Origin
 from magicface_rt.serve.concepts import StoredConcept
-from magicface_rt.serve.job import Job
+from magicface_rt.serve.job import EngineJob
 from magicface_rt.serve.local import LocalService
 from magicface_rt.serve.multipart import Form
 from magicface_rt.serve.orders import read_upload
@@ -85,17 +85,19 @@ class Listening(LocalService):
         store: Any = SimpleNamespace(get=lambda id: StoredConcept(id, kept[id], 0.0))
         super().__init__(engine, store)
 
-    async def _done(self, job: Job, *_: Any) -> Any:
+    async def _done(self, job: EngineJob, *_: Any) -> Any:
         self.job = job
         raise Stopped
 
 
 @pytest.fixture
-def arrive(session: Session, prepared: KeptConcept, another: KeptConcept) -> Iterator[Callable[[dict[str, Any]], Job]]:
+def arrive(
+    session: Session, prepared: KeptConcept, another: KeptConcept
+) -> Iterator[Callable[[dict[str, Any]], EngineJob]]:
     """Gives the job that an order becomes."""
     service = Listening(session, {"an id": prepared, "another id": another})
 
-    def job(order: dict[str, Any]) -> Job:
+    def job(order: dict[str, Any]) -> EngineJob:
         with pytest.raises(Stopped):
             asyncio.run(service.generate(PictureOrder.model_validate_json(json.dumps(order)), owner="me"))
         return service.job
@@ -105,7 +107,7 @@ def arrive(session: Session, prepared: KeptConcept, another: KeptConcept) -> Ite
     service._files.shutdown()
 
 
-def seen(job: Job) -> dict[str, Any]:
+def seen(job: EngineJob) -> dict[str, Any]:
     """Everything that a job says, by name."""
     request = job.work
     assert isinstance(request, Request)
@@ -193,14 +195,14 @@ def arrived(field: str, expected: object) -> None:
 
 
 @pytest.mark.parametrize("name", OF_ORDER)
-def test_an_order(arrive: Callable[[dict[str, Any]], Job], name: str) -> None:
+def test_an_order(arrive: Callable[[dict[str, Any]], EngineJob], name: str) -> None:
     value, expected = OF_ORDER[name]
     assert changed(seen(arrive(ORDER)), seen(arrive({**ORDER, name: value}))) == expected
     arrived(f"order.{name}", expected)
 
 
 @pytest.mark.parametrize("name", OF_USE)
-def test_a_concept(arrive: Callable[[dict[str, Any]], Job], name: str) -> None:
+def test_a_concept(arrive: Callable[[dict[str, Any]], EngineJob], name: str) -> None:
     value, expected = OF_USE[name]
     order = {**ORDER, "concepts": [{**USE, name: value}]}
     assert changed(seen(arrive(ORDER)), seen(arrive(order))) == expected
@@ -208,7 +210,7 @@ def test_a_concept(arrive: Callable[[dict[str, Any]], Job], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OF_REFERENCE)
-def test_a_reference(arrive: Callable[[dict[str, Any]], Job], name: str) -> None:
+def test_a_reference(arrive: Callable[[dict[str, Any]], EngineJob], name: str) -> None:
     value, expected = OF_REFERENCE[name]
     order = {**ORDER, "concepts": [{**USE, "references": [{**REFERENCE, name: value}]}]}
     assert changed(seen(arrive(ORDER)), seen(arrive(order))) == expected
@@ -216,7 +218,7 @@ def test_a_reference(arrive: Callable[[dict[str, Any]], Job], name: str) -> None
 
 
 @pytest.mark.parametrize("name", [name for name in OF_USE if name != "references"])
-def test_a_kept_concept(arrive: Callable[[dict[str, Any]], Job], prepared: KeptConcept, name: str) -> None:
+def test_a_kept_concept(arrive: Callable[[dict[str, Any]], EngineJob], prepared: KeptConcept, name: str) -> None:
     value, expected = OF_USE[name]
     use = {"id": "an id", "word": "man", "name": "he"}
     before = seen(arrive({**ORDER, "concepts": [use]}))
@@ -224,7 +226,7 @@ def test_a_kept_concept(arrive: Callable[[dict[str, Any]], Job], prepared: KeptC
     assert changed(before, seen(arrive({**ORDER, "concepts": [{**use, name: value}]}))) == expected
 
 
-def test_an_id(arrive: Callable[[dict[str, Any]], Job], another: KeptConcept) -> None:
+def test_an_id(arrive: Callable[[dict[str, Any]], EngineJob], another: KeptConcept) -> None:
     order = {**ORDER, "concepts": [{"id": "an id"}]}
     other = {**ORDER, "concepts": [{"id": "another id"}]}
     expected = {"0.0.key": another.references[0].key}
@@ -233,7 +235,7 @@ def test_an_id(arrive: Callable[[dict[str, Any]], Job], another: KeptConcept) ->
 
 
 def test_what_is_not_said_is_as_the_kept_concept_has_it(
-    arrive: Callable[[dict[str, Any]], Job], session: Session, prepared: KeptConcept
+    arrive: Callable[[dict[str, Any]], EngineJob], session: Session, prepared: KeptConcept
 ) -> None:
     order = {"prompt": "a man", "concepts": [{"id": "an id"}]}
     found = seen(arrive(order))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ import figures
 import numpy as np
 import pytest
 from killing_checks import plan_at, whole_result
+from memory_hollow import Hollow
 from memory_limits import Scene
 from PIL import Image
 from safetensors.numpy import load_file
@@ -30,10 +32,11 @@ from threads_requests import HAT, MAN, PROMPT, STEPS, Mixed, digest
 from threads_signalled import OUTSIDE, Ended, Forks
 
 import magicface_rt
-from magicface_rt import Bundle, Concept, KeptConcept, Session
+from magicface_rt import Bundle, Concept, KeptConcept, Progress, Session
 from magicface_rt.backends.device import Device
-from magicface_rt.backends.lane import Lane
-from magicface_rt.backends.shelf import Shelf
+from magicface_rt.backends.key_uploader import KeyUploader
+from magicface_rt.backends.worker_stream import WorkerStream
+from magicface_rt.files.atomic_files import temporary_sibling
 from magicface_rt.kept.on_device import OnDevice
 from tests.runtime.drawn_backend import Drawn
 from tests.runtime.fake_cuda import FakeCuda
@@ -415,24 +418,70 @@ def test_ctrl_c_while_a_thread_draws_reaches_the_main_thread_alone(mixed: Mixed)
         assert digest(session.generate(PROMPT, [MAN, HAT], steps=8, seed=1)) == expected
 
 
+@pytest.mark.usefixtures("heard")
+def test_ctrl_c_while_a_request_that_ends_waits_for_a_lock_leaves_its_worker_free(mixed: Mixed) -> None:
+    """Another thread holds what the request must have to be counted off."""
+    held, interrupted = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with session._admission._lock:
+            held.set()
+            time.sleep(1.0)  # the request has ended by then, and waits
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupted.wait(SOON_SECONDS)
+
+    def step(progress: Progress) -> None:
+        if progress.stage != "prepare":
+            holder.start()
+            assert held.wait(SOON_SECONDS)
+
+    with Session(mixed.bundle, backend=Hollow()) as session:
+        session.generate(PROMPT, steps=1)  # all graphs are bound
+        holder = threading.Thread(target=hold)
+        with pytest.raises(KeyboardInterrupt):
+            session.generate(PROMPT, steps=1, progress=step)
+        interrupted.set()
+        holder.join(SOON_SECONDS)
+        assert not session._admission._running
+        session.generate(PROMPT, steps=1)
+        assert not session._admission._finished, "whoever comes next settles it"
+
+
 PACKAGE = Path(magicface_rt.__file__).parent
 KEEPING = ("kept/store", "kept/on_device", "kept/awaited")
-DRAWING = ("session", "work", "workplace", "preparing", "course", "denoiser", "request", "results", *KEEPING)
+DRAWING = (
+    "session",
+    "admission",
+    "work",
+    "worker_context",
+    "graphs",
+    "preparing",
+    "request_progress",
+    "reference_sources",
+    "denoiser",
+    "request",
+    "results",
+    *KEEPING,
+)
 """Modules whose calls are interrupted. What Python's own library does in between, such as taking a semaphore, has
 moments at which an interrupt loses it; these cannot be mended here."""
-COUNTING = ("session.py", "workplace.py", "store.py", "on_device.py", "awaited.py")
+COUNTING = ("session.py", "admission.py", "worker_context.py", "graphs.py", "store.py", "on_device.py", "awaited.py")
 """Those which keep count of who is at work, or for whom others wait."""
-SAVING = ("results", "unfinished", "provenance")
+SAVING = ("results", "files/atomic_files", "provenance")
+LIBRARY = {contextlib.__file__, pathlib.__file__, shutil.__file__}
+"""What of Python's own library is interrupted while files are written: all that leaves something to clean up."""
 
 
 class Interrupt:
     """KeyboardInterrupt where Python looks for signals: as a function begins, and as one written in C has ended.
 
-    Counts such moments in some files, and interrupts at that with the number `at`.
+    Counts such moments in some files, and interrupts at that with the number `at`. With `hold` it keeps what it raised
+    in `raised`, and with that everything that was going on.
     """
 
-    def __init__(self, files: Collection[str], at: int = -1) -> None:
-        self.files, self.at, self.where = files, at, ""
+    def __init__(self, files: Collection[str], at: int = -1, *, hold: bool = False) -> None:
+        self.files, self.at, self.where, self.hold = files, at, "", hold
+        self.raised: KeyboardInterrupt | None = None
         self.moments: list[str] = []
         self._ours: dict[CodeType, bool] = {}
 
@@ -442,7 +491,12 @@ class Interrupt:
         self.moments.append(os.path.basename(frame.f_code.co_filename))
         if len(self.moments) - 1 == self.at:
             self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            raise KeyboardInterrupt
+            error = KeyboardInterrupt()
+            self.raised = error if self.hold else None
+            try:
+                raise error
+            finally:
+                del error  # which holds this frame
 
     def _is_ours(self, code: CodeType) -> bool:
         if code not in self._ours:
@@ -490,9 +544,11 @@ def test_ctrl_c_at_any_call_leaves_the_session_usable(tiny_bundle: Path, most: i
         for at in chosen:
             interrupt = Interrupt(files, at)
             stopped += interrupted(interrupt, draw)
-            assert not session._running, interrupt.where
-            assert not session._inside, interrupt.where
-            assert not session._loading._is_owned(), interrupt.where
+            admission = session._admission
+            assert not admission._running, interrupt.where
+            assert not admission._users, interrupt.where
+            assert not admission._in_exclusive, interrupt.where
+            assert not admission._lock._is_owned(), interrupt.where
             found = draw_in_time(draw, interrupt.where)
             np.testing.assert_array_equal(found, expected, interrupt.where)
     assert stopped >= 0.95 * len(chosen)
@@ -508,13 +564,15 @@ def test_ctrl_c_at_any_call_of_bringing_keys_up_and_using_them(tiny_bundle: Path
     with Session(bundle, backend=Drawn()) as session:
         reference = session.prepare(HAT, steps=STEPS).references[0]
     cuda, on_device = FakeCuda(), OnDevice()
-    lane = Lane(Device(0, cuda=cuda))
-    lane.join()
+    worker_stream = WorkerStream(Device(0, cuda=cuda))
+    worker_stream.join()
     files = {str(PACKAGE / f"{name}.py") for name in KEEPING}
     stopped = tried = 0
 
     def use() -> np.ndarray:
-        with on_device.use(reference, Shelf(lane), bundle, STEPS) as keys:
+        with on_device.use(
+            reference, KeyUploader(worker_stream, "denoise_step", "reference keys"), bundle, STEPS
+        ) as keys:
             found = keys[STEPS - 1, "k_ref_10"]
             return cuda.view(found.buffer.address + found.offset, found.nbytes).copy()
 
@@ -536,7 +594,7 @@ def test_ctrl_c_at_any_call_of_bringing_keys_up_and_using_them(tiny_bundle: Path
             assert len(on_device._entries) == 1, interrupt.where
     assert stopped >= 0.95 * tried
     on_device.close()
-    lane.leave()
+    worker_stream.leave()
     assert not cuda.alive()
 
 
@@ -553,7 +611,7 @@ def draw_in_time(draw: Callable[[], np.ndarray], where: str) -> np.ndarray:
 def test_ctrl_c_at_any_call_of_saving_keeps_a_result(tiny_bundle: Path, tmp_path: Path, most: int, form: str) -> None:
     """The earlier or the new one is there, whole, at every moment; and the next is saved as ever."""
     bundle = Bundle.open(tiny_bundle, check_hashes=False)
-    files = {str(PACKAGE / f"{name}.py") for name in SAVING} | {pathlib.__file__, shutil.__file__}
+    files = {str(PACKAGE / f"{name}.py") for name in SAVING} | LIBRARY
     with Session(bundle, backend=Drawn()) as session:
         results = [session.generate(PROMPT, steps=1, seed=seed) for seed in range(2)]
     out = tmp_path / "out"
@@ -579,3 +637,45 @@ def test_ctrl_c_at_any_call_of_saving_keeps_a_result(tiny_bundle: Path, tmp_path
     tried = f"{stopped} of {len(counting.moments)} moments tried"
     told = f"{tried}: a whole result there after each, and nothing else"
     figures.tell("signals", f"Ctrl-C at any call of saving ({form})", told)
+
+
+@pytest.mark.parametrize("through", ["BundleWriter", "with", "ExitStack"])
+def test_ctrl_c_at_any_call_of_making_a_temporary_folder_leaves_none(through: str, tmp_path: Path) -> None:
+    """Not even while the interrupt is being handled, which holds all that was going on. What is interrupted as it is
+    left may stay until then.
+    """
+    files = {str(PACKAGE / "files" / "atomic_files.py")} | LIBRARY
+    out, entered = tmp_path / "bundle", False
+    if through == "BundleWriter":
+        writers = pytest.importorskip("magicface_rt.export.bundle_writer")
+        files.add(str(writers.__file__))
+
+    def write() -> None:
+        nonlocal entered
+        entered = False
+        if through == "BundleWriter":
+            with writers.BundleWriter(out):
+                entered = True
+            return
+        made = temporary_sibling(out, folder=True)
+        try:
+            with contextlib.ExitStack() as stack, made if through == "with" else contextlib.nullcontext():
+                if through == "ExitStack":
+                    stack.enter_context(made)
+                entered = True
+        except BaseException:
+            if through == "ExitStack":
+                made.close()
+            raise
+
+    counting, stopped = Interrupt(files), 0
+    assert not interrupted(counting, write)
+    assert "contextlib.py" in counting.moments
+    for at in range(len(counting.moments)):
+        interrupt = Interrupt(files, at, hold=True)
+        stopped += interrupted(interrupt, write)
+        if not entered:
+            assert list(tmp_path.iterdir()) == [], f"left by an interrupt at {interrupt.where}"
+        interrupt.raised = None
+        assert list(tmp_path.iterdir()) == [], f"left by an interrupt at {interrupt.where}, after it was handled"
+    assert stopped >= 0.9 * len(counting.moments)

@@ -83,7 +83,7 @@ def test_a_key_that_is_nested_deeply(depth: int, store: EngineStore, plan: Plan)
     content["key"] = {**content["key"], "builder_options": deep}
     text = manifest._text({**content, "checksum": manifest._checksum(content)})
     digest = hashlib.sha256(json.dumps(content["key"], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    folder = layout.place(store.root, "tensorrt-rtx", digest)
+    folder = layout.plan_folder(store.root, "tensorrt-rtx", digest)
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_bytes(text)
     (folder / "plan").write_bytes(PLAN)

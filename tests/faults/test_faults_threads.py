@@ -10,7 +10,9 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -21,14 +23,17 @@ import figures
 import numpy as np
 import pytest
 import threads_processes
+from memory_hollow import Hollow
 from memory_slopes import held
 from threads_requests import HAT, MAN, PROMPT, STEPS, Mixed, digest
 
 from magicface_rt import Cancelled, MagicFaceError, Options, Progress, Request, Session, SessionClosedError
-from magicface_rt.backends import OnnxRuntime
-from magicface_rt.errors import OtherProcessError
+from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
+from magicface_rt.bundle import Bundle
+from magicface_rt.errors import BackendError, OptionError, OtherProcessError
 
 JOIN_SECONDS = 120
+SOON_SECONDS = 30
 THREADS = 8
 
 
@@ -215,7 +220,7 @@ def test_a_closed_session_refuses_all_that_it_can_be_asked(mixed: Mixed) -> None
     for name, ask in asks(mixed, session).items():
         with pytest.raises(SessionClosedError, match="open a new one"):
             ask()
-        assert not session._runners, name
+        assert not session._graphs.runners, name
     assert session.forget()
     session.unload("vae_encoder")
     assert session.kept_bytes == 0
@@ -245,8 +250,8 @@ def test_closing_ends_those_that_run_and_those_that_wait(mixed: Mixed) -> None:
     Crowd(*[session.close] * THREADS).join()
     asking.join()
     assert ended == ["closed"] * 6
-    assert not session._runners
-    assert not session._running
+    assert not session._graphs.runners
+    assert not session._admission._running
     session.close()
 
 
@@ -283,7 +288,7 @@ def test_who_waits_for_a_worker_can_cancel(mixed: Mixed) -> None:
                 with pytest.raises(Cancelled, match=said):
                     ask(lambda progress, told=told: told.append(progress) or len(told) < 3)
                 assert [(one.step, one.stage) for one in told] == [(0, "prepare")] * 3
-        assert not session._running
+        assert not session._admission._running
         assert mixed.ask(session, "bare", 1) == mixed.ask(session, "bare", 1)
 
 
@@ -319,6 +324,173 @@ def held_up(session: Session) -> Iterator[None]:
     finally:
         go_on.set()
         asking.join()
+
+
+class Blocking(Backend):
+    """Loads a graph when it is allowed to, and not before. `loads`: how often each was; `open`: those not closed."""
+
+    name = "blocking"
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.loads: Counter[str] = Counter()
+        self.open: Counter[str] = Counter()
+        self.beside = 0
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.fails = False
+        self._busy = threading.Lock()
+
+    def load(self, bundle: Bundle, graph: str) -> GraphRunner:
+        if not self._busy.acquire(blocking=False):
+            self.beside += 1
+            raise AssertionError("two graphs are loaded at a time")
+        try:
+            self.loads[graph] += 1
+            self.begun.set()
+            assert self.go_on.wait(JOIN_SECONDS)
+            if self.fails:
+                self.fails = False
+                raise BackendError(f"graph {graph}: it could not be loaded")
+            runner = self.inner.load(bundle, graph)
+            self.open[graph] += 1
+            runner.close = lambda: self.open.subtract([graph])  # type: ignore[method-assign]
+            return runner
+        finally:
+            self._busy.release()
+
+
+@contextmanager
+def loading(mixed: Mixed, **settings: Any) -> Iterator[tuple[Session, Blocking, Crowd]]:
+    """A Session, a thread's request of which loads its first graph, which does not end before the block does."""
+    backend = Blocking(Hollow())
+    session = Session(mixed.bundle, backend=backend, workers=2, **settings)
+
+    def ask() -> None:
+        with suppress(SessionClosedError, BackendError):
+            session.generate(PROMPT, [HAT], steps=1)
+
+    asking = Crowd(ask)
+    try:
+        assert backend.begun.wait(JOIN_SECONDS)
+        yield session, backend, asking
+    finally:
+        backend.go_on.set()
+        asking.join()
+        session.close()
+        assert not backend.beside
+        assert not +backend.open, "what was loaded was freed"
+
+
+@pytest.mark.parametrize("workers", ["one free", "none free"])
+def test_who_waits_while_another_thread_loads_a_graph_can_cancel(mixed: Mixed, workers: str) -> None:
+    """Also a time limit that a callback raises ends it, and others that wait have their graph once it is loaded."""
+    with loading(mixed) as (session, backend, _), second_worker(session, workers) as busy:
+        for ask in (
+            lambda progress: session.generate(PROMPT, [HAT], steps=7, progress=progress),
+            lambda progress: session.prepare(MAN, steps=7, progress=progress),
+        ):
+            told: list[Progress] = []
+            with pytest.raises(Cancelled, match="after prepared step 0 of 7"):
+                ask(lambda progress, told=told: told.append(progress) or len(told) < 3)
+            assert [(one.step, one.stage) for one in told] == [(0, "prepare")] * 3
+        with pytest.raises(TimeoutError):
+            session.generate(PROMPT, [HAT], steps=7, progress=too_late)
+        assert backend.loads.total() == 1
+        waiting = Crowd(*[lambda: session.generate(PROMPT, [HAT], steps=1)] * 3)
+        backend.go_on.set()
+        busy.set()
+        waiting.join()
+        assert set(backend.loads.values()) == {1}, "each graph is loaded once"
+
+
+@contextmanager
+def second_worker(session: Session, workers: str) -> Iterator[threading.Event]:
+    """With "none free", another request waits for the graph that is loaded, and so has the second worker."""
+    end, begun = threading.Event(), threading.Event()
+
+    def hold(_: object) -> bool:
+        begun.set()
+        return not end.is_set()
+
+    def ask() -> None:
+        with suppress(Cancelled, SessionClosedError):
+            session.generate(PROMPT, [HAT], steps=1, progress=hold)
+
+    if workers == "one free":
+        yield end
+        return
+    holding = Crowd(ask)
+    try:
+        assert begun.wait(JOIN_SECONDS)
+        yield end
+    finally:
+        end.set()
+        holding.join()
+
+
+def too_late(_: object) -> None:
+    raise TimeoutError("the caller's time limit")
+
+
+def test_closing_while_another_thread_loads_a_graph_waits_for_nothing(mixed: Mixed) -> None:
+    """Those that wait end, the one that loads ends with its graph, and what it loaded is freed then, not before."""
+    with loading(mixed) as (session, backend, asking):
+        waiting = Crowd(
+            lambda: session.generate(PROMPT, [HAT], steps=1),  # waits for the graph
+            lambda: session.prepare(MAN, steps=1),  # one of these two waits for a worker
+            lambda: session.runner("vae_decoder"),
+        )
+        time.sleep(0.1)
+        assert not session.forget(), "a request is running"
+        with pytest.raises(OptionError, match="while a request is running"):
+            session.unload("vae_decoder")
+        began = time.monotonic()
+        session.close()
+        assert time.monotonic() - began < SOON_SECONDS
+        for thread in waiting.threads:
+            thread.join(SOON_SECONDS)
+            assert not thread.is_alive(), "it waits for the thread that loads"
+        with pytest.raises(SessionClosedError):
+            waiting.join()
+        assert not session.wait_stopped(0.1), "a graph is being loaded"
+        backend.go_on.set()
+        asking.join()
+        assert session.wait_stopped(SOON_SECONDS)
+        assert backend.loads.total() == 1
+        assert not session._graphs.runners
+
+
+def test_a_graph_that_is_loaded_for_no_request_is_freed_after_closing(mixed: Mixed) -> None:
+    backend = Blocking(Hollow())
+    session = Session(mixed.bundle, backend=backend)
+    closed: list[Counter[str]] = []
+    session._owns_backend = True
+    backend.close = lambda: closed.append(+backend.open)  # type: ignore[method-assign]
+    loading = Crowd(lambda: session.runner("vae_decoder"))
+    assert backend.begun.wait(JOIN_SECONDS)
+    session.close()
+    assert not closed, "the backend is closed while it loads a graph"
+    assert not session.wait_stopped(0.1)
+    backend.go_on.set()
+    with pytest.raises(SessionClosedError):
+        loading.join()
+    assert closed == [Counter()]
+    assert backend.loads == {"vae_decoder": 1}
+    assert session.wait_stopped(SOON_SECONDS)
+
+
+def test_where_a_graph_cannot_be_loaded_who_waited_loads_it(mixed: Mixed) -> None:
+    """The one that waited gets the errors of its own attempt only."""
+    with loading(mixed) as (session, backend, asking):
+        backend.fails = True
+        found: list[str] = []
+        waiting = Crowd(lambda: found.append(digest(session.generate(PROMPT, [HAT], steps=1))))
+        time.sleep(0.1)
+        backend.go_on.set()
+        waiting.join()
+        asking.join()
+        assert len(found) == 1
+        assert sorted(set(backend.loads.values())) == [1, 2]
 
 
 def test_a_session_that_nobody_holds_any_more_leaves_nothing(mixed: Mixed) -> None:

@@ -39,7 +39,7 @@ from magicface_rt.backends import GraphRunner
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import SessionClosedError
 from magicface_rt.serve.engine import Engine
-from magicface_rt.serve.job import Job
+from magicface_rt.serve.job import EngineJob
 
 CHILD_SECONDS = 60
 HANG_SECONDS = 240
@@ -117,7 +117,7 @@ def fork_busy(bundle: str) -> dict[str, Any]:
                 time.sleep(0.1)
 
         def hold() -> None:
-            with session._loading:
+            with session._admission._lock:
                 holding.set()
                 let_go.wait(CHILD_SECONDS)
 
@@ -196,7 +196,8 @@ def close_at_calls(bundle: str, most: str) -> dict[str, Any]:
     Says how often, at how many calls there are, and after which graphs were left open.
     """
     package, opened = os.path.dirname(magicface_rt.__file__), Bundle.open(bundle, check_hashes=False)
-    files = {os.path.join(package, name) for name in ("session.py", "workplace.py", "kept/store.py", "kept/keeper.py")}
+    names = ("session.py", "admission.py", "worker_context.py", "graphs.py", "kept/store.py", "kept/keeper.py")
+    files = {os.path.join(package, name) for name in names}
     files.add(threading.__file__)
 
     def work(at: int) -> tuple[int, bool]:
@@ -253,7 +254,7 @@ def close_in_load(bundle: str, how: str) -> dict[str, Any]:
         Owner()
     session.backend.load = load  # type: ignore[method-assign]
     said = told(lambda: draw(session))
-    return {"said": said[0], "left": sorted(session._runners)}
+    return {"said": said[0], "left": sorted(session._graphs.runners)}
 
 
 def _stepping(ask: Callable[[Callable[[object], object]], object]) -> None:
@@ -277,8 +278,8 @@ def end_engine(session: Session) -> None:
     engine.start()
     stepped = threading.Event()
     request = Request(PROMPT, [MAN, HAT], Options(steps=500))
-    engine.submit(Job(request, progress=lambda _: stepped.set()))
-    engine.submit(Job(request))
+    engine.submit(EngineJob(request, progress=lambda _: stepped.set()))
+    engine.submit(EngineJob(request))
     assert stepped.wait(CHILD_SECONDS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from tools import install, lock, lockfile
-from tools.wanted import APART, EXTRAS, asked_for
+from tools.apart import NEEDS
+from tools.wanted import APART, EXTRAS, IMAGE, IMAGE_PYTHON, asked_for
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +30,8 @@ LOCKS = sorted(lockfile.FOLDER.glob("*.txt"))
 ids = [path.stem for path in LOCKS]
 LOCKS_APART = sorted(path for extra in APART for path in (lockfile.FOLDER / extra).glob("*.txt"))
 ids_apart = [f"{path.parent.name}-{path.stem}" for path in LOCKS_APART]
+LOCKS_OF_IMAGE = [lockfile.path_apart(IMAGE_PYTHON, folder) for folder in IMAGE]
+ids_of_image = list(IMAGE)
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 
@@ -121,7 +125,7 @@ def test_a_lock_holds_what_pyproject_asks_for(path: Path) -> None:
             assert requirement.specifier.contains(pins[lockfile.normal(requirement.name)].version), requirement
 
 
-@pytest.mark.parametrize("path", LOCKS_APART, ids=ids_apart)
+@pytest.mark.parametrize("path", [*LOCKS_APART, *LOCKS_OF_IMAGE], ids=[*ids_apart, *ids_of_image])
 def test_a_lock_apart_holds_its_extra_and_not_what_it_overwrites(path: Path) -> None:
     pins = {pin.name: pin for pin in lockfile.read(path)}
     for lines in asked_for(path.parent.name).values():
@@ -131,7 +135,7 @@ def test_a_lock_apart_holds_its_extra_and_not_what_it_overwrites(path: Path) -> 
     assert "torch" not in pins
 
 
-@pytest.mark.parametrize("path", [*LOCKS, *LOCKS_APART], ids=[*ids, *ids_apart])
+@pytest.mark.parametrize("path", [*LOCKS, *LOCKS_APART, *LOCKS_OF_IMAGE], ids=[*ids, *ids_apart, *ids_of_image])
 def test_a_lock_has_the_versions_of_the_constraints(path: Path) -> None:
     lines = [line for line in lockfile.CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
     constrained = {lockfile.normal(requirement.name): requirement.specifier for requirement in required_of(path, lines)}
@@ -141,6 +145,56 @@ def test_a_lock_has_the_versions_of_the_constraints(path: Path) -> None:
             assert constrained[pin.name].contains(pin.version), pin
         else:
             assert pin.name.startswith(("cuda-", "nvidia-", "triton")), f"{pin.name} is not in constraints.txt"
+
+
+def test_the_image_has_the_archives_of_the_other_locks() -> None:
+    """What was tested here by another lock is what the image gets, byte for byte."""
+    others = [lockfile.path_of(IMAGE_PYTHON, lockfile.torch_version())]
+    others += [lockfile.path_apart(IMAGE_PYTHON, extra) for extra in APART]
+    known = {pin for path in others for pin in lockfile.read(path)}
+    for path in LOCKS_OF_IMAGE:
+        assert set(lockfile.read(path)) <= known, path
+
+
+@pytest.mark.parametrize("folder", IMAGE)
+def test_the_locks_of_the_image_hold_what_their_packages_need(folder: str) -> None:
+    """By what the packages that are installed here require, and those that are not as `NEEDS` has them."""
+    path = lockfile.path_apart(IMAGE_PYTHON, folder)
+    environment = python_of(path)
+    pins = {pin.name: pin.version for pin in lockfile.read(path)}
+    waiting = [requirement for lines in asked_for(folder).values() for requirement in required_of(path, lines)]
+    gone: set[str] = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = lockfile.normal(requirement.name)
+        assert requirement.specifier.contains(pins[name], prereleases=True), requirement
+        if f"{requirement}" in gone:
+            continue
+        gone.add(f"{requirement}")
+        lines = NEEDS[name] if name in NEEDS else distribution(name).requires or ()
+        for line in lines:
+            needed = Requirement(line)
+            if needed.marker is None or any(
+                needed.marker.evaluate({**environment, "extra": extra}) for extra in ("", *requirement.extras)
+            ):
+                waiting.append(needed)
+    assert {lockfile.normal(Requirement(one).name) for one in gone} == pins.keys()
+
+
+def test_the_image_installs_nothing_without_its_hash() -> None:
+    """Each run of pip in the Dockerfile either checks a lock or fetches nothing, and resolves nothing."""
+    text = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if not line.startswith("#")]
+    runs = [part for line in lines for part in line.split("&&") if re.search(r"\bpip\b|-m build\b", part)]
+    assert len(runs) == 4
+    for run in runs:
+        assert "--no-deps" in run, run
+        assert "--require-hashes -r /locks/" in run or "--no-index" in run, run
+        assert " wheel " not in run or "--no-build-isolation" in run, run
+    given = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
+    copied = re.findall(r"^COPY (\S+) /locks/\S+$", text, re.MULTILINE)
+    named = [re.sub(r"\$\{(\w+)\}", lambda match: given[match[1]], one) for one in copied]
+    assert sorted(named) == sorted(str(path.relative_to(ROOT)) for path in LOCKS_OF_IMAGE)
 
 
 def test_the_lock_in_use_holds_what_its_packages_need() -> None:

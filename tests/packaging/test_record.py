@@ -48,6 +48,20 @@ def test_slow(number):
     assert seconds[-1] == 4 * 3600
 """
 
+WAITING = """
+import time
+import pytest
+
+@pytest.fixture
+def waited():
+    time.sleep(0.3)
+    yield
+    time.sleep(0.2)
+
+def test_it(waited):
+    time.sleep(0.1)
+"""
+
 
 ONCE = """
 from pathlib import Path
@@ -70,17 +84,25 @@ def test_once(number):
 """
 
 
-def lay_out(folder: Path, test: str, conftest: str = "conftest.py") -> None:
-    shutil.copy(TESTS / conftest, folder / "conftest.py")
+ONLY_THE_RECORD = 'pytest_plugins = ["record"]\n'
+"""All that most of these runs need of our `conftest.py`, which imports the package as well."""
+
+
+def lay_out(folder: Path, test: str, conftest: str | None = None) -> None:
+    told = ONLY_THE_RECORD if conftest is None else (TESTS / conftest).read_text(encoding="utf-8")
+    (folder / "conftest.py").write_text(told, encoding="utf-8")
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     (folder / "test_it.py").write_text(test)
 
 
-def run(folder: Path, test: str, *options: str, conftest: str = "conftest.py") -> subprocess.CompletedProcess[str]:
-    """A run of its own with one of our `conftest.py`."""
+def run(folder: Path, test: str, *options: str, conftest: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A run of its own with the record, or with one of our `conftest.py`; of other plugins only with pytest-xdist."""
     lay_out(folder, test, conftest)
     paths = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    if "-n" in options:
+        options = ("-p", "xdist", *options)
     command = [
         sys.executable,
         "-m",
@@ -119,7 +141,7 @@ FIGURES = {f"case {number}": f"{number} kills" for number in range(4)}
 def test_all_that_was_counted_is_told_and_put_down(tmp_path: Path, options: tuple[str, ...]) -> None:
     if options:
         pytest.importorskip("xdist")
-    ended = run(tmp_path, COUNTING, *options)
+    ended = run(tmp_path, COUNTING, *options, conftest="conftest.py")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for number in range(4):
         assert f"{number} kills" in ended.stdout
@@ -134,6 +156,16 @@ def test_why_a_test_failed_stands_there_before_the_run_has_ended(tmp_path: Path)
     said = json.loads(file.read_text().splitlines()[1])
     assert not said["passed"]
     assert "assert (6 * 9) == 42" in said["why"]
+
+
+def test_the_seconds_of_a_test_and_of_its_fixtures_stand_there(tmp_path: Path) -> None:
+    assert run(tmp_path, WAITING).returncode == 0
+    (file,) = (tmp_path / ".pytest_cache" / "d" / "records").iterdir()
+    took = json.loads(file.read_text().splitlines()[1])["seconds"]
+    assert took.keys() == {"setup", "call", "teardown"}
+    assert took["setup"] >= 0.3
+    assert took["call"] >= 0.1
+    assert took["teardown"] >= 0.2
 
 
 def test_a_run_that_is_ended_leaves_what_was_counted_before(tmp_path: Path) -> None:

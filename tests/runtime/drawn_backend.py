@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from magicface_rt.backends import Backend, GraphRunner
-from magicface_rt.backends.checks import Limits
+from magicface_rt.backends.checks import ShapeRanges
 from magicface_rt.bundle import Bundle, GraphContract
 
 Arrays = Mapping[str, np.ndarray]
@@ -28,7 +28,7 @@ class Drawn(Backend):
 
     name = "drawn"
 
-    def __init__(self, limits: Mapping[str, Limits] | None = None) -> None:
+    def __init__(self, limits: Mapping[str, ShapeRanges] | None = None) -> None:
         self.limits = limits or {}
         self.runs: Counter[str] = Counter()
         self.rows: list[int] = []
@@ -47,7 +47,7 @@ class _Runner(GraphRunner):
         self.backend = backend
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ShapeRanges:
         return self.backend.limits.get(self.contract.name, {})
 
     def _run(self, inputs: Arrays, outputs: Sequence[str]) -> dict[str, np.ndarray]:

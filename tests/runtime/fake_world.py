@@ -16,6 +16,7 @@ from magicface_rt.backends import TensorRT
 from magicface_rt.backends import device as device_module
 from magicface_rt.bundle import Bundle, GraphContract, Tensor
 from magicface_rt.engines import flavour as flavour_module
+from magicface_rt.engines.log import ErrorRecord
 from magicface_rt.engines.plan_key import PlanKey
 from magicface_rt.engines.store import EngineStore
 from magicface_rt.engines.targets import Target, target_for
@@ -24,6 +25,12 @@ from .fake_cuda import FakeCuda
 from .fake_tensorrt import FakeTensorRT, Recipe, bundle_recipe
 
 FLAVOUR = "tensorrt-rtx"
+
+
+def _logger(trt: Any) -> ErrorRecord:
+    logger = ErrorRecord()
+    logger.add_error("something of long ago")
+    return logger
 
 
 class World:
@@ -42,7 +49,7 @@ class World:
         monkeypatch.setitem(
             sys.modules,
             "magicface_rt.engines.log",
-            SimpleNamespace(trt_logger=lambda trt: SimpleNamespace(errors=["something of long ago"])),
+            SimpleNamespace(trt_logger=_logger),
         )
 
     def _load_flavour(self, name: str) -> Any:

@@ -24,9 +24,9 @@ from magicface_rt.backends import device as device_module
 from magicface_rt.backends import onnxruntime as onnxruntime_module
 from magicface_rt.backends.device import Buffer, Device
 from magicface_rt.backends.host import from_bfloat16, host_dtype, non_finite, to_bfloat16
-from magicface_rt.backends.one_thread import OneThread
 from magicface_rt.backends.onnxruntime import DeviceRunner, import_onnxruntime
 from magicface_rt.backends.ort_binding import MAX_GRAPHS, GraphIds, OrtBinding
+from magicface_rt.backends.single_thread_executor import SingleThreadExecutor
 from magicface_rt.backends.sum_model import sum_model
 from magicface_rt.bundle import GraphContract, Tensor
 from magicface_rt.engines.targets import load_target
@@ -677,13 +677,13 @@ def bind_on_the_cpu(binding: OrtBinding, tensor: Tensor, shape: tuple[int, ...])
 
 
 @pytest.fixture
-def one() -> Iterator[OneThread]:
-    made = OneThread("one")
+def one() -> Iterator[SingleThreadExecutor]:
+    made = SingleThreadExecutor("one")
     yield made
     made.close()
 
 
-def test_one_thread_returns_and_raises_what_the_call_does(one: OneThread) -> None:
+def test_one_thread_returns_and_raises_what_the_call_does(one: SingleThreadExecutor) -> None:
     assert one(lambda a, b: a + b, 1, b=2) == 3
     with pytest.raises(ZeroDivisionError):
         one(lambda: 1 / 0)
@@ -694,7 +694,7 @@ def test_one_thread_returns_and_raises_what_the_call_does(one: OneThread) -> Non
 
 def test_one_thread_ends_with_what_made_it() -> None:
     before = set(threading.enumerate())
-    made = OneThread("forgotten")
+    made = SingleThreadExecutor("forgotten")
     made(lambda: None)
     (thread,) = set(threading.enumerate()) - before
     del made
@@ -703,7 +703,7 @@ def test_one_thread_ends_with_what_made_it() -> None:
     assert not thread.is_alive()
 
 
-def test_a_call_that_waits_is_not_made_after_ctrl_c(one: OneThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_waits_is_not_made_after_ctrl_c(one: SingleThreadExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, made = threading.Event(), []
     busy = threading.Thread(target=one, args=(go_on.wait,))
     busy.start()
@@ -735,7 +735,7 @@ def heard_ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("heard_ctrl_c")
-def test_ctrl_c_waits_for_the_call_that_goes_on(one: OneThread) -> None:
+def test_ctrl_c_waits_for_the_call_that_goes_on(one: SingleThreadExecutor) -> None:
     started, ended = threading.Event(), threading.Event()
 
     def work() -> None:

@@ -98,13 +98,13 @@ def test_of_a_bundle_in_use_no_file_is_written_to_and_others_may_take_its_place(
     opened = Bundle.open(bundle, check_hashes=False)
     written_to(bundle / name)
     with pytest.raises(BundleError, match=f"{name} was written to since .*by renaming only"):
-        opened.check_unwritten()
+        opened.check_not_modified()
     replaced(bundle / name)
-    opened.check_unwritten()
+    opened.check_not_modified()
     (bundle / name).unlink()
-    opened.check_unwritten()
+    opened.check_not_modified()
     bundle.rename(bundle.with_name("aside"))
-    opened.check_unwritten()
+    opened.check_not_modified()
 
 
 def test_an_opened_bundle_is_found_from_anywhere(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_a_newer_format_asks_for_an_upgrade(bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../weights.bin", "/etc/passwd", "a/b", "", ".hidden"])
 def test_a_path_that_leaves_the_folder_is_refused(bundle: Path, name: str) -> None:
-    edit(bundle, lambda m: m["files"].update({name: {"bytes": 1, "sha256": ""}}))
+    edit(bundle, lambda m: m["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
     with pytest.raises(BundleError, match="only plain file names"):
         Bundle.open(bundle)
 
@@ -156,6 +156,12 @@ def test_a_symbolic_link_is_refused(bundle: Path, tiny_bundle: Path) -> None:
 def test_a_manifest_without_a_key_is_refused(bundle: Path, key: str) -> None:
     edit(bundle, lambda m: m.pop(key))
     with pytest.raises(BundleError, match="expected form"):
+        Bundle.open(bundle)
+
+
+def test_a_value_of_another_form_is_named(bundle: Path) -> None:
+    edit(bundle, lambda m: m.update(height="512 px"))
+    with pytest.raises(BundleError, match=r"height is '512 px', expected a whole number from 64 to 4096"):
         Bundle.open(bundle)
 
 

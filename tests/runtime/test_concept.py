@@ -183,11 +183,6 @@ def test_too_many_concepts_are_refused_by_name() -> None:
         place("a man hat", Concept("man", MAN), Concept("hat", HAT), limit=1)
 
 
-def test_what_is_no_concept_is_refused() -> None:
-    with pytest.raises(ConceptError, match=r"concepts\[1\] is a str"):
-        place_concepts("a man", [Concept("man", MAN), "hat"], WordTokenizer(), 6)  # type: ignore[list-item]
-
-
 def test_the_ends_of_the_range_are_thresholds_and_token_indices() -> None:
     assert [Reference("a.png", mask_threshold=threshold).mask_threshold for threshold in (1, 255)] == [1, 255]
     assert Concept("man", MAN, token_index=1).token_index == (1,)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from magicface_rt import Session, cores
-from magicface_rt.cores import threads_of_each
+from magicface_rt import Session
+from magicface_rt.process import cores
+from magicface_rt.process.cores import threads_of_each
 from magicface_rt.serve.ray import RayPlan
 
 

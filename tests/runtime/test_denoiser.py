@@ -10,9 +10,10 @@ import pytest
 
 from magicface_rt.backends import OnnxRuntime
 from magicface_rt.bundle import Bundle
-from magicface_rt.denoiser import STATE, Denoiser, DenoisingLoop, Guidance, ReferenceSet
+from magicface_rt.denoiser import STATE, DenoisingLoop, Guidance
 from magicface_rt.kept.feed import KeyFeed, PlacedKeys, ReferencePass
 from magicface_rt.regions import MaskedReference, Stage
+from magicface_rt.single_step import Denoiser, ReferenceSet, padding_keys
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_a_loop_feeds_what_single_steps_are_fed(
     for i, stage in enumerate(stages):
         noised = bundle.schedule.add_noise(z0, z0[:1], timesteps[i]) if references else None
         if noised is None:
-            kv = denoiser.no_references()
+            kv = padding_keys(bundle)
         else:
             kv = denoiser.reference_kv(kept, noised, timesteps[i], text)
         state = denoiser.step(

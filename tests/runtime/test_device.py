@@ -11,7 +11,7 @@ import pytest
 
 from magicface_rt.backends import device as device_module
 from magicface_rt.backends.device import Buffer, CudaCallError, CudaMemoryError, Device, Event, Staging, Stream, capture
-from magicface_rt.backends.lane import Lane, Slot
+from magicface_rt.backends.worker_stream import Slot, WorkerStream
 from magicface_rt.errors import BackendMissingError, DeviceError
 from tests.runtime.fake_cuda import ILLEGAL_IN_CAPTURE, KERNEL_FAILED, FakeCuda
 
@@ -183,46 +183,46 @@ def test_a_capture_that_fails_leaves_the_stream_usable(cuda: FakeCuda) -> None:
     stream.destroy()
 
 
-def test_a_lane_names_the_graphs_that_may_have_failed(cuda: FakeCuda) -> None:
-    lane = Lane(Device(0, cuda=cuda))
-    lane.join()
-    lane.enqueued("reference_kv")
-    lane.enqueued("denoise_step")
+def test_a_worker_stream_names_the_graphs_that_may_have_failed(cuda: FakeCuda) -> None:
+    worker_stream = WorkerStream(Device(0, cuda=cuda))
+    worker_stream.join()
+    worker_stream.enqueued("reference_kv")
+    worker_stream.enqueued("denoise_step")
     cuda.kernel_error = KERNEL_FAILED
     with pytest.raises(DeviceError, match=r"graph reference_kv or denoise_step failed on the device: .* 719"):
-        lane.wait("vae_decoder")
+        worker_stream.wait("vae_decoder")
     with pytest.raises(DeviceError, match=r"graph vae_decoder: CUDA call"):
-        lane.wait("vae_decoder")
+        worker_stream.wait("vae_decoder")
     cuda.kernel_error = 0
-    lane.leave()
+    worker_stream.leave()
 
 
 def test_slots_grow_together_or_not_at_all(cuda: FakeCuda) -> None:
-    lane = Lane(Device(0, cuda=cuda))
-    lane.join()
+    worker_stream = WorkerStream(Device(0, cuda=cuda))
+    worker_stream.join()
     small, large = Slot(), Slot()
-    assert lane.reserve({small: 100, large: 1000}, "x")
-    assert not lane.reserve({small: 50, large: 1000}, "x")
+    assert worker_stream.reserve({small: 100, large: 1000}, "x")
+    assert not worker_stream.reserve({small: 50, large: 1000}, "x")
     kept = small.buffer
     with pytest.raises(DeviceError, match="graph x needs"):
-        lane.reserve({small: 5000, large: 9 * 10**9}, "x")
+        worker_stream.reserve({small: 5000, large: 9 * 10**9}, "x")
     assert small.buffer is kept
     assert kept is not None
     assert not kept.freed
     small.free()
     large.free()
-    lane.leave()
+    worker_stream.leave()
 
 
 def test_memory_that_is_still_written_is_not_freed_to_grow(cuda: FakeCuda) -> None:
-    lane = Lane(Device(0, cuda=cuda))
-    lane.join()
-    slot, staging = Slot(), Staging(lane.device)
-    lane.reserve({slot: 100}, "x")
+    worker_stream = WorkerStream(Device(0, cuda=cuda))
+    worker_stream.join()
+    slot, staging = Slot(), Staging(worker_stream.device)
+    worker_stream.reserve({slot: 100}, "x")
     assert slot.buffer
-    staging.upload(np.ones(100, np.uint8), slot.buffer, lane.stream)
-    lane.reserve({slot: 1000}, "x")
-    lane.wait("x")
+    staging.upload(np.ones(100, np.uint8), slot.buffer, worker_stream.stream)
+    worker_stream.reserve({slot: 1000}, "x")
+    worker_stream.wait("x")
     staging.free()
     slot.free()
-    lane.leave()
+    worker_stream.leave()

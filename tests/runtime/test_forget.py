@@ -87,12 +87,12 @@ def test_what_is_forgotten_is_gone_and_comes_back_when_it_is_wanted(bundle: Bund
         assert session.forget(man) is True
         assert of_man.alive == 0
         assert of_hat.alive
-        assert list(session._keeper.store.keys) == hat
+        assert list(session._keeper.store.content_keys) == hat
         same(latents(session), expected)
         assert backend.runs["reference_kv"] == 1, "the man is prepared again, and the hat is there"
         assert session.forget() is True
         assert of_hat.alive == 0
-        assert session._keeper.store.keys == ()
+        assert session._keeper.store.content_keys == ()
         same(latents(session), expected)
 
 
@@ -104,18 +104,18 @@ def test_on_the_exported_network_the_picture_is_the_same_byte_for_byte(bundle: B
 
         first = picture()
         keys = keys_of(session.prepare(MAN, steps=2))
-        assert session._keeper.store.keys == tuple(keys)
+        assert session._keeper.store.content_keys == tuple(keys)
         assert session.forget(keys) is True
-        assert session._keeper.store.keys == ()
+        assert session._keeper.store.content_keys == ()
         assert picture() == first
-        assert session._keeper.store.keys == tuple(keys)
+        assert session._keeper.store.content_keys == tuple(keys)
 
 
 def test_the_buffers_of_the_graphs_are_let_go_of_and_the_graphs_stay(bundle: Bundle, backend: Drawn) -> None:
     with Session(bundle, backend=backend) as session:
         expected = latents(session)
-        loaded = dict(session._runners)
-        (place,) = session._workplaces._free
+        loaded = dict(session._graphs.runners)
+        (place,) = session._worker_contexts._free
         assert place._bindings.keys() > HOLD_REFERENCES
         inputs = {name: place._bindings[name]._arrays for name in HOLD_REFERENCES}  # type: ignore[attr-defined]
         results = place._bindings["reference_kv"]._results  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def test_the_buffers_of_the_graphs_are_let_go_of_and_the_graphs_stay(bundle: Bun
         assert session.forget([]) is True
         assert held.alive == 0
         assert not place._bindings.keys() & HOLD_REFERENCES
-        assert session._runners == loaded
+        assert session._graphs.runners == loaded
         same(latents(session), expected)
 
 
@@ -137,7 +137,7 @@ def test_a_request_that_runs_goes_on_and_then_nothing_is_left(bundle: Bundle, ba
         same(latents(session, progress=lambda step: said.append(session.forget(man))), expected)
         assert said == [False] * STEPS
         assert of_man.alive == 0
-        (place,) = session._workplaces._free
+        (place,) = session._worker_contexts._free
         assert not place._bindings.keys() & HOLD_REFERENCES
         assert session.forget(man) is True
 
@@ -162,7 +162,7 @@ def test_what_is_being_prepared_is_not_kept_in_the_end(bundle: Bundle, backend: 
             go_on.set()
             thread.join(30)
         assert keys_of(made[0]) == keys, "whoever asked for it has it"
-        assert session._keeper.store.keys == ()
+        assert session._keeper.store.content_keys == ()
         same(latents(session, made), latents(session, [MAN]))
 
 
@@ -184,10 +184,10 @@ def test_in_a_session_that_is_never_idle_it_goes_with_those_that_ran(bundle: Bun
             later, last = begun(lambda step: session.generate(PROMPT, steps=1, progress=step))
             go_on.set()
             earlier.result(30)
-            assert session._keeper.store.keys == (), "what was made meanwhile has gone, though another one runs"
-            assert not session._over
+            assert session._keeper.store.content_keys == (), "what was made meanwhile has gone, though another one runs"
+            assert not session._admission._finished
             earlier, go_on = later, last
-        assert [running.forgotten for running in session._running] == [set()]
+        assert [running.forgotten for running in session._admission.running] == [set()]
         go_on.set()
         earlier.result(30)
         assert session.forget(keys) is True
@@ -230,7 +230,7 @@ def test_what_is_not_there_is_no_error_and_what_are_no_keys_is(bundle: Bundle, b
         for wrong in (keys[0], 7, [7], [None], session.prepare(MAN, steps=STEPS)):
             with pytest.raises(OptionError, match=r"expected content keys.*kept\.references"):
                 session.forget(wrong)  # type: ignore[arg-type]
-        assert session._keeper.store.keys == tuple(keys)
+        assert session._keeper.store.content_keys == tuple(keys)
         assert session.forget(iter(keys)) is True
-        assert session._keeper.store.keys == ()
+        assert session._keeper.store.content_keys == ()
     assert session.forget(keys) is True, "a closed Session holds nothing"

@@ -127,10 +127,10 @@ class One:
 def test_what_computes_in_a_thread_of_the_parent_refuses_a_call_and_waits_for_nothing() -> None:
     in_a_child(
         """
-        from magicface_rt.backends.one_thread import OneThread
+        from magicface_rt.backends.single_thread_executor import SingleThreadExecutor
         from magicface_rt.errors import OtherProcessError
 
-        one = OneThread("onnxruntime-cuda")
+        one = SingleThreadExecutor("onnxruntime-cuda")
         one(int)
         """,
         """

@@ -30,7 +30,7 @@ from magicface_rt.images import (
     pixels_to_images,
     region_overlay,
 )
-from magicface_rt.warned import MagicFaceWarning, collected, placed, warn
+from magicface_rt.soft_warnings import MagicFaceWarning, attributed_to, collect_warnings, warn
 from tests.locations import DATA, GOLDENS
 
 IMAGES = DATA / "unit" / "images"
@@ -535,13 +535,13 @@ def test_warnings_are_told_to_whoever_collects_them_in_that_thread_alone() -> No
         with pytest.warns(MagicFaceWarning, match="elsewhere"):
             warn("kind", "elsewhere")
 
-    with warnings.catch_warnings(), collected() as found:
+    with warnings.catch_warnings(), collect_warnings() as found:
         warnings.simplefilter("error")
         warn("one", "said twice")
-        with placed("mask"), placed(""):
+        with attributed_to("mask"), attributed_to(""):
             warn("one", "said twice")
             warn("two", "of a part")
-    with collected() as none, ThreadPoolExecutor(1) as pool:
+    with collect_warnings() as none, ThreadPoolExecutor(1) as pool:
         pool.submit(other).result(30)
     assert [(one.kind, str(one), one.field) for one in found] == [
         ("one", "said twice", None),
@@ -553,7 +553,7 @@ def test_warnings_are_told_to_whoever_collects_them_in_that_thread_alone() -> No
 def test_every_warning_of_this_package_can_be_collected() -> None:
     package = Path(images.__file__).parent
     others = [path for path in package.rglob("*.py") if "warnings.warn(" in path.read_text(encoding="utf-8")]
-    assert [path.name for path in others] == ["warned.py"]
+    assert [path.name for path in others] == ["soft_warnings.py"]
 
 
 def test_the_warning_points_at_the_callers_line() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import ImageError, Session, unfinished
+from magicface_rt import Bundle, ImageError, Session
 from magicface_rt.backends.device import import_cuda
 from magicface_rt.backends.onnxruntime import OnnxRuntime, import_onnxruntime
 from magicface_rt.cli import doctor, main
@@ -22,9 +22,11 @@ from magicface_rt.cli._command import export_module
 from magicface_rt.cli.bench import benchmark_module
 from magicface_rt.decoding import decode
 from magicface_rt.engines.flavour import load_flavour
-from magicface_rt.interrupts import let_through
+from magicface_rt.files import atomic_files
+from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.provenance import read_provenance
 from magicface_rt.serve.uploads import open_image
+from tests.locations import DATA
 from tests.runtime.test_backends import Pair, ort_runner
 from tests.runtime.test_kept_files import made
 from tests.runtime.test_session import MAN, PROMPT
@@ -94,8 +96,8 @@ def test_what_a_library_raises_is_not_let_through() -> None:
         try:
             library(given)
         except ValueError as error:
-            let_through(error)
-    let_through(ValueError("it was never raised"))
+            reraise_if_interrupt(error)
+    reraise_if_interrupt(ValueError("it was never raised"))
 
 
 @pytest.mark.parametrize("what", ["an import", "a clean-up"])
@@ -118,7 +120,7 @@ def test_what_a_library_makes_of_an_interrupt_is_let_through(strike: Callable[..
         try:
             {"an import": imports, "a clean-up": cleans_up}[what]()
         except (ImportError, OSError) as error:
-            let_through(error)
+            reraise_if_interrupt(error)
 
 
 def test_what_was_handled_already_is_not_let_through(strike: Callable[..., Any]) -> None:
@@ -128,7 +130,7 @@ def test_what_was_handled_already_is_not_let_through(strike: Callable[..., Any])
         try:
             os.close(-1)
         except OSError as error:
-            let_through(error)
+            reraise_if_interrupt(error)
 
     try:
         strike()
@@ -222,7 +224,55 @@ def test_pictures_that_are_read(
 
 
 def test_a_file_that_is_written(strike: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfinished, "settle", strike)
+    monkeypatch.setattr(atomic_files, "fsync_tree", strike)
     with struck():
         made().save(tmp_path / "man.concept")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["a network", "its weights", "a tokenizer", "a header", "a recording", "a U-Net"])
+def test_checkpoints_and_recordings_that_are_read(
+    what: str, tiny_checkpoint: Path, strike: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from magicface_rt.export.checkpoint import Checkpoint
+    from magicface_rt.export.recordings import Recording, load_unet
+
+    opened, recording = Checkpoint.open(tiny_checkpoint), DATA / "recordings" / "guidance-3"
+    cases: dict[str, tuple[str, Callable[[], object]]] = {
+        "a network": ("export.checkpoint.UNet2DConditionModel.from_config", opened.load_unet),
+        "its weights": ("export.checkpoint.safe_open", opened.load_unet),
+        "a tokenizer": ("export.diffusers_folder.guarded", lambda: Checkpoint.open(tiny_checkpoint)),
+        "a header": ("export.checkpoint.safe_open", lambda: Checkpoint.open(tiny_checkpoint)),
+        "a recording": ("export.npz.zipfile.ZipFile", lambda: Recording.load(recording)),
+        "a U-Net": (
+            "export.recordings.UNet2DConditionModel.from_pretrained",
+            lambda: load_unet(Recording.load(recording).model),
+        ),
+    }
+    replaced, call = cases[what]
+    monkeypatch.setattr(f"magicface_rt.{replaced}", strike)
+    with struck():
+        call()
+
+
+def test_a_graph_that_is_traced(
+    tiny_checkpoint: Path, tmp_path: Path, strike: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from magicface_rt.export.checkpoint import Checkpoint
+    from magicface_rt.export.exporter import export_bundle
+
+    monkeypatch.setattr("torch.onnx.export", strike)
+    with struck():
+        export_bundle(Checkpoint.open(tiny_checkpoint), tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_form_for_cuda_that_is_opened(
+    tiny_bundle: Path, strike: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from magicface_rt.export.fusion.defined import DefinedCuda
+
+    ort = SimpleNamespace(SessionOptions=import_onnxruntime().SessionOptions, InferenceSession=strike)
+    monkeypatch.setattr("magicface_rt.export.fusion.defined.import_onnxruntime", lambda: ort)
+    with struck():
+        DefinedCuda().load(Bundle.open(tiny_bundle, check_hashes=False), "text_encoder")

@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,16 +25,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference, unfinished
+from magicface_rt import Concept, KeptConcept, KeptConceptError, MagicFaceError, OutputError, Reference
 from magicface_rt.backends.host import from_bfloat16, to_bfloat16
 from magicface_rt.cli import main
+from magicface_rt.files import atomic_files
+from magicface_rt.files.stamps import Stamp
 from magicface_rt.images import load_reference
 from magicface_rt.kept import KeptReference, Origin
 from magicface_rt.kept.files import METADATA, check_writable
 from magicface_rt.kept.origin import content_key
 from magicface_rt.kept.reference import EightBit, empty_tensors
 from magicface_rt.schedule import Schedule
-from magicface_rt.stamps import Stamp
 
 LAYERS = ((10, 2, 24), (13, 1, 8))
 STEPS = 3
@@ -184,20 +187,59 @@ def test_a_loaded_concept_whose_file_was_written_to_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     loaded = KeptConcept.load(Path(path.name))
-    loaded.check_unwritten()
+    loaded.check_not_modified()
     monkeypatch.chdir("/")
     write_other_keys(path)
-    for of_it in (loaded.check_unwritten, loaded.renamed("hat").check_unwritten, loaded.references[1].check_unwritten):
+    for of_it in (
+        loaded.check_not_modified,
+        loaded.renamed("hat").check_not_modified,
+        loaded.references[1].check_not_modified,
+    ):
         with pytest.raises(KeptConceptError, match=r"'cap\.concept' was written to since it was loaded.*Load it again"):
             of_it()
     with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
         loaded.save(tmp_path / "copy.concept")
     assert os.listdir(tmp_path) == ["cap.concept"]
-    loaded.references[1].in_memory().check_unwritten()
+    loaded.references[1].in_memory().check_not_modified()
+
+
+def test_a_writer_that_restores_size_and_time_goes_unseen(path: Path) -> None:
+    loaded, found = KeptConcept.load(path), path.stat()
+    write_other_keys(path)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    loaded.check_not_modified()
+
+
+SHORTENED = """
+import os
+import resource
+import sys
+from magicface_rt import KeptConcept, KeptConceptError
+
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+loaded = KeptConcept.load(sys.argv[1])
+os.truncate(sys.argv[1], 100)
+try:
+    loaded.check_not_modified()
+except KeptConceptError as error:
+    print(error, flush=True)
+loaded.references[0].tensors["k_ref_10"].step(1).sum()
+print("went on", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="needs SIGBUS")
+def test_a_file_that_is_shortened_is_noticed_between_requests_and_ends_the_process_that_reads_it(path: Path) -> None:
+    """The first page may still be there, so the file has to have more of them."""
+    made(tokens=(700, 300)).save(path, overwrite=True)
+    ended = subprocess.run([sys.executable, "-c", SHORTENED, str(path)], capture_output=True, text=True, timeout=300)
+    assert "was written to since it was loaded" in ended.stdout, ended.stderr
+    assert "went on" not in ended.stdout
+    assert ended.returncode == -signal.SIGBUS
 
 
 def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, tmp_path: Path) -> None:
-    loaded, sound = KeptConcept.load(path), KeptConcept.check_unwritten
+    loaded, sound = KeptConcept.load(path), KeptConcept.check_not_modified
     calls = []
 
     def later(concept: KeptConcept) -> None:
@@ -207,7 +249,7 @@ def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, 
             write_other_keys(path)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(KeptConcept, "check_unwritten", later)
+        patched.setattr(KeptConcept, "check_not_modified", later)
         with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
             loaded.save(tmp_path / "copy.concept")
     assert os.listdir(tmp_path) == ["cap.concept"]
@@ -216,7 +258,13 @@ def test_a_file_that_is_written_to_while_it_is_copied_is_not_copied(path: Path, 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @pytest.mark.parametrize(
     ("of", "function"),
-    [(unfinished, "place"), (unfinished, "put"), (unfinished, "check"), (Stamp, "of"), (Stamp, "rewritten")],
+    [
+        (atomic_files, "resolve_target"),
+        (atomic_files, "replace_into_place"),
+        (atomic_files, "check_writable"),
+        (Stamp, "of"),
+        (Stamp, "was_modified"),
+    ],
 )
 def test_a_time_limit_that_ends_meanwhile_is_no_fault_of_the_file(
     of: Any, function: str, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -228,11 +276,11 @@ def test_a_time_limit_that_ends_meanwhile_is_no_fault_of_the_file(
 
     loaded, other = KeptConcept.load(path), path.with_name("other.concept")
     uses: dict[str, Callable[[], object]] = {
-        "place": lambda: loaded.save(other),
-        "put": lambda: loaded.save(other),
-        "check": lambda: check_writable(other, overwrite=False),
+        "resolve_target": lambda: loaded.save(other),
+        "replace_into_place": lambda: loaded.save(other),
+        "check_writable": lambda: check_writable(other, overwrite=False),
         "of": lambda: KeptConcept.load(path),
-        "rewritten": loaded.check_unwritten,
+        "was_modified": loaded.check_not_modified,
     }
     before = signal.signal(signal.SIGUSR1, ends)
     try:
@@ -252,19 +300,19 @@ def test_a_file_that_cannot_be_looked_at_is_refused(path: Path, monkeypatch: pyt
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Stamp, "rewritten", broken)
+    monkeypatch.setattr(Stamp, "was_modified", broken)
     with pytest.raises(KeptConceptError, match=r"'cap\.concept' cannot be looked at: Input/output error"):
-        loaded.check_unwritten()
+        loaded.check_not_modified()
 
 
 def test_what_takes_the_place_of_a_loaded_file_is_no_harm(path: Path) -> None:
     loaded = KeptConcept.load(path)
     made().save(path, overwrite=True)
-    loaded.check_unwritten()
+    loaded.check_not_modified()
     path.unlink()
-    loaded.check_unwritten()
+    loaded.check_not_modified()
     path.parent.rename(path.parent.with_name("aside"))
-    loaded.check_unwritten()
+    loaded.check_not_modified()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="symbolic links")
@@ -312,21 +360,21 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param != "link":
         monkeypatch.setattr(os, "link", cannot)
     if request.param == "look":
-        monkeypatch.setattr(unfinished, "_rename", lambda *_: False)
+        monkeypatch.setattr(atomic_files, "_rename", lambda *_: False)
 
 
 @pytest.mark.usefixtures("system")
 def test_a_file_that_somebody_puts_there_meanwhile_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, settle = tmp_path / "cap.concept", unfinished.settle
+    path, settle = tmp_path / "cap.concept", atomic_files.fsync_tree
 
     def slow(new: Path) -> None:
         path.write_bytes(b"somebody's")
         settle(new)
 
     with monkeypatch.context() as patched:
-        patched.setattr(unfinished, "settle", slow)
+        patched.setattr(atomic_files, "fsync_tree", slow)
         with pytest.raises(OutputError, match=r"cap.concept' exists already. Give another path, or allow overwriting"):
             made().save(path)
         assert path.read_bytes() == b"somebody's"
@@ -339,7 +387,7 @@ def test_a_file_that_somebody_puts_there_meanwhile_is_not_replaced(
 
 
 def test_of_two_that_save_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, settle, both = tmp_path / "cap.concept", unfinished.settle, threading.Barrier(2)
+    path, settle, both = tmp_path / "cap.concept", atomic_files.fsync_tree, threading.Barrier(2)
     ended: list[str] = []
 
     def together(new: Path) -> None:
@@ -353,7 +401,7 @@ def test_of_two_that_save_at_once_one_is_refused(tmp_path: Path, monkeypatch: py
         except OutputError as error:
             ended.append("exists already" if "exists already" in str(error) else str(error))
 
-    monkeypatch.setattr(unfinished, "settle", together)
+    monkeypatch.setattr(atomic_files, "fsync_tree", together)
     threads = [threading.Thread(target=save, args=(name,)) for name in ("one", "two")]
     for thread in threads:
         thread.start()
@@ -416,7 +464,7 @@ def test_a_copy_outlives_the_file_and_is_none_of_what_was_written_to_it(
     own, expected = copied(loaded), made()
     write_other_keys(path)
     assert not any(reference.mapped for reference in own.references)
-    own.check_unwritten()
+    own.check_not_modified()
     for one, other in zip(expected.references, own.references, strict=True):
         for name, stored in one.tensors.items():
             np.testing.assert_array_equal(other.tensors[name].step(1), stored.step(1))

@@ -16,20 +16,21 @@ import pytest
 from PIL import Image
 
 from magicface_rt import BudgetError, Concept, ConceptError, KeptConcept, KeptConceptError, OptionError, Reference
-from magicface_rt.backends.checks import Limits
+from magicface_rt.backends.checks import ShapeRanges
 from magicface_rt.backends.device import Device
 from magicface_rt.backends.host import from_bfloat16, to_bfloat16
-from magicface_rt.backends.lane import Lane
+from magicface_rt.backends.key_uploader import KeyUploader
 from magicface_rt.backends.pieces import Piece, lay_on_host
-from magicface_rt.backends.shelf import Shelf
+from magicface_rt.backends.worker_stream import WorkerStream
 from magicface_rt.errors import DeviceMemoryError, HostMemoryError, NonFiniteError
+from magicface_rt.files.stamps import Stamp
 from magicface_rt.images import LoadedReference
 from magicface_rt.kept import KeptReference, MemoryUse, Origin, awaited
 from magicface_rt.kept.awaited import Awaited
 from magicface_rt.kept.feed import ComputedKeys, KeyFeed, PlacedKeys, ReferencePass, StoredKeys
 from magicface_rt.kept.keeper import Keeper, KeepSettings, checked_storage
 from magicface_rt.kept.memory import (
-    Tokens,
+    PlannedReference,
     make_plan,
     request_bytes,
     row_bytes,
@@ -44,7 +45,6 @@ from magicface_rt.kept.reference import EightBit, Exact, MappedFile, empty_tenso
 from magicface_rt.kept.store import KeptStore
 from magicface_rt.regions import PADDING
 from magicface_rt.schedule import Schedule, reference_noise
-from magicface_rt.stamps import Stamp
 from tests.runtime.fake_cuda import FakeCuda
 
 LAYERS = ((10, 2, 24), (13, 1, 8))
@@ -69,11 +69,11 @@ class SmallBundle:
 
 
 BUNDLE: Any = SmallBundle()
-BARE = Tokens({1: 7, 2: 3}, "no", 0)  # 512 bytes a step
-IN_MEMORY = Tokens({1: 4, 2: 2}, "memory", 1000)  # 320
-IN_FILE = Tokens({1: 5, 2: 1}, "file", 2000)  # 256
-HIDDEN = Tokens({1: 9, 2: 9}, "no", 0, used=False)
-HIDDEN_KEPT = Tokens({1: 1, 2: 1}, "memory", 300, used=False)
+BARE = PlannedReference({1: 7, 2: 3}, "nowhere", 0)  # 512 bytes a step
+IN_MEMORY = PlannedReference({1: 4, 2: 2}, "memory", 1000)  # 320
+IN_FILE = PlannedReference({1: 5, 2: 1}, "file", 2000)  # 256
+HIDDEN = PlannedReference({1: 9, 2: 9}, "nowhere", 0, used=False)
+HIDDEN_KEPT = PlannedReference({1: 1, 2: 1}, "memory", 300, used=False)
 ROW = 60 * 512 * 2
 REQUEST = 12288 * (20 + 2 * 5) + (5 + 1) * 8 * (1024 + 4928) + KIB * KIB
 
@@ -81,12 +81,12 @@ REQUEST = 12288 * (20 + 2 * 5) + (5 + 1) * 8 * (1024 + 4928) + KIB * KIB
 # --------------------------------------------------------------------------------------------------------- memory plan
 
 
-def plan(references: Sequence[Tokens], **changes: Any) -> Any:
+def plan(references: Sequence[PlannedReference], **changes: Any) -> Any:
     given: dict[str, Any] = {
         "steps": 10,
         "images": 5,
         "at_once": 4,
-        "own_keys": False,
+        "keys_per_image": False,
         "storage": "exact",
         "memory": "keep",
         "budget": None,
@@ -161,25 +161,25 @@ def test_what_each_mode_needs_with_a_device() -> None:
         "stream": MemoryUse(kept + 3 * 512 + 2 * slot + REQUEST, 3 * slot + preparing),
         "recompute": MemoryUse(1300 + 2000 + 2 * slot + REQUEST, 3 * slot + beside),
     }
-    whole = Tokens({1: 64, 2: 16}, "no", 0)  # 3584 bytes a step
+    whole = PlannedReference({1: 64, 2: 16}, "nowhere", 0)  # 3584 bytes a step
     two = plan([BARE, whole, IN_MEMORY], on_device=True).modes["keep"]
     assert two.device - plan([BARE, IN_MEMORY], on_device=True).modes["keep"].device == (
         10 * 3584 + 3584 + 896 + 3 * 2 * (3584 - 512)
     ), "of two that are prepared one after the other the larger counts"
     ready = plan([IN_MEMORY], on_device=True)
     assert ready.modes["keep"].host == 1000 + 320 + REQUEST - 8 * (1024 + 4928), "nothing is prepared"
-    own = plan([BARE, IN_MEMORY, IN_FILE, HIDDEN, HIDDEN_KEPT], on_device=True, own_keys=True)
+    own = plan([BARE, IN_MEMORY, IN_FILE, HIDDEN, HIDDEN_KEPT], on_device=True, keys_per_image=True)
     assert own.modes["stream"].device - found.modes["stream"].device == 3 * 3 * slot, "four images have four rows"
 
 
 def test_what_prepared_references_need() -> None:
     """No pass prepares them; what has to be spread out before it is laid is counted, and only then."""
     slot = 400
-    exact = plan([replace(IN_MEMORY, held="no", nbytes=0), HIDDEN])
+    exact = plan([replace(IN_MEMORY, stored_in="nowhere", nbytes=0), HIDDEN])
     assert exact.modes["stream"].host - plan([HIDDEN]).modes["stream"].host == (
         3200 + slot + 3 * (ROW + 640) + 8 * (1024 + 4928)
     )
-    small = plan([replace(IN_MEMORY, held="no", nbytes=0)], storage="8-bit")
+    small = plan([replace(IN_MEMORY, stored_in="nowhere", nbytes=0)], storage="8-bit")
     assert small.bytes_kept == stored_bytes(BUNDLE, IN_MEMORY.tokens, 10, "8-bit")
     assert small.modes["stream"].host - exact.modes["stream"].host == small.bytes_kept - 3200 + slot
     kept = plan([IN_MEMORY])
@@ -203,7 +203,9 @@ def test_what_prepared_references_need() -> None:
         ([], {"images": 4}, "keep"),
     ],
 )
-def test_auto_takes_what_serves_again_first(references: list[Tokens], changes: dict[str, Any], mode: str) -> None:
+def test_auto_takes_what_serves_again_first(
+    references: list[PlannedReference], changes: dict[str, Any], mode: str
+) -> None:
     assert plan(references, memory="auto", **changes).mode == mode
 
 
@@ -228,8 +230,6 @@ def test_auto_takes_the_first_that_fits_to_the_byte(on_device: bool) -> None:
         with pytest.raises(BudgetError, match=f"memory='{mode}'"):
             plan([BARE], budget=needed[mode] - 1, **chosen)
     assert plan([HIDDEN], budget=0, on_device=on_device).budget == 0, "nothing that a budget could hold down"
-    with pytest.raises(OptionError, match="memory is 'ram', expected one of auto, keep, stream, recompute"):
-        plan([BARE], memory="ram")
 
 
 def test_a_mode_has_to_have_room_on_the_host_as_well() -> None:
@@ -252,7 +252,7 @@ def test_a_plan_cannot_be_changed() -> None:
     found = plan([BARE])
     for frozen in (found, found.peak, BARE, KeepSettings()):
         with pytest.raises(FrozenInstanceError):
-            frozen.mode = frozen.host = frozen.held = frozen.keep = 0
+            frozen.mode = frozen.host = frozen.stored_in = frozen.keep = 0
 
 
 # -------------------------------------------------------------------------------------------------------------- keeper
@@ -282,10 +282,12 @@ def test_a_keeper_plans_by_its_settings_unless_told_otherwise() -> None:
     found = mine.plan([BARE], steps=10, images=5)
     rows = rows_per_pass(BUNDLE, BARE.tokens, 10, {}, 10**9 // 4)
     assert found == plan([BARE], memory="stream", budget=10**9, storage="8-bit", rows=min(rows, 10))
-    other = mine.plan([BARE], steps=10, images=5, memory="recompute", budget=10**8, own_keys=True)
+    other = mine.plan([BARE], steps=10, images=5, memory="recompute", budget=10**8, keys_per_image=True)
     assert (other.mode, other.budget) == ("recompute", 10**8)
-    assert mine.plan([IN_MEMORY], steps=10, images=3, own_keys=True).modes["stream"].host == (
-        plan([IN_MEMORY], memory="stream", storage="8-bit", images=3, at_once=3, own_keys=True).modes["stream"].host
+    assert mine.plan([IN_MEMORY], steps=10, images=3, keys_per_image=True).modes["stream"].host == (
+        plan([IN_MEMORY], memory="stream", storage="8-bit", images=3, at_once=3, keys_per_image=True)
+        .modes["stream"]
+        .host
     )
     assert keeper(memory="auto", keep=5120).plan([BARE], steps=10, images=1).mode == "keep"
     assert keeper(memory="auto", keep=5119).plan([BARE], steps=10, images=1).mode == "recompute"
@@ -299,7 +301,7 @@ def test_a_keeper_counts_on_nine_tenths_of_what_is_free_on_a_device() -> None:
     mine = keeper(free=10**9)
     mine.on_device.unused_bytes = lambda wanted: {("a",): 1000, (): 10}[tuple(wanted)]  # type: ignore[method-assign]
     assert mine.plan([BARE], steps=10, images=1).budget == 9 * 10**8 + 10, "what can be freed is free as well"
-    assert mine.plan([BARE], steps=10, images=1, keys=("a",)).budget == 9 * 10**8 + 1000
+    assert mine.plan([BARE], steps=10, images=1, content_keys=("a",)).budget == 9 * 10**8 + 1000
 
 
 @pytest.mark.parametrize(("storage", "need"), [("exact", 10 * 512), ("8-bit", 10 * (2 * 8 * 15 + 2 * 24 * 11))])
@@ -307,7 +309,7 @@ def test_keys_have_to_fit_under_a_limit_of_the_process(
     monkeypatch: pytest.MonkeyPatch, storage: Any, need: int
 ) -> None:
     for left in (None, need, need - 1):
-        monkeypatch.setattr("magicface_rt.kept.keeper.room", lambda left=left: left)
+        monkeypatch.setattr("magicface_rt.kept.keeper.available_bytes", lambda left=left: left)
         if left == need - 1:
             with pytest.raises(
                 HostMemoryError, match=r"the keys of a reference for 10 steps need 0\.0 MB more on the host"
@@ -322,7 +324,7 @@ def test_a_keeper_that_is_closed_holds_nothing() -> None:
     mine.store.get_or_make("a", lambda: KeptReference("a", "", "exact", {}, {}))
     mine.on_device.close = lambda: closed.append(True)  # type: ignore[method-assign]
     mine.close()
-    assert (mine.store.keys, closed) == ((), [True])
+    assert (mine.store.content_keys, closed) == ((), [True])
 
 
 def test_a_pass_takes_a_quarter_of_the_budget_and_512_mib_at_most() -> None:
@@ -330,7 +332,7 @@ def test_a_pass_takes_a_quarter_of_the_budget_and_512_mib_at_most() -> None:
     assert keeper(budget=40 * (ROW + 512)).rows(BARE.tokens, 100, {}) == 10
     assert keeper(budget=10**12).rows(BARE.tokens, 10**6, {}) == 512 * KIB * KIB // (ROW + 512)
     assert keeper(budget=1).rows(BARE.tokens, 100, {}, 7 * (ROW + 512)) == 7
-    whole = Tokens({1: 64, 2: 16}, "no", 0)  # 3584 bytes a step
+    whole = PlannedReference({1: 64, 2: 16}, "nowhere", 0)  # 3584 bytes a step
     mine = keeper(budget=40 * (ROW + 512))
     assert mine.rows(whole.tokens, 100, {}) == 9
     for references in ([BARE, whole], [whole, BARE]):
@@ -367,7 +369,7 @@ def test_a_keeper_says_whether_what_was_to_be_forgotten_is_gone() -> None:
     mine.on_device.holds = lambda key: key in held  # type: ignore[method-assign]
     mine.on_device.forget = asked.append  # type: ignore[method-assign,assignment]
     assert mine.forget(["a"])
-    assert mine.store.keys == ("b",)
+    assert mine.store.content_keys == ("b",)
     assert not mine.forget(["a", "b"]), "a request uses it on the device"
     held.clear()
     assert mine.forget(None)
@@ -381,11 +383,11 @@ def test_what_a_store_has_is_found_and_is_the_newest_then() -> None:
     store, of = KeptStore(10**6), {key: KeptReference(key, "", "exact", {}, {}) for key in "ab"}
     for key, one in of.items():
         assert store.get_or_make(key, lambda one=one: one) is one
-    assert store.keys == ("a", "b")
+    assert store.content_keys == ("a", "b")
     assert store.find("a") is of["a"]
-    assert store.keys == ("b", "a")
+    assert store.content_keys == ("b", "a")
     assert store.get_or_make("b", lambda: of["a"]) is of["b"]
-    assert store.keys == ("a", "b")
+    assert store.content_keys == ("a", "b")
     assert store.find("c") is None
 
 
@@ -396,7 +398,7 @@ class Graph:
     """`reference_kv`, whose keys say their timestep, their row's place and the token; see `expected`."""
 
     def __init__(self) -> None:
-        self.limits: Limits = {}
+        self.limits: ShapeRanges = {}
         self.inputs: list[Mapping[str, np.ndarray]] = []
 
     def once(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -677,11 +679,12 @@ def test_the_first_stored_keys_that_are_not_finite_are_named() -> None:
             [PlacedKeys(bad, 0, 1.0), PlacedKeys(other, 1, 1.0)],
         ],
     )
-    assert one.spoiled(0) == ""
-    assert "kept keys v_ref_13 of the reference 'view 200' (200...): 5 of 24 values are NaN" in one.spoiled(1)
+    assert one.non_finite_message(0) == ""
+    said = one.non_finite_message(1)
+    assert "kept keys v_ref_13 of the reference 'view 200' (200...): 5 of 24 values are NaN" in said
     assert "k_ref_10 of the reference 'view 300' (300...): 48 of 48" in feed(
         Held(), [[PlacedKeys(other, 0, 1.0)]]
-    ).spoiled(1)
+    ).non_finite_message(1)
 
 
 def beside(binding: Held, *sides: int, **given: Any) -> tuple[ReferencePass, list[int]]:
@@ -769,7 +772,7 @@ def test_what_a_pass_puts_out_is_laid_where_it_is_not_all_or_in_another_order(or
 
 
 class Brought:
-    """As much of a `Shelf` as the feed calls: what it brings stays on the host."""
+    """As much of a `KeyUploader` as the feed calls: what it brings stays on the host."""
 
     def __init__(self) -> None:
         self.wanted: list[dict[Any, Any]] = []
@@ -791,33 +794,33 @@ def test_keys_that_are_not_on_the_device_are_brought_there_ahead_and_once() -> N
     computing, _ = beside(Held(), 17)
     computed = computing.sources()[0]
     placed = {name: PlacedKeys(one, 0, 1.0) for name, one in zip("mhtc", (man, hat, there, computed), strict=True)}
-    shelf: Any = Brought()
+    key_uploader: Any = Brought()
     binding = Held()
     rows = [[placed[name] for name in row] for row in ("mtc", "hmt")]
-    found = feed(binding, rows, computing=computing, shelf=shelf)
+    found = feed(binding, rows, computing=computing, key_uploader=key_uploader)
     names = ["k_ref_10", "v_ref_10", "k_ref_13", "v_ref_13"]
     wanted = {*((id(man), name) for name in names), *((id(hat), name) for name in names[2:])}
     for step, ahead in ((0, False), (1, True), (0, False)):
         if ahead:
             found.prepare(step)
-        before = len(shelf.wanted)
+        before = len(key_uploader.wanted)
         found.start(step)
-        assert len(shelf.wanted) == before + (not ahead), "what was brought ahead is not brought again"
-        assert set(shelf.wanted[-1]) == wanted
+        assert len(key_uploader.wanted) == before + (not ahead), "what was brought ahead is not brought again"
+        assert set(key_uploader.wanted[-1]) == wanted
         keys = binding.inputs["k_ref_13"]
         np.testing.assert_array_equal(keys[0, :3], laid(man, "k_ref_13", step) + 0.5)
         np.testing.assert_array_equal(keys[0, 3:4], laid(there, "k_ref_13", step) + 0.25)
         np.testing.assert_array_equal(keys[0, 4:8], computing.binding.read("k_ref_13")[:4])
         np.testing.assert_array_equal(keys[1, :2], laid(hat, "k_ref_13", step) + 0.5)
         np.testing.assert_array_equal(keys[1, 2:5], laid(man, "k_ref_13", step) + 0.5)
-    assert shelf.uses == 3
-    assert len(shelf.wanted) == 3
+    assert key_uploader.uses == 3
+    assert len(key_uploader.wanted) == 3
 
 
-def test_where_nothing_has_to_be_brought_the_shelf_rests() -> None:
-    shelf: Any = Brought()
-    feed(Held(), [[]], shelf=shelf).start(0)
-    assert (shelf.wanted, shelf.uses) == ([], 1)
+def test_where_nothing_has_to_be_brought_the_key_uploader_rests() -> None:
+    key_uploader: Any = Brought()
+    feed(Held(), [[]], key_uploader=key_uploader).start(0)
+    assert (key_uploader.wanted, key_uploader.uses) == ([], 1)
 
 
 # --------------------------------------------------------------------------------------------------------- on a device
@@ -828,14 +831,14 @@ class OneDevice:
 
     def __init__(self) -> None:
         self.cuda = FakeCuda()
-        self.lane = Lane(Device(0, cuda=self.cuda))
-        self.lane.join()
+        self.worker_stream = WorkerStream(Device(0, cuda=self.cuda))
+        self.worker_stream.join()
         self.held = OnDevice()
         self.bundle: Any = SmallBundle()
         self.bundle.dtype = "float32"
 
     def use(self, kept: KeptReference) -> Any:
-        return self.held.use(kept, Shelf(self.lane), self.bundle, 2)
+        return self.held.use(kept, KeyUploader(self.worker_stream, "denoise_step", "reference keys"), self.bundle, 2)
 
     def bring(self, *references: KeptReference) -> None:
         for kept in references:
@@ -848,8 +851,8 @@ def device() -> Iterator[OneDevice]:
     made = OneDevice()
     yield made
     made.held.close()
-    assert not made.lane.device._reclaims, "what is closed is not asked any more"
-    made.lane.leave()
+    assert not made.worker_stream.device._reclaims, "what is closed is not asked any more"
+    made.worker_stream.leave()
     assert not made.cuda.alive()
 
 
@@ -927,8 +930,8 @@ def test_a_device_that_is_short_gets_what_no_request_uses(device: OneDevice) -> 
     device.bring(MAN_KEYS)
     device.cuda.total = device.cuda.allocated() + 100
     with device.use(MAN_KEYS), pytest.raises(DeviceMemoryError, match=r"a graph needs 0\.\d MB more"):
-        device.lane.device.require(200, "a graph")
-    device.lane.device.require(200, "a graph")
+        device.worker_stream.device.require(200, "a graph")
+    device.worker_stream.device.require(200, "a graph")
     assert device.held.nbytes == 0
 
 
@@ -941,7 +944,7 @@ def test_what_failed_to_come_up_is_not_there_and_is_tried_again(device: OneDevic
 
     name = "v_ref_13"
     kept = replace(MAN_KEYS, tensors={**MAN_KEYS.tensors, name: Failing(MAN_KEYS.tensors[name].arrays[""])})
-    kept = kept.known_as(MAN_KEYS.identity)
+    kept = kept.with_identity(MAN_KEYS.identity)
     with pytest.raises(KeyboardInterrupt), device.use(kept):
         raise AssertionError("it was given")
     assert (device.held.has(kept), device.held.nbytes, device.cuda.allocated()) == (False, 0, 0)
@@ -952,7 +955,7 @@ def test_what_failed_to_come_up_is_not_there_and_is_tried_again(device: OneDevic
 def test_what_was_enqueued_is_done_before_keys_may_be_freed(device: OneDevice) -> None:
     done: list[int] = []
     with device.use(MAN_KEYS):
-        device.cuda.submit(device.lane.stream.handle, lambda: done.append(1))
+        device.cuda.submit(device.worker_stream.stream.handle, lambda: done.append(1))
     assert done == [1]
 
 
@@ -968,14 +971,14 @@ def coming(device: OneDevice) -> Iterator[threading.Event]:
             return super().step(step)
 
     tensors = {name: Slow(stored.arrays[""]) for name, stored in MAN_KEYS.tensors.items()}
-    slow = replace(MAN_KEYS, tensors=tensors).known_as(MAN_KEYS.identity)
+    slow = replace(MAN_KEYS, tensors=tensors).with_identity(MAN_KEYS.identity)
 
     def bring() -> None:
-        lane = Lane(device.lane.device)
-        lane.join()
-        with device.held.use(slow, Shelf(lane), device.bundle, 2):
+        worker_stream = WorkerStream(device.worker_stream.device)
+        worker_stream.join()
+        with device.held.use(slow, KeyUploader(worker_stream, "denoise_step", "reference keys"), device.bundle, 2):
             pass
-        lane.leave()
+        worker_stream.leave()
 
     bringing = threading.Thread(target=bring)
     bringing.start()
@@ -996,7 +999,9 @@ def test_who_waits_for_keys_of_another_is_asked_and_may_go(
         if len(asked) == 3:
             raise KeyboardInterrupt
 
-    used = device.held.use(MAN_KEYS, Shelf(device.lane), device.bundle, 2, waiting)
+    used = device.held.use(
+        MAN_KEYS, KeyUploader(device.worker_stream, "denoise_step", "reference keys"), device.bundle, 2, waiting
+    )
     with pytest.raises(KeyboardInterrupt), used:
         raise AssertionError("it was given")
     assert asked == [0, 1, 2]
@@ -1013,11 +1018,13 @@ def test_who_waits_for_keys_of_another_goes_on_as_soon_as_they_are_there(
         wait(self, waiting)
 
     def use() -> None:
-        lane = Lane(device.lane.device)
-        lane.join()
-        with device.held.use(MAN_KEYS, Shelf(lane), device.bundle, 2) as keys:
+        worker_stream = WorkerStream(device.worker_stream.device)
+        worker_stream.join()
+        with device.held.use(
+            MAN_KEYS, KeyUploader(worker_stream, "denoise_step", "reference keys"), device.bundle, 2
+        ) as keys:
             assert len(keys) == 8
-        lane.leave()
+        worker_stream.leave()
 
     monkeypatch.setattr(awaited, "WAIT_SECONDS", 1000)
     monkeypatch.setattr(Awaited, "wait", waited)
@@ -1032,7 +1039,7 @@ def test_who_waits_for_keys_of_another_goes_on_as_soon_as_they_are_there(
 
 
 def test_keys_of_another_size_are_refused_under_the_same_identity(device: OneDevice) -> None:
-    other = replace(HAT_KEYS).known_as(MAN_KEYS.identity)
+    other = replace(HAT_KEYS).with_identity(MAN_KEYS.identity)
     with device.use(MAN_KEYS):
         wanted = rf"'100' on the device have {MAN_KEYS.nbytes} bytes, and a request wants {HAT_KEYS.nbytes} bytes"
         with pytest.raises(KeptConceptError, match=wanted), device.use(other):
@@ -1050,7 +1057,7 @@ def test_eight_bits_go_from_the_lowest_value_of_a_channel_to_its_highest() -> No
     with np.errstate(all="raise"):
         stored.put(1, values)
     assert stored.levels[1].tolist() == [[0, 0, 0], [75, 0, 102], [255, 0, 255]]
-    np.testing.assert_allclose(stored.extremes(slice(1, 2))[:, 0], values[[0, 2]], atol=1e-6)
+    np.testing.assert_allclose(stored.finite_witness(slice(1, 2))[:, 0], values[[0, 2]], atol=1e-6)
     np.testing.assert_array_equal(stored.step(1)[:, 1], values[:, 1])
     with pytest.raises(
         NonFiniteError, match=r"keys from -3e\+38 to 3e\+38 lie too far apart for 8 bits.*storage='exact'"
@@ -1090,7 +1097,7 @@ def test_a_reference_is_itself_and_says_nothing_of_its_keys() -> None:
     same = replace(one)
     assert one != same
     assert len({one, same, one.identity, same.identity}) == 4, "a changed one may have other keys"
-    assert replace(one.known_as("that")).identity != "that"
+    assert replace(one.with_identity("that")).identity != "that"
     assert "0.123" not in repr(one)
     assert "that" not in repr(one)
     with pytest.raises(FrozenInstanceError):
@@ -1106,7 +1113,7 @@ def test_what_lies_in_a_file_is_read_once_and_then_its_own(storage: Any, tmp_pat
             stored.put(step, np.random.default_rng(step).random(stored.step(step).shape).astype(np.float16))
     (path := tmp_path / "man.concept").touch()
     file = MappedFile(os.fspath(path), Stamp.of(path.stat()))
-    mapped = KeptReference("key", "a man", storage, {1: 3, 2: 2}, tensors, 0.25, file=file).known_as("that")
+    mapped = KeptReference("key", "a man", storage, {1: 3, 2: 2}, tensors, 0.25, file=file).with_identity("that")
     read = mapped.in_memory()
     assert (read.key, read.prompt, read.storage, read.tokens) == ("key", "a man", storage, {1: 3, 2: 2})
     assert (read.error, read.mapped, read.identity, read.nbytes) == (0.25, False, "that", mapped.nbytes)
@@ -1127,8 +1134,10 @@ def test_keys_that_are_no_numbers_are_told_whatever_they_are_held_as(dtype: str)
         values[1, :2] = [np.nan, np.inf] if step else 0
         stored.put(step, to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype))
     kept = KeptReference("k" * 20, "a man", "exact", {1: 2}, {"k_ref_13": stored})
-    assert kept.spoiled(0) == ""
-    assert kept.spoiled(1).startswith(f"kept keys k_ref_13 of the reference 'a man' ({'k' * 16}...): 2 of 6 values are")
+    assert kept.non_finite_message(0) == ""
+    assert kept.non_finite_message(1).startswith(
+        f"kept keys k_ref_13 of the reference 'a man' ({'k' * 16}...): 2 of 6 values are"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- kept concepts

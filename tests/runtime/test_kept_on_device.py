@@ -16,10 +16,10 @@ import pytest
 
 from magicface_rt import Cancelled, Concept, KeptConcept, MemoryPlan, Options, Reference, Request, Session
 from magicface_rt.backends.device import Buffer, Device
-from magicface_rt.backends.lane import Lane
-from magicface_rt.backends.shelf import Shelf
+from magicface_rt.backends.key_uploader import KeyUploader
+from magicface_rt.backends.worker_stream import WorkerStream
 from magicface_rt.bundle import Bundle
-from magicface_rt.errors import DeviceError, DeviceMemoryError, KeptConceptError
+from magicface_rt.errors import BudgetError, DeviceError, DeviceMemoryError, KeptConceptError
 from magicface_rt.kept.feed import KeyFeed
 from magicface_rt.kept.memory import row_bytes
 from magicface_rt.kept.on_device import OnDevice
@@ -252,25 +252,26 @@ def interrupt(_: object) -> None:
 def test_what_is_brought_up_waits_for_what_still_reads_the_place() -> None:
     """Two places in turn: the third step's keys may not arrive before the first's were read."""
     cuda = FakeCuda()
-    lane = Lane(Device(0, cuda=cuda))
-    lane.join()
-    shelf, results = Shelf(lane), []
-    slot = Buffer(lane.device, 1024)
+    worker_stream = WorkerStream(Device(0, cuda=cuda))
+    worker_stream.join()
+    key_uploader, results = KeyUploader(worker_stream, "denoise_step", "reference keys"), []
+    slot = Buffer(worker_stream.device, 1024)
     for step in range(5):
-        found = shelf.bring({"k": np.full(256, step, np.float32)})["k"]
+        found = key_uploader.bring({"k": np.full(256, step, np.float32)})["k"]
         assert found.ready
-        lane.stream.wait_for(found.ready)
-        lane.stream.copy(found.buffer.address, slot.address, found.nbytes)
-        shelf.used()
+        worker_stream.stream.wait_for(found.ready)
+        worker_stream.stream.copy(found.buffer.address, slot.address, found.nbytes)
+        key_uploader.used()
         cuda.submit(
-            lane.stream.handle, lambda: results.append(float(cuda.view(slot.address, 1024).view(np.float32)[5]))
+            worker_stream.stream.handle,
+            lambda: results.append(float(cuda.view(slot.address, 1024).view(np.float32)[5])),
         )
-    lane.wait("graph")
+    worker_stream.wait("graph")
     assert results == [0.0, 1.0, 2.0, 3.0, 4.0]
-    shelf.close()
-    shelf.close()
+    key_uploader.close()
+    key_uploader.close()
     slot.free()
-    lane.leave()
+    worker_stream.leave()
     assert not cuda.alive()
 
 
@@ -400,6 +401,24 @@ def test_the_networks_memory_is_not_given_to_keys(
 
 
 # --------------------------------------------------------------------------------------------------- a budget is held
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_on_a_device_a_request_over_its_budget_computes_no_reference_and_with_a_given_one_loads_no_graph(
+    world: World, bundle: Bundle, drawn: Drawn, given: bool
+) -> None:
+    """Unless it is given, the budget is what the loaded graphs leave free."""
+    with open_session(world, bundle, budget=1000 if given else None) as session:
+        if not given:
+            session.generate("a man", steps=1)
+            world.leave(row_bytes(bundle))
+            drawn.runs.clear()
+        with pytest.raises(BudgetError, match=r"on the device .*budget is"):
+            session.generate("a man", [MAN], steps=STEPS)
+        assert bool(session._graphs.runners) != given
+        assert set(drawn.runs) == (set() if given else {"text_encoder"})
+        world.cuda.total = PLENTY
+        session.generate("a man", steps=1)
 
 
 def test_what_earlier_requests_left_counts_in_a_budget(world: World, bundle: Bundle) -> None:
@@ -569,8 +588,8 @@ class Slow(Stored):
             raise self.error
         return self.stored.step(step)
 
-    def extremes(self, step: int) -> np.ndarray:
-        return self.stored.extremes(step)
+    def finite_witness(self, step: int) -> np.ndarray:
+        return self.stored.finite_witness(step)
 
     @property
     def arrays(self) -> Any:
@@ -580,7 +599,7 @@ class Slow(Stored):
 def slowed(reference: KeptReference, error: BaseException | None = None) -> tuple[KeptReference, Slow]:
     name = min(reference.tensors)
     slow = Slow(reference.tensors[name], error)
-    return replace(reference, tensors={**reference.tensors, name: slow}).known_as(reference.identity), slow
+    return replace(reference, tensors={**reference.tensors, name: slow}).with_identity(reference.identity), slow
 
 
 def thread(function: Callable[..., object], *arguments: Any, **options: Any) -> threading.Thread:
@@ -614,7 +633,7 @@ def test_a_file_that_is_written_to_as_its_keys_come_up_leaves_none_of_them(
         name = min(loaded.tensors)
         tensors = {**loaded.tensors, name: Writing(loaded.tensors[name], tmp_path / "man.concept")}
         (sound,) = man.references
-        written = replace(loaded, tensors=tensors).known_as(sound.identity)
+        written = replace(loaded, tensors=tensors).with_identity(sound.identity)
         before = world.cuda.alive()
         with pytest.raises(KeptConceptError, match="was written to since it was loaded"):
             session.generate(PROMPT, [KeptConcept("man", [written], man.origin)], steps=STEPS)
@@ -651,13 +670,15 @@ def test_two_that_want_the_same_keys_bring_them_up_once_unless_that_fails(bundle
     with Session(bundle, backend=Drawn()) as session:
         reference = session.prepare(MAN, steps=STEPS).references[0]
     slow_reference, slow = slowed(reference, RuntimeError("no more") if fails else None)
-    lanes = [Lane(Device(0, cuda=cuda)) for _ in range(2)]
+    worker_streams = [WorkerStream(Device(0, cuda=cuda)) for _ in range(2)]
     found: list[Any] = []
 
     def use(number: int, wanted: KeptReference) -> None:
-        lanes[number].join()
+        worker_streams[number].join()
         try:
-            with on_device.use(wanted, Shelf(lanes[number]), bundle, STEPS) as keys:
+            with on_device.use(
+                wanted, KeyUploader(worker_streams[number], "denoise_step", "reference keys"), bundle, STEPS
+            ) as keys:
                 ((_, name), array) = next(iter(keys.items()))
                 expected = reference.tensors[name].step(0)
                 there = cuda.view(array.buffer.address + array.offset, array.nbytes)
@@ -665,7 +686,7 @@ def test_two_that_want_the_same_keys_bring_them_up_once_unless_that_fails(bundle
         except RuntimeError as error:
             found.append(str(error))
         finally:
-            lanes[number].leave()
+            worker_streams[number].leave()
 
     first = thread(use, 0, slow_reference)
     assert slow.asked.wait(60)
@@ -709,13 +730,13 @@ def test_an_interrupt_at_any_moment_leaves_nobody_waiting_and_nobody_using(bundl
     with Session(bundle, backend=Drawn()) as session:
         reference = session.prepare(MAN, steps=STEPS).references[0]
     cuda = FakeCuda()
-    lane = Lane(Device(0, cuda=cuda))
-    lane.join()
+    worker_stream = WorkerStream(Device(0, cuda=cuda))
+    worker_stream.join()
     for at in range(20):
         on_device = OnDevice()
 
         def use(on_device: OnDevice = on_device) -> None:
-            with on_device.use(reference, Shelf(lane), bundle, STEPS):
+            with on_device.use(reference, KeyUploader(worker_stream, "denoise_step", "reference keys"), bundle, STEPS):
                 pass
 
         interrupting = Interrupting(at)
@@ -732,7 +753,7 @@ def test_an_interrupt_at_any_moment_leaves_nobody_waiting_and_nobody_using(bundl
         if not interrupting.came:
             break
     assert at == 2
-    lane.leave()
+    worker_stream.leave()
     assert not cuda.alive()
 
 
@@ -781,18 +802,18 @@ def test_keys_of_another_size_are_refused(bundle: Bundle) -> None:
     with Session(bundle, backend=Drawn()) as session:
         man, hat = (session.prepare(one, steps=STEPS).references[0] for one in (MAN, HAT))
     cuda, on_device = FakeCuda(), OnDevice()
-    lane = Lane(Device(0, cuda=cuda))
-    lane.join()
-    with on_device.use(man, Shelf(lane), bundle, STEPS):
-        other = replace(hat).known_as(man.identity)
+    worker_stream = WorkerStream(Device(0, cuda=cuda))
+    worker_stream.join()
+    with on_device.use(man, KeyUploader(worker_stream, "denoise_step", "reference keys"), bundle, STEPS):
+        other = replace(hat).with_identity(man.identity)
         with (
             pytest.raises(KeptConceptError, match=r"on the device have \d+ bytes, and a request wants \d+ bytes"),
-            on_device.use(other, Shelf(lane), bundle, STEPS),
+            on_device.use(other, KeyUploader(worker_stream, "denoise_step", "reference keys"), bundle, STEPS),
         ):
             raise AssertionError("it was given")
     assert not any(entry.users for entry in on_device._entries.values())
     on_device.close()
-    lane.leave()
+    worker_stream.leave()
     assert not cuda.alive()
 
 
@@ -800,14 +821,16 @@ def test_the_next_steps_keys_are_on_their_way_before_a_step_is_waited_for(world:
     with open_session(world, bundle, memory="stream") as session:
         man = session.prepare(MAN, steps=STEPS)
         session.generate("a man", [man], steps=STEPS)
-        lane, up = world.cuda.streams
+        worker_stream, up = world.cuda.streams
         world.cuda.calls.clear()
         ahead = []
 
         def look(_: object) -> None:
             """How many steps' keys had been sent when this step was waited for."""
             calls = world.cuda.calls
-            waits = [n for n, (name, a) in enumerate(calls) if name == "cudaStreamSynchronize" and a[0] == lane]
+            waits = [
+                n for n, (name, a) in enumerate(calls) if name == "cudaStreamSynchronize" and a[0] == worker_stream
+            ]
             ahead.append(sum(name == "cudaMemcpyAsync" and a[4] == up for name, a in calls[: waits[-1]]))
 
         session.generate("a man", [man], steps=STEPS, progress=look)

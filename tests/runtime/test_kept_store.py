@@ -17,7 +17,7 @@ from magicface_rt.kept.awaited import Awaited
 from magicface_rt.kept.reference import Exact, KeptReference
 from magicface_rt.kept.store import KeptStore
 from magicface_rt.regions import PADDING, KeptTokens, bucket, key_access
-from magicface_rt.sizes import parse_size
+from magicface_rt.values.sizes import parse_size
 
 
 def entry(key: str, nbytes: int = 100) -> KeptReference:
@@ -28,12 +28,12 @@ def test_the_least_recently_used_is_forgotten_first() -> None:
     store = KeptStore(250)
     for key in ("a", "b", "a", "c"):
         store.get_or_make(key, lambda key=key: entry(key))
-    assert store.keys == ("a", "c")
+    assert store.content_keys == ("a", "c")
     assert store.nbytes == 200
     store.get_or_make("d", lambda: entry("d", 260))
-    assert store.keys == ("a", "c"), "what does not fit at all drives nobody out"
+    assert store.content_keys == ("a", "c"), "what does not fit at all drives nobody out"
     store.get_or_make("e", lambda: entry("e", 250))
-    assert store.keys == ("e",)
+    assert store.content_keys == ("e",)
 
 
 def test_many_threads_make_each_reference_once() -> None:
@@ -74,7 +74,7 @@ def test_where_one_fails_another_that_waited_makes_it() -> None:
     assert store.get_or_make("a", lambda: entry("a")).key == "a"
     thread.join(30)
     assert len(errors) == 1
-    assert store.keys == ("a",)
+    assert store.content_keys == ("a",)
 
 
 class Interrupting:
@@ -112,7 +112,7 @@ def test_an_interrupt_at_any_moment_leaves_nobody_waiting() -> None:
             assert interrupting.came
         interrupting.at = -1  # not from here on
         assert ends(lambda store=store: store.get_or_make("a", lambda: entry("a"))), f"after {at} times"
-        assert store.keys == ("a",)
+        assert store.content_keys == ("a",)
         assert not store._making
         if not interrupting.came:
             break
@@ -169,7 +169,7 @@ def test_who_waits_is_asked_from_time_to_time_and_may_go(monkeypatch: pytest.Mon
     assert asked == [0, 1, 2]
     go_on.set()
     maker.join(10)
-    assert store.keys == ("a",), "who makes it was not disturbed"
+    assert store.content_keys == ("a",), "who makes it was not disturbed"
 
 
 def test_who_waits_goes_on_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_what_is_forgotten_is_gone_where_an_interrupt_came_as_it_was_made(monkey
             store.get_or_make("a", lambda: entry("a"))
     store.forget()
     assert not store._making
-    assert not store.keys
+    assert not store.content_keys
 
 
 @given(count=st.integers(1, 30_000), largest=st.none() | st.integers(1, 30_000))

@@ -122,7 +122,8 @@ def test_sessions_that_open_and_close_leave_no_memory(tiny_bundle: Path) -> None
         return resident()
 
     cycle()
-    first = cycle()
-    grown = [cycle() - first for _ in range(4)]
-    # A leak stays and adds up; one reading may stand high by memory that the system takes back a moment later.
-    assert min(grown[1:]) < weights / 2, grown
+    readings = [cycle() for _ in range(6)]
+    # A leak adds up with every cycle; one reading may stand high by memory that the system takes back a moment later.
+    # What is far smaller than the weights is found in tests/faults/test_faults_slopes.py.
+    grown = np.diff(readings)
+    assert np.median(grown) < weights / 16, grown

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magicface_rt import Concept, Options, Reference
-from magicface_rt.plain_numbers import as_float, is_number, is_whole
 from magicface_rt.regions import token_arrays
 from magicface_rt.schedule import is_region_step
+from magicface_rt.values.plain_numbers import as_float, is_number, is_whole
 
 NARROW = pytest.mark.parametrize("kind", [np.float16, np.float32])
 TENTHS = pytest.mark.parametrize("tenths", range(1, 10))

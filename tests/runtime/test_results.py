@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import results, unfinished
+from magicface_rt import results
 from magicface_rt.concept import Concept, Reference
 from magicface_rt.errors import OptionError, OutputError
+from magicface_rt.files import atomic_files
 from magicface_rt.options import Options
 from magicface_rt.provenance import read_provenance, software
 from magicface_rt.results import Result, Timings
@@ -137,6 +138,28 @@ def test_overwriting_replaces_an_earlier_result(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["out"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+def test_portraits_that_were_private_stay_so(tmp_path: Path) -> None:
+    one = result(
+        images=[Image.new("RGB", (64, 64))], regions=np.zeros((1, 4, 4), np.int64), latents=np.zeros((1, 4, 8, 8))
+    )
+    umask = os.umask(0o022)
+    try:
+        folder = one.save(tmp_path / "out")
+        for path in folder.glob("*.png"):
+            path.chmod(0o600)
+        result().save(folder, overwrite=True)
+    finally:
+        os.umask(umask)
+    assert folder.stat().st_mode & 0o777 == 0o755
+    pictures = dict.fromkeys(FILES[:4], 0o600)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        **pictures,
+        "regions.npz": 0o644,
+        "run.json": 0o644,
+    }
+
+
 def test_overwriting_never_removes_other_files(tmp_path: Path) -> None:
     folder = result().save(tmp_path / "out")
     (folder / "thesis.txt").write_text("mine")
@@ -216,7 +239,7 @@ def test_files_that_appear_meanwhile_are_not_removed(
 ) -> None:
     folder = result().save(tmp_path / "out")
     before = (folder / "run.json").read_bytes()
-    real = {"_png": results._png, "exchange": unfinished.exchange, "rename": Path.rename}
+    real = {"encode_png": results.encode_png, "exchange": atomic_files.exchange, "rename": Path.rename}
 
     def appears(name: str, *arguments: Any) -> Any:
         if (folder / "run.json").exists() and not (folder / "thesis.txt").exists():
@@ -224,11 +247,11 @@ def test_files_that_appear_meanwhile_are_not_removed(
         return real[name](*arguments)
 
     if moment == "while it is written":
-        monkeypatch.setattr(results, "_png", lambda *arguments: appears("_png", *arguments))
+        monkeypatch.setattr(results, "encode_png", lambda *arguments: appears("encode_png", *arguments))
     elif exchange:
-        monkeypatch.setattr(unfinished, "exchange", lambda *arguments: appears("exchange", *arguments))
+        monkeypatch.setattr(atomic_files, "exchange", lambda *arguments: appears("exchange", *arguments))
     if not exchange:
-        monkeypatch.setattr(unfinished, "exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_files, "exchange", lambda one, other: False)
         if moment == "as it is replaced":
             monkeypatch.setattr(Path, "rename", lambda *arguments: appears("rename", *arguments))
     with pytest.raises(OutputError, match=r"out' is not replaced: it holds 'thesis.txt', which no result writes"):
@@ -241,14 +264,14 @@ def test_files_that_appear_meanwhile_are_not_removed(
 def test_a_folder_that_appears_meanwhile_is_refused_as_one_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    png = results._png
+    png = results.encode_png
 
     def slow(image: Image.Image) -> bytes:
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "run.json").write_text("somebody's")
         return png(image)
 
-    monkeypatch.setattr(results, "_png", slow)
+    monkeypatch.setattr(results, "encode_png", slow)
     with pytest.raises(OutputError, match=r"out' exists. Choose another, or allow overwriting"):
         result().save(tmp_path / "out")
     assert (tmp_path / "out" / "run.json").read_text() == "somebody's"
@@ -290,7 +313,7 @@ def test_a_failed_exchange_brings_the_earlier_result_back(tmp_path: Path, monkey
             raise OSError("exchange failed")
         return rename(self, target)
 
-    monkeypatch.setattr(unfinished, "exchange", lambda one, other: False)  # a system that cannot
+    monkeypatch.setattr(atomic_files, "exchange", lambda one, other: False)  # a system that cannot
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OutputError, match="exchange failed"):
         result().save(folder, overwrite=True)

@@ -39,7 +39,7 @@ from magicface_rt import (
 from magicface_rt.backends import Backend, GraphRunner, OnnxRuntime
 from magicface_rt.bundle import Bundle
 from magicface_rt.request import check_request
-from magicface_rt.warned import MagicFaceWarning
+from magicface_rt.soft_warnings import MagicFaceWarning
 
 PROMPT = "a man with a hat"
 
@@ -283,7 +283,7 @@ def test_a_bundle_that_is_replaced_after_opening_is_not_drawn_with(tiny_bundle: 
         with_other_weights(folder)
         with pytest.raises(BundleError, match=r"weights\.bin was replaced since the bundle was opened.*Open it again"):
             session.generate(PROMPT, steps=1)
-        assert not session._runners
+        assert not session._graphs.runners
 
 
 def test_a_bundle_that_is_replaced_while_a_graph_is_loaded_is_not_drawn_with(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_bundle_that_is_replaced_while_a_graph_is_loaded_is_not_drawn_with(tin
     with Session(folder, backend=Late(), check_hashes=False) as session:
         with pytest.raises(BundleError, match="was replaced since the bundle was opened"):
             session.generate(PROMPT, steps=1)
-        assert "vae_decoder" not in session._runners
+        assert "vae_decoder" not in session._graphs.runners
 
 
 def write_other_weights(folder: Path) -> None:
@@ -408,7 +408,7 @@ def test_closing_during_a_request_ends_it_at_its_next_step(tiny_bundle: Path) ->
     session = Session(tiny_bundle, backend=backend, check_hashes=False)
     with pytest.raises(SessionClosedError):
         session.generate(PROMPT, [MAN], steps=5, progress=lambda p: session.close())
-    assert not session._runners
+    assert not session._graphs.runners
 
 
 async def later(progress: object) -> bool:

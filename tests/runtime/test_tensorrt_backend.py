@@ -19,10 +19,10 @@ from magicface_rt.backends import Binding, TensorRT, runtime_cache
 from magicface_rt.backends.device import Device
 from magicface_rt.backends.pieces import Piece
 from magicface_rt.backends.resident import MAX_CAPTURED, ResidentBinding
-from magicface_rt.backends.runtime_cache import FOLDER
 from magicface_rt.bundle import GraphContract, Tensor
 from magicface_rt.engines.targets import load_target, targets_serving
 from magicface_rt.errors import BackendError, BackendMissingError, DeviceError, NonFiniteError, PlanError, TargetError
+from magicface_rt.store_folders import RUNTIME_CACHE
 from tests.runtime.fake_cuda import KERNEL_FAILED
 from tests.runtime.fake_tensorrt import FakeRuntimeCache, Recipe, TensorLocation
 from tests.runtime.fake_world import STEP, SmallBundle, World, small_recipes, source, step
@@ -710,7 +710,7 @@ def test_tensorrt_has_no_runtime_configuration(monkeypatch: pytest.MonkeyPatch, 
     loop.check()
     loop.close()
     assert not world.trt.configs
-    assert not (world.store.root / FOLDER).exists()
+    assert not (world.store.root / RUNTIME_CACHE).exists()
     with pytest.raises(BackendMissingError, match="tensorrt-rtx"):
         TensorRT("tensorrt-rtx", store=world.store)
 
@@ -725,7 +725,7 @@ def test_kernels_are_final_before_they_are_captured(world: World, cuda_graphs: b
 
 
 def files(world: World) -> list[Path]:
-    return sorted((world.store.root / FOLDER).glob("*"))
+    return sorted((world.store.root / RUNTIME_CACHE).glob("*"))
 
 
 def compile_and_close(world: World, content: bytes = b"kernels of step") -> None:

@@ -283,7 +283,7 @@ def on_ray(
     gate, said = Gate(folder / "gate"), list[str]()
     try:
         with contextlib.ExitStack() as stack:
-            ray = started(plan, told=said.append)
+            ray = started(plan, report=said.append)
             plan = ray.__enter__()
             cluster = stack.enter_context(ended(Cluster.of(said, os.getpid())))
             stack.push(ray)  # it ends before anybody looks at what is left

@@ -26,10 +26,10 @@ from PIL import Image, ImageFile
 
 from magicface_rt.errors import AnswerError, NonFiniteError, OptionError
 from magicface_rt.serve import FolderConcepts, ServeSettings, local
+from magicface_rt.serve.access import LOOPBACK_NAMES
 from magicface_rt.serve.app import build_app
 from magicface_rt.serve.auth import Tokens
-from magicface_rt.serve.bodies import Bodies
-from magicface_rt.serve.gate import LOOPBACK_NAMES
+from magicface_rt.serve.bodies import BodyLimitMiddleware
 from magicface_rt.serve.reading import read_order
 from magicface_rt.serve.schemas import PictureOrder
 from magicface_rt.serve.server import Server, serve
@@ -459,7 +459,7 @@ def test_orders_are_read_in_another_thread(server: Running, monkeypatch: pytest.
 
 def test_a_body_counts_until_its_images_are_decoded_and_not_until_the_answer(server: Running, session: Gated) -> None:
     order = {"prompt": PROMPT, "concepts": [inline()], "steps": 3}
-    room = next(one for one in walk(server.app) if isinstance(one, Bodies))
+    room = next(one for one in walk(server.app) if isinstance(one, BodyLimitMiddleware))
     for extra in ({}, {"stream": True}):
         session.reset()
         session.free.clear()
@@ -468,10 +468,10 @@ def test_a_body_counts_until_its_images_are_decoded_and_not_until_the_answer(ser
                 httpx.post, f"{server.url}/v1/images", json={**order, **extra}, trust_env=False, timeout=60
             )
             session.wait_for_step()
-            until(lambda: room.held == 0, "the body is held while the picture is made", 20)
+            until(lambda: room.held_bytes == 0, "the body is held while the picture is made", 20)
             session.free.set()
             assert made.result(30).status_code == 200
-    assert room.held == 0
+    assert room.held_bytes == 0
 
 
 def walk(app: Any) -> Iterator[Any]:
@@ -485,13 +485,13 @@ def walk(app: Any) -> Iterator[Any]:
 def decoding_held(server: Running, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Decoding waits for the event that this returns."""
     free = threading.Event()
-    real = local.request_of
+    real = local.parse_order
 
     def held(*given: Any) -> Any:
         free.wait(30)
         return real(*given)
 
-    monkeypatch.setattr(local, "request_of", held)
+    monkeypatch.setattr(local, "parse_order", held)
     return free
 
 

@@ -225,7 +225,9 @@ def test_a_service_that_can_start_no_thread_says_so_in_a_line(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    monkeypatch.setattr("magicface_rt.shortage._address_limit", lambda: [("limit of addresses (ulimit -v)", 1 << 20)])
+    monkeypatch.setattr(
+        "magicface_rt.process.host_memory._address_limit", lambda: [("limit of addresses (ulimit -v)", 1 << 20)]
+    )
     monkeypatch.setattr("magicface_rt.cli.serve.SERVE_ADDRESSES", 0)  # it would not have come so far
     assert main(["serve", str(tiny_bundle), "--port", "0"]) == 3
     said = capsys.readouterr().err

@@ -21,7 +21,7 @@ import pytest
 from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png, running, until
 from writes import Writes
 
-from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference, unfinished
+from magicface_rt import Concept, KeptConcept, MagicFaceError, Reference
 from magicface_rt.errors import (
     AnswerError,
     DeadlineError,
@@ -32,9 +32,12 @@ from magicface_rt.errors import (
     UnknownConceptError,
     UnreachableError,
 )
+from magicface_rt.files import atomic_files
 from magicface_rt.serve import AsyncClient, FolderConcepts, KeptId, Made, MemoryConcepts, ServeSettings
 from magicface_rt.serve.concepts import ConceptStore, StoredConcept, concept_id
 from magicface_rt.serve.erasure import Trace
+from magicface_rt.serve.server import local_service
+from magicface_rt.session import HOLD_REFERENCES
 
 MAN, HAT = concept("man", 1), concept("hat", 2)
 STEPS = 2
@@ -132,11 +135,11 @@ def test_what_a_session_keeps_by_itself_and_its_bindings_are_cleared_too(tiny_bu
     ):
         kept = client.put_concept(MAN)
         client.generate(PROMPT, [kept], seed=1)
-        assert session._keeper.store.keys
-        (place,) = session._workplaces._free
+        assert session._keeper.store.content_keys
+        (place,) = session._worker_contexts._free
         assert held <= place._bindings.keys()
         client.erase(kept)
-        assert not session._keeper.store.keys
+        assert not session._keeper.store.content_keys
         assert not held & place._bindings.keys()
 
 
@@ -212,29 +215,57 @@ def test_a_second_process_serves_what_the_first_prepared(
         assert other.concepts() == []
 
 
+@pytest.mark.parametrize(
+    "runs", ["nothing", "another request", "a request that uses it", "a request that uses it and waits"]
+)
 def test_what_another_process_erased_is_let_go_of_though_nobody_asks_for_it(
-    session: Gated, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    session: Gated, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: str
 ) -> None:
+    """At once, but for what a request has that runs or waits there: it gets its picture, and that goes after it."""
     monkeypatch.setattr("magicface_rt.serve.local.LOOK_SECONDS", 0.1)
     settings = ServeSettings(default_steps=STEPS)
     here, there = FolderConcepts(tmp_path), FolderConcepts(tmp_path)
+    waits = runs.endswith("waits")
     with (
-        Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1) as beside,
+        Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1, keep="1GiB") as beside,
         running(session, store=here, settings=settings) as first,
         running(beside, store=there, settings=settings) as second,
         first.client() as one,
         second.client() as other,
+        ThreadPoolExecutor(2) as pool,
     ):
         kept = one.put_concept(MAN)
         other.generate(PROMPT, [kept], seed=4)
+        other.generate(PROMPT, [MAN], seed=4)  # the Session keeps what it has prepared by itself
         trace = Trace(there.get(kept.id).concept)
         assert trace.alive()
-        forgotten: list[int] = []
-        real = beside.forget
-        monkeypatch.setattr(beside, "forget", lambda: forgotten.append(1) or real())
+        assert beside.kept_bytes
+        beside.reset()
+        if runs != "nothing":
+            beside.free.clear()
+            request = pool.submit(other.generate, PROMPT, [kept] if runs == "a request that uses it" else [], seed=5)
+            beside.wait_for_step()
+        if waits:
+            waiting = pool.submit(other.generate, PROMPT, [kept], seed=6)
+            until(lambda: second.service.engine.waiting == 1, "it waits in the queue")
         one.erase(kept)
-        until(lambda: forgotten and not trace.alive(), "the other process holds it")
-        assert not there._mapped
+        until(lambda: not there._mapped and not beside.kept_bytes, "the other process keeps it for later requests")
+        if runs.startswith("a request that uses it"):
+            assert trace.alive()
+        else:
+            until(lambda: not trace.alive(), "the other process holds it")
+        if runs != "nothing":
+            assert not request.done()
+            beside.free.set()
+            assert len(request.result(30).pngs) == 1
+        if waits:
+            assert len(waiting.result(30).pngs) == 1
+        until(lambda: not trace.alive() and not beside.kept_bytes, "the other process holds it")
+        if runs.startswith("a request that uses it"):
+            until(
+                lambda: not any(set(HOLD_REFERENCES) & one._bindings.keys() for one in beside._worker_contexts._free),
+                "the buffers of the graphs hold it",
+            )
 
 
 @pytest.mark.parametrize("look", ["entries", "used", "get"])
@@ -432,7 +463,7 @@ def test_what_another_process_is_writing_is_neither_taken_from_it_nor_called_era
     with running(session, store=store, settings=settings) as server, server.client() as client:
         kept = client.put_concept(MAN)
         path = tmp_path / f"{kept.id}.concept"
-        with unfinished.part(path) as part:
+        with atomic_files.temporary_sibling(path) as part:
             part.write_bytes(path.read_bytes())
             monkeypatch.setattr("magicface_rt.serve.local.ERASE_ATTEMPTS", 2)
             with pytest.raises(AnswerError, match="Erase it again") as refused:
@@ -443,7 +474,7 @@ def test_what_another_process_is_writing_is_neither_taken_from_it_nor_called_era
                 monkeypatch.setattr("magicface_rt.serve.local.ERASE_ATTEMPTS", 1000)  # the machine may be busy
                 erasing = pool.submit(client.erase, kept)
                 time.sleep(0.3)
-                unfinished.put(part, path)
+                atomic_files.replace_into_place(part, path)
                 assert erasing.result(60)["files"] == 1
         assert list(tmp_path.iterdir()) == []
         path.with_name(f".{path.name}.{'0' * 32}.part").write_bytes(b"of a process that was killed")
@@ -455,7 +486,7 @@ def test_what_another_process_is_writing_is_neither_taken_from_it_nor_called_era
 def test_who_puts_what_another_process_erases_is_told_so(
     session: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    put = unfinished.put
+    put = atomic_files.replace_into_place
 
     def erased(new: Path, target: Path, **how: Any) -> None:
         if when == "after":
@@ -466,7 +497,7 @@ def test_who_puts_what_another_process_erases_is_told_so(
 
     store, settings = FolderConcepts(tmp_path), ServeSettings(default_steps=1)
     with running(session, store=store, settings=settings) as server, server.client() as client:
-        monkeypatch.setattr(unfinished, "put", erased)
+        monkeypatch.setattr(atomic_files, "replace_into_place", erased)
         with pytest.raises(ErasedError, match="erased by another process as it was put"):
             client.put_concept(MAN)
         monkeypatch.undo()
@@ -606,6 +637,35 @@ def test_who_gives_room_back_does_not_wait_for_a_disk_that_others_wait_for() -> 
         store.go.set()
         other.result(30)()
     assert store._reserved == {}
+
+
+def test_an_erasure_while_a_service_warms_up_waits_for_that(session: Gated, tmp_path: Path) -> None:
+    """A concept may be in the folder before a service begins."""
+    prepared, store = session.prepare(MAN, steps=1), FolderConcepts(tmp_path)
+    id = concept_id([reference.key for reference in prepared.references])
+    store.put(id, prepared)
+    del prepared
+    session.reset()
+
+    async def erase_early() -> None:
+        service = local_service([session], store=store)
+        session.free.clear()
+        await service.start()
+        try:
+            await asyncio.to_thread(session.wait_for_step)
+            erasing = asyncio.ensure_future(service.erase(id))
+            await asyncio.wait({erasing}, timeout=1.0)
+            assert not erasing.done()
+            assert not list(tmp_path.iterdir())
+            session.free.set()
+            assert (await asyncio.wait_for(erasing, 60)).erased
+            while service.not_ready() is not None:
+                await asyncio.sleep(0.01)
+        finally:
+            session.free.set()
+            await service.close()
+
+    asyncio.run(erase_early())
 
 
 def test_many_erasures_beside_a_batch_hold_up_nobody_else(session: Gated) -> None:

@@ -15,17 +15,17 @@ from loopback import PROMPT, Gated, Oracle, concept, png, running, until
 
 from magicface_rt import Cancelled, MagicFaceError, NonFiniteError, OptionError, Options, Request
 from magicface_rt.errors import BundleError, DeadlineError, DrainingError, HostMemoryError, QueueFullError
-from magicface_rt.serve.engine import Engine, Observer
+from magicface_rt.files.stamps import Stamp
+from magicface_rt.serve.engine import Engine, EngineObserver
 from magicface_rt.serve.fair import FairQueue
-from magicface_rt.serve.job import Job
+from magicface_rt.serve.job import EngineJob
 from magicface_rt.serve.settings import ServeSettings
-from magicface_rt.stamps import Stamp
 
 MAN = concept("man", 1)
 
 
-def job(seed: int = 0, owner: str = "", *, alone: bool = True, steps: int = 1, **settings: Any) -> Job:
-    return Job(Request(PROMPT, (), Options(seed=seed, steps=steps)), owner=owner, alone=alone, **settings)
+def job(seed: int = 0, owner: str = "", *, alone: bool = True, steps: int = 1, **settings: Any) -> EngineJob:
+    return EngineJob(Request(PROMPT, (), Options(seed=seed, steps=steps)), owner=owner, alone=alone, **settings)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def engine(session: Gated) -> Iterator[Engine]:
     assert started.close()
 
 
-def hold(engine: Engine, session: Gated) -> Job:
+def hold(engine: Engine, session: Gated) -> EngineJob:
     session.free.clear()
     first = engine.submit(job(1000))
     session.wait_for_step()
@@ -56,7 +56,7 @@ def test_owners_take_turns(engine: Engine, session: Gated) -> None:
 
 
 def test_a_fair_queue_keeps_each_owners_order_and_counts() -> None:
-    queue: FairQueue[Job] = FairQueue()
+    queue: FairQueue[EngineJob] = FairQueue()
     jobs = [job(n, owner, steps=n % 2 + 1) for n, owner in enumerate("aabab")]
     for one in jobs:
         queue.put(one)
@@ -74,7 +74,7 @@ def test_a_fair_queue_keeps_each_owners_order_and_counts() -> None:
 
 
 def test_what_is_next_comes_before_what_would_have_to_overtake() -> None:
-    queue: FairQueue[Job] = FairQueue()
+    queue: FairQueue[EngineJob] = FairQueue()
     long, behind, others = job(0, "a", steps=50), job(1, "a", steps=20), job(2, "b", steps=20)
     for one in (long, behind, others):
         queue.put(one)
@@ -83,7 +83,7 @@ def test_what_is_next_comes_before_what_would_have_to_overtake() -> None:
 
 
 def test_a_request_that_fits_no_batch_has_its_turn_while_others_that_fit_keep_coming() -> None:
-    queue: FairQueue[Job] = FairQueue()
+    queue: FairQueue[EngineJob] = FairQueue()
     long = job(0, "a", steps=50)
     for one in (job(0, "b", steps=20), long, *(job(n, "ab"[n % 2], steps=20) for n in range(8))):
         queue.put(one)
@@ -185,13 +185,13 @@ def test_an_unexpected_error_ends_its_job_and_not_the_engine(engine: Engine) -> 
         raise ZeroDivisionError("made to fail")
 
     with pytest.raises(ZeroDivisionError):
-        engine.submit(Job(fails)).future.result(30)
+        engine.submit(EngineJob(fails)).future.result(30)
     assert engine.submit(job(1)).future.result(30).batch == 1
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit(1)], ids=repr)
 def test_an_observer_that_fails_takes_nothing_from_the_jobs(session: Gated, error: BaseException) -> None:
-    class Failing(Observer):
+    class Failing(EngineObserver):
         def batch(self, *_: object) -> None:
             raise error
 
@@ -208,7 +208,7 @@ def test_a_job_that_would_end_its_thread_ends_alone(engine: Engine) -> None:
         raise SystemExit(1)
 
     with pytest.raises(MagicFaceError, match="raised SystemExit"):
-        engine.submit(Job(ends)).future.result(30)
+        engine.submit(EngineJob(ends)).future.result(30)
     assert engine.submit(job(1)).future.result(30).batch == 1
 
 
@@ -220,7 +220,7 @@ def test_where_a_thread_ends_that_should_not_nobody_waits_in_vain(session: Gated
     def fails(_: object) -> None:
         raise MemoryError("made to fail")
 
-    spoiled = type("Spoiled", (Job,), {place: property(fails) if place == "is_request" else fails})
+    spoiled = type("Spoiled", (EngineJob,), {place: property(fails) if place == "is_request" else fails})
     engine = Engine([session], ServeSettings(queue=8))
     engine.start()
     hold(engine, session)
@@ -263,13 +263,13 @@ def test_a_service_whose_bundle_was_written_to_ends(
     ):
         client.generate(PROMPT, steps=1)
         looks: list[bool] = []
-        real = Stamp.rewritten
+        real = Stamp.was_modified
 
         def seen(stamp: Stamp, path: str) -> Stamp | None:
             looks.append(True)
             return real(stamp, path)
 
-        monkeypatch.setattr(Stamp, "rewritten", seen)
+        monkeypatch.setattr(Stamp, "was_modified", seen)
         until(lambda: len(looks) > 3 * len(session.bundle.stamps), "nobody looks")
         assert client.ready()
         with (folder / "weights.bin").open("r+b") as file:
@@ -282,7 +282,7 @@ def test_a_service_whose_bundle_was_written_to_ends(
 
 
 def test_an_outcome_that_comes_as_its_owner_gives_up_is_none(engine: Engine) -> None:
-    given_up = Job(lambda *_: None)
+    given_up = EngineJob(lambda *_: None)
     given_up.future.cancel()
     given_up.future.done = lambda: False  # type: ignore[method-assign] - as it was a moment before
     engine.submit(given_up)
@@ -330,6 +330,49 @@ def test_what_runs_exclusively_runs_alone(engine: Engine, session: Gated) -> Non
     second.future.result(30)
     thread.join(30)
     assert seen == [(True, 1)]
+
+
+def test_what_runs_exclusively_runs_beside_no_warm_up(session: Gated) -> None:
+    """Neither before it has ended nor the other way round; and draining does not wait for it."""
+    seen: list[str] = []
+    warming, warmed, alone, go = (threading.Event() for _ in range(4))
+
+    def warm(_: object) -> None:
+        seen.append("warm-up begins")
+        warming.set()
+        assert warmed.wait(30)
+        seen.append("warm-up ends")
+
+    engine = Engine([session], warm=warm)
+    engine.start()
+    assert warming.wait(30)
+    thread = threading.Thread(target=lambda: engine.exclusive(lambda _: seen.append("alone")))
+    thread.start()
+    assert engine.drain(30) == 0
+    time.sleep(0.05)
+    warmed.set()
+    thread.join(30)
+    assert seen == ["warm-up begins", "warm-up ends", "alone"]
+    assert engine.close()
+
+    engine = Engine([session], warm=warm)
+    seen.clear()
+
+    def exclusively(_: object) -> None:
+        alone.set()
+        assert go.wait(30)
+        seen.append("alone")
+
+    thread = threading.Thread(target=lambda: engine.exclusive(exclusively))
+    thread.start()
+    assert alone.wait(30)
+    engine.start()
+    time.sleep(0.05)
+    go.set()
+    until(lambda: engine.warm, "it did not warm up")
+    thread.join(30)
+    assert seen == ["alone", "warm-up begins", "warm-up ends"]
+    assert engine.close()
 
 
 def test_a_job_lets_go_of_its_images_when_it_has_ended(engine: Engine, session: Gated) -> None:
@@ -380,7 +423,7 @@ def test_concepts_and_sessions_may_come_out_of_what_is_gone_through_once(session
     engine = Engine(one for one in [session])  # type: ignore[arg-type]
     engine.start()
     request = Request(PROMPT, iter([MAN]), Options(seed=3, steps=1))  # type: ignore[arg-type]
-    for one in [engine.submit(Job(request)) for _ in range(2)]:
+    for one in [engine.submit(EngineJob(request)) for _ in range(2)]:
         assert one.bare == 1
         (image,) = one.future.result(30).result.images
         assert png(image) == oracle.pngs([MAN], seed=3, steps=1)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import signal
@@ -20,6 +21,7 @@ pytest.importorskip("ray")
 import grpc
 import httpx
 from loopback import PROMPT, Oracle, concept, picture, png, until
+from PIL import Image
 from raylike import TOKEN, OnRay, listening, on_ray, other_bundle, stored_bytes
 
 from magicface_rt import BundleError, Cancelled, Concept, Progress, Reference
@@ -31,6 +33,8 @@ pytestmark = pytest.mark.ray
 MAN, HAT = concept("man", 1, weight=2.5), concept("hat", 2, weight=2.0)
 STEPS = 3
 SETTINGS = ServeSettings(default_steps=STEPS, batch=2, batch_wait=0, queue=2, drain=20, deadline=60)
+WINDOW = 64  # bytes of a photograph that are looked for in one piece
+DISTINCT = 8  # values that such a piece has at least: any file may have a run of zeros
 AT_ONCE = 2  # of one replica; it has as many more that wait there
 MOST = SETTINGS.queue + 2 * AT_ONCE
 
@@ -265,24 +269,63 @@ def test_an_erasure_waits_for_a_preparation_and_a_preparation_for_an_erasure(ser
 
 
 def test_no_photograph_and_no_token_is_written_or_left_in_rays_store(service: OnRay) -> None:
-    noise = Concept("man", Reference(picture(9, 1200), mask=picture(8, 1200).convert("L"), prompt="a man"))
-    assert len(png(picture(9, 1200))) > 200_000
+    """In no file of Ray's and no concept's, neither as it is sent nor decoded; looked for before it is erased as well,
+    and while pictures are made of it.
+    """
+    photograph = picture(9, 1200)
+    noise = Concept("man", Reference(photograph, mask=picture(8, 1200).convert("L"), prompt="a man"))
+    assert len(png(photograph)) > 200_000
+    secrets = windows_of(photograph)
     before = stored_bytes()
-    with service.client() as client:
-        client.erase(client.put_concept(noise, steps=1))
-        client.generate("a man of words that nobody else says", [noise], steps=1)
+    with service.client() as client, ThreadPoolExecutor(1) as pool:
+        kept = client.put_concept(noise, steps=1)
+        check_files(service, secrets)
+        service.gate.hold()
+        made = pool.submit(client.generate, "a man of words that nobody else says", [noise], steps=1)
+        service.gate.wait_for("step")
+        check_files(service, secrets)
+        service.gate.free()
+        assert made.result(60).pngs
+        client.erase(kept)
     assert stored_bytes() - before < 100_000
-    written = [path for path in service.cluster.folder.rglob("*") if path.is_file()]
-    assert written
-    for path in written:
-        content = path.read_bytes()
-        assert b"a-token-that-nobody" not in content, path
-        assert b"words that nobody else" not in content, path
+    check_files(service, secrets)
     for pid, command in service.cluster.processes().items():
         with contextlib.suppress(OSError):
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             assert b"MAGICFACE_RT_TOKENS" not in environment, command
             assert TOKEN.encode() not in environment, command
+
+
+def windows_of(photograph: Image.Image) -> dict[str, list[bytes]]:
+    """Pieces of a photograph, spread over it, by the form in which a file could have them."""
+    sent = png(photograph)
+    forms = {
+        "bytes": sent,
+        "base64": base64.b64encode(sent),
+        "hex": sent.hex().encode(),
+        "repr": repr(sent)[2:-1].encode(),
+        "decoded": photograph.tobytes(),
+    }
+    found = {name: [one for one in spread(form) if len(set(one)) >= DISTINCT] for name, form in forms.items()}
+    assert all(len(windows) > 10 for windows in found.values())
+    return found
+
+
+def spread(form: bytes) -> list[bytes]:
+    """Begins late enough that no other picture's header looks like it."""
+    return [form[at : at + WINDOW] for at in range(200, len(form) - WINDOW, len(form) // 40)]
+
+
+def check_files(service: OnRay, secrets: dict[str, list[bytes]]) -> None:
+    """Nothing of a request is in a file of Ray's, or of the photograph in the folder of concepts."""
+    written = [path for path in service.cluster.folder.rglob("*") if path.is_file()]
+    assert written
+    for path in (*written, *service.concepts.iterdir()):
+        content = path.read_bytes()
+        assert b"a-token-that-nobody" not in content, path
+        assert b"words that nobody else" not in content, path
+        for name, windows in secrets.items():
+            assert not any(window in content for window in windows), f"{name} in {path}"
 
 
 def test_rays_ports_are_this_machines_or_ask_for_its_token(service: OnRay) -> None:

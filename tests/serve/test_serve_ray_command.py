@@ -29,6 +29,7 @@ from test_serve_command import Process, started
 from magicface_rt.cli import main
 from magicface_rt.errors import OptionError, ServiceError
 from magicface_rt.serve import Client
+from tests.killed import fill, killed, temporary
 
 MAN = concept("man", 1)
 PAGE = ["--ui"] if importlib.util.find_spec("gradio") is not None else []
@@ -174,6 +175,29 @@ def test_each_service_has_a_ray_of_its_own_and_one_that_was_killed_is_in_nobodys
         of_first.kill()
 
 
+def test_concepts_that_a_killed_service_left_in_shared_memory_go_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are personal data. Those of a service that runs stay."""
+    from magicface_rt.cli.serve import _shared_folder
+    from magicface_rt.serve.ray import cluster
+
+    def serve() -> None:
+        with _shared_folder(None) as folder:
+            fill(folder)
+
+    monkeypatch.setattr(cluster, "SHARED_MEMORY", tmp_path)
+    killed(serve)
+    (left,) = temporary(tmp_path, "magicface-concepts")
+    assert (left / "weights.bin").exists()
+    with _shared_folder(None) as folder, _shared_folder(None) as another:
+        assert temporary(tmp_path, "magicface-concepts") == sorted([folder, another])
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(tmp_path.iterdir()) == []
+    with _shared_folder(Path("given")) as folder:
+        assert folder == Path("given").absolute()
+
+
 def test_what_cannot_be_served_is_said_before_ray_is_started(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +207,7 @@ def test_what_cannot_be_served_is_said_before_ray_is_started(
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(ray, "init", not_here)
-    there = set(Path("/dev/shm").glob("magicface-concepts-*"))
+    there = set(Path("/dev/shm").glob(".magicface-concepts-*"))
     on_ray = ("--engine", "ray")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -201,7 +225,7 @@ def test_what_cannot_be_served_is_said_before_ray_is_started(
             said = capsys.readouterr().err
             assert reason in said, said
             assert "Traceback" not in said
-    assert set(Path("/dev/shm").glob("magicface-concepts-*")) == there
+    assert set(Path("/dev/shm").glob(".magicface-concepts-*")) == there
 
 
 def test_a_process_that_has_a_ray_already_is_told_so_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +291,7 @@ def test_a_process_starts_one_ray_after_another(tmp_path: Path) -> None:
         "from magicface_rt.serve.ray import RayPlan\n"
         "from magicface_rt.serve.ray.cluster import started\n"
         "for _ in range(2):\n"
-        "    with started(RayPlan('bundle', 'concepts', replicas=(1, 1)), told=print):\n"
+        "    with started(RayPlan('bundle', 'concepts', replicas=(1, 1)), report=print):\n"
         "        print('answered', ray.get(ray.remote(lambda: 3).remote()))\n"
         "ray.init(address='local', num_cpus=1, include_dashboard=False)\n"
         "print('answered', ray.get(ray.remote(lambda: 4).remote()))\n"

@@ -138,7 +138,9 @@ def test_cancel_stops_the_replica_at_its_next_step(service: OnRay, http: httpx.C
     assert len(service.gate.notes("step")) <= 2 + STEPS
 
 
-@pytest.mark.parametrize("which", ["the first", "another", "a third"])
+@pytest.mark.parametrize(
+    "which", ["the first", *(pytest.param(which, marks=pytest.mark.slow) for which in ("another", "a third"))]
+)
 def test_a_closed_tab_stops_its_request(service: OnRay, http: httpx.Client, which: str) -> None:
     service.gate.forget()
     tab = Tab(http)

@@ -1,4 +1,4 @@
-"""What serving on Ray is made of, without Ray: the fair gate, the roster, the shared folder, the plan, the errors."""
+"""What serving on Ray is made of, without Ray: places in the queue, the roster, the shared folder, the plan, errors."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from magicface_rt.errors import (
 from magicface_rt.serve import Engine, ServeSettings
 from magicface_rt.serve.concepts import FolderConcepts, concept_id
 from magicface_rt.serve.erasure import STILL_RUNS
-from magicface_rt.serve.job import Job
+from magicface_rt.serve.job import EngineJob
 from magicface_rt.serve.problems import Problem
 from magicface_rt.serve.ray import roster as roster_module
-from magicface_rt.serve.ray.messages import Part, Verdict
+from magicface_rt.serve.ray.messages import ErasureReport, ReplicaErasure
 from magicface_rt.serve.ray.places import Places
 from magicface_rt.serve.ray.plan import RayPlan, parse_replicas, wants_gpu
 from magicface_rt.serve.ray.replica import ReplicaService
@@ -202,19 +202,19 @@ def test_an_erasure_is_done_when_every_replica_has_done_its_part(members: Member
         await roster.register("two", "2")
         erasing = asyncio.ensure_future(roster.erase(ID, str(tmp_path), 20))
         view = await roster.watch("one", (await roster.watch("one", 0)).version)
-        assert view.condemned == {ID}
-        await roster.done("one", ID, Part(True, 2, None))
+        assert view.erasing == {ID}
+        await roster.done("one", ID, ReplicaErasure(True, 2, None))
         await roster.register("late", "3")  # it starts meanwhile, and is waited for as well
-        await roster.done("two", ID, Part())
+        await roster.done("two", ID, ReplicaErasure())
         await asyncio.sleep(0.1)
         assert not erasing.done()
         (tmp_path / f"{ID}.concept").write_bytes(b"y")  # a preparation that was going on has ended
-        await roster.done("late", ID, Part())
-        verdict = await erasing
-        assert verdict.files == 3
-        assert verdict.parts == {"one": Part(True, 2, None), "two": Part(), "late": Part()}
-        assert (verdict.silent, verdict.left) == ((), None)
-        assert (await roster.watch(None, 0)).condemned == frozenset()
+        await roster.done("late", ID, ReplicaErasure())
+        report = await erasing
+        assert report.files == 3
+        assert report.parts == {"one": ReplicaErasure(True, 2, None), "two": ReplicaErasure(), "late": ReplicaErasure()}
+        assert (report.silent, report.left) == ((), None)
+        assert (await roster.watch(None, 0)).erasing == frozenset()
 
     asyncio.run(scenario())
     assert list(tmp_path.iterdir()) == []
@@ -227,8 +227,8 @@ def test_the_dead_are_not_waited_for_and_the_silent_are_named(members: Members, 
         for name in ("dead", "silent"):
             await roster.register(name, name)
         members.dead.add("dead")
-        verdict = await roster.erase(ID, str(tmp_path), 0.3)
-        assert verdict.silent == ("silent",)
+        report = await roster.erase(ID, str(tmp_path), 0.3)
+        assert report.silent == ("silent",)
         assert await roster.replicas() == ["silent"]
         await roster.leave("silent")
         assert (await roster.erase(ID, str(tmp_path), 0.3)).silent == ()
@@ -247,8 +247,8 @@ def test_two_erasures_of_the_same_are_done_one_after_the_other(members: Members,
         while not all(one.done() for one in both):
             view = await roster.watch("one", seen)
             seen = view.version
-            if view.condemned:
-                await roster.done("one", ID, Part())
+            if view.erasing:
+                await roster.done("one", ID, ReplicaErasure())
         assert sorted(one.result().files for one in both) == [0, 1]
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
@@ -260,7 +260,7 @@ def test_an_erasure_waits_no_longer_for_another_of_the_same_than_it_may(members:
         first = asyncio.ensure_future(members.roster.erase(ID, str(tmp_path), 20))
         await members.roster.watch("one", (await members.roster.watch("one", 0)).version)
         assert not (await members.roster.erase(ID, str(tmp_path), 0.2)).begun
-        await members.roster.done("one", ID, Part())
+        await members.roster.done("one", ID, ReplicaErasure())
         assert (await first).begun
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
@@ -274,9 +274,9 @@ def test_the_front_has_as_many_erasures_going_on_as_it_may(tmp_path: Path) -> No
     async def scenario() -> None:
         go = asyncio.Event()
 
-        async def erase(*_: object) -> Verdict:
+        async def erase(*_: object) -> ErasureReport:
             await go.wait()
-            return Verdict(files=1, begun=False)
+            return ErasureReport(files=1, begun=False)
 
         roster = SimpleNamespace(actor=SimpleNamespace(erase=SimpleNamespace(remote=erase)))
         settings, store = ServeSettings(queue=2), SharedConcepts(tmp_path)
@@ -305,12 +305,12 @@ def test_a_replica_waits_no_longer_for_what_runs_than_a_request_may_take(session
         await service.start()
         session.reset()
         session.free.clear()
-        job = service.engine.submit(Job(Request("a man", options=Options(steps=1))))
+        job = service.engine.submit(EngineJob(Request("a man", options=Options(steps=1))))
         await asyncio.to_thread(session.wait_for_step)
-        assert await service.erase_here(id) == Part(True, 0, STILL_RUNS)
+        assert await service.erase_here(id) == ReplicaErasure(True, 0, STILL_RUNS)
         session.free.set()
         await asyncio.wrap_future(job.future)
-        assert await service.erase_here(id) == Part(True, 0, None)
+        assert await service.erase_here(id) == ReplicaErasure(True, 0, None)
         await service.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
@@ -325,9 +325,9 @@ def test_a_file_that_cannot_be_removed_is_said(
         raise PermissionError("made to fail")
 
     monkeypatch.setattr(Path, "unlink", fails)
-    verdict = asyncio.run(members.roster.erase(ID, str(tmp_path), 1))
-    assert verdict.left is not None
-    assert "made to fail" in verdict.left
+    report = asyncio.run(members.roster.erase(ID, str(tmp_path), 1))
+    assert report.left is not None
+    assert "made to fail" in report.left
 
 
 def test_a_new_roster_waits_for_replicas_of_the_one_before_it(
@@ -345,11 +345,11 @@ def test_a_new_roster_waits_for_replicas_of_the_one_before_it(
         await asyncio.sleep(0.1)
         assert not erasing.done()  # nobody is known, and somebody may hold it
         await roster.register("one", "1")
-        assert (await roster.watch("one", 0)).condemned == {ID}
+        assert (await roster.watch("one", 0)).erasing == {ID}
         await asyncio.sleep(0.6)
         assert not erasing.done()
-        await roster.done("one", ID, Part(True, 0, None))
-        assert (await erasing).parts == {"one": Part(True, 0, None)}
+        await roster.done("one", ID, ReplicaErasure(True, 0, None))
+        assert (await erasing).parts == {"one": ReplicaErasure(True, 0, None)}
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
@@ -393,7 +393,7 @@ def test_what_is_being_erased_is_there_for_nobody_and_leaves_a_trace(session: Ga
     assert store.get(id) is held
     (trace,) = store.traces(id)
     assert trace.alive()
-    store.condemn([id])
+    store.set_erasing([id])
     for look in (store.get, store.peek):
         with pytest.raises(UnknownConceptError):
             look(id)
@@ -403,7 +403,7 @@ def test_what_is_being_erased_is_there_for_nobody_and_leaves_a_trace(session: Ga
     assert trace.alive() == 0
     store.forget(id)
     assert store.traces(id) == []
-    store.condemn([])
+    store.set_erasing([])
     assert store.has(id)
     assert store.get(id).concept.nbytes == made.nbytes
 

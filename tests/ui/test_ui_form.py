@@ -101,11 +101,11 @@ def test_a_concept_that_nobody_began_is_none_and_messages_keep_the_pages_numbers
     empty = FormConcept(Photograph(1), "", 3.0, "")
     both = form(empty, filled(3, "man"))
     assert len(both.order(session.tokenizer).concepts) == 1
-    assert both.place("concepts[0].references[0].mask") == "Concept 3, mask"
-    assert both.place("concepts[0].references[0].image") == "Concept 3, photograph"
-    assert both.place("concepts[0].word") == "Concept 3, word"
-    assert both.place("negative_prompt") == "Negative prompt"
-    assert both.place(None) == ""
+    assert both.field_label("concepts[0].references[0].mask") == "Concept 3, mask"
+    assert both.field_label("concepts[0].references[0].image") == "Concept 3, photograph"
+    assert both.field_label("concepts[0].word") == "Concept 3, word"
+    assert both.field_label("negative_prompt") == "Negative prompt"
+    assert both.field_label(None) == ""
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", -1), ("seed", None), ("steps", 2.5), ("alpha", 2.0)])

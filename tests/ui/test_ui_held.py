@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 from magicface_rt import ImageError
 from magicface_rt.images import LoadedReference
 from magicface_rt.serve import ServeSettings, local
-from magicface_rt.serve.job import Job
+from magicface_rt.serve.job import EngineJob
 from magicface_rt.serve.uploads import open_image
 
 PADDING = 6_000_000
@@ -93,14 +93,14 @@ class Decoding:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go = threading.Event()
         self.reached = 0
-        real = local.request_of
+        real = local.parse_order
 
         def held(*given: Any) -> Any:
             self.reached += 1
             self.go.wait(30)
             return real(*given)
 
-        monkeypatch.setattr(local, "request_of", held)
+        monkeypatch.setattr(local, "parse_order", held)
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ class Seen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._made: list[tuple[str, weakref.ref[Any]]] = []
-        for kind in (Image.Image, Job, LoadedReference):
+        for kind in (Image.Image, EngineJob, LoadedReference):
             self._watch(monkeypatch, kind)
         pixels = LoadedReference.pixels
 
@@ -232,10 +232,10 @@ def test_nothing_of_a_photograph_lives_when_its_request_has_been_answered(
     seen = Seen(monkeypatch)
     end = send(server, MAN)
     until(lambda: session.steps > before, "no step was reached")
-    assert {"Image", "Job"} <= seen.living, "this would not find it"
+    assert {"Image", "EngineJob"} <= seen.living, "this would not find it"
     session.free.set()
     assert end()
-    assert seen.kinds >= {"Image", "Job", "LoadedReference", "mask", "pixels"}
+    assert seen.kinds >= {"Image", "EngineJob", "LoadedReference", "mask", "pixels"}
     until(lambda: not seen.living, f"there is still {seen.living}", 10)
 
 

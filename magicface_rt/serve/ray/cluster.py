@@ -19,11 +19,12 @@ from typing import Any
 from ...backends import FLAVOURS, why_not
 from ...bundle import Bundle
 from ...errors import BackendError, DeviceError, MagicFaceError, OptionError
-from ...shown import one_line
+from ...files import atomic_files
+from ...values.shown import one_line
 from .. import module
+from ..access import PAGE, names_of
 from ..auth import ENVIRONMENT as TOKENS_VARIABLE
 from ..auth import Tokens
-from ..gate import PAGE, names_of
 from ..server import listen
 from .plan import RayPlan, wants_gpu
 from .signals import Signals
@@ -72,14 +73,14 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    told: Callable[[str], object] = logger.info,
+    report: Callable[[str], object] = logger.info,
 ) -> int:
     """Serve until SIGTERM, SIGINT or Ctrl-C, and then until the running requests have their answers or `settings.drain`
     seconds have passed. Returns how many requests were cut off. SIGHUP replaces the replicas, one after the other, by
     new ones with what is then in the bundle's folder.
 
-    port  0 for any free port
-    told  called with what is going on, line by line
+    port    0 for any free port
+    report  called with what is going on, line by line
 
     Raises:
         OptionError: the port is in use, or the address does not belong to this machine.
@@ -91,40 +92,48 @@ def serve(
         address = where.getsockname()
     _checked(plan)
     plan = replace(plan, hosts=names_of(str(address[0])))
-    signals = Signals(told)
-    with signals.caught(), started(plan, told=told) as plan, signals.caught():  # again: Ray catches some at its start
+    signals = Signals(report)
+    # Caught twice: Ray catches some at its start.
+    with signals.caught(), started(plan, report=report) as plan, signals.caught():
         running = Running(plan, str(address[0]), int(address[1]), signals=signals)
         running.start()
         signals.wait(0)
         if signals.stops:
             return 0
-        told(f"listening on {running.url}")
+        report(f"listening on {running.url}")
         if plan.page:
-            told(f"the page is at {running.url}{PAGE}/")
-        told("ready")
+            report(f"the page is at {running.url}{PAGE}/")
+        report("ready")
         updates = 0
         while not signals.stops:
             if signals.updates > updates:
                 updates = signals.updates
-                _update(running, told)
+                _update(running, report)
             signals.wait(1.0)
         return running.end()
 
 
-def shared_memory_folder() -> Path:
-    """Create a folder that only its owner can read, in shared memory if the machine has such a place."""
-    place = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="magicface-concepts-", dir=place if os.access(place, os.W_OK) else None))
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def shared_memory_folder() -> atomic_files.TemporarySibling:
+    """Return a context that makes a folder that only its owner can read, in shared memory if the machine has that.
+
+    It is removed when the context ends. What services of this user that were killed left is removed first: kept
+    concepts are personal data, and shared memory would hold them until the machine restarts.
+    """
+    usable = os.access(SHARED_MEMORY, os.W_OK)
+    return atomic_files.temporary_folder("magicface-concepts", SHARED_MEMORY if usable else None)
 
 
 @contextlib.contextmanager
-def started(plan: RayPlan, *, told: Callable[[str], object] = logger.info) -> Iterator[RayPlan]:
+def started(plan: RayPlan, *, report: Callable[[str], object] = logger.info) -> Iterator[RayPlan]:
     """Run a Ray cluster on this machine for the block, reachable from this machine only and with its token only.
 
     Every start makes a new cluster. Any other Ray that runs here, or that RAY_ADDRESS names, is neither used nor ended.
 
     Yields the plan, with GPUs for its replicas if the backend uses what is there. Ray's files, including its logs, are
-    in a folder of their own, which is removed when the block ends. The folder's name is reported to `told`. It is also
+    in a folder of their own, which is removed when the block ends. The folder's name is passed to `report`. It is also
     in the command lines of Ray's daemons, so these can be found if this process was killed and could not end them.
 
     Raises:
@@ -139,7 +148,7 @@ def started(plan: RayPlan, *, told: Callable[[str], object] = logger.info) -> It
             "process, or deploy on that Ray: ray.serve.run(magicface_rt.serve.ray.application({...}))."
         )
     with _environment():
-        yield from _started(plan, told)
+        yield from _started(plan, report)
 
 
 @contextlib.contextmanager
@@ -163,13 +172,13 @@ def _environment() -> Iterator[None]:
         _read_token_anew()
 
 
-def _started(plan: RayPlan, told: Callable[[str], object]) -> Iterator[RayPlan]:
+def _started(plan: RayPlan, report: Callable[[str], object]) -> Iterator[RayPlan]:
     ray: Any = importlib.import_module("ray")
     folder = tempfile.mkdtemp(prefix="magicface-ray-", dir="/tmp")  # in /tmp: its sockets need short paths
     processors = max(os.cpu_count() or 1, round(plan.range[1] * plan.cpus + 0.5))
     try:
-        with _no_other_cluster(told):
-            told(f"starting Ray in {folder}")
+        with _no_other_cluster(report):
+            report(f"starting Ray in {folder}")
             ray.init(
                 address="local",
                 num_cpus=processors,
@@ -205,13 +214,13 @@ def _with_gpus(plan: RayPlan, gpus: int) -> RayPlan:
 
 
 @contextlib.contextmanager
-def _no_other_cluster(told: Callable[[str], object]) -> Iterator[None]:
+def _no_other_cluster(report: Callable[[str], object]) -> Iterator[None]:
     """Remove the address of another Ray from the environment, for the block, as processes started here would inherit
     it.
     """
     address = os.environ.pop("RAY_ADDRESS", None)
     if address:
-        told(
+        report(
             f"RAY_ADDRESS is {address} and is not used: this service has a Ray of its own. To serve on that one, "
             "`serve deploy` a config file there, see docs/serving-ray.md"
         )
@@ -353,16 +362,16 @@ def _checked(plan: RayPlan) -> Bundle:
     return Bundle.open(plan.bundle, check_hashes=bool(plan.session.get("check_hashes", True)))
 
 
-def _update(running: Running, told: Callable[[str], object]) -> None:
+def _update(running: Running, report: Callable[[str], object]) -> None:
     try:
         bundle = _checked(running.plan)
-        told(f"updating to bundle {bundle.hash[:16]}")
+        report(f"updating to bundle {bundle.hash[:16]}")
         running.update(running.plan)
-        told("updated")
+        report("updated")
     except Exception as error:
         if not isinstance(error, (MagicFaceError, *_of_ray())):
             raise
-        told(f"not updated, the service goes on with what it has: {one_line(str(error))[:MOST_SAID]}")
+        report(f"not updated, the service goes on with what it has: {one_line(str(error))[:MOST_SAID]}")
 
 
 def _of_ray() -> tuple[type[Exception], ...]:

@@ -52,7 +52,7 @@ class FrontMetrics(Metrics):
         gauge("magicface_concepts", "Kept concepts.", lambda: known_use(store)[0])
         gauge("magicface_concept_kept_bytes", "Bytes of kept concepts.", lambda: known_use(store)[1])
 
-    def told(self, tally: Tally) -> None:
+    def add_tally(self, tally: Tally) -> None:
         """Add the counts that came with a replica's answer."""
         self._last[tally.replica] = tally
         for pictures in tally.batches:

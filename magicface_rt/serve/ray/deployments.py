@@ -18,8 +18,8 @@ from ray.exceptions import ActorDiedError, RayError
 from ...bundle import Bundle
 from ...errors import BackendError, MagicFaceError
 from ...session import Session, tokenizer_of
+from ...soft_warnings import MagicFaceWarning
 from ...ui import module as ui_module
-from ...warned import MagicFaceWarning
 from ..app import build_app
 from ..auth import Tokens
 from ..engine import Engine
@@ -28,7 +28,7 @@ from ..server import warm_up
 from ..service import ConceptUpload
 from .counting import FrontMetrics
 from .front import RayService
-from .messages import Part
+from .messages import ReplicaErasure
 from .plan import RayPlan
 from .replica import Counts, ReplicaService, said
 from .roster import PING_SECONDS, Roster
@@ -184,8 +184,8 @@ class Pictures:
             warm=lambda session: warm_up(session, settings),
             observer=self._counts,
         )
-        self._service = ReplicaService(engine, self._store, watcher=self._counts)
-        self._service.condemn(self._store.condemned)
+        self._service = ReplicaService(engine, self._store, observer=self._counts)
+        self._service.set_erasing(self._store.erasing)
         await self._service.start()
         while (reason := self._service.not_ready()) is not None:
             if (failure := self._service.failure()) is not None:
@@ -202,7 +202,7 @@ class Pictures:
         service = self._ready()
         for use in order.concepts:
             if use.id is not None and await asyncio.to_thread(self._store.has, use.id):
-                await self._held(use.id)
+                await self._mark_loaded(use.id)
 
         async with contextlib.aclosing(
             said(lambda listener: service.generate(order, owner=owner, listener=listener), self._counts)
@@ -218,7 +218,7 @@ class Pictures:
         ) as all_said:
             async for one in all_said:
                 if one.result is not None:
-                    await self._held(one.result[0].id)
+                    await self._mark_loaded(one.result[0].id)
                 yield one
 
     async def check_health(self) -> None:
@@ -244,9 +244,9 @@ class Pictures:
         return self._service
 
     @serve.multiplexed(max_num_models_per_replica=MOST_HELD)  # type: ignore[untyped-decorator]
-    async def _held(self, id: str) -> _Held:
+    async def _mark_loaded(self, id: str) -> _LoadedConcept:
         """Let Ray know that this replica has the concept, so it sends requests for the concept here from now on."""
-        return _Held(self._store, id)
+        return _LoadedConcept(self._store, id)
 
     async def _watch(self) -> None:
         """Follow the roster for as long as the replica lives, and do what it says."""
@@ -265,28 +265,28 @@ class Pictures:
                 await asyncio.sleep(0.5)
                 continue
             self._seen = view.version
-            self._store.condemn(view.condemned)
+            self._store.set_erasing(view.erasing)
             if self._service is not None:
-                self._service.condemn(view.condemned)
-            for id in view.condemned - self._erasing.keys():
+                self._service.set_erasing(view.erasing)
+            for id in view.erasing - self._erasing.keys():
                 self._erasing[id] = asyncio.ensure_future(self._erase(id))
-            for id in self._erasing.keys() - view.condemned:
+            for id in self._erasing.keys() - view.erasing:
                 del self._erasing[id]
 
     async def _erase(self, id: str) -> None:
         """Do this replica's part of an erasure. A replica that is still starting has nothing in memory."""
-        part = Part()
+        part = ReplicaErasure()
         if self._service is not None:
             try:
                 part = await self._service.erase_here(id)
             except Exception as error:
                 logger.exception("an erasure failed")
-                part = Part(True, 0, f"{type(error).__name__}")
+                part = ReplicaErasure(True, 0, f"{type(error).__name__}")
         with contextlib.suppress(RayError):
             await self._roster.actor.done.remote(self._name, id, part)
 
 
-class _Held:
+class _LoadedConcept:
     """What Ray takes for a loaded model: it stands for the map of a concept's file, and holds no keys itself."""
 
     def __init__(self, store: SharedConcepts, id: str) -> None:

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from ...errors import Cancelled, DeadlineError, DrainingError, EraseError, MagicFaceError, SessionClosedError
+from ...errors import Cancelled, DrainingError, EraseError, MagicFaceError, SessionClosedError
 from ..concepts import StoredConcept, unknown
 from ..erasure import Erasures, not_begun
 from ..orders import check_named
-from ..problems import refused
+from ..problems import refusal
+from ..refusals import cut_off, deadline_passed, remaining_seconds
 from ..schemas import BundleInfo, ConceptInfo, ConceptPut, Erasure, PictureOrder
 from ..service import Accepted, ConceptUpload, Listener, Outcome, Service
 from ..settings import ServeSettings
@@ -67,7 +68,7 @@ class _Call:
     waited: float = 0.0
     task: asyncio.Task[Any] | None = None
 
-    def told(self, waiting: int) -> None:
+    def report_accepted(self, waiting: int) -> None:
         """Report that the request has a place in the queue; only the first call reports it."""
         if self.listener is not None and not self.accepted:
             self.listener(Accepted(waiting))
@@ -149,7 +150,7 @@ class RayService(Service):
             await asyncio.wait_for(self._idle.wait(), max(0.001, seconds))
         left = list(self._calls)
         for call in left:
-            call.stop(DrainingError("the service has ended before this request was done.", retry_after=1.0))
+            call.stop(cut_off())
         return len(left)
 
     async def close(self) -> None:
@@ -163,7 +164,7 @@ class RayService(Service):
 
     async def generate(self, order: PictureOrder, *, owner: str, listener: Listener | None = None) -> Outcome:
         check_named(order)
-        seconds = self.settings.deadline if order.deadline is None else min(order.deadline, self.settings.deadline)
+        seconds = remaining_seconds(order.deadline, self.settings.deadline)
         model = await self._first_kept(order)
         call = _Call("generate", order, owner, model, listener, seconds)
         outcome: Outcome = await self._do(call)
@@ -179,7 +180,7 @@ class RayService(Service):
 
     async def bundle(self) -> BundleInfo:
         if not self._view.ready:
-            starting = refused(503, "not-ready", "no replica is warm yet.")
+            starting = refusal(503, "not-ready", "no replica is warm yet.")
             starting.retry_after = 1.0
             raise starting
         newest = list(self._view.ready.values())[-1]
@@ -206,23 +207,23 @@ class RayService(Service):
             raise unknown(id)
         try:
             with self._erasures.one():
-                verdict = await self._roster.actor.erase.remote(
+                report = await self._roster.actor.erase.remote(
                     id, str(self._store.folder), self.settings.deadline + ERASE_SPARE
                 )
         except RayError as error:
             logger.error("the roster was lost: %s", type(error).__name__)
             self._roster.lost()
             raise EraseError(f"concept {id}: not every replica could be told. Erase it again.") from error
-        if not verdict.begun:
+        if not report.begun:
             raise not_begun(id)
-        left = [f"{part.place} of replica {name}" for name, part in verdict.parts.items() if part.place is not None]
-        left += [f"replica {name}, which does not answer" for name in verdict.silent]
-        left += [verdict.left] if verdict.left is not None else []
+        left = [f"{part.place} of replica {name}" for name, part in report.parts.items() if part.place is not None]
+        left += [f"replica {name}, which does not answer" for name in report.silent]
+        left += [report.left] if report.left is not None else []
         if left:
             raise EraseError(f"concept {id}: something of it is left in {', '.join(left)}. Erase it again, or restart.")
-        if not verdict.files and not any(part.found for part in verdict.parts.values()):
+        if not report.files and not any(part.found for part in report.parts.values()):
             raise unknown(id)
-        return Erasure(id=id, files=verdict.files, stopped=sum(part.stopped for part in verdict.parts.values()))
+        return Erasure(id=id, files=report.files, stopped=sum(part.stopped for part in report.parts.values()))
 
     # ----------------------------------------------------------------------------------------------------------- inside
 
@@ -237,17 +238,14 @@ class RayService(Service):
 
     async def _do(self, call: _Call) -> Any:
         """Return the result of a call, or raise its error. Whatever ends the wait ends the call."""
-        call.task = task = asyncio.ensure_future(self._placed(call, time.monotonic() + call.seconds))
+        call.task = task = asyncio.ensure_future(self._in_turn(call, time.monotonic() + call.seconds))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
         self._calls.add(call)
         self._idle.clear()
         try:
             await asyncio.wait({task}, timeout=call.seconds)
             if not task.done():
-                raise DeadlineError(
-                    "the deadline passed before the request was done. Allow more time, or ask for fewer steps or "
-                    "pictures."
-                )
+                raise deadline_passed()
             if call.error is not None:
                 raise call.error
             return task.result()
@@ -257,9 +255,9 @@ class RayService(Service):
             if not self._calls:
                 self._idle.set()
 
-    async def _placed(self, call: _Call, end: float) -> Any:
+    async def _in_turn(self, call: _Call, end: float) -> Any:
         start = time.monotonic()
-        async with self._places.taken(call.owner, call.told):
+        async with self._places.taken(call.owner, call.report_accepted):
             call.waited = time.monotonic() - start
             for _ in range(ATTEMPTS):
                 try:
@@ -269,11 +267,11 @@ class RayService(Service):
                     await asyncio.sleep(0.1)
                     continue
                 if ended.tally is not None:
-                    self._metrics.told(ended.tally)
+                    self._metrics.add_tally(ended.tally)
                 if ended.error is not None:
                     raise ended.error
                 return ended.result
-        gone = refused(503, "replica-lost", f"the request was given to {ATTEMPTS} replicas, and each has ended.")
+        gone = refusal(503, "replica-lost", f"the request was given to {ATTEMPTS} replicas, and each has ended.")
         gone.retry_after = 1.0
         raise gone
 
@@ -297,7 +295,7 @@ class RayService(Service):
                 if isinstance(one, Ended):
                     ended = one
                 elif isinstance(one, Accepted):
-                    call.told(one.waiting)
+                    call.report_accepted(one.waiting)
                 else:
                     call.begun = True
                     if call.listener is not None:
@@ -309,7 +307,7 @@ class RayService(Service):
             raise
         except RayTaskError as error:  # the replica lives, but could not read what it was sent, or the like
             logger.error("a replica failed: %s", type(error.cause).__name__)
-            raise refused(500, "internal", "An unexpected error in a replica; the service's log says more.") from None
+            raise refusal(500, "internal", "An unexpected error in a replica; the service's log says more.") from None
         except (RayError, RayServeException) as error:
             if ended is None:
                 raise _LostError(type(error).__name__) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..schemas import BundleInfo
 
-__all__ = ["Ended", "Part", "Tally", "Verdict", "View"]
+__all__ = ["Ended", "ErasureReport", "ReplicaErasure", "Tally", "View"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Part:
+class ReplicaErasure:
     """A replica's part of an erasure.
 
     found    whether it ever had the concept in memory
@@ -60,7 +60,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ErasureReport:
     """The result of an erasure.
 
     files   how many were removed
@@ -71,7 +71,7 @@ class Verdict:
     """
 
     files: int = 0
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, ReplicaErasure] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     left: str | None = None
     begun: bool = True
@@ -81,14 +81,14 @@ class Verdict:
 class View:
     """What the roster knows, at one version of it.
 
-    known      whether the caller is on the roster; a replica that is not must register again
-    condemned  ids that are being erased: no replica may start to use them
-    ready      replicas that are warm, with what they serve; the most recent one is last
-    front      when the newest front began, in seconds since 1970; 0 if none has reported
+    known    whether the caller is on the roster; a replica that is not must register again
+    erasing  ids that are being erased: no replica may start to use them
+    ready    replicas that are warm, with what they serve; the most recent one is last
+    front    when the newest front began, in seconds since 1970; 0 if none has reported
     """
 
     version: int
     known: bool
-    condemned: frozenset[str] = frozenset()
+    erasing: frozenset[str] = frozenset()
     ready: Mapping[str, BundleInfo] = field(default_factory=dict)
     front: float = 0.0

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from ...errors import DrainingError, QueueFullError
 from ..fair import FairQueue
+from ..refusals import draining, queue_full
 
 __all__ = ["Places"]
 
@@ -68,13 +68,9 @@ class Places:
             DrainingError: no more work is taken.
         """
         if self.closed:
-            raise DrainingError("the service is ending and takes no more work.", retry_after=1.0)
+            raise draining()
         if self.admitted >= self._limit + self._replicas * self._at_once:
-            raise QueueFullError(
-                f"{max(0, self.admitted - self._replicas * self._at_once)} requests wait, which is the limit. Try "
-                "again later.",
-                retry_after=self.retry_after(),
-            )
+            raise queue_full(max(0, self.admitted - self._replicas * self._at_once), self.retry_after())
         if self._taken < self._most and not self._queue:
             self._taken += 1
         else:

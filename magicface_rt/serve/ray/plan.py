@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ...backends import BACKENDS
-from ...cores import threads_of_each
 from ...errors import OptionError
 from ...kept.keeper import KeepSettings
+from ...process.cores import threads_of_each
 from ...session import Session
-from ...shown import shown
-from ...sizes import parse_size
+from ...values.shown import shown
+from ...values.sizes import parse_size
 from ..auth import Tokens
 from ..settings import ServeSettings
 

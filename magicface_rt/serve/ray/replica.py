@@ -13,13 +13,13 @@ from typing import Any
 
 from ...errors import Cancelled, DeadlineError, MagicFaceError
 from ...session import Session
-from ..engine import Engine, Observer
+from ..engine import Engine, EngineObserver
 from ..erasure import STILL_RUNS
-from ..job import Job
-from ..local import LocalService, Watcher, until
-from ..problems import refused
+from ..job import EngineJob
+from ..local import LocalService, ServiceObserver, until
+from ..problems import refusal
 from ..service import Listener
-from .messages import Ended, Part, Tally
+from .messages import Ended, ReplicaErasure, Tally
 from .shared import SharedConcepts
 
 __all__ = ["Counts", "ReplicaService", "said"]
@@ -27,7 +27,7 @@ __all__ = ["Counts", "ReplicaService", "said"]
 logger = logging.getLogger("magicface_rt.serve")
 
 
-class Counts(Observer, Watcher):
+class Counts(EngineObserver, ServiceObserver):
     """Counts what was done since `take` was last called. Notified by the engine's threads and by the event loop."""
 
     def __init__(self, replica: str, session: Session) -> None:
@@ -35,7 +35,7 @@ class Counts(Observer, Watcher):
         self._lock = threading.Lock()
         self._clear()
 
-    def batch(self, jobs: Sequence[Job], seconds: float) -> None:
+    def batch(self, jobs: Sequence[EngineJob], seconds: float) -> None:
         pictures = sum(job.images for job in jobs)
         if pictures:
             with self._lock:
@@ -73,19 +73,19 @@ class Counts(Observer, Watcher):
 class ReplicaService(LocalService):
     """A `LocalService` that does its part of the erasures that the roster orders."""
 
-    def __init__(self, engine: Engine, store: SharedConcepts, *, watcher: Watcher | None = None) -> None:
-        super().__init__(engine, store, watcher=watcher)
+    def __init__(self, engine: Engine, store: SharedConcepts, *, observer: ServiceObserver | None = None) -> None:
+        super().__init__(engine, store, observer=observer)
         self._shared = store
-        self._pardoned = asyncio.Event()
+        self._erasing_changed = asyncio.Event()
 
-    def condemn(self, ids: Iterable[str]) -> None:
+    def set_erasing(self, ids: Iterable[str]) -> None:
         """Set the ids that are being erased from now on; all others are not."""
-        self._shared.condemn(frozenset(ids))
-        pardoned, self._pardoned = self._pardoned, asyncio.Event()
-        pardoned.set()
+        self._shared.set_erasing(frozenset(ids))
+        changed, self._erasing_changed = self._erasing_changed, asyncio.Event()
+        changed.set()
 
-    async def erase_here(self, id: str) -> Part:
-        """End the requests that use a condemned concept, and release it. Files are not looked at.
+    async def erase_here(self, id: str) -> ReplicaErasure:
+        """End the requests that use a concept that is being erased, and release it. Files are not looked at.
 
         Waits for a preparation of the concept that is in progress here, for as long as a request may take.
         """
@@ -97,16 +97,16 @@ class ReplicaService(LocalService):
                 stopped, place = await self._let_go(id, traces, end)
                 if place is None:
                     self._shared.forget(id)
-                return Part(bool(traces), stopped, place)
+                return ReplicaErasure(bool(traces), stopped, place)
         except DeadlineError:
-            return Part(True, 0, STILL_RUNS)
+            return ReplicaErasure(True, 0, STILL_RUNS)
 
     @asynccontextmanager
     async def _making_alone(self, id: str, end: float = math.inf) -> AsyncIterator[None]:
         """Do what every service does; but first wait, if the concept is being erased, until that is over everywhere."""
         while True:
-            if id in self._shared.condemned:
-                await until(self._pardoned, end)
+            if id in self._shared.erasing:
+                await until(self._erasing_changed, end)
             elif id in self._making:
                 await until(self._making[id], end)
             else:
@@ -141,5 +141,5 @@ def _ended(task: asyncio.Future[Any], counts: Counts) -> Ended:
     if isinstance(error, MemoryError):
         return Ended(error=MemoryError(), tally=counts.take())
     logger.error("a request failed", exc_info=error)
-    unexpected = refused(500, "internal", f"An unexpected {type(error).__name__}; the service's log says more.")
+    unexpected = refusal(500, "internal", f"An unexpected {type(error).__name__}; the service's log says more.")
     return Ended(error=unexpected, tally=counts.take())

@@ -19,7 +19,7 @@ from typing import Any
 from ...errors import OutputError, ServiceError, UnknownConceptError
 from ..concepts import FolderConcepts
 from ..schemas import BundleInfo
-from .messages import Part, Verdict, View
+from .messages import ErasureReport, ReplicaErasure, View
 
 __all__ = ["Roster"]
 
@@ -44,9 +44,9 @@ class _Member:
 
 
 @dataclass
-class _Condemned:
+class _Erasure:
     waiting: set[str]
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, ReplicaErasure] = field(default_factory=dict)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -60,7 +60,7 @@ class Roster:
     def __init__(self, gone: Callable[[Any], Awaitable[bool]]) -> None:
         self._gone = gone
         self._members: dict[str, _Member] = {}
-        self._condemned: dict[str, _Condemned] = {}
+        self._erasures: dict[str, _Erasure] = {}
         self._version = 1
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
@@ -73,7 +73,7 @@ class Roster:
     async def register(self, name: str, handle: Any) -> None:
         """Add a replica that is starting. From now on no erasure ends without it."""
         self._members[name] = _Member(handle)
-        for one in self._condemned.values():
+        for one in self._erasures.values():
             one.waiting.add(name)
         self._touch()
 
@@ -110,7 +110,7 @@ class Roster:
         return View(
             version=self._version,
             known=name is None or name in self._members,
-            condemned=frozenset(self._condemned),
+            erasing=frozenset(self._erasures),
             ready={name: member.info for name, member in self._members.items() if member.info is not None},
             front=self._front,
         )
@@ -127,7 +127,7 @@ class Roster:
 
     # --------------------------------------------------------------------------------------------------------- erasing
 
-    async def erase(self, id: str, folder: str, seconds: float) -> Verdict:
+    async def erase(self, id: str, folder: str, seconds: float) -> ErasureReport:
         """Erase a concept: its file in the shared folder, and what every replica holds. Returns when all living
         replicas have done their part, or after `seconds`.
 
@@ -136,12 +136,12 @@ class Roster:
         time to register.
         """
         end = time.monotonic() + seconds
-        while id in self._condemned:
+        while id in self._erasures:
             try:
-                await asyncio.wait_for(self._condemned[id].over.wait(), max(0.0, end - time.monotonic()))
+                await asyncio.wait_for(self._erasures[id].over.wait(), max(0.0, end - time.monotonic()))
             except asyncio.TimeoutError:
-                return Verdict(begun=False)
-        one = self._condemned[id] = _Condemned(set(self._members))
+                return ErasureReport(begun=False)
+        one = self._erasures[id] = _Erasure(set(self._members))
         self._touch()
         try:
             files, _ = await asyncio.to_thread(_remove, folder, id)
@@ -152,15 +152,15 @@ class Roster:
                     continue
                 await self._drop_the_dead(set(one.waiting))
             late, left = await asyncio.to_thread(_remove, folder, id)
-            return Verdict(files + late, dict(one.parts), tuple(sorted(one.waiting)), left)
+            return ErasureReport(files + late, dict(one.parts), tuple(sorted(one.waiting)), left)
         finally:
-            del self._condemned[id]
+            del self._erasures[id]
             one.over.set()
             self._touch()
 
-    async def done(self, name: str, id: str, part: Part) -> None:
+    async def done(self, name: str, id: str, part: ReplicaErasure) -> None:
         """Note that a replica has done its part of an erasure."""
-        one = self._condemned.get(id)
+        one = self._erasures.get(id)
         if one is not None and name in one.waiting:
             one.parts[name] = part
             one.waiting.discard(name)
@@ -175,7 +175,7 @@ class Roster:
 
     def _drop(self, name: str) -> None:
         if self._members.pop(name, None) is not None:
-            for one in self._condemned.values():
+            for one in self._erasures.values():
                 one.waiting.discard(name)
             self._touch()
 

@@ -24,23 +24,23 @@ class SharedConcepts(FolderConcepts):
         super().__init__(folder, most=most, most_bytes=most_bytes)
         self._watching = threading.Lock()
         self._traces: dict[str, list[tuple[weakref.ref[KeptConcept], Trace]]] = {}
-        self._condemned: frozenset[str] = frozenset()
+        self._erasing: frozenset[str] = frozenset()
 
     @property
-    def condemned(self) -> frozenset[str]:
+    def erasing(self) -> frozenset[str]:
         """The ids that are being erased."""
-        return self._condemned
+        return self._erasing
 
-    def condemn(self, ids: Collection[str]) -> None:
+    def set_erasing(self, ids: Collection[str]) -> None:
         """Set the ids that are being erased from now on; all others are not."""
-        self._condemned = frozenset(ids)
+        self._erasing = frozenset(ids)
 
     def get(self, id: str) -> StoredConcept:
-        if id in self._condemned:
+        if id in self._erasing:
             raise unknown(id)
         stored = super().get(id)
         self._watch(id, stored.concept)
-        if id in self._condemned:  # condemned in the meantime
+        if id in self._erasing:  # it began in the meantime
             raise unknown(id)
         return stored
 
@@ -53,7 +53,7 @@ class SharedConcepts(FolderConcepts):
     def has(self, id: str) -> bool:
         """Return whether the concept has a file, which may be damaged."""
         path = self._path(id)
-        return id not in self._condemned and path is not None and self._keeps(id)
+        return id not in self._erasing and path is not None and self._keeps(id)
 
     def is_id(self, id: str) -> bool:
         """Return whether a text has the form of an id."""
@@ -66,7 +66,7 @@ class SharedConcepts(FolderConcepts):
             UnknownConceptError: there is none, or its file is damaged.
         """
         path = self._path(id)
-        stamp = None if path is None or id in self._condemned else stamp_of(path)
+        stamp = None if path is None or id in self._erasing else stamp_of(path)
         if path is None or stamp is None:
             raise unknown(id)
         return self._read(id, path, stamp, check_hashes=False)

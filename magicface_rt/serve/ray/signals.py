@@ -20,10 +20,10 @@ class Signals:
     A handler may interrupt any code, including code that it would call itself, so it takes no lock and prints nothing.
     """
 
-    def __init__(self, told: Callable[[str], object] = logger.info) -> None:
+    def __init__(self, report: Callable[[str], object] = logger.info) -> None:
         self.stops = 0
         self.updates = 0
-        self._told = told
+        self._report = report
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()  # its `put` is reentrant
 
     @contextlib.contextmanager
@@ -47,7 +47,7 @@ class Signals:
 
     def _tell(self, text: str) -> None:
         if text:
-            self._told(text)
+            self._report(text)
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
         name, text = signal.Signals(number).name, ""

@@ -14,10 +14,10 @@ from importlib.resources import files
 
 from ..errors import Cancelled, ServiceError
 from ..serve.bodies import App, Message, Receive, Scope, Send, header, replayed, send_problem, take_body
-from ..serve.problems import Problem, refused
-from .event import Events, Parcel, read_event
+from ..serve.problems import Problem, refusal
+from .event import PageEvents, Parcel, read_event
 
-__all__ = ["Door"]
+__all__ = ["PageMiddleware"]
 
 _CALLS = ("app_id", "info", "login_check", "queue/join", "queue/data", "startup-events")
 _PATHS = {"", "/", "/config", "/config/", "/theme.css", *(f"/gradio_api/{call}" for call in _CALLS)}
@@ -55,7 +55,7 @@ _HEAD = (
 )
 
 
-class Door:
+class PageMiddleware:
     """ASGI middleware around the framework's application, mounted under a path.
 
     events  those that the page has
@@ -65,7 +65,7 @@ class Door:
     An event's photographs are put into `scope["state"]["parcel"]`; the framework does not get them.
     """
 
-    def __init__(self, app: App, events: Events, left: Callable[[str], object]) -> None:
+    def __init__(self, app: App, events: PageEvents, left: Callable[[str], object]) -> None:
         self._app = app
         self._events = events
         self._left = left
@@ -109,7 +109,7 @@ class Door:
         """Check what a field or button sends, and pass it on. The limits on bodies apply before the page is reached."""
         try:
             if (header(scope, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
-                raise refused(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
+                raise refusal(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
             body = await take_body(receive)
             event, photographs = await asyncio.to_thread(read_event, body, self._events)
         except Cancelled:

@@ -15,20 +15,20 @@ EXIT_SECONDS = 30.0
 """How long the exit of the process waits for steps that are being computed."""
 
 
-class Ending(Protocol):
+class Stoppable(Protocol):
     """An object that computes, perhaps in a daemon thread."""
 
-    def end_soon(self) -> None:
+    def request_stop(self) -> None:
         """Begin nothing more, and end running computations at their next step."""
 
-    def ended(self, seconds: float) -> bool:
+    def wait_stopped(self, seconds: float) -> bool:
         """Wait at most `seconds` for running computations to end; return whether none is left."""
 
 
-_opened: weakref.WeakSet[Ending] = weakref.WeakSet()
+_opened: weakref.WeakSet[Stoppable] = weakref.WeakSet()
 
 
-def end_at_exit(opened: Ending) -> None:
+def end_at_exit(opened: Stoppable) -> None:
     """Register an object, for as long as it lives: what it computes is ended, and waited for, before Python exits."""
     _opened.add(opened)
 
@@ -37,6 +37,6 @@ def end_at_exit(opened: Ending) -> None:
 def _end() -> None:
     opened, end = list(_opened), time.monotonic() + EXIT_SECONDS
     for one in opened:
-        one.end_soon()
+        one.request_stop()
     for one in opened:
-        one.ended(max(0.0, end - time.monotonic()))
+        one.wait_stopped(max(0.0, end - time.monotonic()))

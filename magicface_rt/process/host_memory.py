@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import BackendError, BuildError, DeviceError, HostMemoryError, MagicFaceError
-from .interrupts import let_through
+from ..errors import BackendError, BuildError, DeviceError, HostMemoryError, MagicFaceError
+from .interrupts import reraise_if_interrupt
 
 try:
     import resource
@@ -50,27 +50,27 @@ def shortage(error: BaseException) -> HostMemoryError | None:
         seen.add(id(cause))
         if isinstance(cause, DeviceError):
             return None
-        if _says_so(cause):
+        if _is_memory_message(cause):
             said = " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
-            return HostMemoryError(f"there is too little memory on the host: {said[:300]}. {_limits_said()}{_CURE}")
+            return HostMemoryError(_with_limits(f"there is too little memory on the host: {said[:300]}."))
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
 
 @contextmanager
-def told_as_ours() -> Iterator[None]:
+def as_host_memory_error() -> Iterator[None]:
     """Turn any error in the block that was caused by too little memory on the host into a `HostMemoryError`."""
     try:
         yield
     except Exception as error:
-        let_through(error)
+        reraise_if_interrupt(error)
         found = shortage(error)
         if found is None or found is error:
             raise
         raise found from error
 
 
-def _says_so(error: BaseException) -> bool:
+def _is_memory_message(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     if isinstance(error, MagicFaceError) and not isinstance(error, (BackendError, BuildError)):
@@ -81,7 +81,7 @@ def _says_so(error: BaseException) -> bool:
     return any(words in said for words in _SAID_UNDER_A_LIMIT) and bool(_address_limit())
 
 
-def room() -> int | None:
+def available_bytes() -> int | None:
     """Return the bytes that this process may still take before a hard limit stops or ends it; None if none is set.
 
     The limits are that of its address space (RLIMIT_AS), and the memory limits of its control groups and of those above
@@ -91,9 +91,9 @@ def room() -> int | None:
     return min(found, default=None)
 
 
-def foreseen(need: str) -> HostMemoryError:
+def host_memory_error(need: str) -> HostMemoryError:
     """Make the error for what is known beforehand to find too little memory. `need`: a clause that says so."""
-    return HostMemoryError(f"{need}. {_limits_said()}{_CURE}")
+    return HostMemoryError(_with_limits(f"{need}."))
 
 
 def check_addresses(need: int, what: str) -> None:
@@ -103,7 +103,7 @@ def check_addresses(need: int, what: str) -> None:
         HostMemoryError: there is such a limit, and it leaves less than `need` bytes.
     """
     if any(left < need for _, left in _address_limit()):
-        raise foreseen(f"{what} needs {need / 1e6:,.0f} MB of addresses")
+        raise host_memory_error(f"{what} needs {need / 1e6:,.0f} MB of addresses")
 
 
 def share_heap() -> None:
@@ -133,12 +133,13 @@ def address_hint() -> str:
     return f"It may be for its limit of addresses (ulimit -v), by which {_may_take(found[0][1])}." if found else ""
 
 
-def _limits_said() -> str:
-    """Return a sentence on the limit that leaves least; "" if none is set."""
+def _with_limits(message: str) -> str:
+    """Return the message with a sentence on the limit that leaves least, if one is set, and on what to do."""
+    limit = ""
     with suppress(MemoryError):  # reading the limits takes some as well
         found = sorted((left, name) for name, left in _limits())
-        return f"By its {found[0][1]} {_may_take(found[0][0])}. " if found else ""
-    return ""
+        limit = f" By its {found[0][1]} {_may_take(found[0][0])}." if found else ""
+    return f"{message}{limit} {_CURE}"
 
 
 def _may_take(left: int) -> str:

@@ -12,9 +12,9 @@ from ..errors import ServiceError
 from .auth import Tokens
 from .bodies import App, Message, Receive, Scope, Send, header, send_problem
 from .metrics import Metrics
-from .problems import Problem, refused
+from .problems import Problem, refusal
 
-__all__ = ["LOOPBACK_NAMES", "Gate", "names_of"]
+__all__ = ["LOOPBACK_NAMES", "AccessMiddleware", "names_of"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """What a client on this machine calls it in the Host header."""
@@ -44,7 +44,7 @@ name and a password (RFC 7617): the password is the token, and the name may be a
 """
 
 _WRONG_HOST = Problem.of(
-    refused(
+    refusal(
         403,
         "host",
         f"without tokens, and listening for this machine only, the service answers to {', '.join(LOOPBACK_NAMES)} and "
@@ -56,7 +56,7 @@ _WRONG_HOST = Problem.of(
 _ASK = 'Basic realm="magicface_rt: any name, and a token as the password", charset="UTF-8"'
 
 
-class Gate:
+class AccessMiddleware:
     """ASGI middleware that answers requests without a valid token itself, before a body is read.
 
     hosts  names that clients may call this machine by, with any port; None for any. A browser lets a page send what it

@@ -1,4 +1,4 @@
-"""Reference keys in a device's memory: kept there, or uploaded ahead of need on a stream of their own."""
+"""Arrays of keys in a device's memory: kept there, or uploaded ahead of need on a stream of their own."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .device import ALIGNMENT, Buffer, Event, Staging, Stream
-from .lane import Lane, Slot
 from .pieces import DeviceArray
+from .worker_stream import Slot, WorkerStream
 
 Key = TypeVar("Key", bound=Hashable)
 
 DEPTH = 2
 """The number of steps on the device: the one in use, and the one that is being uploaded."""
 
-GRAPH, WHAT = "denoise_step", "reference keys"
 
+class KeyUploader:
+    """Brings one worker's keys to the device. Close it before the last binding of its worker stream.
 
-class Shelf:
-    """One worker's reference keys on the device, beside its lane. Close it before the lane's last binding."""
+    graph     the graph that reads the keys, for error messages
+    contents  what the keys are, for error messages
+    """
 
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
+    def __init__(self, worker_stream: WorkerStream, graph: str, contents: str) -> None:
+        self.worker_stream = worker_stream
+        self._graph = graph
+        self._contents = contents
         self._stream: Stream | None = None
-        self._places: list[_Place] = []
+        self._staged: list[_StagedStep] = []
         self._next = 0
 
     def keep(
@@ -40,19 +44,19 @@ class Shelf:
             DeviceMemoryError: the device has not enough memory, or the host not enough that can be page-locked.
             DeviceError: a copy failed. In both cases nothing stays allocated.
         """
-        device = self.lane.device
-        with self.lane.naming(GRAPH, f": {WHAT}"):
+        device = self.worker_stream.device
+        with self.worker_stream.naming(self._graph, f": {self._contents}"):
             offsets, nbytes = _offsets(sizes)
-            device.require(nbytes, WHAT)
+            device.require(nbytes, self._contents)
             staging = Staging(device)
             buffer: Buffer | None = None
             try:
                 buffer = Buffer(device, nbytes)
                 for key in sizes:
-                    staging.upload(array(key), buffer, self.lane.stream, offset=offsets[key])
-                self.lane.wait(GRAPH)
+                    staging.upload(array(key), buffer, self.worker_stream.stream, offset=offsets[key])
+                self.worker_stream.wait(self._graph)
             except BaseException:
-                self.lane.settle()
+                self.worker_stream.wait_quietly()
                 if buffer is not None:
                     buffer.free()
                 raise
@@ -61,58 +65,60 @@ class Shelf:
         return buffer, {key: DeviceArray(buffer, offsets[key], size) for key, size in sizes.items()}
 
     def bring(self, arrays: Mapping[Key, NDArray[Any]]) -> dict[Key, DeviceArray]:
-        """Start uploading arrays while the lane computes; what was uploaded `DEPTH` calls before is overwritten.
+        """Start uploading arrays while the worker computes; what was uploaded `DEPTH` calls before is overwritten.
 
-        Call `used` when everything on the lane that reads them is enqueued.
+        Call `used` when everything on the worker stream that reads them is enqueued.
 
         Raises:
             DeviceMemoryError: the device has not enough memory, or the host not enough that can be page-locked.
             DeviceError: a copy failed.
         """
-        with self.lane.naming(GRAPH, f": {WHAT}"):
-            self.lane.device.use()
+        with self.worker_stream.naming(self._graph, f": {self._contents}"):
+            self.worker_stream.device.use()
             if self._stream is None:
-                self._stream = Stream(self.lane.device)
-            while len(self._places) < DEPTH:
-                self._places.append(_Place(self.lane))
-            place = self._places[self._next]
+                self._stream = Stream(self.worker_stream.device)
+            while len(self._staged) < DEPTH:
+                self._staged.append(_StagedStep(self.worker_stream, self._graph, self._contents))
+            staged = self._staged[self._next]
             self._next = (self._next + 1) % DEPTH
-            return place.bring(arrays, self._stream)
+            return staged.bring(arrays, self._stream)
 
     def used(self) -> None:
-        """Note that everything that reads what `bring` uploaded last is enqueued on the lane."""
-        if self._places:
-            self._places[self._next - 1].used(self.lane.stream)
+        """Note that everything that reads what `bring` uploaded last is enqueued on the worker stream."""
+        if self._staged:
+            self._staged[self._next - 1].used(self.worker_stream.stream)
 
     def close(self) -> None:
         """Free what was uploaded by `bring`; what `keep` copied is the caller's. May be called twice."""
         if self._stream is None:
             return
-        device, stream, self._stream = self.lane.device, self._stream, None
-        self.lane.settle()
+        device, stream, self._stream = self.worker_stream.device, self._stream, None
+        self.worker_stream.wait_quietly()
         device.release("cudaStreamSynchronize", stream.handle)
-        for place in self._places:
-            place.free()
-        self._places = []
+        for staged in self._staged:
+            staged.free()
+        self._staged = []
         stream.destroy()
 
 
-class _Place:
+class _StagedStep:
     """Device memory for one step's keys, and the page-locked memory through which they are uploaded."""
 
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
+    def __init__(self, worker_stream: WorkerStream, graph: str, contents: str) -> None:
+        self._worker_stream = worker_stream
+        self._graph = graph
+        self._contents = contents
         self._slot = Slot()
-        self._staging = Staging(lane.device)
-        self._ready = Event(lane.device)
-        self._used = Event(lane.device)
+        self._staging = Staging(worker_stream.device)
+        self._ready = Event(worker_stream.device)
+        self._used = Event(worker_stream.device)
         self._in_use = False
 
     def bring(self, arrays: Mapping[Key, NDArray[Any]], stream: Stream) -> dict[Key, DeviceArray]:
         offsets, nbytes = _offsets({key: array.nbytes for key, array in arrays.items()})
         if self._slot.nbytes < nbytes:
             stream.synchronize()
-            self._lane.reserve({self._slot: nbytes}, GRAPH, f": {WHAT}")
+            self._worker_stream.reserve({self._slot: nbytes}, self._graph, f": {self._contents}")
         elif self._in_use:
             stream.wait_for(self._used)
         self._in_use = False

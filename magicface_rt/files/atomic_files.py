@@ -22,13 +22,15 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .interrupts import let_through
+from ..process.interrupts import reraise_if_interrupt
 
 try:
     import fcntl
@@ -36,18 +38,24 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "check",
-    "clear",
+    "FULL",
+    "advice",
+    "check_writable",
     "exchange",
+    "explain_os_error",
+    "fsync",
+    "fsync_tree",
     "is_live",
     "is_part",
     "make_folder",
-    "part",
-    "place",
-    "put",
     "remove",
-    "settle",
-    "why",
+    "remove_abandoned",
+    "remove_abandoned_of",
+    "remove_if_possible",
+    "replace_into_place",
+    "resolve_target",
+    "temporary_folder",
+    "temporary_sibling",
     "write",
 ]
 
@@ -60,7 +68,9 @@ _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLO
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 _CANNOT_RENAME_SO = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 _CANNOT_LINK = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""The numbers of errors by which a disk says that it has no room."""
+
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_NAME = {errno.EINVAL, errno.ENAMETOOLONG}
 _MOVED = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}
@@ -71,7 +81,7 @@ _BUSY_SECONDS, _BUSY_LOOK_SECONDS = 10, 0.005
 removing one."""
 
 
-def place(path: str | os.PathLike[str]) -> Path:
+def resolve_target(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path at which `path` is written; for a link, that is where it leads.
 
     Raises:
@@ -92,38 +102,91 @@ def place(path: str | os.PathLike[str]) -> Path:
     return end
 
 
-@contextlib.contextmanager
-def part(target: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Make a new empty file or folder beside `target`, to be filled and then `put` there.
+def temporary_sibling(target: Path, *, folder: bool = False) -> TemporarySibling:
+    """Return a context that makes a new empty file or folder beside `target`, to be filled for `replace_into_place`.
+
+        with temporary_sibling(target) as new:
+            new.write_bytes(content)
+            replace_into_place(new, target)
 
     Users who may not read what is there now may not read the new one either. Whatever has its name when the context
     ends is removed. What killed processes left of the same `target` is removed first.
 
-    Raises:
+    Raises (when the context is entered):
         OSError: it cannot be made.
     """
-    clear(target.parent, _stem(target.name).__eq__)
-    path, lock = _new(target, folder=folder)
-    try:
-        yield path
-    finally:
+    return TemporarySibling(target, folder=folder)
+
+
+def temporary_folder(kind: str, within: Path | None = None) -> TemporarySibling:
+    """Return a context that makes a new folder for temporary files, which only this user may enter.
+
+    It is removed when the context ends. What killed processes of this user left of the same kind is removed first.
+
+    kind    the name of what it is for, such as `magicface-rt-verify`
+    within  the folder that it is made in; by default that of the system's temporary files
+
+    Raises (also when the context is entered):
+        OSError: it cannot be made.
+    """
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    return TemporarySibling(
+        Path(within or tempfile.gettempdir()).absolute() / f"{kind}-{user}", folder=True, private=True
+    )
+
+
+class TemporarySibling:
+    """The context that `temporary_sibling` and `temporary_folder` return.
+
+    If entering is interrupted, it leaves nothing behind. Other code that enters it, such as an `ExitStack`, may be
+    interrupted before it has noted that: who lets other code do so calls `close` as well. If leaving is interrupted
+    before its first line, as Python allows, what was made is removed when this object is freed or the process ends.
+    """
+
+    def __init__(self, target: Path, *, folder: bool = False, private: bool = False) -> None:
+        self._target, self._folder, self._private = target, folder, private
+        self._made: tuple[Path, list[int], int] | None = None
+        self._net: weakref.finalize[..., TemporarySibling] | None = None
+
+    def __enter__(self) -> Path:
+        remove_abandoned_of(self._target, own=self._private)
+        process, earlier = os.getpid(), 0 if self._private else _mode(self._target, folder=self._folder)
         try:
-            _remove(path)
-        except BaseException:  # a signal arrived before the removal began
-            _remove(path)
+            while True:
+                path, locks = _beside(self._target, "part"), list[int]()
+                self._made = path, locks, process  # before anything is made: a signal's handler may raise in any call
+                _make(path, earlier, folder=self._folder)
+                if _lock_into(locks, path):
+                    break
+            # No `__del__`, which would run each time, and in which Python cannot raise what a signal's handler raises.
+            self._net = weakref.finalize(self, _discard, path, locks, process)
+        except BaseException:
+            self.close()
             raise
-        finally:
-            _unlock(lock)
+        return path
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what has the name that was made, if it was. May be called any number of times."""
+        if self._made is not None:
+            _discard(*self._made)
+            self._made = None
+        if self._net is not None:
+            self._net.detach()
 
 
-def put(
+def replace_into_place(
     new: Path, target: Path, *, overwrite: bool = True, look: Callable[[Path], object] = lambda earlier: None
 ) -> None:
     """Let `new`, a part of `target`, take its place, durably on disk.
 
-    With `overwrite` an earlier file or folder is replaced, and the new one takes over its permissions: at every moment
-    either it or the new one is there. Without it, a file is put only where there is nothing, and a folder only where
-    there is nothing or an empty one.
+    With `overwrite` an earlier file or folder is replaced: at every moment either it or the new one is there. Without
+    it, a file is put only where there is nothing, and a folder only where there is nothing or an empty one.
+
+    What replaces something takes over its permissions and, where that is allowed, its group. So does each file of a
+    folder those of its namesake; one without a namesake is readable by nobody who might not read all earlier files.
 
     If several processes replace the same folder at the same time, one waits for the other.
 
@@ -135,13 +198,13 @@ def put(
         OSError: it failed. What was there before is there again, unless the only failure was in flushing the new name
             to disk: then a file stays replaced, and so does a folder if two cannot change places.
     """
-    settle(new)
-    if overwrite:
+    fsync_tree(new)
+    if overwrite or new.is_dir():  # without it, of an empty folder
         _take_permissions(new, target)
     last = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
-            _put(new, target, overwrite, look)
+            _try_to_replace(new, target, overwrite, look)
         except OSError as error:
             elsewhere = overwrite and error.errno in _MOVED and new.is_dir()
             if not elsewhere or time.monotonic() > last:
@@ -155,14 +218,14 @@ def write(target: Path, content: bytes | memoryview) -> None:
     """Write a file with this content, in place of an earlier one.
 
     Raises:
-        OSError: as `part` and `put`.
+        OSError: as `temporary_sibling` and `replace_into_place`.
     """
-    with part(target) as new:
+    with temporary_sibling(target) as new:
         new.write_bytes(content)
-        put(new, target)
+        replace_into_place(new, target)
 
 
-def check(target: Path, *, folder: bool = False) -> None:
+def check_writable(target: Path, *, folder: bool = False) -> None:
     """Check, before hours of work, that `target` can be made, by making a part of it and removing that.
 
     Folders that do not exist yet are not made: they are tried inside the part, in the nearest folder that exists.
@@ -175,7 +238,7 @@ def check(target: Path, *, folder: bool = False) -> None:
     place = next(place for place in target.parents if os.path.lexists(place))
     names = target.relative_to(place).parts
     deep = len(names) > 1
-    with part(place / target.name, folder=folder or deep) as tried:
+    with temporary_sibling(place / target.name, folder=folder or deep) as tried:
         for name in names if deep else ():
             (tried / name).mkdir()
             (tried / name).rmdir()
@@ -198,7 +261,7 @@ def make_folder(folder: Path, *, mode: int = 0o777) -> None:
         missing.append(place)
     folder.mkdir(mode, parents=True, exist_ok=True)
     for made in reversed(missing):
-        _sync(made.parent)
+        fsync(made.parent)
 
 
 def remove(target: Path) -> None:
@@ -211,10 +274,38 @@ def remove(target: Path) -> None:
     try:
         os.rename(target, aside)
     finally:  # a signal may arrive during the renaming
-        _remove(aside)
+        remove_if_possible(aside)
 
 
-def settle(path: Path) -> None:
+def remove_if_possible(path: Path) -> None:
+    """Remove as much of a file or folder as can be removed, even if a signal arrives meanwhile; the rest stays."""
+    try:
+        _take_away(path)
+    except BaseException:
+        _take_away(path)
+        raise
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to disk.
+
+    Raises:
+        OSError: it could not be flushed.
+    """
+    folder = path.is_dir()
+    if os.name == "nt" and folder:  # which Windows cannot flush
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (folder and error.errno == errno.EINVAL):  # some file systems cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
     """Flush a file, or a folder with everything in it, to disk.
 
     Raises:
@@ -222,15 +313,16 @@ def settle(path: Path) -> None:
     """
     if path.is_dir():
         for inner in sorted(path.iterdir()):
-            settle(inner)
-    _sync(path)
+            fsync_tree(inner)
+    fsync(path)
 
 
-def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
+def remove_abandoned(folder: Path, of: Callable[[str], bool], *, own: bool = False) -> list[Path]:
     """Remove what killed processes left unfinished in a folder, of names that `of` accepts; return what went.
 
     What a live process is writing stays. So does an earlier folder that is the only one of its name, because its
-    process was killed in the middle of replacing it. Nothing is raised: what cannot be removed now may be another time.
+    process was killed in the middle of replacing it. With `own`, so does what belongs to another user, for folders such
+    as /tmp in which anybody may write. Nothing is raised: what cannot be removed now may be another time.
     """
     removed: list[Path] = []
     names: list[str] = []
@@ -241,14 +333,21 @@ def clear(folder: Path, of: Callable[[str], bool]) -> list[Path]:
         if found is None or not of(found[1]) or (found[2] == "old" and not _stands(folder, found[1], names)):
             continue
         with contextlib.suppress(OSError):
+            if own and hasattr(os, "geteuid") and os.lstat(folder / name).st_uid != os.geteuid():
+                continue
             lock = _lock(folder / name)
             if lock is not None:
                 try:
-                    _remove(folder / name)
+                    remove_if_possible(folder / name)
                 finally:
                     _unlock(lock)
                 removed.append(folder / name)
     return removed
+
+
+def remove_abandoned_of(target: Path, *, own: bool = False) -> list[Path]:
+    """Remove what killed processes left unfinished of `target`, as `remove_abandoned` does; return what went."""
+    return remove_abandoned(target.parent, _stem(target.name).__eq__, own=own)
 
 
 def is_part(name: str) -> bool:
@@ -277,21 +376,29 @@ def exchange(one: Path, other: Path) -> bool:
     return _rename(one, other, _RENAME_EXCHANGE)
 
 
-def why(error: OSError) -> str:
+def explain_os_error(error: OSError) -> str:
     """Say what happened and what to do, as the end of a message: `file 'a' cannot be written: ...`."""
-    if error.errno in _FULL:
-        advice = "Free some space there, or choose another place."
-    elif error.errno == errno.EFBIG:
-        advice = "Raise the limit on the size of files (`ulimit -f`), or choose another place."
-    elif error.errno in _REFUSED:
-        advice = "Make the place writable for this user, or choose another one."
-    elif error.errno == errno.ENXIO:
-        advice = "Nobody reads from it. Start what does first, or choose another place."
-    elif error.errno in _NO_NAME:
-        advice = "Choose another name."
-    else:
-        advice = "Look at the place and its disk, or choose another one."
-    return f"{error}. {advice}"
+    return f"{error}. {advice(error)}"
+
+
+def advice(error: OSError, *, place: str = "place", room: str = "", other: str = "") -> str:
+    """Say what to do about an error of writing, as a sentence.
+
+    place  what cannot be written to, in a word
+    room   how room is made there; unless given, "Free some space there"
+    other  what else may be done; unless given, to choose another place
+    """
+    if error.errno in FULL:
+        return f"{room or 'Free some space there'}, or {other or 'choose another place'}."
+    if error.errno == errno.EFBIG:
+        return f"Raise the limit on the size of files (`ulimit -f`), or {other or 'choose another place'}."
+    if error.errno in _REFUSED:
+        return f"Make the {place} writable for this user, or {other or 'choose another one'}."
+    if error.errno == errno.ENXIO:
+        return f"Nobody reads from it. Start what does first, or {other or 'choose another place'}."
+    if error.errno in _NO_NAME:
+        return "Choose another name."
+    return f"Look at the {place} and its disk, or {other or 'choose another one'}."
 
 
 # -------------------------------------------------------------------------------------------------------------- inside
@@ -319,23 +426,49 @@ def _stands(folder: Path, stem: str, names: list[str]) -> bool:
     return any(_stem(name) == stem and os.path.lexists(folder / name) for name in names)
 
 
-def _new(target: Path, *, folder: bool) -> tuple[Path, int | None]:
-    """Make a new part of `target`; return it with the descriptor that holds its lock."""
-    earlier = _mode(target, folder=folder)  # its group may be another one, so that only `put` has its permissions
-    while True:
-        path, made = _beside(target, "part"), False
+def _make(path: Path, earlier: int | None, *, folder: bool) -> None:
+    """Make an empty part of something whose permissions were `earlier`; None: of something new.
+
+    Its group may be another one, so that only `replace_into_place` gives it those permissions. Until then nobody else
+    may look into a folder.
+    """
+    if folder:
+        os.mkdir(path, 0o777 if earlier is None else 0o700)
+    else:
+        path.touch(0o666 if earlier is None else 0o600 | earlier & 0o006, exist_ok=False)
+
+
+def _lock_into(locks: list[int], path: Path) -> bool:
+    """Lock a part that was just made, and add the descriptor that holds the lock to `locks`, where there are locks.
+
+    Return whether the part is still there: in the moment before it was locked, another process may have taken it for
+    left behind.
+    """
+    try:
+        lock = _lock(path)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    if lock is not None:
+        locks.append(lock)
+    return True
+
+
+def _discard(path: Path, locks: list[int], process: int) -> None:
+    """Remove a part and release its lock, which is taken out of `locks`, so that no descriptor is closed twice.
+
+    Nothing is done in a process that was forked from the one that made it.
+    """
+    if os.getpid() != process:
+        return
+    try:
         try:
-            if folder:
-                os.mkdir(path, 0o777 if earlier is None else 0o700 | earlier & 0o007)
-            else:
-                path.touch(0o666 if earlier is None else 0o600 | earlier & 0o006, exist_ok=False)
-            made = True
-            return path, _lock(path)
-        except BaseException as error:  # a signal may have arrived while it was made
-            # Another process may have taken it for left behind, in the moment before it was locked.
-            if not (made and isinstance(error, (BlockingIOError, FileNotFoundError))):
-                _remove(path)
-                raise
+            remove_if_possible(path)
+        except BaseException:  # a signal arrived before the removal began
+            remove_if_possible(path)
+            raise
+    finally:
+        while locks:
+            _unlock(locks.pop())
 
 
 def _mode(path: Path, *, folder: bool) -> int | None:
@@ -348,7 +481,8 @@ def _mode(path: Path, *, folder: bool) -> int | None:
 
 
 def _take_permissions(new: Path, target: Path) -> None:
-    """Give `new` the group and the permissions of what it will replace, if that is of the same kind.
+    """Give `new` the group and the permissions of what it will replace, if that is of the same kind; of a folder, also
+    give each file those of its namesake.
 
     Raises:
         OSError: it would be readable by more users, and that cannot be changed.
@@ -359,10 +493,52 @@ def _take_permissions(new: Path, target: Path) -> None:
         return
     if stat.S_IFMT(earlier.st_mode) != stat.S_IFMT(mine.st_mode):
         return
-    mode, has = stat.S_IMODE(earlier.st_mode), stat.S_IMODE(mine.st_mode)
-    if earlier.st_gid != mine.st_gid:
+    if stat.S_ISDIR(mine.st_mode):  # first what is in it: until its own permissions are set nobody else may look
+        _take_permissions_within(new, target)
+    _permit(new, mine, stat.S_IMODE(earlier.st_mode), earlier.st_gid)
+
+
+def _take_permissions_within(new: Path, target: Path) -> None:
+    """As `_take_permissions`, for everything in a folder. What has no namesake is readable by nobody who might not read
+    one of the files that were there: a second portrait is as private as the first.
+    """
+    kinds, files = {}, []
+    try:
+        for name in os.listdir(target):
+            found = os.lstat(target / name)
+            kinds[name] = stat.S_IFMT(found.st_mode)
+            if stat.S_ISREG(found.st_mode):
+                files.append(found)
+    except OSError:  # it was replaced or removed meanwhile
+        return
+    for inner in sorted(new.iterdir()):
+        mine = os.lstat(inner)
+        if kinds.get(inner.name) == stat.S_IFMT(mine.st_mode):
+            _take_permissions(inner, target / inner.name)
+        elif files:
+            shared, groups = 0o077, {found.st_gid for found in files}
+            for found in files:
+                shared &= found.st_mode
+            if len(groups) > 1:
+                shared &= ~0o070
+            if stat.S_ISDIR(mine.st_mode):
+                shared |= (shared & 0o044) >> 2  # who may read it may enter it
+            mode = stat.S_IMODE(mine.st_mode)
+            _permit(inner, mine, mode & (~0o077 | shared), groups.pop() if len(groups) == 1 else mine.st_gid)
+
+
+def _permit(new: Path, mine: os.stat_result, mode: int, group: int) -> None:
+    """Give `new`, whose status is `mine`, permissions and a group; where the group may not be, it gets no permissions.
+
+    Raises:
+        OSError: it would be readable by more users, and that cannot be changed.
+    """
+    if stat.S_ISLNK(mine.st_mode):  # what it leads to is not ours
+        return
+    has = stat.S_IMODE(mine.st_mode)
+    if group != mine.st_gid:
         try:
-            os.chown(new, -1, earlier.st_gid)
+            os.chown(new, -1, group)
         except OSError:
             mode &= ~0o070  # they were another group's
     if mode != has:
@@ -396,8 +572,8 @@ def _lock(path: Path) -> int | None:
         return None
 
 
-def _put(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object]) -> None:
-    """Try once to `put` what has been flushed to disk."""
+def _try_to_replace(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object]) -> None:
+    """Try once to put in its place what has been flushed to disk."""
     earlier = os.path.lexists(target)
     replaced = overwrite and earlier and new.is_dir() and target.is_dir()
     # The earlier folder is locked until its fate is certain, or others might take it, as a part, for left behind.
@@ -406,11 +582,11 @@ def _put(new: Path, target: Path, overwrite: bool, look: Callable[[Path], object
         if replaced:
             _replace_folder(new, target, look)
         elif not overwrite and not new.is_dir():
-            _put_where_nothing_is(new, target)
+            _move_where_nothing_is(new, target)
         else:
             os.replace(new, target)
         try:
-            _sync(target.parent)
+            fsync(target.parent)
         except OSError:
             # A caller that is told of a failure must not find it there.
             with contextlib.suppress(OSError):
@@ -447,7 +623,7 @@ def _unlock(descriptor: int | None) -> None:
             os.close(descriptor)
 
 
-def _put_where_nothing_is(new: Path, target: Path) -> None:
+def _move_where_nothing_is(new: Path, target: Path) -> None:
     """Rename a file to a place where nothing is; of two that do so at the same time one succeeds.
 
     Raises:
@@ -489,19 +665,10 @@ def _replace_folder(new: Path, target: Path, look: Callable[[Path], object]) -> 
         aside.rename(new)
     except BaseException:
         if os.path.lexists(target) and looked:  # interrupted as it was put there, or another process has put its own
-            _remove(aside)
+            remove_if_possible(aside)
         else:  # where another process has, this keeps its name
             with contextlib.suppress(OSError):
                 aside.rename(target)
-        raise
-
-
-def _remove(path: Path) -> None:
-    """Remove as much of a file or folder as can be removed, even if a signal arrives meanwhile."""
-    try:
-        _take_away(path)
-    except BaseException:
-        _take_away(path)
         raise
 
 
@@ -512,25 +679,12 @@ def _take_away(path: Path) -> None:
         try:
             shutil.rmtree(path, ignore_errors=True)
         except OSError as error:
-            let_through(error)  # interrupted after closing a folder, before noting that, it closes it again and fails
+            # Interrupted after closing a folder, before noting that, it closes it again and fails.
+            reraise_if_interrupt(error)
             raise
     else:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    folder = path.is_dir()
-    if os.name == "nt" and folder:  # which Windows cannot flush
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (folder and error.errno == errno.EINVAL):  # some file systems cannot flush folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _rename(one: Path, other: Path, flag: int) -> bool:

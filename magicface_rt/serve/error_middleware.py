@@ -7,10 +7,10 @@ from collections.abc import Callable
 from .bodies import App, Message, Receive, Scope, Send, send_problem
 from .problems import Problem
 
-__all__ = ["Unexpected"]
+__all__ = ["ErrorMiddleware"]
 
 
-class Unexpected:
+class ErrorMiddleware:
     """ASGI middleware. Starlette's own last resort raises the error again after it has answered, upon which uvicorn
     writes another traceback and cuts the connection.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-__all__ = ["MagicFaceWarning", "collected", "placed", "warn"]
+__all__ = ["MagicFaceWarning", "attributed_to", "collect_warnings", "warn"]
 
 _PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
 
@@ -43,7 +43,7 @@ def warn(kind: str, message: str) -> None:
 
 
 @contextmanager
-def collected() -> Iterator[list[MagicFaceWarning]]:
+def collect_warnings() -> Iterator[list[MagicFaceWarning]]:
     """Collect the warnings issued in the block, in this thread or task and those that share its context, each once."""
     found: list[MagicFaceWarning] = []
     before = _collecting.set(found)
@@ -54,7 +54,7 @@ def collected() -> Iterator[list[MagicFaceWarning]]:
 
 
 @contextmanager
-def placed(field: str) -> Iterator[None]:
+def attributed_to(field: str) -> Iterator[None]:
     """Attribute warnings collected in the block to that field of a request, unless they name one themselves."""
     found = _collecting.get()
     before = len(found or ())

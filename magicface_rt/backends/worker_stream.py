@@ -25,7 +25,7 @@ class Slot:
             self.buffer = None
 
 
-class Lane:
+class WorkerStream:
     """The stream and the scratch memory of one worker. Made by its first binding; freed when the last one has left."""
 
     def __init__(self, device: Device) -> None:
@@ -45,7 +45,7 @@ class Lane:
     def leave(self) -> None:
         self._users -= 1
         if self._users == 0:
-            self.settle()
+            self.wait_quietly()
             self.scratch.free()
             self.stream.destroy()
 
@@ -71,7 +71,7 @@ class Lane:
             kind = DeviceMemoryError if isinstance(error, DeviceMemoryError) else DeviceError
             raise kind(f"{which}: {error}") from error
 
-    def settle(self) -> None:
+    def wait_quietly(self) -> None:
         """Wait for all that was enqueued, whatever has failed, before what it uses is freed. Never raises."""
         self.device.release("cudaSetDevice", self.device.ordinal)
         self.device.release("cudaStreamSynchronize", self.stream.handle)

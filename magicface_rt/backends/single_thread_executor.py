@@ -15,18 +15,18 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-class InTurn(Protocol):
+class Invoker(Protocol):
     """Calls a function, here and now or in a thread of its own, and returns its result or raises its exception."""
 
     def __call__(self, function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result: ...
 
 
-def at_once(function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result:
+def call_directly(function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result:
     """Call a function in the caller's thread."""
     return function(*args, **kwargs)
 
 
-class OneThread:
+class SingleThreadExecutor:
     """Makes calls from any threads one after the other in a single one, which starts with the first of them.
 
     It ends with `close`, with this object, or with the program. A call from within a call is made at once. In a process
@@ -53,13 +53,16 @@ class OneThread:
             self._put(call)
             call.done.wait()
         except BaseException:
-            # Ctrl-C interrupts the caller while the call goes on: nothing that it uses may be freed before it ends.
+            # After Ctrl-C the call goes on in its thread, so nothing that it uses may be freed before it ends.
+            # `abandon` waits for that, or withdraws a call that has not begun.
             call.abandon()
             raise
         try:
             return call.result()  # type: ignore[no-any-return]
         finally:
-            del call  # an exception holds this frame, and so would hold the call
+            # The traceback of an exception keeps this frame alive; without `del` it would keep the call's arguments
+            # too.
+            del call
 
     def _put(self, call: _Call) -> None:
         with self._lock:

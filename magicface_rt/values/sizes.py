@@ -1,11 +1,11 @@
-"""Byte counts as people write them."""
+"""Byte counts as people write and read them."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-from .errors import OptionError
+from ..errors import OptionError
 from .shown import shown
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -30,3 +30,8 @@ def parse_size(size: int | str, option: str) -> int:
     if not 0 <= found <= _MOST:
         raise OptionError(f"{option} is {shown(size)}, expected a size such as 4GiB, 500MB or a number of bytes.")
     return found
+
+
+def megabytes(nbytes: int) -> str:
+    """Return a number of bytes in millions, for a message, such as `1,234.5 MB`."""
+    return f"{nbytes / 1_000_000:,.1f} MB"

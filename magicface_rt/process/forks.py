@@ -15,23 +15,26 @@ from typing import Protocol
 class Opened(Protocol):
     """An object that holds graphs of a runtime."""
 
-    def natively_held(self) -> object:
+    def native_objects(self) -> object:
         """Return everything that waits for threads when it is freed."""
 
 
 _opened: weakref.WeakSet[Opened] = weakref.WeakSet()
 
 
-def keep_in_forks(opened: Opened) -> None:
-    """Register an object, for as long as it lives: what it holds when a process is forked is never freed there."""
+def leak_in_forks(opened: Opened) -> None:
+    """Register an object, for as long as it lives: what it holds when a process is forked is never freed there.
+
+    That is a leak, and meant: a child that freed it would wait for ever, and the memory is the child's until it ends.
+    """
     _opened.add(opened)
 
 
-def _leave() -> None:
+def _leak_in_child() -> None:
     for opened in list(_opened):
         # One extra reference, which is never released.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(opened.natively_held()))
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(opened.native_objects()))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave)
+    os.register_at_fork(after_in_child=_leak_in_child)

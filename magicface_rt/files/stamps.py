@@ -19,7 +19,7 @@ class Stamp(NamedTuple):
     def of(cls, found: os.stat_result) -> Stamp:
         return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
-    def rewritten(self, path: str) -> Stamp | None:
+    def was_modified(self, path: str) -> Stamp | None:
         """Return the stamp that the file has now if it was written to in place; None if it was not.
 
         Removing the file, or renaming another one over it, does not count: what is open or mapped stays as it is.

@@ -1,0 +1,1 @@
+"""Values as people give them: checked, read from text, and put into messages."""
