@@ -325,6 +325,36 @@ def test_prepare_refuses_a_file_that_differs_before_anything_is_computed(
     assert (out / "man.concept").read_bytes() == (kept_once / "man.concept").read_bytes()
 
 
+@pytest.mark.parametrize("meanwhile", ["removed", "replaced", "written to"])
+def test_prepare_looks_again_at_a_file_before_it_says_that_it_is_there(
+    meanwhile: str,
+    tiny_bundle: Path,
+    job: Path,
+    kept: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Others are computed for minutes after it was read."""
+    man, hat = kept / "man.concept", kept / "hat.concept"
+    man.unlink()
+    real = Session.prepare
+
+    def prepare(session: Session, concept: Concept, **more: Any) -> KeptConcept:
+        if meanwhile == "removed":
+            hat.unlink()
+        elif meanwhile == "replaced":
+            shutil.copy(hat, kept / "copy")
+            (kept / "copy").replace(hat)
+        else:
+            os.utime(hat)
+        return real(session, concept, **more)
+
+    monkeypatch.setattr(Session, "prepare", prepare)
+    said = refusal(capsys, "prepare", tiny_bundle, "--job", job, "--out", kept)
+    assert ("was removed" if meanwhile == "removed" else "was written to or replaced") in said
+    assert KeptConcept.load(man).word == "man", "what was done stays"
+
+
 def test_prepare_refuses_a_damaged_file_and_one_with_other_images(
     tiny_bundle: Path, kept_once: Path, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -524,6 +524,9 @@ def test_a_folder_that_is_no_store_is_named_and_left_alone(tmp_path: Path) -> No
     with pytest.raises(StoreError, match=r"is not one.*'onnxruntime-linux-x64-gpu-1\.23\.2', 'tensorrt', expected"):
         EngineStore(tmp_path).prune(limit=0)
     assert mine.exists()
+    for name in ("lost+found", ".snapshot"):
+        (tmp_path / "disk" / name).mkdir(parents=True)
+    assert EngineStore(tmp_path / "disk").prune(limit=0).entries == [], "an empty disk is a new store"
     plan = EngineStore(tmp_path / "new").build(sample_key(), writer())
     EngineStore(tmp_path / "new").prune(limit=0)
     assert not plan.folder.exists()

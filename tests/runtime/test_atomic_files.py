@@ -215,11 +215,16 @@ def test_each_file_of_a_folder_keeps_its_permissions(private: bool, top: int, tm
         os.chmod(target / name, has)
     os.chmod(target / "inner", 0o750)
     os.chmod(target, top)
+    outside = tmp_path / "outside"
+    outside.touch()
+    os.chmod(outside, 0o666)
     umask = os.umask(0o022)
     try:
         with atomic_files.temporary_sibling(target, folder=True) as part:
             assert part.stat().st_mode & 0o077 == 0
-            (part / "inner").mkdir()
+            for folder in ("inner", "folder"):
+                (part / folder).mkdir()
+            (part / "link").symlink_to(outside)
             for name in ("image", "run", "another", "inner/image", "inner/another"):
                 (part / name).write_text("new")
             atomic_files.replace_into_place(part, target)
@@ -231,10 +236,13 @@ def test_each_file_of_a_folder_keeps_its_permissions(private: bool, top: int, tm
         "run": wide,
         "another": mode,  # as private as the most private one
         "inner": 0o750,
+        "folder": 0o700 if private else 0o750,  # whoever may read the files may enter it
+        "link": outside.stat().st_mode & 0o777,
         "inner/image": mode,
         "inner/another": mode,
     }
     assert target.stat().st_mode & 0o777 == top
+    assert outside.stat().st_mode & 0o777 == 0o666, "what a link leads to is not ours"
     assert (target / "image").read_text() == "new"
 
 

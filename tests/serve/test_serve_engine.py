@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +386,30 @@ def test_a_job_lets_go_of_its_images_when_it_has_ended(engine: Engine, session: 
     waiting = engine.submit(job(2))
     engine.cancel(waiting, Cancelled("no more"))
     assert waiting._work is None
+
+
+def test_what_waits_to_run_alone_ends_with_the_engine(session: Gated) -> None:
+    """A warm-up may take minutes, and a process waits at its exit for the threads of its pools."""
+    warming, warmed = threading.Event(), threading.Event()
+
+    def warm(_: object) -> None:
+        warming.set()
+        assert warmed.wait(30)
+
+    engine = Engine([session], warm=warm)
+    engine.start()
+    assert warming.wait(30)
+    with ThreadPoolExecutor(1) as pool:
+        alone = pool.submit(engine.exclusive, lambda _: pytest.fail("it ran beside a warm-up"))
+        while not engine._paused:
+            time.sleep(0.001)
+        try:
+            assert not engine.close(0)
+            with pytest.raises(DrainingError, match="has ended before"):
+                alone.result(30)
+        finally:
+            warmed.set()
+    assert engine.close()
 
 
 def test_a_warm_up_that_fails_is_told_and_nothing_is_taken(session: Gated) -> None:
