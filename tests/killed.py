@@ -9,9 +9,14 @@ from pathlib import Path
 
 
 def killed(work: Callable[[], object]) -> None:
-    """Do the work in a forked process, which has to call `kill` on its way."""
+    """Do the work in a forked process, which has to call `kill` on its way.
+
+    It must not compute with PyTorch, whose threads do not exist there.
+    """
     process = os.fork()
     if process == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(120)  # ends it, should it wait for ever
         try:
             work()
         finally:

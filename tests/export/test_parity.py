@@ -295,7 +295,8 @@ def test_what_a_killed_verification_left_goes_with_the_next(tmp_path: Path, monk
     """A bundle of a recording's model, and weights in float32: gigabytes, among the system's temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(parity_module, "_replays", lambda *_: [])
-    monkeypatch.setattr(parity_module, "BundleStepRunner", lambda *_: None)
+    for runner in ("BundleStepRunner", "ReferenceStepRunner"):
+        monkeypatch.setattr(parity_module, runner, lambda *_: None)
     monkeypatch.setattr(parity_module, "_case_bundle", lambda _, work, __: fill(work))
     stub, wanted = SimpleNamespace(dtype="bfloat16"), SimpleNamespace(graph="g")
 
