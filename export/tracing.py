@@ -23,6 +23,11 @@ TRACE_SIZES = {"B": 2, "R": 2, "K": 3, "M1": 11, "M2": 9, "M4": 7, "M8": 5}
 
 _LARGEST = {"B": 64, "R": 1024, "K": 64, "M1": 1 << 20, "M2": 1 << 20, "M4": 1 << 20, "M8": 1 << 20}
 
+_LEVELS = dict.fromkeys(("torch.onnx", "onnxscript", "torch.export", "onnx_ir"), logging.ERROR) | {
+    # It logs the traceback of errors that it raises as well, among them what it makes of Ctrl-C.
+    "torch._subclasses.fake_tensor": logging.CRITICAL,
+}
+
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -89,14 +94,14 @@ def _restore_names(graph: Graph, model: ir.Model) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter's warnings about itself; what matters is compared afterwards."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    levels = {logging.getLogger(name): level for name, level in _LEVELS.items()}
+    before = {logger: logger.level for logger in levels}
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in before.items():
             logger.setLevel(level)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.upsampling import Upsample2D
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.graphs import Form, VaeDecoder
@@ -52,6 +54,26 @@ def test_other_kinds_of_upsampling_stay() -> None:
     network = torch.nn.Sequential(Upsample2D(8, use_conv_transpose=True), Upsample2D(8, use_conv=False))
     without_size_checks(network)
     assert [type(child) for child in network] == [Upsample2D, Upsample2D]
+
+
+def test_ctrl_c_that_pytorch_takes_for_an_argument_is_not_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = FakeTensorMode.dispatch
+
+    def interrupted(self: FakeTensorMode, func: Any, *arguments: Any, **named: Any) -> Any:
+        if func is not torch.ops.aten.convolution.default:
+            return real(self, func, *arguments, **named)
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise TypeError("incompatible function arguments")  # noqa: B904 - as PyTorch raises it
+
+    decoder = decoder_at(16)
+    monkeypatch.setattr(FakeTensorMode, "dispatch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trace(decoder)
+    assert [record.name for record in caplog.records if record.exc_info] == []
 
 
 def test_no_graph_asks(tiny_checkpoint: Path) -> None:
