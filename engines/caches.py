@@ -17,14 +17,12 @@ from pathlib import Path
 from magicface_rt.files import atomic_files
 from magicface_rt.store_folders import (
     COMPILING_PROVIDERS,
+    DIGEST_CHARACTERS,
     FLAVOURS,
     RUNTIME_CACHE,
     TIMING_CACHES,
     onnxruntime_cache,
 )
-
-DIGEST_CHARACTERS = 32
-"""How many leading characters of a plan's digest begin the name of its runtime cache."""
 
 _WRITTEN_HERE = {
     RUNTIME_CACHE: re.compile(rf"[0-9a-f]{{{DIGEST_CHARACTERS}}}-[^/]+\.cache"),
@@ -72,13 +70,11 @@ def size(files: Collection[Path]) -> int:
     return total
 
 
-def orphans(root: Path, digests: Collection[str]) -> list[Path]:
-    """Runtime caches of plans that are not among these digests."""
+def orphans(root: Path, files: Collection[Path], digests: Collection[str]) -> list[Path]:
+    """Those of a store's cache files that are runtime caches of plans that are not among these digests."""
     known = {digest[:DIGEST_CHARACTERS] for digest in digests}
     return [
-        path
-        for path in cache_files(root)
-        if path.parent == root / RUNTIME_CACHE and path.name[:DIGEST_CHARACTERS] not in known
+        path for path in files if path.parent == root / RUNTIME_CACHE and path.name[:DIGEST_CHARACTERS] not in known
     ]
 
 

@@ -188,7 +188,8 @@ class EngineStore:
         if found is not None:
             # Clean up after a process that was killed at the very end; the plan is there whether this works or not.
             with contextlib.suppress(StoreError, OSError):
-                self._sweep([folder] if any(folder.parent.glob(f".{folder.name}.*")) else [])
+                if any(folder.parent.glob(f".{folder.name}.*")):
+                    self._sweep(folder)
             return found
         with self._writing(folder.parent):
             layout.make_parents(self.root, folder)
@@ -281,7 +282,7 @@ class EngineStore:
         pruned = Pruned()
         for folder in layout.leftovers(self.root):
             with _collecting(faults):
-                self._sweep([folder])
+                self._sweep(folder)
         entries = [(entry, self.size(entry)) for entry in self.entries()]
         plans = sum(size for _, size in entries)
         digests = [entry.folder.name for entry, _ in entries]
@@ -316,12 +317,12 @@ class EngineStore:
     def _prune_caches(self, digests: list[str], limit: int | None, pruned: Pruned, faults: list[StoreError]) -> None:
         """Remove caches of plans that are gone, then the oldest until `limit` bytes of caches remain."""
         caches.clear_unfinished(self.root)
-        orphans = caches.orphans(self.root, digests)
+        files = caches.cache_files(self.root)
+        orphans = caches.orphans(self.root, files, digests)
         for path in orphans:
             self._remove_cache(path, pruned, faults)
         if limit is None:
             return
-        files = caches.cache_files(self.root)
         total = caches.size(files)
         for path in files:
             if total <= max(limit, 0):
@@ -363,14 +364,13 @@ class EngineStore:
                 layout.remove_parts(folder)
         return True
 
-    def _sweep(self, folders: Iterable[Path]) -> None:
-        """Remove temporary folders and lock files beside plans that no live process owns."""
-        for folder in folders:
-            with self._writing(folder.parent):
-                lock = FileLock.acquire(layout.lock_path(folder), timeout=0)
-                if lock is not None:
-                    with lock:
-                        layout.remove_parts(folder)
+    def _sweep(self, folder: Path) -> None:
+        """Remove temporary folders and a lock file beside a plan that no live process owns."""
+        with self._writing(folder.parent):
+            lock = FileLock.acquire(layout.lock_path(folder), timeout=0)
+            if lock is not None:
+                with lock:
+                    layout.remove_parts(folder)
 
     # Places
 

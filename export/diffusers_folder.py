@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from magicface_rt.bundle_form import TOKENS
 from magicface_rt.errors import CheckpointError
 from magicface_rt.process.interrupts import reraise_if_interrupt
-from magicface_rt.regions import TOKENS
 from magicface_rt.tokenizer import guarded
 from magicface_rt.values.shown import shown
 

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from magicface_rt.bundle import Bundle, Tensor, reference_tensor_names
-from magicface_rt.regions import TOKENS
+from magicface_rt.bundle_form import TOKENS
 
 from .attention import (
     AttentionLayer,

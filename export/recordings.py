@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 from diffusers import UNet2DConditionModel
 
+from magicface_rt.bundle_form import TOKENS
 from magicface_rt.errors import CheckpointError, OptionError, RecordingError
 from magicface_rt.files.plain_file import read_plain
 from magicface_rt.files.strict_json import read_json
 from magicface_rt.process.host_memory import as_host_memory_error
 from magicface_rt.process.interrupts import reraise_if_interrupt
-from magicface_rt.regions import TOKENS
 from magicface_rt.schedule import Schedule
 from magicface_rt.values.shown import shown
 

@@ -16,6 +16,7 @@ WAIT_SECONDS = 0.2
 """How often, in seconds, a request that waits for a slot is asked whether it still wants one."""
 
 POLL_SECONDS = 0.01
+"""How often, in seconds, `drained` looks whether anyone is left."""
 
 
 class Admission:

@@ -11,13 +11,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .regions import TOKENS
 from .values.shown import shown
 
-__all__ = ["check_form"]
+__all__ = ["TOKENS", "check_form"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 TENSOR_DTYPES = (*DTYPES, "int64", "int32", "bool")
+TOKENS = 77
+"""The number of tokens of an encoded prompt, CLIP's maximum, which every graph takes."""
 MOST_PIXELS_A_SIDE = 4096
 MOST_FILE_BYTES = 2**63 - 1
 

@@ -110,7 +110,7 @@ class Preparer:
         return prepared
 
     def _report_prepared_steps(self, done: int, total: int) -> None:
-        """Report that `done` of the `total` steps of all references are prepared, also while this request waits."""
+        """Report that `done` of the `total` steps of all references are prepared; called again while this waits."""
         self.progress.report(Progress(done, total, "prepare", 0, 1))
 
 

@@ -187,7 +187,7 @@ class ReferenceResolver:
         Keys on a device are in use, and stay there, until the end of `in_use`.
 
         Raises:
-            BudgetError, HostMemoryError: as `check_plan`, now that graphs have taken their memory.
+            BudgetError, HostMemoryError: as `check_plan`; on a device, now that graphs have taken their memory.
             DeviceMemoryError: the device has too little, and `memory="keep"` was asked for.
             BackendError, NonFiniteError: a graph failed, or gave what is not finite.
             Cancelled, SessionClosedError: as `RequestProgress.report`.

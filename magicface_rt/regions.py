@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .bundle_form import TOKENS
 from .errors import ConceptError
 from .images import layer_mask
 from .options import WeightMode
@@ -22,8 +23,6 @@ Stage = Literal["rsa", "rba", "off"]
 
 PADDING = -1
 MAX_CONCEPTS = 6
-TOKENS = 77
-"""The number of tokens of an encoded prompt, CLIP's maximum, which every graph takes."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Session:
         pad_keys: bool | None = None,
     ) -> None:
         KeepSettings.of(keep, memory, budget, storage, bool(pad_keys))
-        workers, threads, device = _checked_numbers(workers, threads, device)
+        _check_numbers(workers, threads, device)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, check_hashes=check_hashes)
         self.tokenizer = tokenizer_of(self.bundle)
         self.provenance = provenance
@@ -541,11 +541,10 @@ def _checked_content_keys(keys: Iterable[str]) -> frozenset[str]:
     return frozenset(listed)
 
 
-def _checked_numbers(workers: int, threads: int, device: int) -> tuple[int, int, int]:
-    """Return the numbers if each is a whole number in its range. Raises OptionError."""
+def _check_numbers(workers: int, threads: int, device: int) -> None:
+    """Raise OptionError unless each is a whole number in its range."""
     for name, value, least in (("workers", workers, 1), ("threads", threads, 0), ("device", device, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{name} is {shown(value)}, expected a whole number from {least}.")
     if threads > MOST_THREADS:
         raise OptionError(f"threads is {shown(threads)}, expected a whole number from 0 to {MOST_THREADS}.")
-    return workers, threads, device

@@ -15,6 +15,9 @@ FLAVOURS = ("tensorrt", "tensorrt-rtx")
 RUNTIME_CACHE = "runtime-cache"
 TIMING_CACHES = "timing-caches"
 
+DIGEST_CHARACTERS = 32
+"""How many leading characters of a plan's digest begin the name of its runtime cache."""
+
 COMPILING_PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}
 """ONNX Runtime's name of each provider that builds TensorRT engines of its own. It begins the names of their files."""
 

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from .bundle_form import TOKENS
 from .errors import BundleError, PromptError
 from .files.plain_file import read_plain
 from .process.interrupts import reraise_if_interrupt
-from .regions import TOKENS
 
 __all__ = ["Tokenizer", "guarded"]
 

@@ -57,12 +57,8 @@ class WorkerContext:
     def close(self) -> None:
         """Free what the bindings hold. May be called twice."""
         self.closed = True
-        if self._key_uploader is not None:
-            self._key_uploader.close()
-            self._key_uploader = None
-        for binding in self._bindings.values():
-            binding.close()
-        self._bindings.clear()
+        for graph in list(self._bindings):
+            self.drop(graph)
 
 
 class WorkerContextPool:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..files import atomic_files
 from ..files.plain_file import read_plain
-from ..store_folders import RUNTIME_CACHE
+from ..store_folders import DIGEST_CHARACTERS, RUNTIME_CACHE
 from .private_folder import why_not_private
 
 SAVED_AT_MOST_EVERY = 60.0
@@ -34,7 +34,7 @@ logger = logging.getLogger("magicface_rt.tensorrt")
 def cache_path(store: Path, plan_digest: str, compute_capability: str, driver: str, version: str) -> Path:
     """Return the cache's path: one file for each plan, kind of GPU, driver and version of the library."""
     where = re.sub(r"[^0-9A-Za-z.-]", "_", f"sm{compute_capability}-driver{driver}-{version}")
-    return store / RUNTIME_CACHE / f"{plan_digest[:32]}-{where}.cache"
+    return store / RUNTIME_CACHE / f"{plan_digest[:DIGEST_CHARACTERS]}-{where}.cache"
 
 
 class RuntimeCache:

@@ -90,14 +90,13 @@ def prepare(
             storage=storage,
         ) as session:
             origin = Origin.of(session.bundle, request.options.steps, request.options.reference_seed)
-            missing = 0
+            form = checked_storage(storage)
+            first = next((path for path in paths if path not in existing), None)
             for one, path in zip(concepts, paths, strict=True):  # check all before the first one takes its minutes
-                missing += path not in existing
-                if path not in existing and missing == 1:
+                if path == first:
                     continue  # it is checked as it is prepared, before anything is computed
                 references = load_alone(one, origin, session.bundle, session.tokenizer)
                 if path in existing:
-                    form = checked_storage(storage)
                     keys = [reference.key(origin, form) for reference in references]
                     different = difference(existing[path], one, origin, keys, form, note, with_image=with_image)
                     if different:

@@ -46,7 +46,6 @@ __all__ = [
     "fsync",
     "fsync_tree",
     "is_live",
-    "is_part",
     "make_folder",
     "remove",
     "remove_abandoned",
@@ -350,11 +349,6 @@ def remove_abandoned_of(target: Path, *, own: bool = False) -> list[Path]:
     return remove_abandoned(target.parent, _stem(target.name).__eq__, own=own)
 
 
-def is_part(name: str) -> bool:
-    """Whether a name is that of something unfinished."""
-    return _NAME.fullmatch(name) is not None
-
-
 def is_live(part: Path) -> bool:
     """Whether a live process holds what has the name of a part. False also if that cannot be known."""
     try:
@@ -511,20 +505,21 @@ def _take_permissions_within(new: Path, target: Path) -> None:
                 files.append(found)
     except OSError:  # it was replaced or removed meanwhile
         return
+    shared, groups = 0o077, {found.st_gid for found in files}
+    for found in files:
+        shared &= found.st_mode
+    if len(groups) > 1:
+        shared &= ~0o070
     for inner in sorted(new.iterdir()):
         mine = os.lstat(inner)
         if kinds.get(inner.name) == stat.S_IFMT(mine.st_mode):
             _take_permissions(inner, target / inner.name)
         elif files:
-            shared, groups = 0o077, {found.st_gid for found in files}
-            for found in files:
-                shared &= found.st_mode
-            if len(groups) > 1:
-                shared &= ~0o070
-            if stat.S_ISDIR(mine.st_mode):
-                shared |= (shared & 0o044) >> 2  # who may read it may enter it
+            entered = (shared & 0o044) >> 2 if stat.S_ISDIR(mine.st_mode) else 0  # who may read it may enter it
             mode = stat.S_IMODE(mine.st_mode)
-            _permit(inner, mine, mode & (~0o077 | shared), groups.pop() if len(groups) == 1 else mine.st_gid)
+            _permit(
+                inner, mine, mode & (~0o077 | shared | entered), mine.st_gid if len(groups) > 1 else files[0].st_gid
+            )
 
 
 def _permit(new: Path, mine: os.stat_result, mode: int, group: int) -> None:

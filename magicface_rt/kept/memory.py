@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from ..backends.host import host_dtype
 from ..bundle import Bundle
+from ..bundle_form import TOKENS
 from ..errors import BudgetError
 from ..process.host_memory import host_memory_error
-from ..regions import TOKENS
 from ..values.sizes import megabytes
 from .reference import Storage
 
@@ -184,7 +184,7 @@ def make_plan(
     allowed, room = (budget, host_room) if used else (None, None)
     batches = -(-images // at_once)
     # Preparing pays where the keys serve again: in a later request, or in a later batch of this one.
-    worth_preparing = not bare or batches > 1 or demand.stored_nowhere <= store_limit
+    worth_preparing = batches > 1 or demand.stored_nowhere <= store_limit
     order = _order(memory, on_device, bare, worth_preparing, bool(demand.stored_in_file))
     return MemoryPlan(
         modes,

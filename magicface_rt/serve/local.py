@@ -30,7 +30,6 @@ from ..errors import (
 from ..kept import KeptConcept
 from ..kept.keeper import checked_storage
 from ..kept.memory import stored_bytes
-from ..kept.origin import content_key
 from ..provenance import software
 from ..request import Progress, ProgressCallback
 from ..results import Result, encode_png
@@ -225,7 +224,7 @@ class LocalService(Service):
             resources.enter_context(self._holding(pixels_of(concept)))
 
             def keys() -> list[str]:
-                return [content_key(origin, one.loaded, one.prompt, storage) for one in bare]
+                return [one.key(origin, storage) for one in bare]
 
             def prepare(session: Session, progress: ProgressCallback) -> KeptConcept:
                 made = session.prepare(
@@ -397,7 +396,7 @@ class LocalService(Service):
                 await self._in(self._files, self.store.used)
                 await self._drop_vanished()
             except Exception as error:  # such as a folder that cannot be read now; try again next time
-                logger.warning("the store of concepts was not looked through: %s", type(error).__name__)
+                logger.warning("erased concepts were not looked for, or not dropped: %s", type(error).__name__)
             try:
                 said = await self._in(self._files, self._session.bundle.modified_error)
                 if said is not None:

@@ -1,6 +1,4 @@
-"""The errors with which a service ends or refuses requests of its own accord, in the same words in one process and on
-Ray.
-"""
+"""Errors with which a service ends or refuses requests of its own accord, where one process and Ray say the same."""
 
 from __future__ import annotations
 

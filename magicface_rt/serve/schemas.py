@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..regions import TOKENS
+from ..bundle_form import TOKENS
 from ..soft_warnings import MagicFaceWarning
 from .concepts import NO_WORD, StoredConcept
 

@@ -144,6 +144,8 @@ LIKE_OTHERS = {
     "no foreground constraint": "ca_scale 0.05 more",
     "switch one step later": "switch one step earlier",
 }
+assert LIKE_OTHERS.keys() <= SPOILED.keys()
+assert set(LIKE_OTHERS.values()) <= SPOILED.keys() - LIKE_OTHERS.keys()
 SPOILED_STEPS = {  # what was computed is right, what is recorded is not
     "predictions swapped": lambda r: with_recorded(r, eps_u=r.recorded.eps_c, eps_c=r.recorded.eps_u),
     "labels of the next cell": lambda r: with_recorded(r, label=np.roll(r.recorded.label, 1, axis=2)),

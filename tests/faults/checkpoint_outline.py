@@ -14,10 +14,10 @@ from outcomes import judged
 from shares import Share
 from single_files import small_tokenizer
 
+from magicface_rt.bundle_form import TOKENS
 from magicface_rt.errors import CheckpointError, OptionError
 from magicface_rt.export.architectures import ARCHITECTURES
 from magicface_rt.export.checkpoint import Checkpoint
-from magicface_rt.regions import TOKENS
 
 TINY = ARCHITECTURES["tiny"]
 EMPTY = packed({})

@@ -73,10 +73,7 @@ CYCLE_BYTES = {
     "quick": {"allocated": 4 << 10, "anonymous": 64 << 10},
     "slow": {"allocated": 2 << 10, "anonymous": 16 << 10},
 }
-"""Of 36 cycles, each left some 600 bytes allocated, none of them Python's, and took some 2 KB more of pages.
-
-ONNX Runtime alone (`memory_soak.py plain`): 303 bytes (95 %: 140 to 448), and 7.1 KB of pages (6.2 to 7.9).
-"""
+"""What each of some 200 cycles left, and what ONNX Runtime alone leaves, stands in docs/operations.md."""
 
 
 @pytest.mark.parametrize(("turns", "form"), [(12, "quick"), pytest.param(198, "slow", marks=pytest.mark.slow)])

@@ -484,8 +484,13 @@ def test_where_a_graph_cannot_be_loaded_who_waited_loads_it(mixed: Mixed) -> Non
     with loading(mixed) as (session, backend, asking):
         backend.fails = True
         found: list[str] = []
-        waiting = Crowd(lambda: found.append(digest(session.generate(PROMPT, [HAT], steps=1))))
-        time.sleep(0.1)
+        waits = threading.Event()  # set by the progress that is reported while it waits
+
+        def ask() -> None:
+            found.append(digest(session.generate(PROMPT, [HAT], steps=1, progress=lambda _: waits.set())))
+
+        waiting = Crowd(ask)
+        assert waits.wait(SOON_SECONDS)
         backend.go_on.set()
         waiting.join()
         asking.join()
