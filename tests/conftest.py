@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         export_bundle(Checkpoint.open(tiny_checkpoint), out)
 
     return made_once(tmp_path_factory, "tiny-bundle", export)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_loaded_is_not_collected() -> None:
+    """Many tests have the garbage collector find out whether something is gone. Searching all that PyTorch, ONNX and
+    Ray have loaded takes it a second each time, so it leaves out what stood before the test's file began.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Timer
 
@@ -47,12 +48,13 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def writes(below: Path) -> bool:
     """Whether there is a temporary file with something in it, or a temporary folder."""
-    for path in below.rglob(".*.part"):
-        try:
-            if path.is_dir() or path.stat().st_size:
-                return True
-        except OSError:  # it went meanwhile
-            pass
+    for folder, folders, files in os.walk(below):  # passes over what goes meanwhile, which `rglob` raises before 3.13
+        if any(name.endswith(".part") for name in folders):
+            return True
+        for name in files:
+            with suppress(FileNotFoundError):
+                if name.endswith(".part") and os.stat(os.path.join(folder, name)).st_size:
+                    return True
     return False
 
 
