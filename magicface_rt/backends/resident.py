@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,17 +69,63 @@ def check_produced(graph: str, wanted: Sequence[str], produced: Sequence[str]) -
         )
 
 
-@dataclass
+@dataclass(eq=False)
+class _Context:
+    """An executor, and what it was told last. `warm`: the shapes of its last run, None before the first."""
+
+    executor: Executor
+    warm: dict[str, Shape] | None = None
+    _shapes: dict[str, Shape] = field(default_factory=dict)
+    _buffers: dict[str, Buffer] = field(default_factory=dict)
+    _scratch: Buffer | None = None
+
+    def tell(self, shapes: Mapping[str, Shape], buffers: Mapping[str, Buffer]) -> None:
+        """Tell the executor what has changed. `buffers`: of every tensor, and the scratch under the name "".
+
+        What it was told is forgotten first and noted afterwards: an interrupt in between must not leave a note of
+        something else than it was told.
+        """
+        for name, shape in shapes.items():
+            if self._shapes.get(name) != shape:
+                self._shapes.pop(name, None)
+                self.executor.set_shape(name, shape)
+                self._shapes[name] = shape
+        scratch = buffers.get("")
+        if scratch is not None and self._scratch is not scratch:
+            self._scratch = None
+            self.executor.use_scratch(scratch.address, scratch.nbytes)
+            self._scratch = scratch
+        for name, buffer in buffers.items():
+            if name and self._buffers.get(name) is not buffer:
+                self._buffers.pop(name, None)
+                self.executor.set_address(name, buffer.address)
+                self._buffers[name] = buffer
+
+    def enqueue(self, shapes: dict[str, Shape], buffers: Mapping[str, Buffer], stream: int) -> None:
+        self.tell(shapes, buffers)
+        self.warm = None
+        self.executor.enqueue(stream)
+        self.warm = shapes
+
+
+@dataclass(eq=False)
 class _Captured:
+    """A captured run. `context`: what it was captured from, which nothing else uses as long as the graph is there."""
+
     graph: CapturedGraph
     buffers: tuple[Buffer, ...]
+    context: _Context
 
 
 _Key = tuple[tuple[Shape, ...], tuple[int, ...]]
 
 
 class ResidentBinding(Binding):
-    """A binding in device memory. `make` gives the executor; if that or anything else here fails, all is freed."""
+    """A binding in device memory. `make` gives an executor; if that or anything else here fails, all is freed.
+
+    Each captured graph has an executor of its own: TensorRT's developer guide advises one execution context per
+    captured graph, because a context has a state that changes with its shapes, and which a replayed graph may read.
+    """
 
     def __init__(
         self,
@@ -97,21 +143,20 @@ class ResidentBinding(Binding):
         self._staging: dict[str, Staging] = {}
         self._events: list[Event] = []
         self._captured: dict[_Key, _Captured] = {}
-        self._executor: Executor | None = None
-        self._executor_shapes: dict[str, Shape] = {}
-        self._executor_buffers: dict[str, Buffer] = {}
-        self._executor_scratch: Buffer | None = None
-        self._warm: dict[str, Shape] | None = None
-        self._new_shapes = False
+        self._make = make
+        self._free: list[_Context] = []  # those that no captured graph has
+        self._has_compiled: Executor | None = None
         self._refusal_logged = False
         worker_stream.join()
         try:
-            self._executor = executor = make()
+            executor = make()
+            self._free.append(_Context(executor))
+            self._scratch_bytes = executor.scratch_bytes
             self.limits = executor.limits
             self._produced = tuple(executor.outputs)
             check_produced(contract.name, outputs or (), self._produced)
             self.outputs = self._produced if outputs is None else tuple(outputs)
-            worker_stream.reserve({worker_stream.scratch: executor.scratch_bytes}, contract.name)
+            worker_stream.reserve({worker_stream.scratch: self._scratch_bytes}, contract.name)
             self._events = [Event(worker_stream.device) for _ in range(2)]
         except BaseException:
             self.close()
@@ -185,8 +230,7 @@ class ResidentBinding(Binding):
 
     def _reserve(self) -> None:
         """Reserve memory for outputs and scratch, all of it or none."""
-        assert self._executor
-        needs = {self.worker_stream.scratch: self._executor.scratch_bytes}
+        needs = {self.worker_stream.scratch: self._scratch_bytes}
         for name in self._produced:
             tensor = self._outputs[name]
             needs[self._slots[name]] = math.prod(self._shape_of(tensor)) * host_dtype(tensor.dtype).itemsize
@@ -200,17 +244,48 @@ class ResidentBinding(Binding):
         self._drop_stale()
         key = (tuple(shapes.values()), tuple(b.address for b in buffers.values()))
         captured = self._captured.pop(key, None)
-        if captured is None and self._may_capture(shapes):
-            captured = self._capture(shapes, buffers)
         if captured is None:
-            self._enqueue(shapes, buffers)
-            self._new_shapes = self._new_shapes or self._warm != shapes
-            self._warm = shapes
-            return
+            context = self._context(shapes)
+            if self._may_capture(context, shapes):
+                captured = self._capture(context, shapes, buffers)
+            if captured is None:
+                if context.warm != shapes:
+                    self._has_compiled = context.executor
+                context.enqueue(shapes, buffers, self._stream)
+                return
         self._captured[key] = captured  # the most recently used stands last
         while len(self._captured) > MAX_CAPTURED:
-            self._captured.pop(next(iter(self._captured))).graph.destroy()
+            self._drop(next(iter(self._captured)))
         captured.graph.launch(self.worker_stream.stream)
+
+    @property
+    def _stream(self) -> int:
+        return int(self.worker_stream.stream.handle)
+
+    def _context(self, shapes: dict[str, Shape]) -> _Context:
+        """Return a context that no captured graph has, if possible one that has run with these shapes."""
+        if not self._free:
+            self._free.append(self._another())
+        return next((context for context in self._free if context.warm == shapes), self._free[0])
+
+    def _another(self) -> _Context:
+        """Make one more context. If that fails, such as for lack of memory, take one from a captured graph, and capture
+        no more.
+        """
+        try:
+            return _Context(self._make())
+        except BackendError as error:
+            if not self._captured:
+                raise
+            self._cuda_graphs = False
+            logger.warning(
+                "graph %s: CUDA graphs need one more execution context, which could not be made; it runs without: %s",
+                self.contract.name,
+                error,
+            )
+            for key in list(self._captured):
+                self._drop(key)
+            return self._free.pop()
 
     def _buffers(self) -> dict[str, Buffer]:
         """Return the memory of every tensor, and the scratch under the name ""."""
@@ -226,56 +301,40 @@ class ResidentBinding(Binding):
             found[""] = self.worker_stream.scratch.buffer
         return found
 
-    def _may_capture(self, shapes: dict[str, Shape]) -> bool:
+    def _may_capture(self, context: _Context, shapes: dict[str, Shape]) -> bool:
         """Whether to capture: only after a run with these shapes, since the first may compile, allocate and upload."""
-        assert self._executor
-        if not self._cuda_graphs or self._warm != shapes:
+        if not self._cuda_graphs or context.warm != shapes:
             return False
-        if self._executor.can_be_captured(int(self.worker_stream.stream.handle)):
+        if context.executor.can_be_captured(self._stream):
             return True
         if not self._refusal_logged:
             self._refusal_logged = True
             logger.warning("graph %s: the runtime says that no CUDA graph of it can be captured.", self.contract.name)
         return False
 
-    def _capture(self, shapes: dict[str, Shape], buffers: dict[str, Buffer]) -> _Captured | None:
-        self._hand_over(shapes, buffers)
-        assert self._executor
+    def _capture(self, context: _Context, shapes: dict[str, Shape], buffers: dict[str, Buffer]) -> _Captured | None:
+        self._free.remove(context)  # before it is captured: if interrupted, it is lost, and never changed
         try:
             with capture(self.worker_stream.stream) as made:
-                self._executor.enqueue(int(self.worker_stream.stream.handle))
+                context.enqueue(shapes, buffers, self._stream)
         except DeviceError as error:
             # The picture can be made without it, so this is logged once and not raised.
+            self._free.append(context)
             self._cuda_graphs = False
             logger.warning("graph %s: no CUDA graph could be captured, it runs without: %s", self.contract.name, error)
             return None
-        return _Captured(made.graph, tuple(buffers.values()))
+        return _Captured(made.graph, tuple(buffers.values()), context)
 
-    def _enqueue(self, shapes: dict[str, Shape], buffers: dict[str, Buffer]) -> None:
-        self._hand_over(shapes, buffers)
-        assert self._executor
-        self._executor.enqueue(int(self.worker_stream.stream.handle))
-
-    def _hand_over(self, shapes: dict[str, Shape], buffers: dict[str, Buffer]) -> None:
-        """Tell the executor what changed since the last time."""
-        assert self._executor
-        for name, shape in shapes.items():
-            if self._executor_shapes.get(name) != shape:
-                self._executor.set_shape(name, shape)
-                self._executor_shapes[name] = shape
-        scratch = buffers.get("")
-        if scratch is not None and self._executor_scratch is not scratch:
-            self._executor.use_scratch(scratch.address, scratch.nbytes)
-            self._executor_scratch = scratch
-        for name, buffer in buffers.items():
-            if name and self._executor_buffers.get(name) is not buffer:
-                self._executor.set_address(name, buffer.address)
-                self._executor_buffers[name] = buffer
+    def _drop(self, key: _Key) -> None:
+        """Destroy a captured graph; its context is free again."""
+        captured = self._captured.pop(key)
+        captured.graph.destroy()
+        self._free.append(captured.context)
 
     def _drop_stale(self) -> None:
         """Destroy the captured graphs that use memory which has moved since."""
         for key in [k for k, c in self._captured.items() if any(b.freed for b in c.buffers)]:
-            self._captured.pop(key).graph.destroy()
+            self._drop(key)
 
     # ----------------------------------------------------------------------------------------------------- outputs
 
@@ -284,9 +343,9 @@ class ResidentBinding(Binding):
         with self.worker_stream.naming(self.contract.name):
             self.worker_stream.device.use()
             self.worker_stream.wait(self.contract.name)
-        if self._new_shapes and self._executor is not None:
-            self._new_shapes = False
-            self._executor.keep_what_was_compiled()
+        if self._has_compiled is not None:
+            executor, self._has_compiled = self._has_compiled, None
+            executor.keep_what_was_compiled()
 
     @property
     def seconds(self) -> float:
@@ -307,13 +366,12 @@ class ResidentBinding(Binding):
             return
         super().close()
         self.worker_stream.wait_quietly()
-        for captured in self._captured.values():
-            captured.graph.destroy()
-        self._captured.clear()
-        if self._executor is not None:
-            self._executor.close()
-            self._executor = None
-        self._executor_buffers.clear()
+        for key in list(self._captured):
+            self._drop(key)
+        for context in self._free:
+            context.executor.close()
+        self._free.clear()
+        self._has_compiled = None
         for staging in self._staging.values():
             staging.free()
         self._staging.clear()

@@ -68,11 +68,15 @@ def test_it_makes_what_the_cpu_makes_and_frees_its_memory(
 def test_replayed_steps_are_the_same_as_enqueued_ones(
     needs_backend: str, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    """Also when other shapes came in between, which change the state of an execution context."""
     store = tmp_path_factory.getbasetemp() / "store"
     found = []
     for cuda_graphs in (False, True):
         options = {"backend": needs_backend, "store": store, "build_missing": True, "cuda_graphs": cuda_graphs}
         with Session(tiny_bundle, **options) as session:
-            found += [session.generate(PROMPT, [man()], steps=6, seed=7).latents for _ in range(2)]
+            for _ in range(3):
+                found.append(session.generate(PROMPT, [man()], steps=6, seed=7).latents)
+                session.generate(PROMPT, [man()], steps=6, seed=7, images=2)
+                session.generate(PROMPT, steps=6, seed=7)
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=0, atol=1e-3 * np.abs(found[0]).max())

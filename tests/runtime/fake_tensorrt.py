@@ -1,7 +1,7 @@
 """A stand-in for the modules `tensorrt` and `tensorrt_rtx`: engines that compute with numpy or ONNX Runtime.
 
 A plan is text that names a registered engine. An execution context checks what TensorRT leaves undefined: everything
-set before the enqueue, memory alive, scratch memory brought, one run before a capture.
+set before the enqueue, memory alive, scratch memory brought, one run before a capture, nothing changed after one.
 """
 
 # ruff: noqa: N802 - the names are the libraries'
@@ -229,10 +229,12 @@ class FakeContext(_Counted):
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
         self.warm = False
+        self.changes = 0
         self.calls: list[str] = []
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.calls.append(f"shape {name}")
+        self.changes += 1
         low, _, high = self.engine.get_tensor_profile_shape(name, 0)
         if not all(a <= d <= b for a, d, b in zip(low, shape, high, strict=True)):
             return False
@@ -242,6 +244,7 @@ class FakeContext(_Counted):
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.calls.append(f"address {name}")
+        self.changes += 1
         self.engine.trt.logger.errors = ["about something else"]
         assert address % 256 == 0
         self.addresses[name] = address
@@ -249,6 +252,7 @@ class FakeContext(_Counted):
 
     def set_device_memory(self, address: int, nbytes: int) -> None:
         self.calls.append("scratch")
+        self.changes += 1
         assert nbytes >= self.engine.recipe.scratch
         self.scratch = (address, nbytes)
 
@@ -271,9 +275,11 @@ class FakeContext(_Counted):
         cuda.view(*self.scratch)
         self.warm = True
         shapes, addresses, scratch = dict(self.shapes), dict(self.addresses), self.scratch
+        changes = self.changes
         trt.enqueued.append(contract.name)
 
         def work() -> None:
+            assert self.changes == changes or not captured, "a captured graph's context was changed"
             cuda.view(*scratch)[:] = 0xAB  # whatever else lies there is lost
             arrays = {t.name: self._read(cuda, t.dtype, shapes[t.name], addresses[t.name]) for t in contract.inputs}
             for name, array in self.engine.recipe.compute(arrays).items():

@@ -183,7 +183,7 @@ def test_shapes_and_addresses_are_set_when_they_change_only(world: World) -> Non
     loop = Loop(world.backend(cuda_graphs=False))
     loop.run(1.0)
     assert isinstance(loop.step, ResidentBinding)
-    context = loop.step._executor._context  # type: ignore[union-attr]
+    context: Any = loop.step._free[0].executor._context  # type: ignore[attr-defined]
     context.calls.clear()
     loop.run(2.0)
     changed = ["address state", "address label", "address state_out", "address label_out", "enqueue"]
@@ -199,20 +199,21 @@ def test_a_step_is_captured_after_a_run_and_then_replayed(world: World, loop: Lo
     for number in range(10):
         loop.run(float(number))
     loop.check()
-    assert [run.captured for run in runs(world)] == [False] + [True] * 9
-    assert world.trt.enqueued.count("step") == 3  # the first run, and one capture for each direction of the ping-pong
+    # A run and a capture for each direction of the ping-pong: a captured graph has its context for itself.
+    assert [run.captured for run in runs(world)] == [False, True, False] + [True] * 7
+    assert world.trt.enqueued.count("step") == 4
     assert world.trt.enqueued.count("source") == 2
 
 
 def test_other_shapes_are_captured_anew_and_the_first_are_still_there(world: World, loop: Loop) -> None:
-    for number in range(4):
+    for number in range(5):
         loop.run(float(number))
     loop.check()
     loop.start(images=1, keys=4)  # less: nothing moves
-    for number in range(4):
+    for number in range(5):
         loop.run(float(number))
     loop.check()
-    assert [run.captured for run in runs(world)][4:] == [False, True, True, True]
+    assert [run.captured for run in runs(world)][5:] == [False, True, False, True, True]
     assert not world.cuda.count("cudaGraphExecDestroy")
     before = world.trt.enqueued.count("step")
     loop.start(images=2, keys=4)
@@ -223,28 +224,47 @@ def test_other_shapes_are_captured_anew_and_the_first_are_still_there(world: Wor
 
 
 def test_captured_steps_are_dropped_when_a_buffer_moves(world: World, loop: Loop) -> None:
-    for number in range(4):
+    for number in range(5):
         loop.run(float(number))
     loop.check()
-    held = len(world.cuda.executables)
+    held, contexts = len(world.cuda.executables), len(world.trt.alive)
     assert held == 3
     loop.start(images=2, keys=60)  # more keys: the buffer behind k moves
     loop.run(1.0)
     loop.check()
     assert world.cuda.count("cudaGraphExecDestroy") == held
-    for number in range(4):
+    for number in range(5):
         loop.run(float(number))
     loop.check()
     assert runs(world)[-1].captured
+    assert len(world.trt.alive) == contexts, "their contexts are used again"
 
 
 def test_few_captured_steps_are_kept(world: World, loop: Loop) -> None:
+    before = len(world.trt.alive)
     for keys in (*range(64, 40, -1), 64):
         loop.start(keys=keys)
         for number in range(3):
             loop.run(float(number))
         loop.check()
     assert len(world.cuda.executables) <= 2 * MAX_CAPTURED
+    assert len(world.trt.alive) - before <= 2 * MAX_CAPTURED  # the first context of each of the two is there before
+
+
+def test_without_room_for_one_more_context_it_runs_without_and_says_so_once(
+    world: World, loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(2):
+        loop.run(float(number))
+    world.trt.refuse_contexts = True
+    for number in range(6):
+        loop.run(float(number))
+    loop.check()
+    loop.start(images=1)
+    loop.run(1.0)
+    loop.check()
+    assert [run.captured for run in runs(world)] == [False, True] + [False] * 7
+    assert len([r for r in caplog.records if r.message.startswith("graph step: CUDA graphs need one more")]) == 1
 
 
 def test_where_nothing_can_be_captured_it_runs_without(
