@@ -268,7 +268,8 @@ class FolderConcepts(_Limited):
     """Concepts in a folder, as `ID.concept` files mapped into memory; several processes may share the folder.
 
     Another process's concepts are found when they are asked for, and concepts that it has erased are no longer found.
-    The folder is created if it is missing, accessible to its owner only.
+    The folder is created if it is missing, accessible to its owner only. What a killed process was storing there is
+    removed first.
 
     Raises OutputError if the folder cannot be created or written to.
     """
@@ -279,6 +280,8 @@ class FolderConcepts(_Limited):
         self._make_folder()
         if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
             raise OutputError(f"folder of concepts {str(folder)!r} may not be read and written.")
+        # Keys of a person that nobody could erase: whoever was sending them was not told an id.
+        atomic_files.remove_abandoned(self.folder, _is_concept_file)
         self._lock = threading.Lock()
         self._mapped: dict[str, tuple[Stamp, StoredConcept]] = {}
         self._vanished: set[str] = set()
@@ -301,6 +304,9 @@ class FolderConcepts(_Limited):
             raise
         with self._lock:
             self._mapped[id] = (stamp, stored)
+        if stamp_of(path) is None:  # erased as it was read, when there was no map to release
+            self._let_go({id})
+            raise unknown(id)
         return stored
 
     def put(self, id: str, concept: KeptConcept) -> StoredConcept:
@@ -412,8 +418,7 @@ class FolderConcepts(_Limited):
             raise unreadable(error) from error
 
     def _all(self) -> list[Path]:
-        names = (name for name in self._names() if name.endswith(SUFFIX) and _ID.fullmatch(name.removesuffix(SUFFIX)))
-        return [self.folder / name for name in names]
+        return [self.folder / name for name in self._names() if _is_concept_file(name)]
 
     def _files(self, path: Path) -> list[Path]:
         """Return a concept's file and its unfinished copies, which begin with a dot and have the same content."""
@@ -430,6 +435,10 @@ class FolderConcepts(_Limited):
         folder.
         """
         return self.folder / f"{id}{SUFFIX}" if _ID.fullmatch(id) else None
+
+
+def _is_concept_file(name: str) -> bool:
+    return name.endswith(SUFFIX) and _ID.fullmatch(name.removesuffix(SUFFIX)) is not None
 
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)

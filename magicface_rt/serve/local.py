@@ -301,7 +301,7 @@ class LocalService(Service):
         except UnknownConceptError:
             if trace is None:
                 raise
-        stopped, place = await self._let_go(id, [] if trace is None else [trace], end)
+        stopped, place = await self._let_go(id, lambda: [] if trace is None else [trace], end)
         if place is not None:
             raise EraseError(f"concept {id}: something of it is left in {place}. Erase it again, or restart.")
         self._unfinished.pop(id, None)
@@ -428,9 +428,11 @@ class LocalService(Service):
         """
         return await self._by(end, self._alone, self.engine.exclusive, scrub)
 
-    async def _let_go(self, id: str, traces: Sequence[Trace], end: float) -> tuple[int, str | None]:
+    async def _let_go(self, id: str, traces: Callable[[], Sequence[Trace]], end: float) -> tuple[int, str | None]:
         """End every request that uses a concept that can no longer be found, wait for them to end, and release its
         memory. Returns how many requests there were, and where something is left, in words, or None.
+
+        `traces` is called when those requests have ended: one that was reading the file may have added its own.
         """
         using = [use for use in self._uses if id in use.ids]
         for use in using:
@@ -441,11 +443,11 @@ class LocalService(Service):
         try:
             for use in using:
                 await until(use.over, end)
-            if traces:
+            if traces():
                 place = await self._scrubbed(end)
         except DeadlineError:
             place = STILL_RUNS
-        for trace in traces:
+        for trace in traces():
             place = place or await self._still_in_memory(trace)
         return len(using), place
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from pydantic import ValidationError
 
+from ..values.shown import shown
 from .multipart import Form
 from .problems import Problem, refusal
 from .schemas import FORM_SCHEMA, MOST_TEXT, MOST_WORD, ConceptUse, InlineReference, PictureOrder
@@ -78,7 +79,12 @@ def wants_png(order: PictureOrder, accept: str | None) -> bool:
             )
         for_png, for_json = _quality(accept, "image", "png"), _quality(accept, "application", "json")
         if not for_png and not for_json:
-            raise refusal(406, "not-acceptable", "an answer is image/png or application/json; accept one.", "Accept")
+            raise refusal(
+                406,
+                "not-acceptable",
+                f"Accept is {shown(accept)}, expected a range that includes image/png or application/json.",
+                "Accept",
+            )
         png = for_png > for_json
     if png and order.images > 1 and not order.stream:
         raise refusal(

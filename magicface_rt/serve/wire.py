@@ -116,7 +116,8 @@ class Warned:
 class KeptId:
     """A concept that a service keeps.
 
-    word    the word that requests use unless they name another; None if the concept was put without one
+    word    what `use` takes unless told otherwise: that of the `Concept` that was put. Where there was none, it is the
+            word under which the service got this content first, or None
     new     whether it was prepared now, rather than kept already
     info    all that the service says about it
     warnings    what was done to the upload that may not have been meant; none unless the concept was just put
@@ -151,16 +152,16 @@ class KeptId:
             index = self.token_index
         return {
             "id": self.id,
-            "word": word,
+            "word": self.word if word is None else word,
             "weight": self.weight if weight is None else weight,
             "token_index": index if index is None or isinstance(index, (int, np.integer)) else list(index),
             "name": self.name if name is None else name,
         }
 
     def put_as(self, concept: Concept) -> KeptId:
-        """Return a copy whose `use` has this concept's weight, token_index and name by default."""
+        """Return a copy whose `use` has this concept's word, weight, token_index and name by default."""
         name = None if concept.name == concept.word else concept.name
-        return replace(self, weight=concept.weight, token_index=concept.token_index, name=name)
+        return replace(self, word=concept.word, weight=concept.weight, token_index=concept.token_index, name=name)
 
     @classmethod
     def of(cls, info: Mapping[str, Any], new: bool = False) -> KeptId:

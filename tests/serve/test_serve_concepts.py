@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from killed import kill, killed
 from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png, running, until
 from writes import Writes
 
@@ -294,6 +295,26 @@ def put_both(session: Gated, store: ConceptStore) -> list[str]:
     for id, one in zip(ids, prepared, strict=True):
         store.put(id, one)
     return ids
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and flock")
+def test_what_a_killed_upload_left_goes_with_the_next_start(
+    session: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody was told its id, so nobody could erase it. What else is in the folder stays."""
+    man, hat = (session.prepare(one, steps=1) for one in (MAN, HAT))
+    store = FolderConcepts(tmp_path)
+    store.put("b" * 64, hat)
+    with monkeypatch.context() as patched:
+        patched.setattr(atomic_files, "replace_into_place", kill)
+        killed(lambda: store.put("a" * 64, man))
+    (left,) = tmp_path.glob(f".{'a' * 64}.concept.*.part")
+    assert left.stat().st_size > man.nbytes
+    foreign = tmp_path / f".{'a' * 64}.zip.{'0' * 32}.part"
+    foreign.write_bytes(b"not ours")
+    with atomic_files.temporary_sibling(tmp_path / f"{'c' * 64}.concept") as written:
+        FolderConcepts(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([foreign, written, tmp_path / f"{'b' * 64}.concept"])
 
 
 def test_a_file_under_the_name_of_another_is_not_served(session: Gated, tmp_path: Path) -> None:
@@ -769,6 +790,20 @@ def test_a_concept_is_used_as_the_one_that_was_put(session: Gated, oracle: Oracl
         assert kept.use(weight=2.0)["weight"] == 2.0
         assert kept.use("man")["token_index"] is None  # another word's tokens are others
         assert client.concept(kept.id).use()["weight"] == 3.0
+
+
+def test_a_concept_is_used_under_the_word_that_it_was_put_with_whoever_put_it_first(
+    session: Gated, oracle: Oracle
+) -> None:
+    """Its id covers the keys alone, and a service keeps the first word."""
+    other = Concept("hat", *MAN.references)
+    with running(session) as server, server.client() as client:
+        first = client.put_concept(MAN, steps=STEPS)
+        kept = client.put_concept(other, steps=STEPS)
+        assert (kept.id, kept.new) == (first.id, False)
+        for one, its in ((kept, other), (first, MAN)):
+            made = client.generate(PROMPT, [one], seed=4, steps=STEPS)
+            assert list(made.pngs) == oracle.pngs([its], seed=4, steps=STEPS)
 
 
 def test_a_name_that_is_no_id_leads_nowhere(tmp_path: Path) -> None:

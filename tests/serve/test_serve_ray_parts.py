@@ -31,7 +31,7 @@ from magicface_rt.serve.ray import roster as roster_module
 from magicface_rt.serve.ray.messages import ErasureReport, ReplicaErasure
 from magicface_rt.serve.ray.places import Places
 from magicface_rt.serve.ray.plan import RayPlan, parse_replicas, wants_gpu
-from magicface_rt.serve.ray.replica import ReplicaService
+from magicface_rt.serve.ray.replica import ErasureParts, ReplicaService
 from magicface_rt.serve.ray.roster import Roster
 from magicface_rt.serve.ray.shared import SharedConcepts
 
@@ -186,6 +186,11 @@ class Members:
 
         self.roster = Roster(gone)
 
+    async def done(self, name: str, part: ReplicaErasure) -> None:
+        """Say that a replica has done its part of the erasure that goes on."""
+        key = (await self.roster.watch(name, 0)).parts[ID]
+        await self.roster.done(name, ID, key, part)
+
 
 @pytest.fixture
 def members(monkeypatch: pytest.MonkeyPatch) -> Members:
@@ -202,14 +207,14 @@ def test_an_erasure_is_done_when_every_replica_has_done_its_part(members: Member
         await roster.register("two", "2")
         erasing = asyncio.ensure_future(roster.erase(ID, str(tmp_path), 20))
         view = await roster.watch("one", (await roster.watch("one", 0)).version)
-        assert view.erasing == {ID}
-        await roster.done("one", ID, ReplicaErasure(True, 2, None))
+        assert view.erasing == view.parts.keys() == {ID}
+        await members.done("one", ReplicaErasure(True, 2, None))
         await roster.register("late", "3")  # it starts meanwhile, and is waited for as well
-        await roster.done("two", ID, ReplicaErasure())
+        await members.done("two", ReplicaErasure())
         await asyncio.sleep(0.1)
         assert not erasing.done()
         (tmp_path / f"{ID}.concept").write_bytes(b"y")  # a preparation that was going on has ended
-        await roster.done("late", ID, ReplicaErasure())
+        await members.done("late", ReplicaErasure())
         report = await erasing
         assert report.files == 3
         assert report.parts == {"one": ReplicaErasure(True, 2, None), "two": ReplicaErasure(), "late": ReplicaErasure()}
@@ -236,20 +241,47 @@ def test_the_dead_are_not_waited_for_and_the_silent_are_named(members: Members, 
     asyncio.run(scenario())
 
 
-def test_two_erasures_of_the_same_are_done_one_after_the_other(members: Members, tmp_path: Path) -> None:
-    roster = members.roster
+@pytest.mark.parametrize("lost", [0, 1], ids=["all is said", "a word is lost"])
+def test_two_erasures_of_the_same_are_done_one_after_the_other(members: Members, lost: int, tmp_path: Path) -> None:
+    """Also for a replica that is told of the second one when it has not yet heard that the first is over."""
+    roster, done = members.roster, []
     (tmp_path / f"{ID}.concept").write_bytes(b"x")
+
+    async def do(id: str, key: str) -> None:
+        done.append(key)
+        if len(done) > lost:
+            await roster.done("one", id, key, ReplicaErasure())
 
     async def scenario() -> None:
         await roster.register("one", "1")
         both = [asyncio.ensure_future(roster.erase(ID, str(tmp_path), 20)) for _ in range(2)]
-        seen = 0
+        parts, seen = ErasureParts(do), 0
         while not all(one.done() for one in both):
             view = await roster.watch("one", seen)
             seen = view.version
-            if view.erasing:
-                await roster.done("one", ID, ReplicaErasure())
+            parts.begin(view.parts)
+            await asyncio.sleep(0.05)  # it is slow to ask again: the second erasure is there by then
         assert sorted(one.result().files for one in both) == [0, 1]
+        assert all(one.result().silent == () for one in both)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert len(set(done)) == 2
+
+
+def test_what_was_done_for_an_earlier_erasure_is_not_taken_for_a_later_one(members: Members, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        roster = members.roster
+        await roster.register("one", "1")
+        keys = []
+        for _ in range(2):
+            erasing = asyncio.ensure_future(roster.erase(ID, str(tmp_path), 20))
+            await asyncio.sleep(0.05)
+            keys.append((await roster.watch("one", 0)).parts[ID])
+            await roster.done("one", ID, keys[0], ReplicaErasure())
+            await asyncio.sleep(0.1)
+            assert erasing.done() == (len(keys) == 1)
+        await roster.done("one", ID, keys[1], ReplicaErasure())
+        await erasing
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
@@ -260,7 +292,7 @@ def test_an_erasure_waits_no_longer_for_another_of_the_same_than_it_may(members:
         first = asyncio.ensure_future(members.roster.erase(ID, str(tmp_path), 20))
         await members.roster.watch("one", (await members.roster.watch("one", 0)).version)
         assert not (await members.roster.erase(ID, str(tmp_path), 0.2)).begun
-        await members.roster.done("one", ID, ReplicaErasure())
+        await members.done("one", ReplicaErasure())
         assert (await first).begun
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
@@ -345,10 +377,11 @@ def test_a_new_roster_waits_for_replicas_of_the_one_before_it(
         await asyncio.sleep(0.1)
         assert not erasing.done()  # nobody is known, and somebody may hold it
         await roster.register("one", "1")
-        assert (await roster.watch("one", 0)).erasing == {ID}
+        view = await roster.watch("one", 0)
+        assert view.erasing == view.parts.keys() == {ID}
         await asyncio.sleep(0.6)
         assert not erasing.done()
-        await roster.done("one", ID, ReplicaErasure(True, 0, None))
+        await roster.done("one", ID, view.parts[ID], ReplicaErasure(True, 0, None))
         assert (await erasing).parts == {"one": ReplicaErasure(True, 0, None)}
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
@@ -379,6 +412,65 @@ def test_the_front_that_began_last_is_the_one_that_stays(members: Members) -> No
 
 
 # -------------------------------------------------------------------------------------------------------- shared folder
+
+
+@pytest.mark.parametrize("kind", [FolderConcepts, SharedConcepts])
+def test_a_concept_that_is_erased_while_it_is_read_is_not_mapped(
+    session: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[FolderConcepts]
+) -> None:
+    """An erasure that comes before there is a map finds none to release."""
+    made = session.prepare(concept("man", 1), steps=1)
+    id = concept_id([made.references[0].key])
+    FolderConcepts(tmp_path).put(id, made)
+    store, read = kind(tmp_path), kind._read
+
+    def reading(*arguments: Any, **options: Any) -> Any:
+        found = read(*arguments, **options)
+        if isinstance(store, SharedConcepts):
+            store.set_erasing([id])
+            store.unmap(id)
+        else:
+            FolderConcepts(tmp_path).erase(id)
+        return found
+
+    monkeypatch.setattr(kind, "_read", staticmethod(reading))
+    with pytest.raises(UnknownConceptError):
+        store.get(id)
+    assert not store._mapped
+    if isinstance(store, SharedConcepts):
+        (trace,) = store.traces(id)
+        assert trace.alive() == 0
+
+
+def test_a_replica_finds_what_a_request_was_still_reading_when_its_erasure_began(
+    session: Gated, tmp_path: Path
+) -> None:
+    made = session.prepare(concept("man", 1), steps=1)
+    id = concept_id([made.references[0].key])
+    FolderConcepts(tmp_path).put(id, made)
+    store, held = SharedConcepts(tmp_path), []
+
+    async def scenario() -> None:
+        service = ReplicaService(Engine([session], ServeSettings()), store)
+        await service.start()
+        try:
+            let_go = service._let_go
+
+            async def reading(*arguments: Any) -> Any:
+                held.append(store.get(id))  # what was going on comes to its end
+                return await let_go(*arguments)
+
+            service._let_go = reading  # type: ignore[method-assign]
+            found = await service.erase_here(id)
+            assert found.found
+            assert "memory" in (found.place or "")
+            held.clear()
+            service._let_go = let_go  # type: ignore[method-assign]
+            assert (await service.erase_here(id)).place is None
+        finally:
+            await service.close()
+
+    asyncio.run(scenario())
 
 
 def test_what_is_being_erased_is_there_for_nobody_and_leaves_a_trace(session: Gated, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from .counting import FrontMetrics
 from .front import RayService
 from .messages import ReplicaErasure
 from .plan import RayPlan
-from .replica import Counts, ReplicaService, said
+from .replica import Counts, ErasureParts, ReplicaService, said
 from .roster import PING_SECONDS, Roster
 from .shared import SharedConcepts
 
@@ -154,7 +154,7 @@ class Pictures:
         self._name = context.replica_id.unique_id
         self._session: Session | None = None
         self._service: ReplicaService | None = None
-        self._erasing: dict[str, asyncio.Task[None]] = {}
+        self._parts = ErasureParts(self._erase)
         self._seen = 0
         settings = plan.settings
         self._store = SharedConcepts(plan.concepts, most=settings.concepts, most_bytes=settings.concept_bytes)
@@ -268,12 +268,9 @@ class Pictures:
             self._store.set_erasing(view.erasing)
             if self._service is not None:
                 self._service.set_erasing(view.erasing)
-            for id in view.erasing - self._erasing.keys():
-                self._erasing[id] = asyncio.ensure_future(self._erase(id))
-            for id in self._erasing.keys() - view.erasing:
-                del self._erasing[id]
+            self._parts.begin(view.parts)
 
-    async def _erase(self, id: str) -> None:
+    async def _erase(self, id: str, key: str) -> None:
         """Do this replica's part of an erasure. A replica that is still starting has nothing in memory."""
         part = ReplicaErasure()
         if self._service is not None:
@@ -283,7 +280,7 @@ class Pictures:
                 logger.exception("an erasure failed")
                 part = ReplicaErasure(True, 0, f"{type(error).__name__}")
         with contextlib.suppress(RayError):
-            await self._roster.actor.done.remote(self._name, id, part)
+            await self._roster.actor.done.remote(self._name, id, key, part)
 
 
 class _LoadedConcept:

@@ -83,6 +83,7 @@ class View:
 
     known    whether the caller is on the roster; a replica that is not must register again
     erasing  ids that are being erased: no replica may start to use them
+    parts    ids whose erasure waits for the caller's part, with which erasure of this id it is
     ready    replicas that are warm, with what they serve; the most recent one is last
     front    when the newest front began, in seconds since 1970; 0 if none has reported
     """
@@ -90,5 +91,6 @@ class View:
     version: int
     known: bool
     erasing: frozenset[str] = frozenset()
+    parts: Mapping[str, str] = field(default_factory=dict)
     ready: Mapping[str, BundleInfo] = field(default_factory=dict)
     front: float = 0.0

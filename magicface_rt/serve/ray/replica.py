@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..service import Listener
 from .messages import Ended, ReplicaErasure, Tally
 from .shared import SharedConcepts
 
-__all__ = ["Counts", "ReplicaService", "said"]
+__all__ = ["Counts", "ErasureParts", "ReplicaService", "said"]
 
 logger = logging.getLogger("magicface_rt.serve")
 
@@ -93,11 +93,11 @@ class ReplicaService(LocalService):
         try:
             async with super()._making_alone(id, end):
                 self._shared.unmap(id)
-                traces = self._shared.traces(id)
-                stopped, place = await self._let_go(id, traces, end)
+                stopped, place = await self._let_go(id, lambda: self._shared.traces(id), end)
+                held = bool(self._shared.traces(id))
                 if place is None:
                     self._shared.forget(id)
-                return ReplicaErasure(bool(traces), stopped, place)
+                return ReplicaErasure(held, stopped, place)
         except DeadlineError:
             return ReplicaErasure(True, 0, STILL_RUNS)
 
@@ -113,6 +113,23 @@ class ReplicaService(LocalService):
                 break
         async with super()._making_alone(id, end):
             yield
+
+
+class ErasureParts:
+    """A replica's parts of erasures. `do` does the part of one, given the id and the key of the erasure."""
+
+    def __init__(self, do: Callable[[str, str], Coroutine[Any, Any, None]]) -> None:
+        self._do = do
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    def begin(self, parts: Mapping[str, str]) -> None:
+        """Begin the parts that are waited for, keys by id, if they do not run. One that has ended and is still waited
+        for is done again: what was said of it got lost.
+        """
+        self._running = {key: task for key, task in self._running.items() if not task.done()}
+        for id, key in parts.items():
+            if key not in self._running:
+                self._running[key] = asyncio.ensure_future(self._do(id, key))
 
 
 async def said(start: Callable[[Listener], Coroutine[Any, Any, Any]], counts: Counts) -> AsyncGenerator[Any, None]:

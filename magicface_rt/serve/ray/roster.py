@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,10 @@ class _Member:
 
 @dataclass
 class _Erasure:
+    """An erasure that goes on. `key`: none other has it, of the same id or of another roster."""
+
     waiting: set[str]
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
     parts: dict[str, ReplicaErasure] = field(default_factory=dict)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -111,6 +115,7 @@ class Roster:
             version=self._version,
             known=name is None or name in self._members,
             erasing=frozenset(self._erasures),
+            parts={id: one.key for id, one in self._erasures.items() if name in one.waiting},
             ready={name: member.info for name, member in self._members.items() if member.info is not None},
             front=self._front,
         )
@@ -158,10 +163,10 @@ class Roster:
             one.over.set()
             self._touch()
 
-    async def done(self, name: str, id: str, part: ReplicaErasure) -> None:
-        """Note that a replica has done its part of an erasure."""
+    async def done(self, name: str, id: str, key: str, part: ReplicaErasure) -> None:
+        """Note that a replica has done its part of an erasure. `key`: as the replica was told it."""
         one = self._erasures.get(id)
-        if one is not None and name in one.waiting:
+        if one is not None and one.key == key and name in one.waiting:
             one.parts[name] = part
             one.waiting.discard(name)
             self._touch()

@@ -40,7 +40,8 @@ class SharedConcepts(FolderConcepts):
             raise unknown(id)
         stored = super().get(id)
         self._watch(id, stored.concept)
-        if id in self._erasing:  # it began in the meantime
+        if id in self._erasing:  # it began in the meantime, when there was no map to release
+            self.unmap(id)
             raise unknown(id)
         return stored
 
