@@ -174,7 +174,7 @@ class PlannedReferences:
             if found is not None:
                 self._add_kept(found, used)
             else:
-                self._add((id(reference), seed), PlannedReference(reference.tokens, "nowhere", 0, used))
+                self._add((reference, seed), PlannedReference(reference.tokens, "nowhere", 0, used))
 
     @property
     def references(self) -> list[PlannedReference]:

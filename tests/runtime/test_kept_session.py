@@ -41,6 +41,7 @@ from magicface_rt.concept import NamedConcept
 from magicface_rt.errors import BackendError
 from magicface_rt.kept.memory import row_bytes
 from magicface_rt.kept.reference import Exact
+from magicface_rt.preparing import PlannedReferences, load_bare
 from magicface_rt.schedule import Schedule
 from tests.runtime.drawn_backend import Drawn
 from tests.runtime.test_kept_files import write_other_keys
@@ -614,6 +615,14 @@ def test_a_plan_counts_shared_references_once_and_unused_ones_not(session: Sessi
     shared = session.plan([man, man.renamed(weight=2.0), man.renamed(weight=0.0)], STEPS)
     assert shared.modes == one.modes
     assert session.plan([weighted(MAN, 0.0)], STEPS, memory="keep").bytes_kept == 0
+
+
+def test_a_plan_counts_every_bare_reference(bundle: Bundle) -> None:
+    """Also where nobody else holds it, so that the next one could come to lie in its place."""
+    listed, (loaded,) = PlannedReferences(), load_bare(MAN, bundle)
+    for _ in range(20):
+        listed.add(MAN, [replace(loaded)], [None])
+    assert len(listed.references) == 20
 
 
 def test_bare_references_of_a_batch_go_through_a_plan_that_takes_few(bundle: Bundle, backend: Drawn) -> None:
