@@ -17,6 +17,7 @@ from typing import Any
 
 from magicface_rt.errors import PlanError, StoreError
 from magicface_rt.files import atomic_files
+from magicface_rt.files.write_access import anyone_may_write
 
 from . import caches, layout, manifest
 from .locking import FileLock, Lease, unused
@@ -90,9 +91,10 @@ class EngineStore:
         """Read the bytes of a plan, all checked against the manifest, and mark the plan as used now.
 
         Raises:
-            PlanError: the plan is gone, or a byte of it or of its manifest was changed.
+            PlanError: the plan is gone, a byte of it or of its manifest was changed, or every user may replace it.
             StoreError: the store cannot be read.
         """
+        self._check_write_access(plan)
         # Everything is checked again: the plan may have been found long ago.
         found = self._load(plan.key)
         try:
@@ -417,6 +419,20 @@ class EngineStore:
 
     def _command(self, key: PlanKey) -> str:
         return f"`magicface-rt build BUNDLE --flavour {key.flavour} --store {shlex.quote(str(self.root))}`"
+
+    def _check_write_access(self, plan: Plan) -> None:
+        """Raise PlanError if every user of this machine may replace a plan."""
+        found = None
+        with contextlib.suppress(OSError):  # what is missing is reported by what reads it
+            found = anyone_may_write(plan.path, self.root)
+        if found is not None:
+            place, mode = found
+            withdraw = f"chmod o-w {shlex.quote(str(place))}"
+            raise PlanError(
+                f"plan {plan.folder}: every user may write to {place} (mode {mode}), expected trusted ones only, "
+                f"because a plan is native code. Withdraw that (`{withdraw}`), and unless you know that nobody else "
+                f"wrote the plan, delete it and build it again: {self._command(plan.key)}"
+            )
 
     def _gone(self, plan: Plan) -> PlanError:
         return PlanError(f"plan {plan.folder}: it was removed from the store. Build it: {self._command(plan.key)}")

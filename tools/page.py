@@ -59,7 +59,8 @@ _NOT_HERE = """\
 
 ## In locks of other Pythons or builds of PyTorch
 
-Licences as the metadata on the package index states them; these packages were not installed here.
+These packages were not installed here. Their licences are those that the metadata on the package index states, but of
+the `nvidia-*` packages only seven were looked up: all but one of them are proprietary, and the others are taken to be.
 
 {others}
 ## In the wheel itself

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..bundle import CUDA_RUNTIME, Bundle, GraphContract
 from ..errors import BackendError, BackendMissingError, TargetError
+from ..files.write_access import why_not_private
 from ..process.cores import cores
 from ..process.host_memory import check_addresses, share_heap, stack_bytes
 from ..process.interrupts import reraise_if_interrupt
@@ -27,7 +28,6 @@ from .host import BFLOAT16
 from .ort_arena import give_back, registering, trim, use_shared_arena
 from .ort_binding import GraphIds, OrtBinding, OrtDevice, first_line
 from .ort_placement import left_to_the_cpu, record_placement
-from .private_folder import why_not_private
 from .single_thread_executor import Invoker, SingleThreadExecutor, call_directly
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

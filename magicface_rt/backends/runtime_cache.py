@@ -19,8 +19,8 @@ from typing import Any
 
 from ..files import atomic_files
 from ..files.plain_file import read_plain
+from ..files.write_access import why_not_private
 from ..store_folders import DIGEST_CHARACTERS, RUNTIME_CACHE
-from .private_folder import why_not_private
 
 SAVED_AT_MOST_EVERY = 60.0
 """Seconds, while requests are served: each set of shapes may add kernels, and the file is written as a whole."""

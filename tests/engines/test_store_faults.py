@@ -226,6 +226,29 @@ def test_a_linked_folder_of_the_store_is_not_followed(store: EngineStore, plan: 
     assert len(list(elsewhere.rglob("plan"))) == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions are told in another way")
+@pytest.mark.parametrize("level", range(5), ids=["plan", "folder", "shard", "flavour", "root"])
+def test_a_plan_that_every_user_may_replace_is_not_read(store: EngineStore, plan: Plan, level: int) -> None:
+    """It is native code. Where others may not enter, what is inside has any permissions."""
+    place = (plan.path, *plan.path.parents)[level]
+    for folder in plan.path.parents[:4]:
+        folder.chmod(0o755)
+    mode = place.stat().st_mode & 0o777
+    place.chmod(mode | 0o002)
+    with pytest.raises(PlanError, match=rf"every user may write to {re.escape(str(place))} \(mode .*chmod o-w"):
+        store.read(plan)
+    place.chmod(mode | 0o020)
+    assert store.read(plan) == SMALL, "a group that shares a store is trusted"
+    if place.is_dir():
+        place.chmod(0o1777)
+        assert store.read(plan) == SMALL, "nobody can replace what is in a folder such as /tmp"
+    if place != store.root:
+        place.chmod(0o777)
+        store.root.chmod(0o700)
+        assert store.read(plan) == SMALL
+    store.root.chmod(0o700)
+
+
 def test_a_plan_of_another_key_in_the_place_is_refused(store: EngineStore, plan: Plan) -> None:
     """A sound folder, moved under the name of another key or among another key's neighbours."""
     wanted = sample_key(precision="bf16")

@@ -293,6 +293,25 @@ def _authorization(_: Path, bundle: Path) -> Target:
     return Target(sound, use)
 
 
+@_target("accept")
+def _accept(_: Path, __: Path) -> Target:
+    """The header that says whether the answer is a PNG. An application is given bytes, and reads them as Latin-1."""
+    from door import ORDER
+
+    from magicface_rt.serve.reading import wants_png
+    from magicface_rt.serve.schemas import PictureOrder
+
+    order = PictureOrder.model_validate({**ORDER, "response": None, "stream": False})
+
+    def use(value: bytes) -> object:
+        found = judged("accept", lambda: wants_png(order, value.decode("latin-1")), names="Accept")
+        if found:
+            assert b"/" in value
+        return found
+
+    return Target(b"text/html, image/png;q=0.9, application/json;q=0.8, */*;q=0.1", use)
+
+
 def _door(bundle: Path, **who: Any) -> Any:
     from door import Door
 

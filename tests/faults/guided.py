@@ -22,7 +22,7 @@ from byte_targets import TARGETS
 from corruptions import EXTREMES, ODD_BYTES
 from outcomes import digest_of
 
-INSTRUMENTED = ("magicface_rt", "benchmarks", "yaml", "tomllib", "json")
+INSTRUMENTED = ("magicface_rt", "benchmarks", "yaml", "tomllib", "json", "python_multipart", "zipfile")
 LONGEST_WORD = 60
 DRAWN = 20
 """Times as many may be drawn until enough of them are different."""

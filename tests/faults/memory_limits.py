@@ -139,7 +139,12 @@ def limited(
     code = process.wait()
     watch.cancel()
     process.stderr.close()
-    found = [path for path in folder.rglob("*") if not path.is_dir() or temporary in path.parents]
+    # Of folders, those that are temporary by their place or their name.
+    found = [
+        path
+        for path in folder.rglob("*")
+        if not path.is_dir() or temporary in path.parents or path.suffix in (".part", ".old")
+    ]
     found = [path for path in found if not path.name.startswith("torchinductor_")]  # PyTorch makes it as it is loaded
     left = tuple(sorted(str(path.relative_to(folder)) for path in found))
     return Ended(code, said, left, over.is_set())
