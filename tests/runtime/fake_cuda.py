@@ -67,6 +67,8 @@ class FakeCuda:
         """Status by function; the call fails and does nothing."""
         self.kernel_error = 0
         self.memory: dict[int, np.ndarray] = {}
+        self.most = 0
+        """The most bytes that were allocated at one time; a test may set it back."""
         self.pinned: dict[int, Any] = {}
         self.lockable: int | None = None
         """Bytes that can be page-locked in all; None for no limit."""
@@ -203,6 +205,7 @@ class FakeCuda:
         address = int(self._handle())
         self._next += -(-nbytes // 0x1000) * 0x1000
         self.memory[address] = np.full(nbytes, 0xCD, np.uint8)  # what was never written is no zero
+        self.most = max(self.most, self.allocated())
         return 0, address
 
     def cudaFree(self, address: int) -> Any:

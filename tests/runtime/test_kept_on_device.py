@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import figures
 import numpy as np
 import pytest
 
@@ -148,6 +149,26 @@ def test_streamed_keys_take_three_steps_of_device_memory_and_kept_ones_all(world
             assert used[memory] <= plan.peak.device
             assert used[memory] >= (20 if memory == "keep" else 2) * plan.bytes_per_step
     assert used["stream"] < used["keep"] / 5
+
+
+@pytest.mark.parametrize("concepts", ["kept", "bare", "both"])
+@pytest.mark.parametrize("memory", ["keep", "stream", "recompute"])
+def test_no_request_takes_more_memory_of_the_device_than_its_plan(
+    world: World, bundle: Bundle, memory: str, concepts: str
+) -> None:
+    with open_session(world, bundle) as session:
+        man, hat = (session.prepare(one, steps=20) for one in (MAN, HAT))
+    given: list[Any] = {"kept": [man, hat], "bare": [MAN, HAT], "both": [man, HAT]}[concepts]
+    with open_session(world, bundle, memory=memory, pad_keys=False) as session:
+        session.generate(PROMPT, steps=20)  # what the network itself needs
+        before = world.cuda.most = world.cuda.allocated()
+        plan = session.plan(given, 20)
+        made = session.generate(PROMPT, given, steps=20)
+        assert made.regions.any()
+        used = world.cuda.most - before
+        assert 0 < used <= plan.peak.device
+        told = f"{used >> 10:,} KiB of the {plan.peak.device >> 10:,} KiB that its plan allows"
+        figures.tell("memory", f"a device's stand-in, {memory}, {concepts}", told)
 
 
 def test_bare_and_kept_concepts_mix(world: World, bundle: Bundle, expected: Any) -> None:
