@@ -74,11 +74,13 @@ class EngineStore:
         """Return the plan of a key. `command`: the command that builds it, for the error message.
 
         Raises:
-            PlanError: it is damaged or missing. The message names the fields by which the closest plan is stale.
+            PlanError: it is damaged or missing, or every user may replace it. The message names the fields by which
+                the closest plan is stale.
             StoreError: the store cannot be read.
         """
         found = self._load(key)
         if isinstance(found, Plan):
+            self._check_trusted(found)
             return found
         if isinstance(found, Damaged):
             raise self._damaged(found, key)
@@ -94,7 +96,7 @@ class EngineStore:
             PlanError: the plan is gone, a byte of it or of its manifest was changed, or every user may replace it.
             StoreError: the store cannot be read.
         """
-        self._check_write_access(plan)
+        self._check_trusted(plan)
         # Everything is checked again: the plan may have been found long ago.
         found = self._load(plan.key)
         try:
@@ -151,7 +153,7 @@ class EngineStore:
 
     def verify(self) -> list[tuple[Entry, str | None]]:
         """List every entry with what is wrong with it, or None for a sound plan. Reads every plan once."""
-        checked = [(entry, _fault(entry)) for entry in self.entries()]
+        checked = [(entry, _fault(entry) or self._why_not_trusted(entry.folder)) for entry in self.entries()]
         # A plan may have been pruned while the others were read.
         return [(entry, fault) for entry, fault in checked if fault is None or os.path.lexists(entry.folder)]
 
@@ -182,10 +184,12 @@ class EngineStore:
         cannot be removed then is logged as a warning.
 
         Raises:
-            StoreError: the store cannot be written, or the wait was too long.
+            StoreError: the store cannot be written, every user may write to it, or the wait was too long.
             Anything that `make` raises.
         """
         folder = self._folder(key)
+        if reason := self._why_not_trusted(folder):
+            raise StoreError(f"engine store {self.root}: {reason}.")
         found = self._sound(key)
         if found is not None:
             # Clean up after a process that was killed at the very end; the plan is there whether this works or not.
@@ -420,19 +424,20 @@ class EngineStore:
     def _command(self, key: PlanKey) -> str:
         return f"`magicface-rt build BUNDLE --flavour {key.flavour} --store {shlex.quote(str(self.root))}`"
 
-    def _check_write_access(self, plan: Plan) -> None:
-        """Raise PlanError if every user of this machine may replace a plan."""
-        found = None
-        with contextlib.suppress(OSError):  # what is missing is reported by what reads it
-            found = anyone_may_write(plan.path, self.root)
-        if found is not None:
-            place, mode = found
-            withdraw = f"chmod o-w {shlex.quote(str(place))}"
-            raise PlanError(
-                f"plan {plan.folder}: every user may write to {place} (mode {mode}), expected trusted ones only, "
-                f"because a plan is native code. Withdraw that (`{withdraw}`), and unless you know that nobody else "
-                f"wrote the plan, delete it and build it again: {self._command(plan.key)}"
-            )
+    def _why_not_trusted(self, folder: Path) -> str | None:
+        """Return why a plan's folder, or what will be there, is not trusted, and what to do; None if it is."""
+        if (found := anyone_may_write(folder / PLAN, self.root)) is None:
+            return None
+        place, mode = found
+        return (
+            f"every user may write to {place} (mode {mode}), expected trusted ones only: a plan is native code. "
+            f"Withdraw that (`chmod o-w {shlex.quote(str(place))}`) and delete the plans that others may have "
+            "written, or name a folder of your own with --store DIR"
+        )
+
+    def _check_trusted(self, plan: Plan) -> None:
+        if reason := self._why_not_trusted(plan.folder):
+            raise PlanError(f"plan {plan.folder}: {reason}, and build it there: {self._command(plan.key)}")
 
     def _gone(self, plan: Plan) -> PlanError:
         return PlanError(f"plan {plan.folder}: it was removed from the store. Build it: {self._command(plan.key)}")

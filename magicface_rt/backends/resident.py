@@ -243,7 +243,7 @@ class ResidentBinding(Binding):
         buffers = self._buffers()
         self._drop_stale()
         key = (tuple(shapes.values()), tuple(b.address for b in buffers.values()))
-        captured = self._captured.pop(key, None)
+        captured = self._captured.get(key)
         if captured is None:
             context = self._context(shapes)
             if self._may_capture(context, shapes):
@@ -253,9 +253,9 @@ class ResidentBinding(Binding):
                     self._has_compiled = context.executor
                 context.enqueue(shapes, buffers, self._stream)
                 return
+        self._captured.pop(key, None)
         self._captured[key] = captured  # the most recently used stands last
-        while len(self._captured) > MAX_CAPTURED:
-            self._drop(next(iter(self._captured)))
+        self._drop(list(self._captured)[:-MAX_CAPTURED])
         captured.graph.launch(self.worker_stream.stream)
 
     @property
@@ -265,15 +265,15 @@ class ResidentBinding(Binding):
     def _context(self, shapes: dict[str, Shape]) -> _Context:
         """Return a context that no captured graph has, if possible one that has run with these shapes."""
         if not self._free:
-            self._free.append(self._another())
+            self._make_another()
         return next((context for context in self._free if context.warm == shapes), self._free[0])
 
-    def _another(self) -> _Context:
-        """Make one more context. If that fails, such as for lack of memory, take one from a captured graph, and capture
-        no more.
+    def _make_another(self) -> None:
+        """Make one more context. If that fails, such as for lack of memory, keep a single one, that of a captured
+        graph, and capture no more.
         """
         try:
-            return _Context(self._make())
+            self._free.append(_Context(self._make()))
         except BackendError as error:
             if not self._captured:
                 raise
@@ -283,9 +283,9 @@ class ResidentBinding(Binding):
                 self.contract.name,
                 error,
             )
-            for key in list(self._captured):
-                self._drop(key)
-            return self._free.pop()
+            self._drop(list(self._captured))
+            while len(self._free) > 1:
+                self._free.pop().executor.close()
 
     def _buffers(self) -> dict[str, Buffer]:
         """Return the memory of every tensor, and the scratch under the name ""."""
@@ -325,16 +325,18 @@ class ResidentBinding(Binding):
             return None
         return _Captured(made.graph, tuple(buffers.values()), context)
 
-    def _drop(self, key: _Key) -> None:
-        """Destroy a captured graph; its context is free again."""
-        captured = self._captured.pop(key)
-        captured.graph.destroy()
-        self._free.append(captured.context)
+    def _drop(self, keys: Sequence[_Key]) -> None:
+        """Destroy captured graphs, when they no longer run; their contexts are free again."""
+        if keys:
+            self.worker_stream.wait(self.contract.name)
+        for key in keys:
+            captured = self._captured.pop(key)
+            captured.graph.destroy()
+            self._free.append(captured.context)
 
     def _drop_stale(self) -> None:
         """Destroy the captured graphs that use memory which has moved since."""
-        for key in [k for k, c in self._captured.items() if any(b.freed for b in c.buffers)]:
-            self._drop(key)
+        self._drop([key for key, one in self._captured.items() if any(buffer.freed for buffer in one.buffers)])
 
     # ----------------------------------------------------------------------------------------------------- outputs
 
@@ -366,8 +368,10 @@ class ResidentBinding(Binding):
             return
         super().close()
         self.worker_stream.wait_quietly()
-        for key in list(self._captured):
-            self._drop(key)
+        for captured in self._captured.values():
+            captured.graph.destroy()
+            captured.context.executor.close()
+        self._captured.clear()
         for context in self._free:
             context.executor.close()
         self._free.clear()

@@ -25,16 +25,20 @@ def why_not_private(place: Path, *, folder: bool = True) -> str:
 
 
 def anyone_may_write(path: Path, within: Path) -> tuple[Path, str] | None:
-    """Return what every user of this machine may replace, and its mode: a file, or a folder from `within` down to it.
+    """Return what every user of this machine may replace or add to, and its mode: `path`, or a folder from `within`
+    down to it.
 
-    None if there is nothing of that kind, or a folder that others may not enter comes first.
+    None if there is nothing of that kind as far down as anything is there, or a folder that others may not enter comes
+    first. What is above `within` is not looked at.
     """
     if os.name != "posix":
         return None
     for place in (*reversed([above for above in path.parents if above.is_relative_to(within)]), path):
-        mode = os.stat(place).st_mode
-        # In a folder such as /tmp anybody may add something, but not replace what others have put there.
-        if mode & stat.S_IWOTH and not (stat.S_ISDIR(mode) and mode & stat.S_ISVTX):
+        try:
+            mode = os.stat(place).st_mode
+        except OSError:
+            return None
+        if mode & stat.S_IWOTH:
             return place, f"{stat.S_IMODE(mode):o}"
         if stat.S_ISDIR(mode) and not mode & stat.S_IXOTH:
             return None

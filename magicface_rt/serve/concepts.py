@@ -269,19 +269,26 @@ class FolderConcepts(_Limited):
 
     Another process's concepts are found when they are asked for, and concepts that it has erased are no longer found.
     The folder is created if it is missing, accessible to its owner only. What a killed process was storing there is
-    removed first.
+    removed first, unless `remove_abandoned` is false.
 
     Raises OutputError if the folder cannot be created or written to.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, most: int = 1000, most_bytes: int = 2**33) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        most: int = 1000,
+        most_bytes: int = 2**33,
+        remove_abandoned: bool = True,
+    ) -> None:
         super().__init__(most=most, most_bytes=most_bytes)
         self.folder = Path(folder).absolute()
         self._make_folder()
         if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
             raise OutputError(f"folder of concepts {str(folder)!r} may not be read and written.")
-        # Keys of a person that nobody could erase: whoever was sending them was not told an id.
-        atomic_files.remove_abandoned(self.folder, _is_concept_file)
+        if remove_abandoned:  # keys of a person that nobody could erase: whoever was sending them was not told an id
+            atomic_files.remove_abandoned(self.folder, _is_concept_file)
         self._lock = threading.Lock()
         self._mapped: dict[str, tuple[Stamp, StoredConcept]] = {}
         self._vanished: set[str] = set()
@@ -306,6 +313,7 @@ class FolderConcepts(_Limited):
             self._mapped[id] = (stamp, stored)
         if stamp_of(path) is None:  # erased as it was read, when there was no map to release
             self._let_go({id})
+            del stored  # or the error would hold it
             raise unknown(id)
         return stored
 

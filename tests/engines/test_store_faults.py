@@ -235,18 +235,33 @@ def test_a_plan_that_every_user_may_replace_is_not_read(store: EngineStore, plan
         folder.chmod(0o755)
     mode = place.stat().st_mode & 0o777
     place.chmod(mode | 0o002)
-    with pytest.raises(PlanError, match=rf"every user may write to {re.escape(str(place))} \(mode .*chmod o-w"):
-        store.read(plan)
+    refused = rf"every user may write to {re.escape(str(place))} \(mode .*chmod o-w"
+    for use in (lambda: store.read(plan), lambda: store.get(plan.key)):
+        with pytest.raises(PlanError, match=refused):
+            use()
+    with pytest.raises(StoreError, match=refused):
+        store.build(plan.key, writer(SMALL))
+    ((_, fault),) = store.verify()
+    assert re.search(refused, fault or "")
     place.chmod(mode | 0o020)
     assert store.read(plan) == SMALL, "a group that shares a store is trusted"
-    if place.is_dir():
-        place.chmod(0o1777)
-        assert store.read(plan) == SMALL, "nobody can replace what is in a folder such as /tmp"
+    assert store.verify()[0][1] is None
     if place != store.root:
         place.chmod(0o777)
         store.root.chmod(0o700)
         assert store.read(plan) == SMALL
     store.root.chmod(0o700)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are told in another way")
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_nothing_is_built_into_a_store_to_which_every_user_may_add(store: EngineStore, mode: int) -> None:
+    """A plan is found by its key, so that one that others have added would be taken."""
+    store.root.mkdir()
+    store.root.chmod(mode)
+    with pytest.raises(StoreError, match=r"every user may write to .* or name a folder of your own"):
+        store.build(sample_key(), writer(SMALL))
+    assert list(store.root.iterdir()) == []
 
 
 def test_a_plan_of_another_key_in_the_place_is_refused(store: EngineStore, plan: Plan) -> None:

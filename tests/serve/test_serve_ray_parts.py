@@ -200,7 +200,7 @@ def members(monkeypatch: pytest.MonkeyPatch) -> Members:
 def test_an_erasure_is_done_when_every_replica_has_done_its_part(members: Members, tmp_path: Path) -> None:
     roster = members.roster
     (tmp_path / f"{ID}.concept").write_bytes(b"x")
-    (tmp_path / f".{ID}.concept.part").write_bytes(b"x")
+    (tmp_path / f".{ID}.concept.{'0' * 32}.part").write_bytes(b"x")  # what a killed upload left counts
 
     async def scenario() -> None:
         await roster.register("one", "1")
@@ -244,18 +244,22 @@ def test_the_dead_are_not_waited_for_and_the_silent_are_named(members: Members, 
 @pytest.mark.parametrize("lost", [0, 1], ids=["all is said", "a word is lost"])
 def test_two_erasures_of_the_same_are_done_one_after_the_other(members: Members, lost: int, tmp_path: Path) -> None:
     """Also for a replica that is told of the second one when it has not yet heard that the first is over."""
-    roster, done = members.roster, []
+    roster, done, said = members.roster, [], []
     (tmp_path / f"{ID}.concept").write_bytes(b"x")
 
-    async def do(id: str, key: str) -> None:
-        done.append(key)
-        if len(done) > lost:
-            await roster.done("one", id, key, ReplicaErasure())
+    async def do(id: str) -> ReplicaErasure:
+        done.append(id)
+        return ReplicaErasure(True, len(done), None)
+
+    async def say(id: str, key: str, part: ReplicaErasure) -> None:
+        said.append(key)
+        if len(said) > lost:
+            await roster.done("one", id, key, part)
 
     async def scenario() -> None:
         await roster.register("one", "1")
         both = [asyncio.ensure_future(roster.erase(ID, str(tmp_path), 20)) for _ in range(2)]
-        parts, seen = ErasureParts(do), 0
+        parts, seen = ErasureParts(do, say), 0
         while not all(one.done() for one in both):
             view = await roster.watch("one", seen)
             seen = view.version
@@ -263,9 +267,10 @@ def test_two_erasures_of_the_same_are_done_one_after_the_other(members: Members,
             await asyncio.sleep(0.05)  # it is slow to ask again: the second erasure is there by then
         assert sorted(one.result().files for one in both) == [0, 1]
         assert all(one.result().silent == () for one in both)
+        assert sorted(one.result().parts["one"].stopped for one in both) == [1, 2], "a part that was done is said again"
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
-    assert len(set(done)) == 2
+    assert len(set(said)) == 2
 
 
 def test_what_was_done_for_an_earlier_erasure_is_not_taken_for_a_later_one(members: Members, tmp_path: Path) -> None:

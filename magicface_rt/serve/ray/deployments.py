@@ -154,7 +154,7 @@ class Pictures:
         self._name = context.replica_id.unique_id
         self._session: Session | None = None
         self._service: ReplicaService | None = None
-        self._parts = ErasureParts(self._erase)
+        self._parts = ErasureParts(self._erase, self._erased)
         self._seen = 0
         settings = plan.settings
         self._store = SharedConcepts(plan.concepts, most=settings.concepts, most_bytes=settings.concept_bytes)
@@ -270,15 +270,17 @@ class Pictures:
                 self._service.set_erasing(view.erasing)
             self._parts.begin(view.parts)
 
-    async def _erase(self, id: str, key: str) -> None:
+    async def _erase(self, id: str) -> ReplicaErasure:
         """Do this replica's part of an erasure. A replica that is still starting has nothing in memory."""
-        part = ReplicaErasure()
-        if self._service is not None:
-            try:
-                part = await self._service.erase_here(id)
-            except Exception as error:
-                logger.exception("an erasure failed")
-                part = ReplicaErasure(True, 0, f"{type(error).__name__}")
+        if self._service is None:
+            return ReplicaErasure()
+        try:
+            return await self._service.erase_here(id)
+        except Exception as error:
+            logger.exception("an erasure failed")
+            return ReplicaErasure(True, 0, f"{type(error).__name__}")
+
+    async def _erased(self, id: str, key: str, part: ReplicaErasure) -> None:
         with contextlib.suppress(RayError):
             await self._roster.actor.done.remote(self._name, id, key, part)
 

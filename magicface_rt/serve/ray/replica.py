@@ -116,20 +116,34 @@ class ReplicaService(LocalService):
 
 
 class ErasureParts:
-    """A replica's parts of erasures. `do` does the part of one, given the id and the key of the erasure."""
+    """A replica's parts of erasures: each is done once, and said until the roster has heard it.
 
-    def __init__(self, do: Callable[[str, str], Coroutine[Any, Any, None]]) -> None:
-        self._do = do
-        self._running: dict[str, asyncio.Task[None]] = {}
+    do   does the part of one, given the concept's id
+    say  tells the roster, given the id, the key of the erasure, and what was done
+    """
+
+    def __init__(
+        self,
+        do: Callable[[str], Coroutine[Any, Any, ReplicaErasure]],
+        say: Callable[[str, str, ReplicaErasure], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._do, self._say = do, say
+        self._done: dict[str, asyncio.Task[ReplicaErasure]] = {}
+        self._said: dict[str, asyncio.Task[None]] = {}
 
     def begin(self, parts: Mapping[str, str]) -> None:
-        """Begin the parts that are waited for, keys by id, if they do not run. One that has ended and is still waited
-        for is done again: what was said of it got lost.
-        """
-        self._running = {key: task for key, task in self._running.items() if not task.done()}
+        """Do the parts that the roster waits for, keys by id. Returns at once."""
+        waited_for = set(parts.values())
+        self._done = {key: task for key, task in self._done.items() if key in waited_for or not task.done()}
+        self._said = {key: task for key, task in self._said.items() if not task.done()}
         for id, key in parts.items():
-            if key not in self._running:
-                self._running[key] = asyncio.ensure_future(self._do(id, key))
+            if key not in self._said:
+                self._said[key] = asyncio.ensure_future(self._do_and_say(id, key))
+
+    async def _do_and_say(self, id: str, key: str) -> None:
+        if key not in self._done:
+            self._done[key] = asyncio.ensure_future(self._do(id))
+        await self._say(id, key, await self._done[key])
 
 
 async def said(start: Callable[[Listener], Coroutine[Any, Any, Any]], counts: Counts) -> AsyncGenerator[Any, None]:

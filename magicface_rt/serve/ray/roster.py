@@ -197,7 +197,7 @@ def _remove(folder: str, id: str) -> tuple[int, str | None]:
     """Remove a concept's files. Returns how many were removed, and where one is left, in words, or None."""
     files = 0
     try:
-        store = FolderConcepts(folder)
+        store = FolderConcepts(folder, remove_abandoned=False)
         with contextlib.suppress(UnknownConceptError):
             files = store.erase(id)
         return files, store.left(id)
