@@ -148,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _request(job: Path | None, steps: int | None) -> tuple[str, Sequence[Concept], Options]:
     if job is None:
-        return PROMPT, drawn_concepts(2, 0.3), Options(steps=steps or 20)
+        return PROMPT, drawn_concepts(2, 0.3), Options(steps=20 if steps is None else steps)
     found = load_job(job)
-    return found.prompt, found.concepts, replace(found.options, steps=steps or found.options.steps)
+    return found.prompt, found.concepts, replace(found.options, steps=found.options.steps if steps is None else steps)
 
 
 def _switch(word: str) -> bool:

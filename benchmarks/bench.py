@@ -155,6 +155,7 @@ class _Bench:
                 entrant.close()
         return CaseResult(
             bundle=str(self.path),
+            bundle_hash=self.bundle.hash,
             height=self.bundle.height,
             width=self.bundle.width,
             dtype=self.bundle.dtype,

@@ -138,6 +138,7 @@ class CaseResult:
 
     foreign_load: the part of the processors' time that other processes took meanwhile; None if it is not known.
     started, commit: of the run that measured it, as a report may be made in several.
+    bundle, bundle_hash: the bundle's folder, and its content.
     """
 
     bundle: str
@@ -151,6 +152,7 @@ class CaseResult:
     notes: tuple[str, ...] = ()
     started: str = ""
     commit: str | None = None
+    bundle_hash: str = ""
 
     def outcome(self, kind: str) -> Outcome | None:
         """The first measured outcome of a kind."""
@@ -159,6 +161,7 @@ class CaseResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "bundle": self.bundle,
+            "bundle_hash": self.bundle_hash,
             "height": self.height,
             "width": self.width,
             "dtype": self.dtype,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from magicface_rt.bundle import Bundle
 from magicface_rt.errors import InputError
 from magicface_rt.values.shown import shown
 
@@ -20,13 +21,16 @@ MAY_DIFFER = ("bundles", "checkpoint", "concepts", "mask_shares", "images", "ste
 
 
 class Earlier:
-    """The cases of a report, without those in which a contender failed, which are measured again.
+    """The cases of a report, without those in which a contender failed or made a wrong picture, and those of a bundle
+    that is another one by now: they are measured again.
+
+    bundles  what is in the folders of bundles now, as far as it is known
 
     Raises InputError: the file is no report, is of an older format, or was measured on another machine or with other
     packages or settings, so its figures could not be compared with new ones.
     """
 
-    def __init__(self, file: Path, settings: Settings) -> None:
+    def __init__(self, file: Path, settings: Settings, bundles: Mapping[str, Bundle] | None = None) -> None:
         content = read_report(file)
         wrong = problems(content)
         if wrong:
@@ -40,7 +44,9 @@ class Earlier:
         for name, value in settings.to_json().items():
             if name not in MAY_DIFFER:
                 _same(file, f"settings.{name}", content["settings"].get(name), value)
-        self.cases: tuple[Mapping[str, Any], ...] = tuple(filter(_whole, content["cases"]))
+        self.cases: tuple[Mapping[str, Any], ...] = tuple(
+            case for case in content["cases"] if _whole(case) and _of_now(case, bundles or {})
+        )
         self.peaks: Mapping[str, Any] = content["peaks"]
 
     def has(self, bundle: str, case: Case) -> bool:
@@ -54,7 +60,15 @@ def _identity(case: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _whole(case: Mapping[str, Any]) -> bool:
-    return all(outcome["status"] != "failed" for outcome in case["outcomes"])
+    return all(outcome["status"] not in ("failed", "wrong picture") for outcome in case["outcomes"])
+
+
+def _of_now(case: Mapping[str, Any], bundles: Mapping[str, Bundle]) -> bool:
+    """Whether a case was measured with the bundle that is in its folder now. Earlier reports have no hashes."""
+    if (bundle := bundles.get(case["bundle"])) is None:
+        return True
+    form = (bundle.dtype, bundle.height, bundle.width)
+    return (case["dtype"], case["height"], case["width"]) == form and case.get("bundle_hash", "") in ("", bundle.hash)
 
 
 def _same(file: Path, name: str, found: Any, expected: Any) -> None:

@@ -146,8 +146,8 @@ class Ablation:
     ) -> None:
         self.checkpoint, self.prompt, self.options = checkpoint, prompt, options
         self.unet = checkpoint.load_unet(torch.float32)
-        side = size or 8 * int(checkpoint.configs["unet"].get("sample_size", 64))
-        if side % 64:
+        side = 8 * int(checkpoint.configs["unet"].get("sample_size", 64)) if size is None else size
+        if side <= 0 or side % 64:
             raise InputError(f"size is {side}, expected a multiple of 64.")
         # SD's VAE halves three times, as the latents' 8 pixels a side say.
         self.form = Form(side, side, 8, torch.float32, checkpoint.text_width)

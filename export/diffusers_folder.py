@@ -153,9 +153,12 @@ class FolderCheckpoint(Checkpoint):
         file = self.path / "tokenizer" / "tokenizer_config.json"
         stored = read_config(file).get("model_max_length", TOKENS) if file.is_file() else TOKENS
         # Where there is no limit, transformers writes 1e30, as a whole number.
-        if isinstance(stored, bool) or not isinstance(stored, (int, float)) or not stored >= 3:
-            raise CheckpointError(f"tokenizer file {file}: model_max_length is no number from 3")
-        return int(min(stored, TOKENS))
+        if isinstance(stored, bool) or not isinstance(stored, (int, float)) or not stored >= TOKENS:
+            raise CheckpointError(
+                f"tokenizer file {file}: model_max_length is {shown(stored)}, expected a number from {TOKENS}: the "
+                "graphs take prompts of that many tokens."
+            )
+        return TOKENS
 
 
 def find_weights(folder: Path, stem: str) -> tuple[Path, ...]:

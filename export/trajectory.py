@@ -82,7 +82,8 @@ class TrajectoryReport:
 def compare_trajectory(
     bundle: Bundle, backend: Backend, reference: MagicFaceReference, checkpoint: Checkpoint, steps: int
 ) -> list[Any]:
-    """Compare two requests with two concepts: a usual one over `steps` steps, and a short one with other settings.
+    """Compare two requests with two concepts, or with one if the bundle takes no more: a usual one over `steps` steps,
+    and a short one with other settings.
 
     A 16-bit bundle is judged graph by graph, where its yardstick is measured; here its distances from PyTorch are only
     reported. Whether a Session drives the graphs correctly is judged for every bundle.
@@ -104,7 +105,8 @@ def compare_trajectory(
 def _compare_request(
     name: str, session: Session, reference: MagicFaceReference, checkpoint: Checkpoint, options: Options
 ) -> list[Any]:
-    bundle, concepts = session.bundle, drawn_concepts()
+    bundle = session.bundle
+    concepts = drawn_concepts()[: min(bundle.limits.concepts, bundle.limits.references)]
     recording, final = record(name, session, concepts, options, reference)
     runner = BundleStepRunner(
         recording, bundle, session.backend, weight_mode=options.weight_mode, runner=session.runner

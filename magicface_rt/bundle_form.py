@@ -87,7 +87,7 @@ def _check_tokenizer(tokenizer: Mapping[str, Any]) -> None:
     if tokenizer:  # a bundle of a U-Net alone has none
         _text(tokenizer["file"], "tokenizer.file")
         _whole(tokenizer["pad_token_id"], "tokenizer.pad_token_id", 0, 2**31)
-        _whole(tokenizer["max_length"], "tokenizer.max_length", 3, TOKENS)
+        _whole(tokenizer["max_length"], "tokenizer.max_length", TOKENS, TOKENS)
 
 
 def _check_graph(name: str, graph: Any) -> None:

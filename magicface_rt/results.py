@@ -210,8 +210,10 @@ class Result:
 
     def _picture_provenance(self, index: int) -> dict[str, Any]:
         concepts = [
-            {**settings, "reference_prompts": [reference.prompt for reference in concept.references]}
-            for settings, concept in zip(self._concept_settings(), self.concepts, strict=True)
+            {**settings, "reference_prompts": [reference.prompt for reference in concept.references], **_storage(rows)}
+            for settings, concept, rows in zip(
+                self._concept_settings(), self.concepts, self.references or (), strict=True
+            )
         ]
         return {**self._settings(), "concepts": concepts, "image_index": index}
 
@@ -289,6 +291,12 @@ def _why_no_result(folder: Path, plain: Mapping[str, bool]) -> str:
 def _first(names: Iterable[str]) -> str:
     first, *more = sorted(names)
     return f"{first!r} and {len(more)} more" if more else repr(first)
+
+
+def _storage(references: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a picture says of how the keys of a concept's references were stored; nothing where they are exact."""
+    found = {row.get("storage", "exact") for row in references} - {"exact"}
+    return {"storage": found.pop()} if found else {}
 
 
 def _pictures(kind: str, count: int) -> list[str]:

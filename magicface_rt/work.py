@@ -18,7 +18,7 @@ from .encoding import encode_text
 from .errors import NonFiniteError
 from .images import pixels_to_images
 from .kept import KeptConcept
-from .kept.feed import KeyFeed
+from .kept.feed import KeyFeed, Source, StoredKeys
 from .kept.keeper import Keeper
 from .reference_sources import ReferenceResolver, ReferenceSources
 from .regions import Stage
@@ -82,7 +82,15 @@ class Work:
                 resolver.check_plan()
             with self.progress.timed("text_encoding"):
                 text = self._encode_prompts()
-            latents, regions = self._denoise_batches(_Inputs(text, resolver.resolve(in_use)))
+            sources = resolver.resolve(in_use)
+            latents, regions = self._denoise_batches(_Inputs(text, sources))
+            described_by_request = [
+                [
+                    _with_storage(described[id(concept)], of_concept)
+                    for concept, of_concept in zip(request.concepts, of_request, strict=True)
+                ]
+                for request, of_request in zip(self.requests, sources.by_request, strict=True)
+            ]
         self._check_not_modified()
         with self.progress.timed("decoding"):
             pictures = [[self._decode(one[None]) for one in found] for found in latents]
@@ -101,7 +109,7 @@ class Work:
                 backend=backend,
                 provenance=provenance,
                 regions_per_step=self._regions_per_step(number),
-                references=[described[id(concept)] for concept in request.concepts],
+                references=described_by_request[number],
             )
             for number, request in enumerate(self.requests)
         ]
@@ -265,3 +273,17 @@ class Work:
         for concept in (c for request in self.requests for c in request.concepts):
             if isinstance(concept, KeptConcept):
                 concept.check_not_modified()
+
+
+def _with_storage(described: Sequence[dict[str, Any]], sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Add the storage of their keys to what run.json says of a concept's references, where it changes the picture: a
+    Session with `keep` and 8-bit storage prepares a bare concept like one that was kept.
+    """
+    if not sources:  # weight 0
+        return list(described)
+    return [
+        {**one, "storage": source.kept.storage}
+        if isinstance(source, StoredKeys) and source.kept.storage != "exact"
+        else one
+        for one, source in zip(described, sources, strict=True)
+    ]

@@ -232,12 +232,19 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(self.code, module.__dict__)
 
 
+def module_name(path: Path) -> str:
+    """Return the name under which tests import a module of the repository."""
+    parts = path.with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(("magicface_rt", *parts) if parts[0] in ("export", "engines") else parts)
+
+
 class Trials:
     """Runs the tests of a module on its mutants, one after the other. `folder`: for what tests make once and share."""
 
     def __init__(self, path: Path, tests: Sequence[str], folder: Path) -> None:
         self.path = path
-        self.name = ".".join(path.with_suffix("").parts)
+        self.name = module_name(path)
         self.tests = list(tests)
         self.folder = folder
         self.seconds = 600
@@ -324,6 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if trials.survives(mutant):
                 survivors += 1
                 print(f"{chosen.module}:{mutant}", flush=True)
+    if not tried:
+        parser.error(f"{chosen.module} has nothing to change on lines {chosen.lines}")
     print(f"{chosen.module}: {tried} mutants, {tried - survivors} killed, {survivors} survived")
     return 1 if survivors else 0
 

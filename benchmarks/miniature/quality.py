@@ -29,7 +29,8 @@ from torch import Tensor
 from magicface_rt import Bundle, MagicFaceError, Session
 from magicface_rt.errors import OptionError, OutputError
 from magicface_rt.export.checkpoint import Checkpoint
-from magicface_rt.export.exporter import ExportOptions, export_bundle
+from magicface_rt.export.exporter import ExportOptions, export_bundle, exporter_versions
+from magicface_rt.export.made_from import why_not_made_from
 from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from .fidelity import Score, region_iou, score
@@ -71,7 +72,7 @@ def open_model(source: Path, out: Path, dtypes: Sequence[str], say: Callable[[st
 
     Raises:
         BundleError, CheckpointError: `source` cannot be read as either, or shipped weights were changed.
-        OutputError: `out` holds bundles of another checkpoint.
+        OutputError: `out` holds bundles of another checkpoint or exporter.
     """
     if (source / "bundle.json").is_file():
         bundle = Bundle.open(source)
@@ -84,8 +85,10 @@ def open_model(source: Path, out: Path, dtypes: Sequence[str], say: Callable[[st
             say(f"{place}: exporting")
             export_bundle(checkpoint, place, ExportOptions(dtype=dtype, images=TOGETHER))
         bundles[dtype] = Bundle.open(place)
-        if bundles[dtype].checkpoint_hash != digest:
-            raise OutputError(f"output folder {out}: {place.name} is of another checkpoint. Choose another folder.")
+        if reason := why_not_made_from(bundles[dtype], checkpoint, digest):
+            raise OutputError(f"output folder {out}: {reason}. Choose another folder.")
+        if bundles[dtype].exporter != exporter_versions():
+            raise OutputError(f"output folder {out}: {place.name} is of another exporter. Choose another folder.")
     about = source / "training.json"
     return Model(bundles, checkpoint, json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {})
 

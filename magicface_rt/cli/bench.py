@@ -104,7 +104,8 @@ def bench(
         )
         write = benchmark_module("output").write
         _check_before_hours(out, bundle, checkpoint)
-        earlier = benchmark_module("resuming").Earlier(out / "bench.json", settings) if resume else None
+        bundles = {str(path): Bundle.open(path, check_hashes=False) for path in bundle}
+        earlier = benchmark_module("resuming").Earlier(out / "bench.json", settings, bundles) if resume else None
         run = benchmark_module("bench").run
         report = run(settings, verb.note, lambda so_far: write(so_far, out, plots=False), earlier)
         made = write(report, out, plots=plots)
@@ -128,13 +129,11 @@ def _check_before_hours(out: Path, bundles: list[Path], checkpoint: Path | None)
     """
     opened = [Bundle.open(path, check_hashes=False) for path in bundles]
     if checkpoint is not None:
-        found = export_module("checkpoint").Checkpoint.open(checkpoint).content_hash()
+        source = export_module("checkpoint").Checkpoint.open(checkpoint)
+        found = source.content_hash()
         for bundle in opened:
-            if bundle.checkpoint_hash != found:
-                raise InputError(
-                    f"bundle {bundle.path} was exported from a checkpoint with hash {bundle.checkpoint_hash[:16]}..., "
-                    f"and {checkpoint} has {found[:16]}...: their pictures differ. Name the one that it was made from."
-                )
+            if reason := export_module("made_from").why_not_made_from(bundle, source, found):
+                raise InputError(f"{reason}: their pictures differ. Name the one that it was made from.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

@@ -118,7 +118,7 @@ def _bundle(verb: Command, checkpoint: Any, folder: Path) -> Bundle:
     try:
         bundle = Bundle.open(folder)
         same_exporter = bundle.exporter == export_module("exporter").exporter_versions()
-        if same_exporter and bundle.checkpoint_hash == checkpoint.content_hash():
+        if same_exporter and export_module("made_from").why_not_made_from(bundle, checkpoint) is None:
             verb.note(f"bundle: using {folder} again")
             return bundle
     except BundleError:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import capacity as command
+from benchmarks import resuming
 from benchmarks.bootstrap import figures
 from benchmarks.fleet import Assumptions, Machines, capacity, totals
 from benchmarks.machine import describe
 from benchmarks.results import CaseResult, Counts, Outcome, Report, Requests
-from benchmarks.settings import Case, Contender
+from benchmarks.schema import problems
+from benchmarks.settings import Case, Contender, Settings
 from magicface_rt.errors import InputError
 
 GB = 10**9
@@ -49,6 +52,34 @@ def report(*outcomes: Outcome, cases: tuple[CaseResult, ...] = (), **machine: An
 def case_of(case: Case, *outcomes: Outcome, **changes: Any) -> CaseResult:
     one = CaseResult("bundles/tiny", 64, 64, "float32", case, outcomes, (), 0.01)
     return replace(one, **changes)
+
+
+@pytest.mark.parametrize(
+    ("status", "changed", "again"),
+    [
+        ("measured", {}, False),
+        ("wrong picture", {}, True),
+        ("failed", {}, True),
+        ("measured", {"hash": "other"}, True),
+        ("measured", {"dtype": "float16"}, True),
+        ("measured", {"height": 128}, True),
+    ],
+)
+def test_what_cannot_stand_is_measured_again_by_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, changed: dict[str, Any], again: bool
+) -> None:
+    monkeypatch.setattr(resuming, "describe", lambda: machine)
+    settings = Settings(bundles=("bundles/tiny",), kinds=("kept",))
+    machine = describe()
+    case = case_of(CASE, outcome(status=status), bundle_hash="mine")
+    content = report(cases=(case,), **{name: machine[name] for name in resuming.SAME_MACHINE})
+    content["settings"] = settings.to_json()
+    assert problems(content) == []
+    (tmp_path / "bench.json").write_text(json.dumps(content))
+    now: Any = SimpleNamespace(**{"hash": "mine", "dtype": "float32", "height": 64, "width": 64, **changed})
+    earlier = resuming.Earlier(tmp_path / "bench.json", settings, {"bundles/tiny": now})
+    assert earlier.has("bundles/tiny", CASE) == (not again)
+    assert len(earlier.cases) == (not again)
 
 
 def requests(**stages: float) -> Requests:

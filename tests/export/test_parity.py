@@ -143,6 +143,43 @@ def test_a_bundle_of_another_checkpoint_is_refused(tiny_bundle: Path, tmp_path: 
         verify_bundle(tiny_bundle, tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}, r"beta_end 0\.012, and .* has 0\.02 by now"),
+        ("scheduler/scheduler_config.json", {"steps_offset": 0}, "steps_offset 1, and .* has 0 by now"),
+        ("tokenizer/special_tokens_map.json", {"pad_token": "!"}, "pad_token_id"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "!"}, "pad_token_id"),
+        ("tokenizer/tokenizer.json", {"normalizer": {"type": "NFC"}}, "another tokenizer"),
+    ],
+)
+def test_a_checkpoint_whose_text_files_decide_other_pictures_by_now_is_refused(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, file: str, change: dict, named: str
+) -> None:
+    """Its weights are the same, and both sides of the comparison would take the bundle's schedule and tokens."""
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    if file == "tokenizer/tokenizer_config.json":
+        (checkpoint / "tokenizer" / "special_tokens_map.json").unlink()
+    content = json.loads((checkpoint / file).read_text())
+    assert content | change != content
+    (checkpoint / file).write_text(json.dumps(content | change))
+    with pytest.raises(ParityError, match=f"was exported with {named}.*export it again"):
+        verify_bundle(tiny_bundle, checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["concepts", "references"])
+def test_a_bundle_that_takes_one_concept_is_verified_with_one(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, limit: str
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["limits"][limit] = 1
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    verdict = verify_bundle(bundle, tiny_checkpoint, steps=2)
+    assert verdict.passed, "\n".join(verdict.summary())
+
+
 def test_a_failed_export_leaves_nothing_behind(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +307,10 @@ def test_bfloat16_holds_parity_in_float32_arithmetic(tiny_checkpoint: Path, tmp_
         assert "float32 arithmetic" in parity["note"]
     with pytest.raises(BackendError, match="bf16"):
         OnnxRuntime("cpu").load(bundle, "vae_decoder")
+    verdict = verify_bundle(tmp_path / "bundle", tiny_checkpoint, backend="onnxruntime-cpu", steps=1)
+    assert verdict.passed
+    assert len(verdict.reports) == 6
+    assert "not made: onnxruntime-cpu has no bfloat16 kernels" in "\n".join(verdict.summary())
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["in a folder", "among temporary files"])

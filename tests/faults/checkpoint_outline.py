@@ -102,7 +102,7 @@ def opened(folder: Path) -> Checkpoint | None:
         assert checkpoint.schedule.timesteps(1).shape == (1,)
         assert checkpoint.text_width > 0
         assert checkpoint.vae_scaling_factor > 0
-        assert 3 <= checkpoint.max_length <= 77
+        assert checkpoint.max_length == 77
         assert checkpoint.pad_token_id >= 0
         assert len(checkpoint.content_hash()) == 64
         assert is_sound(checkpoint)

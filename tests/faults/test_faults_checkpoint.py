@@ -146,6 +146,11 @@ SPOILED: dict[str, tuple[str, Any, str]] = {
     ),
     "a length that is null": ("tokenizer/tokenizer_config.json", {"model_max_length": None}, "model_max_length"),
     "a length that is text": ("tokenizer/tokenizer_config.json", {"model_max_length": "77"}, "model_max_length"),
+    "a length that the graphs do not take": (
+        "tokenizer/tokenizer_config.json",
+        {"model_max_length": 76},
+        "model_max_length is 76, expected a number from 77",
+    ),
     "a length below 0": ("tokenizer/tokenizer_config.json", {"model_max_length": -1}, "model_max_length"),
     "no UTF-8": ("tokenizer/tokenizer.json", b"\xff\xfe", r"tokenizer\.json: cannot be read as UTF-8"),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from locations import ROOT
 
-from tools.mutate import mutants
+from tools.mutate import module_name, mutants
 
 MODULE = """\
 LIMIT = 3
@@ -25,6 +25,17 @@ mutate.UNCHANGING = ("hypothesis", "pytest")
 sys.path.insert(0, ".")
 raise SystemExit(mutate.main(["small.py", "--tests", "test_small.py", *sys.argv[1:]]))
 """
+
+
+def test_a_module_has_the_name_under_which_tests_import_it() -> None:
+    for path, name in {
+        "magicface_rt/schedule.py": "magicface_rt.schedule",
+        "magicface_rt/kept/__init__.py": "magicface_rt.kept",
+        "export/replay.py": "magicface_rt.export.replay",
+        "engines/__init__.py": "magicface_rt.engines",
+        "benchmarks/table.py": "benchmarks.table",
+    }.items():
+        assert module_name(Path(path)) == name
 
 
 def mutated(folder: Path, test: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -532,6 +532,23 @@ def test_every_mode_makes_the_same_picture_and_stays_under_its_plan(
         assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+@pytest.mark.parametrize("storage", ["exact", "8-bit"])
+def test_storage_that_changes_a_picture_is_said_of_it(bundle: Bundle, memory: str, storage: str) -> None:
+    """Else nobody could make it again from its run.json, or from the picture."""
+    with Session(bundle, backend=Drawn(), memory=memory, storage=storage, keep="1GiB") as session:
+        hat = session.prepare(HAT, steps=STEPS, storage="8-bit")
+        for _ in range(2):  # prepared, and found in the store
+            made = session.generate(PROMPT, [MAN, hat], steps=STEPS)
+            man, kept = made.to_dict()["concepts"]
+            changed = storage == "8-bit" and memory == "keep"
+            assert man["references"][0].get("storage") == ("8-bit" if changed else None)
+            assert kept["references"][0]["storage"] == "8-bit"
+            man, kept = made._picture_provenance(0)["concepts"]
+            assert man.get("storage") == ("8-bit" if changed else None)
+            assert kept["storage"] == "8-bit"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory as Linux tells it")
 @pytest.mark.parametrize("memory", ["keep", "stream", "recompute"])
