@@ -233,6 +233,9 @@ class _Build:
         if self.monitor is not None:
             config.progress_monitor = self.monitor
         _switch(config, trt.BuilderFlag.TF32, options.tf32)
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            # Else a context may allocate as it runs, which a capture does not allow and no plan of memory knows of.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.flavour.builds_without_gpu:
             capabilities = self.key.compute_capabilities
             config.num_compute_capabilities = len(capabilities)
@@ -240,7 +243,13 @@ class _Build:
                 config.set_compute_capability(_capability(trt, capability), i)
         else:
             if options.hardware_compatibility != "none":
-                level = getattr(trt.HardwareCompatibilityLevel, _COMPATIBILITY[options.hardware_compatibility])
+                level = getattr(trt.HardwareCompatibilityLevel, _COMPATIBILITY[options.hardware_compatibility], None)
+                if level is None:
+                    raise BuildError(
+                        f"graph {self.graph}: {self.flavour.name} {self.flavour.version} cannot build for hardware "
+                        f"compatibility {options.hardware_compatibility}, which target {self.target.name} asks for. "
+                        "Install a newer one."
+                    )
                 config.hardware_compatibility_level = level
             timing_cache.load(root, self.flavour, self.device, config)
         self._add_profile(config)

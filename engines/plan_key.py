@@ -13,7 +13,7 @@ from magicface_rt.errors import PlanError
 from magicface_rt.store_folders import FLAVOURS
 from magicface_rt.values.shown import shown
 
-SCHEMA = 1
+SCHEMA = 2
 """Incremented when plans of an earlier release of this package must not be used even if every other field agrees."""
 
 Shape = tuple[int, ...]

@@ -39,11 +39,6 @@ _CURES = {
     "tensorrt": "`pip uninstall onnxruntime; pip install 'magicface_rt[gpu]' tensorrt`",
     "nv-tensorrt-rtx": "`pip install onnxruntime-ep-nv-tensorrt-rtx-cu13`",
 }
-_CUDA_GRAPH_OPTION = {
-    "cuda": "enable_cuda_graph",
-    "tensorrt": "trt_cuda_graph_enable",
-    "nv-tensorrt-rtx": "enable_cuda_graph",
-}
 _FLAVOUR = {"tensorrt": "tensorrt", "nv-tensorrt-rtx": "tensorrt-rtx"}
 _PROFILE_OPTION = {"tensorrt": "trt_profile_{}_shapes", "nv-tensorrt-rtx": "nv_profile_{}_shapes"}
 _RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
@@ -102,6 +97,9 @@ class OnnxRuntime(Backend):
                  compiles for; None for that of this GPU
     cache        a folder where a compiling provider may keep what it compiled, None for nowhere
 
+    Only "cuda" captures CUDA graphs. The compiling providers keep a single one for all shapes and addresses (TensorRT's
+    replays it whatever number a run has), and our loop alternates between two sets of addresses.
+
     With CUDA graphs, all that touches the device is done in one thread of this backend, whichever thread calls: ONNX
     Runtime then does not allow `Run` from several threads and keeps graphs by thread, and what other threads allocate
     or copy spoils a capture. So workers wait for each other's runs; without CUDA graphs they do not.
@@ -137,7 +135,7 @@ class OnnxRuntime(Backend):
         self.name = f"onnxruntime-{provider}"
         self._threads = threads
         self._ordinal = device
-        self._cuda_graphs = cuda_graphs and provider != "cpu"
+        self._cuda_graphs = cuda_graphs and provider == "cuda"
         self._fused = fused
         self._target = target
         self._cache = cache
@@ -145,7 +143,7 @@ class OnnxRuntime(Backend):
         self._plugin_devices: list[Any] = []
         self._placement_missed = False
         if provider != "cpu":
-            _preload_libraries(self._ort)
+            _preload_libraries(self._ort, tensorrt=provider == "tensorrt")
         available = self._ort.get_available_providers()
         if _ALL[provider] not in available:
             if provider == "nv-tensorrt-rtx":
@@ -269,7 +267,7 @@ class OnnxRuntime(Backend):
             return {}
         settings = {} if self._plugin_devices else {"device_id": str(self._ordinal)}
         if captures:
-            settings[_CUDA_GRAPH_OPTION[self.provider]] = "1"
+            settings["enable_cuda_graph"] = "1"
         if self.provider == "cuda":
             settings |= _CUDA_PRECISION
         folder = self._cache_folder(cache_name)
@@ -338,7 +336,7 @@ class OnnxRuntime(Backend):
         except (ImportError, OSError) as error:
             reraise_if_interrupt(error)
             return []
-        name = plugin.get_ep_name()
+        name = _ALL["nv-tensorrt-rtx"]  # a library's providers have the name under which it is registered
         with registering():
             if not any(d.ep_name == name for d in self._ort.get_ep_devices()):
                 try:
@@ -425,8 +423,16 @@ class DeviceRunner(GraphRunner):
             self._invoke(held.clear)  # frees device memory, and destroys the captured graphs
 
 
-def _preload_libraries(ort: Any) -> None:
-    """Load CUDA and cuDNN from NVIDIA's wheels, where the system's loader does not look. Never raises."""
+def _preload_libraries(ort: Any, *, tensorrt: bool) -> None:
+    """Load CUDA, cuDNN and perhaps TensorRT from NVIDIA's wheels, where the system's loader does not look. Never raises
+    anything of theirs.
+    """
+    if tensorrt:
+        try:
+            importlib.import_module("tensorrt")  # which loads libnvinfer; onnxruntime only knows of the others
+        except (ImportError, OSError) as error:
+            reraise_if_interrupt(error)
+            logger.info("tensorrt is not loaded from a wheel: %s", first_line(error))
     preload, said = getattr(ort, "preload_dlls", None), io.StringIO()
     if preload is None:
         return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -86,8 +87,9 @@ class OrtBinding(Binding):
         self._invoke(self._upload, tensor, array)
 
     def _upload(self, tensor: Tensor, array: NDArray[Any]) -> None:
-        value = self._value(tensor, array.shape)
-        value.update_inplace(np.ascontiguousarray(array.view(host_dtype(tensor.dtype))))
+        value, content = self._value(tensor, array.shape), np.ascontiguousarray(array.view(host_dtype(tensor.dtype)))
+        with self._copying(tensor):
+            value.update_inplace(content)
 
     def _execute(self, shapes: Mapping[str, Shape]) -> None:
         self._invoke(self._bind_and_run, shapes)
@@ -176,7 +178,8 @@ class OrtBinding(Binding):
     def _download(self, tensor: Tensor) -> NDArray[Any]:
         value = self._values[tensor.name]
         if tensor.dtype != BFLOAT16:
-            return np.array(value.numpy())
+            with self._copying(tensor):
+                return np.array(value.numpy())
         bits = np.empty(tuple(value.shape()), np.uint16)
         if self._device[0] == "cpu":
             ctypes.memmove(bits.ctypes.data, value.data_ptr(), bits.nbytes)
@@ -185,6 +188,18 @@ class OrtBinding(Binding):
         kind = device.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         device.call("cudaMemcpy", bits.ctypes.data, value.data_ptr(), bits.nbytes, kind)
         return bits
+
+    @contextmanager
+    def _copying(self, tensor: Tensor) -> Iterator[None]:
+        """Turn what onnxruntime raises as it copies a tensor to or from the device into a BackendError."""
+        try:
+            yield
+        except Exception as error:
+            reraise_if_interrupt(error)
+            raise BackendError(
+                f"graph {self.contract.name}: {tensor.name} could not be copied to or from {self._device[0]} "
+                f"{self._device[1]}: {first_line(error)}"
+            ) from error
 
     def _can_link(self, source: Binding) -> bool:
         return isinstance(source, OrtBinding) and source._device == self._device

@@ -15,7 +15,7 @@ from store_worker import CONTENT, sample_key, writer
 
 from magicface_rt.engines import layout, locking
 from magicface_rt.engines.locking import FileLock
-from magicface_rt.engines.plan_key import PlanKey
+from magicface_rt.engines.plan_key import SCHEMA, PlanKey
 from magicface_rt.engines.store import Damaged, EngineStore, Plan
 from magicface_rt.errors import PlanError, StoreError
 from magicface_rt.files import atomic_files
@@ -97,7 +97,7 @@ def test_a_missing_plan_is_an_error_that_says_what_to_type(store: EngineStore) -
         ({"precision": "bf16"}, "precision", "another precision"),
         ({"compute_capabilities": ("12.0",)}, "compute_capabilities", "other GPUs"),
         ({"builder_options": {}}, "builder_options", "another builder option"),
-        ({"schema": 2}, "schema", "keeps plans differently"),
+        ({"schema": SCHEMA + 1}, "schema", "keeps plans differently"),
     ],
 )
 def test_a_stale_plan_is_refused_by_the_field(

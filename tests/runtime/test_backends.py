@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -463,7 +464,7 @@ def test_providers_that_compile_take_tensorrts_body_and_a_cache(
     # A precision that is switched on makes a weakly typed network, with types of the builder's choice.
     assert options.keys() == {
         *(f"trt_profile_{which}_shapes" for which in ("min", "opt", "max")),
-        *("device_id", "trt_cuda_graph_enable", "trt_engine_cache_enable", "trt_engine_cache_path"),
+        *("device_id", "trt_engine_cache_enable", "trt_engine_cache_path"),
     }
     assert options["trt_engine_cache_path"] == str(tmp_path / "small")
     assert opened["model"].endswith("step.tensorrt.onnx")
@@ -505,6 +506,47 @@ def test_providers_that_compile_do_it_once_for_all_shapes_of_a_target(
     for which, b, k, m in zip(("min", "opt", "max"), images, (1, 1, images[2]), (1, best, most), strict=True):
         expected = f"state:{b}x3,k:{k}x{m}x2,bias:{b},label:{b}"
         assert options[f"{prefix}_profile_{which}_shapes"] == expected
+
+
+def test_providers_that_compile_capture_no_graphs(monkeypatch: pytest.MonkeyPatch, bundle: Any, cuda: FakeCuda) -> None:
+    """They keep one for all addresses, and a loop whose buffers change places would be replayed from the wrong ones."""
+    for provider, name in ((TRT, "tensorrt"), (RTX, "nv-tensorrt-rtx")):
+        ort = use(monkeypatch, FakeOrt(provider, refuse="nothing"))
+        runner = OnnxRuntime(name, cuda_graphs=True).load(bundle, "step")
+        assert isinstance(runner, DeviceRunner)
+        assert runner._graph_ids.of(("any",)) == "-1"
+        assert not any("cuda_graph" in option for option in ort.opened[0]["providers"][0][1])
+
+
+def test_tensorrts_wheel_is_loaded_before_its_provider(monkeypatch: pytest.MonkeyPatch, bundle: Any) -> None:
+    """It holds the libraries; without it the system's loader may find them."""
+    loaded: list[str] = []
+    real = importlib.import_module
+
+    def load(name: str, *more: Any) -> Any:
+        if name != "tensorrt":
+            return real(name, *more)
+        loaded.append(name)
+        raise ImportError("no wheel")
+
+    monkeypatch.setattr(importlib, "import_module", load)
+    use(monkeypatch, FakeOrt(TRT, CUDA, refuse="nothing"))
+    OnnxRuntime("tensorrt")
+    OnnxRuntime("cuda")
+    assert loaded == ["tensorrt"]
+
+
+def test_a_copy_that_fails_is_an_error_that_names_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
+
+    ort = import_onnxruntime()
+    contract = SmallBundle().graph("source")
+    binding = DeviceRunner(contract, ort_session(contract), ort, ("cpu", 0), GraphIds(False)).bind()
+    name = contract.inputs[0].name
+    monkeypatch.setattr(ort.OrtValue, "update_inplace", fail)
+    with pytest.raises(BackendError, match=f"{name} could not be copied to or from cpu 0: CUDA failure 700"):
+        binding.set(name, np.ones((2, 2), np.float32))
 
 
 def test_a_gpu_without_a_target_is_served_and_a_wrong_target_refused(
@@ -558,12 +600,12 @@ def test_the_rtx_provider_comes_as_a_plugin(monkeypatch: pytest.MonkeyPatch, bun
     ort = use(monkeypatch, FakeOrt("CPUExecutionProvider", devices=[SimpleNamespace(ep_name=name)]))
     with pytest.raises(BackendMissingError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
         OnnxRuntime("nv-tensorrt-rtx")
-    plugin = SimpleNamespace(get_ep_name=lambda: name, get_library_path=lambda: "/lib/rtx.so")
+    # The name that the wheel gives is that of its library; a provider has the name under which it is registered.
+    plugin = SimpleNamespace(get_ep_name=lambda: "nv_tensorrt_rtx", get_library_path=lambda: "/lib/rtx.so")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)
     runner = OnnxRuntime("nv-tensorrt-rtx").load(bundle, "step")
     assert ort.registered == [(name, "/lib/rtx.so")]
     options = ort.opened[0]["options"]
-    assert options.pop("enable_cuda_graph") == "1"
     assert sorted(options) == ["nv_profile_max_shapes", "nv_profile_min_shapes", "nv_profile_opt_shapes"]
     assert isinstance(runner, DeviceRunner)
     assert runner._device == ("gpu", 0, 0x10DE)
