@@ -55,7 +55,8 @@ class BuilderOptions:
     workspace_mib           memory that the builder may let one layer use, MiB
     optimization_level      0..5, how long the builder searches
     tf32                    compute fp32 products in TF32; off, because they differ from PyTorch by 1e-3
-    hardware_compatibility  `tensorrt` only: "none", "ampere_plus" or "same_compute_capability"
+    hardware_compatibility  `tensorrt` only: "none", "ampere_plus" or "same_compute_capability". With "none", a plan is
+                            for the model of GPU that builds it, which its key does not name: keep a store for each
     parity_outputs          keep the outputs that only `verify` reads
     """
 

@@ -84,7 +84,8 @@ class Session:
     store           engine store that holds the bundle's plans; "tensorrt" and "tensorrt-rtx" need it
     build_missing   build plans that the store does not hold; else a missing plan is an error
     target          what missing plans are built for, None for this GPU
-    cuda_graphs     on a GPU, capture a step's work once and launch it as one thing afterwards
+    cuda_graphs     on a GPU, capture a step's work once and launch it as one thing afterwards. Those providers of ONNX
+                    Runtime that compile do not
     keep            bytes (or "4GiB") of memory in which prepared references are kept for later requests, found again by
                     their content. None: a bare concept's references run beside the target at every request
     memory          where the reference keys of a request are: "keep" (all steps on the device), "stream" (on the host,

@@ -65,7 +65,7 @@ def open_backend(
     store                  engine store, for the TensorRT flavours
     device                 the GPU's ordinal
     build_missing, target  see `TensorRT`
-    cuda_graphs            capture and replay a step's work on the GPU
+    cuda_graphs            capture and replay a step's work on the GPU; ONNX Runtime's compiling providers do not
 
     Raises:
         BackendMissingError: the name is not known, or the runtime is not installed.

@@ -62,7 +62,7 @@ def bench(
     alpha: Annotated[float, typer.Option(metavar="X", help="Share of the first stage.")] = 0.4,
     threads: Annotated[int, typer.Option(metavar="N", help="Of each contender on the CPU; 0 for its own choice.")] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep the cases that OUT/bench.json has; measure those that it lacks.")
+        bool, typer.Option("--resume", help="Keep the sound cases that OUT/bench.json has; measure what it lacks.")
     ] = False,
     limit: Annotated[
         float, typer.Option(metavar="S", help="Seconds for one step, request or compared run; then it has failed.")

@@ -33,6 +33,7 @@ from magicface_rt.export import parity as parity_module
 from magicface_rt.export.bundle_runner import BundleStepRunner
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.exporter import ExportOptions, export_bundle
+from magicface_rt.export.made_from import why_not_made_from
 from magicface_rt.export.parity import _case_bundle, _kept_bundle, verify_bundle, verify_case
 from magicface_rt.export.recordings import Recording
 from magicface_rt.export.replay import relative_error, replay_steps
@@ -165,6 +166,18 @@ def test_a_checkpoint_whose_text_files_decide_other_pictures_by_now_is_refused(
     (checkpoint / file).write_text(json.dumps(content | change))
     with pytest.raises(ParityError, match=f"was exported with {named}.*export it again"):
         verify_bundle(tiny_bundle, checkpoint)
+
+
+def test_a_tokenizer_that_is_written_in_another_way_is_the_same(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    file, bundle = checkpoint / "tokenizer" / "tokenizer.json", Bundle.open(tiny_bundle)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for text in (json.dumps(content), json.dumps(content, indent=1).replace("\n", "\r\n")):
+        assert text != file.read_text(encoding="utf-8")
+        file.write_bytes(text.encode())
+        assert why_not_made_from(bundle, Checkpoint.open(checkpoint)) is None
 
 
 @pytest.mark.slow
