@@ -45,6 +45,7 @@ IMPORTED_BY_NAME = {
     ("magicface_rt/__init__.py", "f'{__name__}._public'"),
     ("magicface_rt/backends/device.py", "'cuda.bindings.runtime'"),
     ("magicface_rt/backends/onnxruntime.py", "'onnxruntime'"),
+    ("magicface_rt/backends/onnxruntime.py", "'tensorrt'"),
     ("magicface_rt/backends/onnxruntime.py", "_RTX_PLUGIN"),  # a constant
     ("magicface_rt/backends/onnxruntime.py", "f'magicface_rt.engines.{n}'"),  # of a tuple there
     ("magicface_rt/backends/probe.py", "'magicface_rt.engines.flavour'"),
