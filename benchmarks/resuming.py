@@ -21,8 +21,8 @@ MAY_DIFFER = ("bundles", "checkpoint", "concepts", "mask_shares", "images", "ste
 
 
 class Earlier:
-    """The cases of a report, without those in which a contender failed or made a wrong picture, and those of a bundle
-    that is another one by now: they are measured again.
+    """The cases of a report, without those in which a contender failed or made a wrong picture, and without those of a
+    bundle that is another one by now: these are measured again, if the settings name them.
 
     bundles  what is in the folders of bundles now, as far as it is known
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -82,15 +82,10 @@ class Work:
                 resolver.check_plan()
             with self.progress.timed("text_encoding"):
                 text = self._encode_prompts()
-            sources = resolver.resolve(in_use)
-            latents, regions = self._denoise_batches(_Inputs(text, sources))
-            described_by_request = [
-                [
-                    _with_storage(described[id(concept)], of_concept)
-                    for concept, of_concept in zip(request.concepts, of_request, strict=True)
-                ]
-                for request, of_request in zip(self.requests, sources.by_request, strict=True)
-            ]
+            inputs = _Inputs(text, resolver.resolve(in_use))
+            references = self._with_storage(described, inputs.references)
+            latents, regions = self._denoise_batches(inputs)
+            del inputs  # keys that were prepared for this call alone, before the decoder needs memory
         self._check_not_modified()
         with self.progress.timed("decoding"):
             pictures = [[self._decode(one[None]) for one in found] for found in latents]
@@ -109,7 +104,7 @@ class Work:
                 backend=backend,
                 provenance=provenance,
                 regions_per_step=self._regions_per_step(number),
-                references=described_by_request[number],
+                references=references[number],
             )
             for number, request in enumerate(self.requests)
         ]
@@ -124,6 +119,20 @@ class Work:
         """
         concepts = {id(concept): concept for request in self.requests for concept in request.concepts}
         return {key: [one.describe() for one in concept.references] for key, concept in concepts.items()}
+
+    def _with_storage(
+        self, described: Mapping[int, list[dict[str, Any]]], sources: ReferenceSources
+    ) -> list[list[list[dict[str, Any]]]]:
+        """Return the entries of each request's concepts, with the storage of their keys where it changes the picture: a
+        Session with `keep` and 8-bit storage prepares a bare concept like one that was kept.
+        """
+        return [
+            [
+                _with_storage(described[id(concept)], of_concept)
+                for concept, of_concept in zip(request.concepts, of_request, strict=True)
+            ]
+            for request, of_request in zip(self.requests, sources.by_request, strict=True)
+        ]
 
     def _encode_prompts(self) -> NDArray[Any]:
         """Return the texts of every request's negative prompt and prompt, [requests, 2, 77, D]."""
@@ -276,9 +285,7 @@ class Work:
 
 
 def _with_storage(described: Sequence[dict[str, Any]], sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Add the storage of their keys to what run.json says of a concept's references, where it changes the picture: a
-    Session with `keep` and 8-bit storage prepares a bare concept like one that was kept.
-    """
+    """Return a concept's entries, each with the storage of its keys unless that is exact."""
     if not sources:  # weight 0
         return list(described)
     return [

@@ -103,8 +103,7 @@ def bench(
             one_at_a_time=one_at_a_time,
         )
         write = benchmark_module("output").write
-        _check_before_hours(out, bundle, checkpoint)
-        bundles = {str(path): Bundle.open(path, check_hashes=False) for path in bundle}
+        bundles = _check_before_hours(out, bundle, checkpoint)
         earlier = benchmark_module("resuming").Earlier(out / "bench.json", settings, bundles) if resume else None
         run = benchmark_module("bench").run
         report = run(settings, verb.note, lambda so_far: write(so_far, out, plots=False), earlier)
@@ -119,19 +118,19 @@ def bench(
             verb.fail()
 
 
-def _check_before_hours(out: Path, bundles: list[Path], checkpoint: Path | None) -> None:
-    """Check what would otherwise only be noticed once the first case has been measured.
+def _check_before_hours(out: Path, bundles: list[Path], checkpoint: Path | None) -> dict[str, Bundle]:
+    """Check what would otherwise only be noticed once the first case has been measured; return the bundles by path.
 
     Raises:
         BundleError: a folder is no bundle.
         InputError: the checkpoint is not what a bundle was made from.
         OutputError: nothing can be written to the output folder.
     """
-    opened = [Bundle.open(path, check_hashes=False) for path in bundles]
+    opened = {str(path): Bundle.open(path, check_hashes=False) for path in bundles}
     if checkpoint is not None:
         source = export_module("checkpoint").Checkpoint.open(checkpoint)
         found = source.content_hash()
-        for bundle in opened:
+        for bundle in opened.values():
             if reason := export_module("made_from").why_not_made_from(bundle, source, found):
                 raise InputError(f"{reason}: their pictures differ. Name the one that it was made from.")
     try:
@@ -140,6 +139,7 @@ def _check_before_hours(out: Path, bundles: list[Path], checkpoint: Path | None)
             pass
     except OSError as error:
         raise OutputError(f"nothing can be written into {out}: {error}. Name another folder with --out.") from error
+    return opened
 
 
 def benchmark_module(name: str) -> Any:

@@ -207,7 +207,9 @@ def test_outputs_for_parity_are_left_out_unless_wanted(bundle: Bundle, flavour: 
     assert outputs(target.with_parity_outputs()) == {t.name for t in bundle.graph("denoise_step").outputs}
 
 
-def test_tf32_is_off_unless_wanted(bundle: Bundle, flavour: Flavour, target: Target, tmp_path: Path) -> None:
+def test_tf32_is_off_unless_wanted_and_all_memory_is_given(
+    bundle: Bundle, flavour: Flavour, target: Target, tmp_path: Path
+) -> None:
     from magicface_rt.engines.builder import _Build
 
     for wanted in (False, True):
@@ -217,6 +219,7 @@ def test_tf32_is_off_unless_wanted(bundle: Bundle, flavour: Flavour, target: Tar
         making.parse()
         config = making._config(tmp_path)
         assert config.get_flag(trt.BuilderFlag.TF32) is wanted
+        assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         assert config.num_compute_capabilities == 1
         assert config.get_compute_capability(0) == trt.ComputeCapability.SM86
 

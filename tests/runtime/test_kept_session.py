@@ -6,6 +6,7 @@ import gc
 import pickle
 import threading
 import tracemalloc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +41,10 @@ from magicface_rt.bundle import Bundle
 from magicface_rt.concept import NamedConcept
 from magicface_rt.errors import BackendError
 from magicface_rt.kept.memory import row_bytes
-from magicface_rt.kept.reference import Exact
-from magicface_rt.preparing import PlannedReferences, load_bare
+from magicface_rt.kept.reference import Exact, KeptReference
+from magicface_rt.preparing import PlannedReferences, Preparer, load_bare
 from magicface_rt.schedule import Schedule
+from magicface_rt.work import Work
 from tests.runtime.drawn_backend import Drawn
 from tests.runtime.test_kept_files import write_other_keys
 from tests.runtime.test_session import HAT, MAN, PROMPT, disc, picture
@@ -530,6 +532,30 @@ def test_every_mode_makes_the_same_picture_and_stays_under_its_plan(
         same(found, expected)
     else:
         assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+
+
+def test_keys_that_nobody_keeps_are_gone_before_pictures_are_decoded(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder needs memory too."""
+    made: list[weakref.ref[KeptReference]] = []
+    alive: list[int] = []
+    prepare, decode = Preparer.prepare, Work._decode
+
+    def preparing(self: Preparer, *arguments: Any) -> list[KeptReference]:
+        found = list(prepare(self, *arguments))
+        made.extend(map(weakref.ref, found))
+        return found
+
+    def decoding(self: Work, *arguments: Any) -> Any:
+        alive.append(sum(one() is not None for one in made))
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(Preparer, "prepare", preparing)
+    monkeypatch.setattr(Work, "_decode", decoding)
+    with Session(bundle, backend=Drawn(), memory="keep") as session:
+        session.generate(PROMPT, [MAN, HAT], steps=STEPS)
+    assert (len(made), alive) == (2, [0])
 
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])

@@ -42,6 +42,7 @@ class SharedConcepts(FolderConcepts):
         self._watch(id, stored.concept)
         if id in self._erasing:  # it began in the meantime, when there was no map to release
             self.unmap(id)
+            del stored  # or the error would hold it
             raise unknown(id)
         return stored
 
