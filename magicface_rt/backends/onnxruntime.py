@@ -97,8 +97,9 @@ class OnnxRuntime(Backend):
                  compiles for; None for that of this GPU
     cache        a folder where a compiling provider may keep what it compiled, None for nowhere
 
-    Only "cuda" captures CUDA graphs. The compiling providers keep a single one for all shapes and addresses (TensorRT's
-    replays it whatever number a run has), and our loop alternates between two sets of addresses.
+    Only "cuda" captures CUDA graphs. By their sources (not those of every release), the compiling providers keep a
+    single one for all addresses, and TensorRT's replays it whatever number a run has; our loop alternates between two
+    sets of addresses.
 
     With CUDA graphs, all that touches the device is done in one thread of this backend, whichever thread calls: ONNX
     Runtime then does not allow `Run` from several threads and keeps graphs by thread, and what other threads allocate
