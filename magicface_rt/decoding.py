@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from .encoded_images import ExcessError, check_exif, open_stream, reduce_exif
 from .errors import ImageError, MaskError
 from .process.interrupts import reraise_if_interrupt
 from .soft_warnings import MagicFaceWarning, warn
@@ -113,11 +114,15 @@ def _from_file(path: Path, name: str, error: _Error) -> Decoded:
             raise error(f"{name} {what}; expected an image file. A relative path counts from {os.getcwd()!r}.")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise error(f"{name} is larger than {MAX_FILE_BYTES:,} bytes, which no image is that is read.")
-        with Image.open(path, formats=_known_formats()) as image:
+        with path.open("rb") as stream, open_stream(stream, _known_formats()) as image:
             _check_pixels(image.size, name, error)
+            image.load()
+            reduce_exif(image)
             return _settled(image, name, error)
     except (ImageError, MaskError):
         raise
+    except ExcessError as cause:
+        raise error(f"{name} {cause}") from cause
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as cause:
         raise error(f"{name} has more than the {MAX_PIXELS:,} pixels that are read. Scale it down.") from cause
     except MagicFaceWarning:  # where warnings are errors
@@ -136,8 +141,11 @@ def _settled(image: Image.Image, name: str, error: _Error) -> Decoded:
         )
     try:
         image.load()
+        check_exif(image)
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         upright = ImageOps.exif_transpose(image)
+    except ExcessError as cause:
+        raise error(f"{name} {cause}") from cause
     except Exception as cause:  # decoders raise anything on damaged files
         reraise_if_interrupt(cause)
         raise _unreadable(name, cause, error) from cause
@@ -201,6 +209,6 @@ def _unreadable(name: str, cause: Exception, error: _Error) -> ImageError | Mask
     return error(f"{name} cannot be read: it is damaged, cut short, or not a supported image ({reason}).")
 
 
-def _known_formats() -> list[str]:
+def _known_formats() -> tuple[str, ...]:
     Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
+    return tuple(name for name in _FORMATS if name in Image.OPEN)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 
-from PIL import ExifTags, Image
+from PIL import Image
 
+from ..encoded_images import ExcessError, open_bytes, reduce_exif
 from ..errors import ImageError, MaskError
 from ..process.interrupts import reraise_if_interrupt
 
@@ -20,12 +20,13 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 def open_image(data: bytes, *, pixels: int, name: str, error: type[ImageError] | type[MaskError]) -> Image.Image:
     """Decode an image of at most so many pixels, unchanged from its file; `Reference` processes it further.
 
-    Raises `error` for another format, a damaged or cut short file, or too many pixels, which are seen before decoding.
+    Raises `error` for another format, a damaged or cut short file, and, before decoding, too many pixels or what would
+    take far more memory or time than they do.
     """
     if not data:
         raise error(f"{name} is empty, expected the bytes of a {' or '.join(FORMATS)} file.")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = open_bytes(data, FORMATS)
         width, height = image.size
         if width * height > pixels:
             raise error(
@@ -34,6 +35,8 @@ def open_image(data: bytes, *, pixels: int, name: str, error: type[ImageError] |
         return _without_file(image)
     except (ImageError, MaskError):
         raise
+    except ExcessError as cause:
+        raise error(f"{name} {cause}") from cause
     except Image.DecompressionBombError as cause:
         raise error(f"{name} has more than the {pixels:,} pixels that are taken. Scale it down.") from cause
     except Exception as cause:  # decoders raise anything on damaged files
@@ -48,13 +51,9 @@ def _without_file(image: Image.Image) -> Image.Image:
     """Copy an image with its pixels and what determines how they are shown. Pillow's images go on holding their file,
     which may be much larger.
     """
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
     bare = image.copy()
-    bare.info = {name: value for name, value in image.info.items() if name == "transparency"}
-    if orientation is not None:
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = orientation
-        bare.info["exif"] = exif.tobytes()
+    reduce_exif(bare)
+    bare.info = {name: value for name, value in bare.info.items() if name in ("transparency", "exif")}
     return bare
 
 
