@@ -14,7 +14,7 @@ from .bodies import App, Message, Receive, Scope, Send, header, send_problem
 from .metrics import Metrics
 from .problems import Problem, refusal
 
-__all__ = ["LOOPBACK_NAMES", "AccessMiddleware", "names_of"]
+__all__ = ["LOOPBACK_NAMES", "OPEN", "AccessMiddleware", "names_of"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """What a client on this machine calls it in the Host header."""

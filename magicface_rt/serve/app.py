@@ -22,7 +22,7 @@ from ..errors import Cancelled, MagicFaceError, ServiceError
 from ..request import Progress
 from ..values.shown import shown
 from . import events
-from .access import AccessMiddleware
+from .access import OPEN, AccessMiddleware
 from .auth import Tokens
 from .bodies import BodyLimitMiddleware, take_body
 from .error_middleware import ErrorMiddleware
@@ -98,7 +98,13 @@ def build_app(
         redoc_url=None,
     )
     app.state.ending = asyncio.Event()
-    app.add_middleware(BodyLimitMiddleware, settings=limits, on_problem=measured.problem, ending=app.state.ending)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        settings=limits,
+        on_problem=measured.problem,
+        ending=app.state.ending,
+        bodiless=OPEN,
+    )
     app.add_middleware(ErrorMiddleware, problem_of=partial(_counted, metrics=measured))
     app.add_middleware(AccessMiddleware, tokens=tokens or Tokens(), metrics=measured, hosts=hosts)
     _add_handlers(app, measured)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 from ..errors import Cancelled, DrainingError, ServiceError
@@ -68,6 +68,8 @@ class BodyLimitMiddleware:
     held_bytes  bytes that all bodies hold now
     on_problem  called with the kind of each problem that the middleware answers itself
     ending      when set, bodies that are still arriving are no longer waited for, since they would be of no use
+    bodiless    paths that take no body. Those that need no token are among them: a stranger could otherwise fill what
+                all bodies may use together
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class BodyLimitMiddleware:
         settings: ServeSettings,
         on_problem: Callable[[str], object] = lambda kind: None,
         ending: asyncio.Event | None = None,
+        bodiless: Collection[str] = (),
     ) -> None:
         self._app = app
         self._settings = settings
         self._on_problem = on_problem
         self._ending = ending or asyncio.Event()
+        self._bodiless = bodiless
         self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,21 +118,21 @@ class BodyLimitMiddleware:
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray, share: Share) -> bool:
         """Fill `body`; return False if the client disconnects first."""
-        settings = self._settings
-        end = time.monotonic() + settings.body_seconds
+        end = time.monotonic() + self._settings.body_seconds
+        limit = 0 if scope["path"] in self._bodiless else self._settings.body_bytes
         declared = _content_length(scope)
-        if declared is not None and declared > settings.body_bytes:
+        if declared is not None and declared > limit:
             await self._discard(receive)
-            raise self._too_large(f"{declared:,}")
+            raise _too_large(f"{declared:,}", limit)
         while True:
             message = await self._next(receive, end)
             if message["type"] == "http.disconnect":
                 return False
             chunk = message.get("body", b"")
-            if len(body) + len(chunk) > settings.body_bytes:
+            if len(body) + len(chunk) > limit:
                 if message.get("more_body", False):
                     await self._discard(receive)
-                raise self._too_large("more")
+                raise _too_large("more", limit)
             share.take(len(chunk))
             body += chunk
             if not message.get("more_body", False):
@@ -152,10 +156,6 @@ class BodyLimitMiddleware:
             coming.cancel()
             ending.cancel()
 
-    def _too_large(self, found: str) -> ServiceError:
-        limit = self._settings.body_bytes
-        return refusal(413, "body-too-large", f"the body has {found} bytes; at most {limit:,} are taken.")
-
     async def _discard(self, receive: Receive) -> None:
         """Read the rest of the body, within limits, and keep none of it."""
         end, left = time.monotonic() + DISCARD_SECONDS, DISCARD_TIMES * self._settings.body_bytes
@@ -167,6 +167,10 @@ class BodyLimitMiddleware:
             left -= len(message.get("body", b""))
             if message["type"] == "http.disconnect" or not message.get("more_body", False):
                 return
+
+
+def _too_large(found: str, limit: int) -> ServiceError:
+    return refusal(413, "body-too-large", f"the body has {found} bytes; at most {limit:,} are taken.")
 
 
 async def take_body(receive: Receive) -> bytes:

@@ -143,6 +143,12 @@ class ConceptStore(ABC):
         """
 
     @abstractmethod
+    def held(self, id: str) -> StoredConcept | None:
+        """Return what is in this process's memory under this id, or None. Files are not looked at: the concept's may
+        have been damaged, replaced or removed since.
+        """
+
+    @abstractmethod
     def left(self, id: str) -> str | None:
         """Say in words where something of this id is, or return None if nothing is. Something that is left after
         `erase` was put again, or is being put, by another process.
@@ -259,6 +265,10 @@ class MemoryConcepts(_Limited):
         with self._lock:
             return len(self._entries), sum(stored.concept.nbytes for stored in self._entries.values())
 
+    def held(self, id: str) -> StoredConcept | None:
+        with self._lock:
+            return self._entries.get(id)
+
     def close(self) -> None:
         with self._lock:
             self._entries.clear()
@@ -307,7 +317,7 @@ class FolderConcepts(_Limited):
             stored = self._read(id, path, stamp)
         except UnknownConceptError as error:
             if error.__cause__ is not None:  # the file is damaged
-                logger.warning("%s", error.__cause__)
+                logger.warning("%s", str(error.__cause__))  # a record that is kept would hold what the frames hold
             raise
         with self._lock:
             self._mapped[id] = (stamp, stored)
@@ -396,6 +406,10 @@ class FolderConcepts(_Limited):
         with self._lock:
             found, self._vanished = frozenset(self._vanished), set()
         return found
+
+    def held(self, id: str) -> StoredConcept | None:
+        with self._lock:
+            return self._mapped[id][1] if id in self._mapped else None
 
     def close(self) -> None:
         with self._lock:

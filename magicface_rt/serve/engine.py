@@ -19,7 +19,7 @@ from ..request import Progress, Request
 from ..session import Session
 from .fair import FairQueue
 from .job import EngineJob
-from .refusals import cut_off, draining, queue_full
+from .refusals import cut_off, deadline_passed, draining, queue_full
 from .settings import ServeSettings
 
 __all__ = ["Engine", "EngineObserver"]
@@ -160,12 +160,13 @@ class Engine:
                 job.forget()
             self._changed.notify_all()
 
-    def exclusive(self, action: Callable[[Sequence[Session]], T]) -> T:
-        """Run `action` while no job and no warm-up runs; jobs in the queue go on waiting, and threads that have not
-        warmed up wait as well. Blocks until what runs has ended.
+    def exclusive(self, action: Callable[[Sequence[Session]], T], end: float = math.inf) -> T:
+        """Run `action` while no job and no warm-up runs; jobs in the queue go on waiting, also for threads that are
+        free, and threads that have not warmed up wait as well. Blocks until what runs has ended.
 
         Raises:
             DrainingError: the engine was closed before that.
+            DeadlineError: `end`, in time.monotonic()'s seconds, came before that. Waiting jobs begin again.
         """
         with self._exclusive:
             with self._changed:
@@ -173,9 +174,10 @@ class Engine:
                 self._changed.notify_all()
             try:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closed or not (self._busy or self._warming))
-                    if self._busy or self._warming:  # waiting on would hold up the end of the process
-                        raise cut_off()
+                    left = None if end == math.inf else max(0.0, end - time.monotonic())
+                    self._changed.wait_for(lambda: self._closed or not (self._busy or self._warming), left)
+                    if self._busy or self._warming:  # waiting on would hold up the end of the process, or others
+                        raise cut_off() if self._closed else deadline_passed()
                 return action(self.sessions)
             finally:
                 with self._changed:

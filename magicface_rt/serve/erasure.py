@@ -51,11 +51,12 @@ def not_begun(id: str) -> DeadlineError:
 
 
 class Trace:
-    """Watches the memory of a concept's keys without holding it."""
+    """Watches the memory of a concept's keys without holding it; of several, where its file was replaced."""
 
-    def __init__(self, concept: KeptConcept) -> None:
+    def __init__(self, *concepts: KeptConcept) -> None:
         owners = [
             _owner(array)
+            for concept in concepts
             for reference in concept.references
             for stored in reference.tensors.values()
             for array in stored.arrays.values()

@@ -163,7 +163,7 @@ class LocalService(Service):
         check_named(order)
         with collect_warnings() as warned, self._using([use.id for use in order.concepts if use.id is not None]) as use:
             with self._taken():
-                kept = {id: await self._kept(id, k) for k, id in self._ids(order)}
+                kept = {id: await self._kept(id, k, end) for k, id in self._ids(order)}
                 use.check()
                 request, pixels = await self._by(
                     end, self._decoders, parse_order, order, kept.__getitem__, self._session, self.settings
@@ -289,9 +289,11 @@ class LocalService(Service):
         """Return how many files were removed, and how many requests were ended. Another process may have put the
         concept again since.
         """
-        found = await self._found(id)
-        trace = self._unfinished.get(id) if found is None else Trace(found.concept)
-        del found
+        held = self.store.held(id)  # also of a file that can no longer be read, or was replaced
+        found = await self._found(id) or self.store.held(id)
+        kept = [one.concept for one in (held, found) if one is not None]
+        trace = self._unfinished.get(id) if found is None else Trace(*kept)
+        del held, found, kept
         if trace is not None:
             self._unfinished[id] = trace
         files = 0
@@ -301,7 +303,8 @@ class LocalService(Service):
         except UnknownConceptError:
             if trace is None:
                 raise
-        stopped, place = await self._let_go(id, lambda: [] if trace is None else [trace], end)
+        # Of a file that cannot be read, Sessions may hold keys although nothing here does.
+        stopped, place = await self._let_go(id, lambda: [] if trace is None else [trace], end, certainly=files > 0)
         if place is not None:
             raise EraseError(f"concept {id}: something of it is left in {place}. Erase it again, or restart.")
         self._unfinished.pop(id, None)
@@ -346,10 +349,10 @@ class LocalService(Service):
     def _ids(order: PictureOrder) -> Iterator[tuple[int, str]]:
         return ((k, use.id) for k, use in enumerate(order.concepts) if use.id is not None)
 
-    async def _kept(self, id: str, position: int) -> KeptConcept:
+    async def _kept(self, id: str, position: int, end: float) -> KeptConcept:
         with at(f"concepts[{position}].id"):
             try:
-                found: StoredConcept = await self._in(self._files, self.store.get, id)
+                found: StoredConcept = await self._by(end, self._files, self.store.get, id)
             except UnknownConceptError:
                 self._observer.looked_up(False)
                 raise
@@ -426,13 +429,16 @@ class LocalService(Service):
         Raises:
             DeadlineError: `end` came before that.
         """
-        return await self._by(end, self._alone, self.engine.exclusive, scrub)
+        return await self._by(end, self._alone, self.engine.exclusive, scrub, end)
 
-    async def _let_go(self, id: str, traces: Callable[[], Sequence[Trace]], end: float) -> tuple[int, str | None]:
+    async def _let_go(
+        self, id: str, traces: Callable[[], Sequence[Trace]], end: float, *, certainly: bool = False
+    ) -> tuple[int, str | None]:
         """End every request that uses a concept that can no longer be found, wait for them to end, and release its
         memory. Returns how many requests there were, and where something is left, in words, or None.
 
-        `traces` is called when those requests have ended: one that was reading the file may have added its own.
+        `traces` is called when those requests have ended: one that was reading the file may have added its own. Without
+        any, Sessions hold nothing of the concept, and drop nothing unless `certainly`.
         """
         using = [use for use in self._uses if id in use.ids]
         for use in using:
@@ -443,7 +449,7 @@ class LocalService(Service):
         try:
             for use in using:
                 await until(use.over, end)
-            if traces():
+            if certainly or traces():
                 place = await self._scrubbed(end)
         except DeadlineError:
             place = STILL_RUNS

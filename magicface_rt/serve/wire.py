@@ -61,6 +61,9 @@ __all__ = [
     "pause",
 ]
 
+LONGEST_WAIT = 86_400.0
+"""Seconds. A service asks for 600 at most; what is between may ask for years, or for more than can be slept."""
+
 MOST_DETAIL, MOST_WORD = 2000, 100
 """The most characters of a problem's texts that an error repeats, whoever sent them."""
 MOST_BITS, MOST_DEPTH = 4096, 16
@@ -352,14 +355,15 @@ def pause(error: ServiceError, attempt: int, retries: int, most: float = math.in
     """Return the seconds to wait before the request is sent again, or None if it is not.
 
     attempt  0 for the first
-    most     if the service asks for a longer wait, the request is not sent again: it would be refused before that
+    most     if the service asks for a longer wait, the request is not sent again: it would be refused before that. A
+             wait of more than `LONGEST_WAIT` seconds is none that a service asks for
     """
     if attempt >= retries:
         return None
     if isinstance(error, UnreachableError):
         return min(8.0, 0.25 * 2.0**attempt)
     if error.status in (429, 503) and error.retry_after is not None:
-        return error.retry_after if error.retry_after <= most else None
+        return error.retry_after if error.retry_after <= min(most, LONGEST_WAIT) else None
     return None
 
 

@@ -15,6 +15,7 @@ import zlib
 from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from magicface_rt.serve.access import LOOPBACK_NAMES
 from magicface_rt.serve.app import build_app
 from magicface_rt.serve.auth import Tokens
 from magicface_rt.serve.bodies import BodyLimitMiddleware
+from magicface_rt.serve.concepts import StoredConcept
 from magicface_rt.serve.reading import read_order
 from magicface_rt.serve.schemas import PictureOrder
 from magicface_rt.serve.server import Server, serve
@@ -407,6 +409,29 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(http: httpx.Client, ser
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
+def test_a_stranger_takes_nothing_of_the_room_for_bodies(session: Gated) -> None:
+    """Some paths need no token. What is sent to them, and stops before its end, is not kept."""
+    settings = ServeSettings(default_steps=1, body_bytes=100_000, bodies_bytes=200_000, body_seconds=60)
+    with running(session, settings=settings, tokens=Tokens(["s" * 32])) as server, ExitStack() as resources:
+        room = next(one for one in walk(server.app) if isinstance(one, BodyLimitMiddleware))
+        strangers = []
+        for n in range(8):
+            path, method = ("/healthz", "/readyz")[n % 2], ("POST", "GET")[n // 2 % 2]
+            length = "Transfer-Encoding: chunked" if n // 4 else "Content-Length: 99000"
+            strangers.append(resources.enter_context(socket.create_connection(server.socket.getsockname())))
+            head = f"{method} {path} HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n"
+            strangers[-1].sendall(head.encode() + b"9000\r\n" * (n // 4) + bytes(0x9000))
+        most = 0
+        for one in strangers:
+            assert one.recv(100).startswith(b"HTTP/1.1 413 ")
+            most = max(most, room.held_bytes)
+        assert most == 0
+        with httpx.Client(base_url=server.url, trust_env=False, verify=False) as http:
+            assert http.get("/healthz").status_code == 200
+            owner = {"Authorization": f"Bearer {'s' * 32}", "Content-Type": "application/json"}
+            assert http.post("/v1/images", content=bytes(90_000), headers=owner).status_code == 400
+
+
 def test_a_large_body_does_not_hold_up_others(session: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the sizes that are taken by default: many values, and few that are long."""
     reading, free = threading.Event(), threading.Event()
@@ -520,6 +545,30 @@ def test_what_is_being_decoded_counts_as_waiting_and_has_its_deadline(
             free.set()
         assert [one.result(30).status_code for one in waiting] == [200] * 3
         assert server.service._arriving == 0
+
+
+def test_a_deadline_holds_while_a_kept_concept_is_read(session: Gated, tmp_path: Path) -> None:
+    reading, read = threading.Event(), threading.Event()
+
+    class Slow(FolderConcepts):
+        def get(self, id: str) -> StoredConcept:
+            reading.set()
+            assert read.wait(30)
+            return super().get(id)
+
+    store = Slow(tmp_path)
+    with running(session, store=store, settings=ServeSettings(default_steps=1)) as server:
+        read.set()
+        with server.client() as client:
+            id = client.put_concept(concept("man", 1)).id
+        read.clear()
+        order = {"prompt": PROMPT, "concepts": [{"id": id}], "deadline": 0.2}
+        try:
+            late = httpx.post(f"{server.url}/v1/images", json=order, trust_env=False, timeout=20)
+            assert reading.is_set()
+            assert (late.status_code, late.json()["kind"]) == (504, "deadline-passed")
+        finally:
+            read.set()
 
 
 def test_a_finished_picture_does_not_wait_behind_uploads(session: Gated, monkeypatch: pytest.MonkeyPatch) -> None:

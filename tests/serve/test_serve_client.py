@@ -228,6 +228,15 @@ def test_without_a_timeout_it_waits_as_long_as_it_is_told_to(monkeypatch: pytest
     assert slept == [7000]
 
 
+@pytest.mark.parametrize("asked", ["1e30", "1e9", "Fri, 01 Jan 2100 00:00:00 GMT"])
+def test_a_wait_that_no_service_asks_for_is_an_answer(asked: str) -> None:
+    """`time.sleep` would raise an error of its own, or sleep for years."""
+    sent = Sent(503, {"Retry-After": asked}, json.dumps({"kind": "busy", "detail": "full"}).encode())
+    with sent.client(timeout=None, retries=1) as client, pytest.raises(AnswerError, match="full"):
+        client.bundle()
+    assert len(sent.requests) == 1
+
+
 @pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/html; charset=utf-8"}])
 def test_a_page_in_place_of_events_is_told_as_one(headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)

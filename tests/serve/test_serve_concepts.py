@@ -144,6 +144,46 @@ def test_what_a_session_keeps_by_itself_and_its_bindings_are_cleared_too(tiny_bu
         assert not held & place._bindings.keys()
 
 
+@pytest.mark.parametrize("change", ["damaged", "replaced"])
+def test_keys_of_a_file_that_changed_are_cleared_too(tiny_bundle: Path, tmp_path: Path, change: str) -> None:
+    """What was drawn with may not be what the file holds as it is erased."""
+    held = {"denoise_step"}
+    with (
+        Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1) as session,
+        running(session, store=FolderConcepts(tmp_path), settings=ServeSettings(default_steps=STEPS)) as server,
+        server.client() as client,
+    ):
+        kept = client.put_concept(MAN)
+        client.generate(PROMPT, [kept], seed=1)
+        (place,) = session._worker_contexts._free
+        assert held <= place._bindings.keys()
+        (path,) = tmp_path.iterdir()
+        if change == "replaced":
+            shutil.copy(path, tmp_path / "copy")
+            (tmp_path / "copy").rename(path)
+        else:
+            path.write_bytes(path.read_bytes()[:-100])
+        assert client.erase(kept)["erased"]
+        assert not held & place._bindings.keys()
+
+
+def test_a_damaged_file_that_was_never_read_is_erased_like_any(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A Session may have drawn with it before the service forgot that it did."""
+    with (
+        Gated(tiny_bundle, backend="onnxruntime-cpu", check_hashes=False, threads=1) as session,
+        running(session, store=FolderConcepts(tmp_path), settings=ServeSettings(default_steps=STEPS)) as server,
+        server.client() as client,
+    ):
+        kept = client.put_concept(MAN)
+        client.generate(PROMPT, [kept], seed=1)
+        (place,) = session._worker_contexts._free
+        server.service.store.close()
+        (path,) = tmp_path.iterdir()
+        path.write_bytes(path.read_bytes()[:-100])
+        assert client.erase(kept)["erased"]
+        assert "denoise_step" not in place._bindings
+
+
 def test_erasing_says_so_where_something_holds_on_to_it(
     server: Running, store: ConceptStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -722,6 +762,7 @@ def test_an_erasure_that_waits_for_what_runs_has_a_deadline(session: Gated) -> N
             session.wait_for_step()
             with server.hasty(0.3), pytest.raises(EraseError, match="left in what still ran when the deadline passed"):
                 client.erase(kept)
+            until(lambda: not server.service.engine._paused, "other workers are kept from their work")
             with pytest.raises(UnknownConceptError):
                 client.concept(kept.id)
             session.free.set()
