@@ -17,8 +17,9 @@ decided when the file is written, because runtimes fuse different forms (docs/de
 channels of q and k per head and the attention stays a plain one without a mask, which runtimes fuse. A query carries
 the one-hot of its group and a constant 1. A reference key carries, in channel j, `fp(bias / scale)` if its group is j
 and `NEG / scale` otherwise, and in the last channel what rounding lost, `bias / scale - fp(bias / scale)`. Own keys
-carry zeros. With NEG = -1000 a forbidden key's softmax weight is exactly 0 in float32, and NEG / scale stays far
-below float16's largest value.
+carry zeros. With NEG = -4000 a forbidden key's softmax weight is exactly 0 in float32, as long as its own logit is not
+nearly 4000 above those that the pixel may see; and NEG / scale stays below float16's largest value in heads of up to
+268 channels.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ OPSET = 18
 GROUPS = 7
 """Query groups that the channel encoding holds: 0 (no concept) and at most 6 concepts."""
 
-NEGATIVE_BIAS = -1000.0
+NEGATIVE_BIAS = -4000.0
 
 Runtime = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt", "select"]
 """Names a body: those made for the runtimes, or `select`, the exact masked form that the tests compare the others with.

@@ -104,6 +104,22 @@ def test_padding_keys_change_nothing(body: str) -> None:
     np.testing.assert_allclose(one.run(None, padded)[0], one.run(None, feed)[0], atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("apart", [3900, -3900])
+def test_forbidden_keys_stay_so_however_far_logits_lie_apart(body: str, dtype: int, apart: float) -> None:
+    """Those of keys that a cell may not see so far above those of its own; or its own so far below those of padding."""
+    half = dtype == TensorProto.FLOAT16
+    feed = feed_for(5, 1, True, 2, 6, 8, [0.0])
+    feed["q"][:], feed["k"][:], feed["k_ref"][:] = 1.0, 0.0, 0.0
+    feed["query_group"][:], feed["key_group"][:] = 1, 2
+    feed["k_ref" if apart > 0 else "k"][:] = apart / (SCALE * WIDTH / HEADS)
+    cast = {n: a.astype(np.float16) if half and n in ("q", "k", "v", "k_ref", "v_ref") else a for n, a in feed.items()}
+    found = session(body, dtype).run(None, cast)[0].astype(np.float64)
+    expected = explicit({**feed, "v": cast["v"].astype(np.float64)})
+    assert np.abs(found - expected).max() < (5e-3 if half else 1e-5)
+
+
 def test_float16_bias_keeps_its_low_part() -> None:
     """A weight that float16 cannot hold: rounding it alone would cost 1e-4 (docs/design.md)."""
     one = session("tensorrt", TensorProto.FLOAT16)
