@@ -68,6 +68,12 @@ def check_unet(where: str, unet: Mapping[str, Any]) -> None:
             f"{where}the U-Net takes {shown(channels_in)} channels ({kind or 'of another model'}); "
             "expected 4 latent channels"
         )
+    if unet.get("time_cond_proj_dim") is not None:
+        raise CheckpointError(
+            f"{where}the U-Net's time_cond_proj_dim is {shown(unet['time_cond_proj_dim'])}: it was distilled to take "
+            "the guidance scale as an input, as latent consistency models are, and nothing here gives it one; give the "
+            "checkpoint that it was distilled from"
+        )
     expected = {
         "_class_name": "UNet2DConditionModel",
         "down_block_types": list(DOWN_BLOCKS),
@@ -84,7 +90,9 @@ def check_unet(where: str, unet: Mapping[str, Any]) -> None:
         "addition_embed_type": (None,),
         "class_embed_type": (None,),
         "num_class_embeds": (None,),
+        "class_embeddings_concat": (False,),
         "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
         "attention_type": ("default",),
     }
     for key, value in expected.items():

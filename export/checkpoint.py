@@ -12,6 +12,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,13 @@ class Checkpoint(ABC):
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The checkpoint's noise schedule; sampling is DDIM whatever scheduler class is named."""
+        """The checkpoint's noise schedule; sampling is DDIM whatever scheduler class is named.
+
+        Its `steps_offset` is 1 whatever the checkpoint says: the Stable Diffusion pipeline of diffusers makes every
+        other value 1, so nobody's pictures were made with the 0 that schedulers write which have that default.
+        """
         try:
-            return Schedule.from_config(dict(self.configs["scheduler"]))
+            return replace(Schedule.from_config(dict(self.configs["scheduler"])), steps_offset=1)
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {self.path}: {str(error)[:500]}") from error
 

@@ -104,6 +104,9 @@ def export_bundle(
     """
     options = options or ExportOptions()
     form = _form(checkpoint, options)
+    offset, stored = checkpoint.schedule.steps_offset, checkpoint.configs["scheduler"].get("steps_offset")
+    if stored is not None and stored != offset:
+        report(f"scheduler: warning: steps_offset is {offset} and not {stored}, as in diffusers' pipeline")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(checkpoint.configs["unet"]))
     manifest = {

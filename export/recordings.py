@@ -106,7 +106,7 @@ class Recording:
     ca_scale: float
     semantic_guidance: bool
     injection_layers: tuple[int, ...]
-    tokens: tuple[tuple[int, ...], ...]  # one token for each of the N concepts
+    tokens: tuple[tuple[int, ...], ...]  # of each of the N concepts: one in a recorded case, perhaps more elsewhere
     weights: tuple[float, ...]  # (R)
     schedule: Schedule
     tolerance: Tolerance

@@ -446,8 +446,9 @@ def _flips(
 def recorded_owners(recording: Recording, i: int) -> Array:
     """Which token owns which cell, bool [77, h/2, w/2], as far as it is recorded.
 
-    The concepts' tokens own their recorded masks; the other tokens own by the label, which on an exact tie is only one
-    of the winners.
+    The token of a concept that has one owns the concept's recorded mask; the other tokens own by the label, which on an
+    exact tie is only one of the winners. So do the tokens of a concept that has several, as a tokenizer may split its
+    word: its mask does not tell them apart.
     """
     recorded = recording.recorded
     return _owners(recording, recorded.label[i], recorded.concept_mask[i], recorded.fore_mask[i])
@@ -462,8 +463,9 @@ def _owners(recording: Recording, label: Array, regions: Array, foreground: Arra
     owners = np.arange(77)[:, None, None] == np.asarray(label)[None]  # (77, h/2, w/2)
     if recording.ca_scale < CONSTRAINED_BELOW:
         owners &= np.asarray(foreground, dtype=bool)
-    for region, (token,) in zip(np.asarray(regions, dtype=bool), recording.tokens, strict=True):
-        owners[token] = region
+    for region, tokens in zip(np.asarray(regions, dtype=bool), recording.tokens, strict=True):
+        if len(tokens) == 1:
+            owners[tokens[0]] = region
     return owners
 
 

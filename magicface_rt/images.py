@@ -80,8 +80,9 @@ def load_reference(reference: Reference, *, name: str) -> LoadedReference:
     """Read the image and the mask of a reference. Without a mask of its own, the image's alpha channel is the mask.
 
     Raises `ImageError` for an image that cannot be used; `MaskError` for a mask that cannot be used, is empty, has no
-    point on the 128 x 128 grid, or is missing. Warns `MagicFaceWarning` where the mask is stretched over the image, and
-    where one of them was turned upright by its EXIF orientation and their sizes do not tell whether the other fits.
+    point on the 128 x 128 grid, or is missing. Warns `MagicFaceWarning` where the mask is stretched over the image,
+    where its alpha was taken while it is black and white as well, and where one of them was turned upright by its EXIF
+    orientation and their sizes do not tell whether the other fits.
     """
     image = decode(reference.image, f"{name}: image", ImageError)
     mask = _own_mask(reference, image, name)
@@ -113,7 +114,8 @@ def load_mask(
 
     A bool array [h,w] is taken as it is. The value of a colour mask is its luminance, which for equal channels is their
     value. A mask with an alpha channel is read by its alpha if that leaves anything out, that is, if it is below
-    `threshold` somewhere; otherwise by its luminance. `threshold=255` keeps full white only.
+    `threshold` somewhere; otherwise by its luminance. If what its alpha keeps is black in one place and white in
+    another, a `MagicFaceWarning` says so. `threshold=255` keeps full white only.
 
     `image_size` is (width, height), as PIL has it. A mask of another size is stretched over the image when the aspect
     ratios agree within 1 %, with a `MagicFaceWarning`; it keeps its own size here, because the only resampling it
@@ -185,12 +187,14 @@ def check_resample(resample: object) -> None:
 
 def _thresholded(mask: Decoded, threshold: int) -> npt.NDArray[np.bool_]:
     check_mask_threshold(threshold, f"{mask.name}: mask_threshold")
+    by_alpha = False
     if mask.has_alpha:
         rgba = mask.convert("RGBA")
-        alpha = np.asarray(rgba.getchannel("A"))
-        values = alpha if int(alpha.min()) < threshold else np.asarray(rgba.convert("L"))
+        alpha, luminance = np.asarray(rgba.getchannel("A")), np.asarray(rgba.convert("L"))
+        by_alpha = int(alpha.min()) < threshold
+        values = alpha if by_alpha else luminance
     else:
-        values = np.asarray(mask.convert("L"))
+        values = luminance = np.asarray(mask.convert("L"))
     found = values >= threshold
     if not found.any():
         highest = int(values.max())
@@ -199,7 +203,24 @@ def _thresholded(mask: Decoded, threshold: int) -> npt.NDArray[np.bool_]:
             f"{mask.name}: the mask is empty: its highest value is {highest}, and only values from {threshold} up "
             f"(mask_threshold) count. {hint}"
         )
+    if by_alpha:
+        _check_alpha_alone(found, luminance >= threshold, mask.name)
     return np.asarray(found, dtype=np.bool_)
+
+
+def _check_alpha_alone(opaque: npt.NDArray[np.bool_], white: npt.NDArray[np.bool_], name: str) -> None:
+    """Warn if a mask that is read by its alpha is black and white where it is opaque: one transparent pixel in a mask
+    that was painted in black and white is enough to have nearly all of the image marked.
+    """
+    if white[opaque].all() or not white[opaque].any():
+        return
+    warn(
+        "mask-by-alpha",
+        f"{name} has both an alpha channel that leaves something out and black and white: its alpha was taken, which "
+        f"marks {opaque.mean():.2%} of the image, and its black and white, which would mark {white.mean():.2%}, were "
+        "ignored. Remove the alpha channel, or make it opaque everywhere, if black and white are meant; paint all that "
+        "is opaque white if the alpha is.",
+    )
 
 
 def image_to_pixels(

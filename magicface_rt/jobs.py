@@ -23,7 +23,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,11 +80,19 @@ _JOB = {
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A request: `session.generate(job.prompt, job.concepts, ...)` with `job.options`. Paths are absolute."""
+    """A request: `session.generate(job.prompt, job.concepts, ...)` with `job.options`. Paths are absolute.
+
+    reading          the job's own `mask_threshold` and `resample`, as far as it gives them
+    without_prompts  its `null_reference_prompts`
+
+    Its concepts are made with both; `parse_concept_option` makes one that stands beside the job with them.
+    """
 
     prompt: str
     concepts: tuple[Concept, ...]
     options: Options
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    without_prompts: bool = False
 
 
 def load_job(path: str | os.PathLike[str]) -> Job:
@@ -119,17 +127,16 @@ def parse_job(data: object, *, base: str | os.PathLike[str] = ".") -> Job:
     if "prompt" not in job:
         raise JobError("prompt is missing; expected the text to make a picture of.")
     reading = {key: job[key] for key in _READING if key in job}
-    concepts = []
-    for position, item in enumerate(job.get("concepts", [])):
-        where = f"concepts[{position}]"
-        concepts.append(
-            _concept(item, where, Path(base), reading, without_prompts=job.get("null_reference_prompts", False))
-        )
-    settings = {field: job[key] for key, (field, _) in _OPTIONS.items() if key in job}
-    return Job(job["prompt"], tuple(concepts), Options(**settings))
+    without_prompts = job.get("null_reference_prompts", False)
+    concepts = [
+        _concept(item, f"concepts[{position}]", Path(base), reading, without_prompts=without_prompts)
+        for position, item in enumerate(job.get("concepts", []))
+    ]
+    settings = {name: job[key] for key, (name, _) in _OPTIONS.items() if key in job}
+    return Job(job["prompt"], tuple(concepts), Options(**settings), reading, without_prompts)
 
 
-def parse_concept_option(text: str, *, base: str | os.PathLike[str] = ".") -> Concept:
+def parse_concept_option(text: str, *, base: str | os.PathLike[str] = ".", job: Job | None = None) -> Concept:
     r"""Parse a concept such as `word=man,image=man.jpg,mask=man-mask.png,prompt=a man,weight=2.5`.
 
     Keys: word, name, weight, token_index (several: `token_index="5,6"`), image, mask, prompt, mask_threshold, resample.
@@ -141,9 +148,16 @@ def parse_concept_option(text: str, *, base: str | os.PathLike[str] = ".") -> Co
     `\,`, `\"` and `\\` stand for the second character; any other backslash stands for itself. Blanks around keys and
     around values without quotes are dropped.
 
+    Beside a `job` its references are read as those in the job: with its `mask_threshold` and `resample` where the text
+    does not give them, and without their prompts if it has `null_reference_prompts`.
+
     Raises `JobError` for text that cannot be parsed, and whatever `Concept` and `Reference` raise.
     """
-    return _with_location(f"concept option {shown(text)}", lambda: _concept(_option_data(text), "", Path(base), {}))
+    reading, without_prompts = (job.reading, job.without_prompts) if job is not None else ({}, False)
+    return _with_location(
+        f"concept option {shown(text)}",
+        lambda: _concept(_option_data(text), "", Path(base), reading, without_prompts=without_prompts),
+    )
 
 
 def _option_data(text: str) -> dict[str, Any]:
@@ -226,9 +240,7 @@ def _read_value(text: str, position: int) -> tuple[str, int]:
     return value, len(text) - len(rest) + 1
 
 
-def _concept(
-    item: object, where: str, base: Path, reading: Mapping[str, Any], *, without_prompts: bool = False
-) -> Concept:
+def _concept(item: object, where: str, base: Path, reading: Mapping[str, Any], *, without_prompts: bool) -> Concept:
     concept = _checked(item, _CONCEPT, where)
     prefix = f"{where}." if where else ""
     if "word" not in concept:

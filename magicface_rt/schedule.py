@@ -77,9 +77,9 @@ class Schedule:
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """Make the schedule of a diffusers `scheduler_config.json`, whatever its scheduler class.
 
-        Keys that are absent have the values of Stable Diffusion. That includes a `steps_offset` of 1, which the
-        Stable Diffusion pipeline of diffusers forces on a scheduler made without one. Sampler settings that DDIM does
-        not have (solver order, spacing, clipping) are ignored.
+        Keys that are absent have the values of Stable Diffusion, `steps_offset` 1 among them; keys that are present
+        have their own, as a bundle's must. Sampler settings that DDIM does not have (solver order, spacing, clipping)
+        are ignored.
 
         Raises `CheckpointError`, naming the key, for a `prediction_type` other than "epsilon", for trained betas, for
         betas rescaled to zero terminal SNR, and for values out of range.

@@ -248,9 +248,9 @@ class Session:
         """Make pictures of the prompt with the concepts in them.
 
         The settings are those of `Options` (`seed=7, steps=20, ...`), or an `Options` object, or both: a setting
-        given by name wins. Without concepts this is plain Stable Diffusion. A concept is a `Concept` or a
-        `KeptConcept`, in any mixture. With `record_regions` the result holds the regions after every step as well;
-        the pictures are the same.
+        given by name wins. Without concepts this is Stable Diffusion with semantic guidance, and plain Stable
+        Diffusion with `semantic_guidance=False`. A concept is a `Concept` or a `KeptConcept`, in any mixture. With
+        `record_regions` the result holds the regions after every step as well; the pictures are the same.
 
         Raises:
             InputError: a setting, prompt, concept, image or mask that cannot be used; nothing has been computed.

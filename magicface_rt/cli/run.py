@@ -132,6 +132,7 @@ def build_request(
 ) -> Request:
     """Build the request from a job, overridden by what the command line gives; settings that are None were not given.
 
+    `concepts` take the place of the job's, and are read as the job says, where they do not say it themselves.
     If neither gives `steps` or `reference_seed`, they are those of the first kept concept.
 
     Raises:
@@ -140,7 +141,7 @@ def build_request(
     if job is None and prompt is None:
         raise OptionError("neither --job nor --prompt was given, expected one of them.")
     base = load_job(job) if job is not None else Job("", (), Options())
-    bare = [parse_concept_option(text) for text in concepts] or base.concepts
+    bare = [parse_concept_option(text, job=base) for text in concepts] or base.concepts
     prepared = load_kept(kept)
     brought: dict[str, int] = {}
     if prepared:

@@ -67,7 +67,7 @@ def timings_html(outcome: Outcome) -> str:
 def _regions(outcome: Outcome, order: PictureOrder) -> str:
     names = list(outcome.names)
     if not names:
-        return '<p class="mf-note">There was no concept, so there are no regions: this is plain Stable Diffusion.</p>'
+        return '<p class="mf-note">There was no concept, so there are no regions.</p>'
     steps = outcome.regions_per_step
     labels = outcome.regions[None, 0] if steps is None else steps[:, 0]  # [T, h/2, w/2]
     count, rows, columns = labels.shape

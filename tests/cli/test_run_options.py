@@ -6,6 +6,7 @@ The tables are held against the command and the dataclasses, so that a new optio
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicface_rt import Concept, KeptConcept, Options, Session
+from magicface_rt import Concept, KeptConcept, Options, Reference, Request, Session
 from magicface_rt.backends import Backend
 from magicface_rt.cli import main, run
 from magicface_rt.concept import NamedConcept
@@ -123,6 +124,39 @@ def test_an_option_stands_above_the_job(reach: Callable[[Sequence[str]], dict[st
     for name, (arguments, value) in OF_OPTIONS.items():
         assert reach(["--job", "job.json", *arguments]) == {**of_the_job, name: value}
     assert reach(["--job", "job.json", "--prompt", "a cat"]) == {**of_the_job, "prompt": "a cat"}
+
+
+@pytest.mark.parametrize("verb", ["run", "prepare", "plan"])
+def test_a_concept_beside_a_job_is_read_as_the_job_says_where_it_does_not_say_it_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr(f"magicface_rt.cli.{verb}.Session", opened)
+    monkeypatch.chdir(tmp_path)
+    found: list[Reference] = []
+
+    def built(*arguments: Any) -> Request:
+        request = build_request(*arguments)
+        found[:] = [one for concept in request.concepts for one in concept.references]
+        return request
+
+    build_request = run.build_request
+    monkeypatch.setattr(f"magicface_rt.cli.{verb}.build_request", built)
+
+    def read(concept: str, **job: object) -> tuple[int, str, str]:
+        Path("job.json").write_text(json.dumps({"prompt": "a man", **job}))
+        out = [] if verb == "plan" else ["--out", "out"]
+        assert main([verb, "bundle", *out, "--job", "job.json", "--concept", concept]) == 1
+        (one,) = found
+        return one.mask_threshold, one.resample, one.prompt
+
+    bare, given = "word=man,image=a.png,prompt=a man", "word=man,image=a.png,mask_threshold=7,resample=lanczos"
+    assert read(bare) == (128, "lanczos", "a man")
+    assert read(bare, mask_threshold=255, resample="nearest") == (255, "nearest", "a man")
+    assert read(given, mask_threshold=255, resample="nearest") == (7, "lanczos", "")
+    assert read(bare, null_reference_prompts=True) == (128, "lanczos", "")
 
 
 def test_concepts_arrive_as_they_were_given(

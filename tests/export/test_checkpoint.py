@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
@@ -194,6 +194,24 @@ def test_folder_describes_itself(tiny: Path) -> None:
     assert checkpoint.schedule.steps_offset == 1
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("offset", [0, 1, 7, None])
+def test_timesteps_are_those_of_the_pipeline_whatever_offset_the_checkpoint_has(
+    folder: Path, offset: int | None
+) -> None:
+    """Schedulers whose default it is write 0, and the pipeline makes it 1 when it is built."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    config.pop("steps_offset")
+    file.write_text(json.dumps(config if offset is None else {**config, "steps_offset": offset}))
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    theirs = StableDiffusionPipeline.from_pretrained(folder, scheduler=scheduler, local_files_only=True).scheduler
+    theirs.set_timesteps(50)
+    ours = Checkpoint.open(folder).schedule.timesteps(50).tolist()
+    assert ours == theirs.timesteps.tolist()
+    assert (ours[0], ours[-1]) == (981, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_components_load_in_the_dtype_asked_for(tiny: Path, dtype: torch.dtype) -> None:
     checkpoint = Checkpoint.open(tiny)
@@ -304,6 +322,15 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "inpainting": (lambda f: edit(f / "unet" / "config.json", in_channels=9), "inpainting"),
     "xl": (lambda f: edit(f / "unet" / "config.json", addition_embed_type="text_time"), "Stable Diffusion XL"),
+    "takes the guidance scale": (
+        lambda f: edit(f / "unet" / "config.json", time_cond_proj_dim=256),
+        "time_cond_proj_dim is 256: it was distilled .* give the checkpoint that it was distilled from",
+    ),
+    "takes classes": (lambda f: edit(f / "unet" / "config.json", num_class_embeds=10), "num_class_embeds is 10"),
+    "takes images": (
+        lambda f: edit(f / "unet" / "config.json", encoder_hid_dim_type="ip_image_proj"),
+        "encoder_hid_dim_type is 'ip_image_proj'",
+    ),
     "another layout": (
         lambda f: edit(f / "unet" / "config.json", down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3),
         "down_block_types",

@@ -148,7 +148,7 @@ def test_a_bundle_of_another_checkpoint_is_refused(tiny_bundle: Path, tmp_path: 
     ("file", "change", "named"),
     [
         ("scheduler/scheduler_config.json", {"beta_end": 0.02}, r"beta_end 0\.012, and .* has 0\.02 by now"),
-        ("scheduler/scheduler_config.json", {"steps_offset": 0}, "steps_offset 1, and .* has 0 by now"),
+        ("scheduler/scheduler_config.json", {"set_alpha_to_one": True}, "set_alpha_to_one False, and .* has True"),
         ("tokenizer/special_tokens_map.json", {"pad_token": "!"}, "pad_token_id"),
         ("tokenizer/tokenizer_config.json", {"pad_token": "!"}, "pad_token_id"),
         ("tokenizer/tokenizer.json", {"normalizer": {"type": "NFC"}}, "another tokenizer"),
@@ -166,6 +166,41 @@ def test_a_checkpoint_whose_text_files_decide_other_pictures_by_now_is_refused(
     (checkpoint / file).write_text(json.dumps(content | change))
     with pytest.raises(ParityError, match=f"was exported with {named}.*export it again"):
         verify_bundle(tiny_bundle, checkpoint)
+
+
+def test_the_offset_of_a_checkpoint_is_the_pipelines_and_that_of_a_bundle_its_own(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A bundle that was exported with an offset of 0 runs at other timesteps than its checkpoint's pipeline."""
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    file, bundle = checkpoint / "scheduler" / "scheduler_config.json", Bundle.open(tiny_bundle)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "steps_offset": 0}))
+    opened = Checkpoint.open(checkpoint)
+    assert why_not_made_from(bundle, opened) is None
+    old = replace(bundle, schedule=replace(bundle.schedule, steps_offset=0))
+    said = why_not_made_from(old, opened)
+    assert said is not None
+    assert "was exported with steps_offset 0, and" in said
+    assert said.endswith("has 1 by now")
+
+
+def test_an_export_says_that_it_takes_another_offset_than_the_checkpoint_has(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ExportError("that is enough")
+
+    monkeypatch.setattr("magicface_rt.export.exporter.trace", fail)
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    file = checkpoint / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    told: dict[object, list[str]] = {}
+    for offset in (0, 1, None):
+        file.write_text(json.dumps({**config, "steps_offset": offset}))
+        with pytest.raises(ExportError, match="that is enough"):
+            export_bundle(Checkpoint.open(checkpoint), tmp_path / "out", report=told.setdefault(offset, []).append)
+    assert told[0][0] == "scheduler: warning: steps_offset is 1 and not 0, as in diffusers' pipeline"
+    assert told[1] == told[None] == told[0][1:]
 
 
 def test_a_tokenizer_that_is_written_in_another_way_is_the_same(

@@ -272,6 +272,25 @@ def test_a_near_tie_that_flips_is_reported_and_the_next_step_gets_the_recorded_r
     assert "near-tie label" in "\n".join(report.summary())
 
 
+def test_a_near_tie_may_flip_where_a_concept_has_several_tokens(recording, unet):
+    """`verify` records such requests where the checkpoint's tokenizer splits a word."""
+    recorded, (first, *others) = recording.recorded, recording.tokens
+    taken = {token for group in recording.tokens for token in group}
+    found, cells = np.unique(recorded.label[2], return_counts=True)
+    second = max((count, int(token)) for token, count in zip(found, cells, strict=True) if token not in taken)[1]
+    owned = np.isin(recorded.label, (*first, second)) & (recorded.fore_mask | (recording.ca_scale >= 0.9))
+    masks = np.concatenate([owned[:, None], recorded.concept_mask[:, 1:]], axis=1)
+    assert masks[2, 0].sum() > recorded.concept_mask[2, 0].sum(), "the second token has cells of its own"
+    split = with_recorded(replace(recording, tokens=((*first, second), *others)), concept_mask=masks)
+    row, col, changed = flip(split, unet, 2)
+    near = with_margin(split, 2, row, col, 5e-5)
+    for report in (replay_steps(near, Playback(near, {2: changed})), replay_free(near, Playback(near, {2: changed}))):
+        assert report.passed, "\n".join(report.summary())
+        assert report.steps[2].recorded_regions_out
+    wrong = {**changed, "latents_out": changed["latents_out"] * np.float32(1.001)}
+    assert not replay_steps(near, Playback(near, {2: wrong})).passed
+
+
 def test_a_flip_that_is_no_near_tie_fails(recording, unet):
     row, col, changed = flip(recording, unet, 2)
     clear = with_margin(recording, 2, row, col, 2e-4)

@@ -161,6 +161,11 @@ SPOILED = {
     "lora": ({"lora_unet_down.weight": ONE}, (), "LoRA"),
     "v-prediction": ({"v_pred": ONE}, (), "v-prediction"),
     "inpainting": ({CONV_IN: torch.zeros(16, 9, 3, 3)}, (), "inpainting"),
+    "takes the guidance scale": (
+        {"model.diffusion_model.time_embedding.cond_proj.weight": torch.zeros(16, 256)},
+        (),
+        "distilled to take the guidance scale",
+    ),
     "missing attention": ({}, (ATTENTION,), "15 self-attentions"),
     "no unet": ({}, ("model.diffusion_model.",), "'unet' is missing"),
     "no vae": ({}, ("first_stage_model.",), "'vae' is missing"),

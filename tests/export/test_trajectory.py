@@ -7,15 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from magicface_rt import Concept, Options, Result, Session
 from magicface_rt.export import reference as oracle
 from magicface_rt.export import trajectory
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.reference import MagicFaceReference
+from magicface_rt.export.replay import relative_error
 from magicface_rt.export.trajectory import drawn_concepts
+from magicface_rt.schedule import target_noise
 
 STEPS = Options(steps=3, seed=7)
 
@@ -73,6 +77,32 @@ def test_a_session_that_does_something_else_is_noticed(
     steps, same, _ = trajectory._compare_request("request", session, reference, checkpoint, STEPS)
     assert steps.passed, "\n".join(steps.summary())
     assert same.passed is passes, "\n".join(same.summary())
+
+
+@torch.no_grad()
+def test_without_concepts_it_is_plain_stable_diffusion_once_semantic_guidance_is_off(
+    session: Changed, checkpoint: Checkpoint
+) -> None:
+    session.change = {}
+    options = replace(STEPS, negative_prompt="rain")
+    ids = torch.from_numpy(np.stack([session.tokenizer.encode(text) for text in ("rain", trajectory.PROMPT)])).long()
+    unet, text = checkpoint.load_unet(), checkpoint.load_text_encoder()(ids)[0]
+    scheduler = DDIMScheduler.from_config(session.bundle.schedule.to_config())
+    scheduler.set_timesteps(options.steps)
+    bundle = session.bundle
+    latents = torch.from_numpy(target_noise(options.seed, 0, (1, bundle.latent_channels, bundle.rows, bundle.columns)))
+    for timestep in scheduler.timesteps:
+        eps_u, eps_c = unet(torch.cat([latents] * 2), timestep, text).sample.chunk(2)
+        latents = scheduler.step(eps_u + options.guidance * (eps_c - eps_u), timestep, latents).prev_sample
+
+    def made(**settings: Any) -> np.ndarray:
+        return session.generate(trajectory.PROMPT, options=replace(options, **settings)).latents
+
+    off = made(semantic_guidance=False)
+    assert relative_error(off, latents.numpy()) < trajectory.END_TO_END_TOLERANCE
+    others = {"ca_scale": 0.5, "alpha": 0.0, "weight_mode": "scale", "reference_seed": 1}
+    np.testing.assert_array_equal(off, made(semantic_guidance=False, **others))
+    assert relative_error(made(), latents.numpy()) > 10 * trajectory.END_TO_END_TOLERANCE
 
 
 def rate_times(factor: float, plain: Any = oracle.guidance_rate) -> Any:

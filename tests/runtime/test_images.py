@@ -418,6 +418,84 @@ def test_a_mask_whose_alpha_leaves_nothing_out_counts_by_its_luminance(alpha: in
     assert load_mask(painted, image_size=None, name="mask").tolist() == [[False, True]]
 
 
+def painted_mask() -> npt.NDArray[np.uint8]:
+    """White on black, RGBA [20,20,4], opaque everywhere: a square of 16 of its 400 pixels."""
+    mask = np.zeros((20, 20, 4), np.uint8)
+    mask[8:12, 8:12, :3] = 255
+    mask[..., 3] = 255
+    return mask
+
+
+@pytest.mark.parametrize("form", ["array", "RGBA", "LA", "palette"])
+def test_a_painted_mask_of_which_one_pixel_is_transparent_is_warned_of(form: str, tmp_path: Path) -> None:
+    """Its alpha counts as in any mask, and marks nearly all of the image; nobody who painted it means that."""
+    mask = painted_mask()
+    mask[0, 0, 3] = 0
+    source: Any = mask
+    if form != "array":
+        image, source = Image.fromarray(mask), tmp_path / "mask.png"
+        if form == "palette":
+            grey = image.convert("L").point(lambda value: 2 if value else 1).convert("P")
+            grey.putpalette([0, 0, 0, 0, 0, 0, 255, 255, 255])
+            grey.putpixel((0, 0), 0)
+            grey.save(source, transparency=0)
+        else:
+            image.convert(form).save(source)
+    with collect_warnings() as found:
+        taken = load_mask(source, image_size=None, name="man: mask")
+    np.testing.assert_array_equal(taken, mask[..., 3] == 255)
+    (told,) = found
+    assert told.kind == "mask-by-alpha"
+    said = str(told)
+    assert said.startswith("man: mask")
+    assert "its alpha was taken, which marks 99.75% of the image" in said
+    assert "its black and white, which would mark 4.00%, were ignored" in said
+    assert "Remove the alpha channel, or make it opaque everywhere" in said
+
+
+@pytest.mark.parametrize(
+    ("colour", "alpha"),
+    [
+        ("both", "opaque"),  # read by its black and white
+        ("both", "nearly opaque"),
+        ("white", "part"),
+        ("black", "part"),
+        ("dim", "part"),  # as good as black
+        ("both", "as the colour"),
+    ],
+)
+def test_a_mask_with_one_shape_only_is_not_warned_of(colour: str, alpha: str) -> None:
+    mask = painted_mask()
+    if colour != "both":
+        mask[..., :3] = np.where(mask[..., :3], 100, 0) if colour == "dim" else 255 * (colour == "white")
+    mask[..., 3] = {
+        "opaque": np.full((20, 20), 255),
+        "nearly opaque": np.full((20, 20), 128),
+        "part": np.tri(20) * 255,
+        "as the colour": mask[..., 0],
+    }[alpha]
+    with collect_warnings() as found:
+        load_mask(mask, image_size=None, name="mask")
+    assert found == []
+
+
+@pytest.mark.parametrize(("threshold", "warned"), [(100, False), (101, True), (127, True), (128, False)])
+def test_the_threshold_decides_what_is_transparent_and_what_is_white(threshold: int, warned: bool) -> None:
+    mask = painted_mask()
+    mask[..., :3] //= 2  # 127 on 0
+    mask[0, 0, 3] = 100
+    with collect_warnings() as found:
+        load_mask(mask, image_size=None, threshold=threshold, name="mask")
+    assert bool(found) is warned
+
+
+def test_a_reference_with_such_a_mask_is_warned_of_by_its_name() -> None:
+    mask = painted_mask()
+    mask[0, 0, 3] = 0
+    with pytest.warns(MagicFaceWarning, match=r"^man: mask .*its alpha was taken"):
+        load_reference(Reference(photograph(20, 20), mask=mask), name="man")
+
+
 def test_bool_arrays_and_one_bit_images_are_masks() -> None:
     mask = np.eye(5, dtype=np.bool_)
     np.testing.assert_array_equal(load_mask(mask, image_size=None, threshold=255, name="mask"), mask)

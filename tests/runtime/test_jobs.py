@@ -370,6 +370,17 @@ def test_every_key_of_the_option_is_read() -> None:
     assert reference.resample == "nearest"
 
 
+def test_beside_a_job_an_option_is_read_as_a_concept_in_the_job() -> None:
+    """What stands outside of the job's concepts is meant for all references, wherever their concept is written."""
+    around = {"mask_threshold": 255, "resample": "nearest", "null_reference_prompts": True}
+    job = parse_job({"prompt": "a man", "concepts": [{**MAN, "image": "a.png", "mask": "m.png"}], **around}, base=".")
+    told = parse_concept_option("word=man,image=a.png,mask=m.png,prompt=a man,mask_threshold=1", job=job)
+    (inside,), (beside,) = job.concepts[0].references, told.references
+    assert (inside.mask_threshold, inside.resample, inside.prompt) == (255, "nearest", "")
+    assert (beside.mask_threshold, beside.resample, beside.prompt) == (1, "nearest", "")
+    assert parse_concept_option("word=man,image=a.png", job=job).references[0].mask_threshold == 255
+
+
 def test_every_image_starts_a_reference() -> None:
     concept = parse_concept_option("mask=m.png,word=man,image=a.png,image=b.jpg,mask=b-mask.png,weight=2")
     assert [(r.image, r.mask) for r in concept.references] == [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from magicface_rt.errors import CheckpointError, OptionError
 from magicface_rt.schedule import Schedule, is_region_step, reference_noise, target_noise
-from tests.locations import DATA
+from tests.locations import DATA, ROOT
 
 RECORDED = np.load(DATA / "unit" / "schedule.npz")
 LENGTHS = (50, 20, 7)
@@ -92,6 +92,16 @@ def test_steps_that_would_start_beyond_the_training_are_refused() -> None:
     assert Schedule(steps_offset=0).timesteps(1000)[0] == 999
 
 
+def test_the_page_of_requests_has_the_first_timesteps() -> None:
+    page = (ROOT / "docs" / "requests.md").read_text(encoding="utf-8")
+    header, _, values = page[page.index("| T |") :].splitlines()[:3]
+    numbers, firsts = ([int(cell) for cell in line.strip("|").split("|")[1:]] for line in (header, values))
+    assert firsts == [Schedule().timesteps(steps)[0] for steps in numbers]
+    assert len(numbers) == 10
+    lowest = min(Schedule().timesteps(steps)[0] for steps in range(10, 201))
+    assert f"With 10 to 200 steps the drawing begins at\ntimestep {lowest} or above" in page
+
+
 @pytest.mark.parametrize("timestep", [-1, 1000, 1.5, np.array([3, 1000]), np.array([-1, 3])])
 def test_timesteps_that_do_not_exist_are_refused(timestep: Any) -> None:
     z = np.zeros((2, 4, 2, 2), np.float32)
@@ -121,7 +131,7 @@ def test_the_config_of_stable_diffusion_gives_the_defaults() -> None:
     assert Schedule.from_config(config) == Schedule()
 
 
-def test_an_offset_in_the_config_is_used_and_a_missing_one_is_the_pipelines() -> None:
+def test_an_offset_in_the_config_of_a_bundle_is_used_and_a_missing_one_is_the_pipelines() -> None:
     assert Schedule.from_config({"steps_offset": 0}).steps_offset == 0
     assert Schedule.from_config({}).steps_offset == 1
 

@@ -134,7 +134,7 @@ def test_a_concept_of_weight_zero_is_not_looked_at(session: Session) -> None:
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-5)
 
 
-def test_without_concepts_it_is_plain_stable_diffusion(session: Session) -> None:
+def test_without_concepts_there_are_no_regions(session: Session) -> None:
     result = session.generate(PROMPT, steps=2, seed=7)
     assert not result.regions.any()
     assert np.isfinite(result.latents).all()
