@@ -366,8 +366,12 @@ class EngineStore:
                 with unused(entry.path) as free:
                     if not free:
                         return False
-                    os.rename(folder, layout.new_part(folder))
-                layout.remove_parts(folder)
+                    try:
+                        os.rename(folder, layout.new_part(folder))
+                        layout.remove_parts(folder)
+                    except BaseException:  # a signal arrived meanwhile
+                        layout.remove_parts(folder)
+                        raise
         return True
 
     def _sweep(self, folder: Path) -> None:

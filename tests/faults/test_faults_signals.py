@@ -27,6 +27,7 @@ from killing_checks import plan_at, whole_result
 from memory_hollow import Hollow
 from memory_limits import Scene
 from PIL import Image
+from plan_store import with_a_plan
 from safetensors.numpy import load_file
 from threads_requests import HAT, MAN, PROMPT, STEPS, Mixed, digest
 from threads_signalled import OUTSIDE, Ended, Forks
@@ -36,6 +37,7 @@ from magicface_rt import Bundle, Concept, KeptConcept, Progress, Session
 from magicface_rt.backends.device import Device
 from magicface_rt.backends.key_uploader import KeyUploader
 from magicface_rt.backends.worker_stream import WorkerStream
+from magicface_rt.engines.store import EngineStore
 from magicface_rt.files.atomic_files import temporary_sibling
 from magicface_rt.kept.on_device import OnDevice
 from tests.runtime.drawn_backend import Drawn
@@ -236,6 +238,59 @@ def at_changes(forks: Forks, scene: Scene, verb: str, most: int, folder: Path) -
     return tally
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    """The files in a folder, except locks."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+LAST_CALLS = 5
+"""With so few calls left, a verb may have ended as far as it can be told."""
+
+
+def with_a_plan_at(folder: Path) -> None:
+    with_a_plan(EngineStore(folder / "plans"))
+
+
+def at_calls(
+    forks: Forks,
+    arguments: Sequence[str],
+    verb: str,
+    most: int,
+    folder: Path,
+    make: Callable[[Path], object] = lambda _: None,
+    check: Callable[[Path], object] = lambda _: None,
+    ends: Collection[int] = (0,),
+) -> Tally:
+    """As it calls each of our functions that it calls. `ends`: codes with which it ends without a signal."""
+    tally = Tally()
+    make(whole_folder := fresh(folder, -1))
+    whole = forks.run(arguments, whole_folder, calls=True)
+    assert whole.code in ends, whole.said
+    assert whole.events > most or whole.events > 100, "nothing is counted"
+    chosen = range(whole.events)
+    if whole.events > most:
+        chosen = sorted(random.Random(most).sample(chosen, most))
+    for event in chosen:
+        number, where = NUMBERS[event % 2], fresh(folder, event)
+        make(where)
+        ended = forks.run(arguments, where, number, event=event, calls=True)
+        told = f"{verb}, signal {number} at call {event}: code {ended.code}: {ended.said[-2000:]}"
+        assert "Traceback" not in ended.said, told
+        assert not unfinished(where), told
+        if ended.code == 130:
+            assert ended.said.endswith("interrupted; nothing half written\n"), told
+        elif event < ended.events - LAST_CALLS:
+            assert ended.code in (-number, OUTSIDE), told
+        tally.ended["interrupted" if ended.code == 130 else "outside of the verb"] += 1
+        check(where)
+    assert tally.ended["interrupted"] >= len(chosen) // 2, tally
+    return tally
+
+
 @pytest.mark.parametrize("forks", ["cli"], indirect=True)
 @pytest.mark.parametrize(
     ("verb", "count"),
@@ -297,6 +352,43 @@ def test_a_signal_at_any_moment_of_another_verb(
     if verb == "build":
         pytest.importorskip("tensorrt_rtx")
     figures.tell("signals", f"{verb}, any moment (slow)", str(at_random(forks, scene, verb, count, tmp_path)))
+
+
+LOOKING = ("plan", "inspect", "doctor", "engines list", "engines why", "engines verify")
+"""Verbs that change nothing."""
+
+
+@pytest.mark.parametrize("forks", ["cli"], indirect=True)
+@pytest.mark.parametrize(
+    ("verb", "most"),
+    [("inspect", 6), ("engines verify", 6), *(pytest.param(verb, 30, marks=pytest.mark.slow) for verb in LOOKING)],
+)
+def test_a_signal_at_any_call_of_a_verb_that_changes_nothing(
+    forks: Forks, scene: Scene, verb: str, most: int, tmp_path: Path
+) -> None:
+    store = with_a_plan(EngineStore(scene.inputs / "store")).root
+    before = everything(store)
+    told = str(at_calls(forks, scene.verbs[verb], verb, most, tmp_path, ends=(0, 1)))
+    assert everything(store) == before
+    figures.tell("signals", f"{verb}, at most {most} calls", told)
+
+
+@pytest.mark.parametrize("forks", ["cli"], indirect=True)
+@pytest.mark.parametrize("most", [6, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_plan_is_whole_or_gone_after_a_signal_at_any_call_of_prune(forks: Forks, most: int, tmp_path: Path) -> None:
+    """And the next prune removes what is left of it."""
+    arguments = ["engines", "prune", "--store", "plans", "--limit", "1"]
+    kept = 0
+
+    def check(folder: Path) -> None:
+        nonlocal kept
+        kept += plan_at(folder / "plans")
+        assert forks.run(arguments, folder).code == 0
+        assert everything(folder / "plans") == {}
+
+    told = str(at_calls(forks, arguments, "engines prune", most, tmp_path, with_a_plan_at, check))
+    assert kept > 0, "it was always gone"
+    figures.tell("signals", f"engines prune, at most {most} calls", f"{told}; {kept} plans were still whole")
 
 
 @pytest.mark.slow

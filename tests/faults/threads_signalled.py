@@ -3,8 +3,9 @@
 python threads_signalled.py LIBRARY    cli; export, which loads PyTorch as well; or all, what any verb needs
 
 For each line of JSON on stdin: {"arguments": [...], "folder": ..., "number": signal or null, "seconds": s or null,
-"event": n or null}. The signal is sent so many seconds after the verb began, or by the child to itself as it is about
-to do its n-th change of a file or folder. Answered is {"code", "seconds", "events", "said"}.
+"event": n or null, "calls": true or false}. The signal is sent so many seconds after the verb began, or by the child to
+itself as it is about to do its n-th change of a file or folder; or, with `calls`, its n-th call of a function of the
+package. Answered is {"code", "seconds", "events", "said"}.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from forking import ForkingProcess
@@ -40,7 +42,7 @@ OUTSIDE = 199
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended. `events`: changes of files and folders that it was about to make."""
+    """How a child ended. `events`: changes of files and folders that it was about to make, or the calls that it did."""
 
     code: int
     seconds: float
@@ -62,10 +64,11 @@ class Forks:
         *,
         seconds: float | None = None,
         event: int | None = None,
+        calls: bool = False,
     ) -> Ended:
-        """`folder`: where it works, which is there already."""
+        """`folder`: where it works, which is there already. `calls`: an event is a call of one of our functions."""
         request = {"arguments": list(arguments), "folder": os.fspath(folder), "number": number}
-        self._process.tell({**request, "seconds": seconds, "event": event})
+        self._process.tell({**request, "seconds": seconds, "event": event, "calls": calls})
         return Ended(**self._process.answer())
 
     def stop(self) -> None:
@@ -136,21 +139,30 @@ def _work(request: dict[str, Any], told: int, marking: int) -> NoReturn:
 
 
 def _count(request: dict[str, Any], marking: int) -> None:
-    """Marks the beginning and every change; the signal comes as the one that was asked for begins."""
+    """Marks the beginning and every event; the signal comes as the one that was asked for begins."""
     left = -1 if request["event"] is None else int(request["event"])
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    def came() -> None:
         nonlocal left
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if event not in EVENTS and not writes:
-            return
         os.write(marking, b".")
         if left == 0:
             left = -1
             os.kill(os.getpid(), request["number"])
         left -= left > 0
 
-    sys.addaudithook(hook)
+    def changed(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in EVENTS or writes:
+            came()
+
+    def called(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("magicface_rt"):
+            came()
+
+    if request["calls"]:
+        sys.setprofile(called)
+    else:
+        sys.addaudithook(changed)
     os.write(marking, b".")
 
 
