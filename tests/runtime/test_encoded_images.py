@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import logging
 import struct
+import time
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
+from PIL.PngImagePlugin import PngInfo
 
 from magicface_rt import MaskError
 from magicface_rt.decoding import decode
@@ -51,8 +55,6 @@ def png(block: bytes) -> bytes:
 
 def png_profile(block: bytes) -> bytes:
     """As ImageMagick writes EXIF."""
-    from PIL.PngImagePlugin import PngInfo
-
     out, info = io.BytesIO(), PngInfo()
     info.add_text("Raw profile type exif", f"\nexif\n{len(block)}\n{block.hex()}", zip=True)
     picture().save(out, "PNG", pnginfo=info)
@@ -142,7 +144,7 @@ def test_a_tiff_with_such_metadata_is_refused(big: bool, tmp_path: Path) -> None
         decode(tmp_path / "bad.tiff", "image", ImageError)
 
 
-@pytest.mark.parametrize("orientation", [None, *range(1, 9), 0, 9])
+@pytest.mark.parametrize("orientation", [None, *range(1, 10), 0])
 @pytest.mark.parametrize("file", ["PNG", "PNG, a text", "WEBP", "JPEG"])
 def test_the_orientation_is_what_pillow_reads(file: str, orientation: int | None, tmp_path: Path) -> None:
     for order in "<>":
@@ -153,6 +155,124 @@ def test_the_orientation_is_what_pillow_reads(file: str, orientation: int | None
         assert np.array_equal(np.asarray(found.image), np.asarray(expected))
         uploaded = open_image(data, pixels=10**6, name="image", error=ImageError)
         assert np.array_equal(np.asarray(decode(uploaded, "image", ImageError).image), np.asarray(expected))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_an_orientation_of_xmp_counts_where_there_is_no_other(form: str, tmp_path: Path) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    out = io.BytesIO()
+    if form == "PNG":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        picture().save(out, form, pnginfo=info)
+    elif form == "TIFF":
+        picture().save(out, form, tiffinfo={700: xmp})
+    else:
+        picture().save(out, form, xmp=xmp, lossless=True)
+    (tmp_path / "image").write_bytes(out.getvalue())
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(out)))
+    assert expected.shape[:2] == picture().size
+    assert np.array_equal(np.asarray(decode(tmp_path / "image", "image", ImageError).image), expected)
+    if form in FORMATS:
+        uploaded = open_image(out.getvalue(), pixels=10**6, name="image", error=ImageError)
+        assert np.array_equal(np.asarray(decode(uploaded, "image", ImageError).image), expected)
+
+
+def test_the_orientation_of_another_image_in_the_file_does_not_count() -> None:
+    """Phones write previews before, and further images after."""
+    turned = jpeg(directory(6, entries=2, blob=8))
+    for data in (jpeg(b"") + turned, jpeg(turned, b"JFXX\0\x10", b"\xff\xe0"), jpeg(turned, b"a preview", b"\xff\xe2")):
+        assert open_image(data, pixels=10**6, name="image", error=ImageError).getexif() == {}
+
+
+def test_an_orientation_in_numbers_of_another_type_is_read_as_pillow_reads_it() -> None:
+    for kind, value in itertools.product((1, 3, 4, 6, 8, 9), (6, 0x60000, 0)):
+        block = b"II*\0" + struct.pack("<LHHHLL", 8, 1, 0x0112, kind, 1, value) + bytes(4)
+        data = jpeg(block)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
+        found = decode(open_image(data, pixels=10**6, name="image", error=ImageError), "image", ImageError)
+        assert found.image.size == expected
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of the processor, so that what runs beside does not count."""
+    start = time.process_time()
+    with contextlib.suppress(ImageError):
+        work()
+    return time.process_time() - start
+
+
+ODD: dict[str, bytes] = {
+    "a run of FF": b"\xff\xd8" + b"\xff" * 10**6 + b"\0",
+    "junk": b"\xff\xd8\xff\xe0\0\2" + bytes(10**6),
+    "runs of FF in a scan": jpeg(b"")[:-2] + b"\xff" * 10**6 + b"\0\xff\xd9",
+    "names of EXIF": b"\xff\xd8" + b"\xff\xe1\xff\xffExif\0\0II*\0\x08\0\0\0" * 50_000,
+    "directories in an overlap": jpeg(b"II*\0\x08\0\0\0\xff\xff" + bytes(64_000)),
+    "empty segments": jpeg(b"")[:2] + b"\xff\xed\0\2" * 250_000 + jpeg(b"")[2:],
+    "segments behind a marker without a length": jpeg(b"")[:2] + b"\xff\xf0\xff\xff" + b"\xff\xed\0\2" * 250_000,
+    "segments behind an end": jpeg(b"")[:2] + b"\xff\xd9" + b"\xff\xed\0\2" * 250_000,
+    "tables": jpeg(b"")[:2] + (b"\xff\xdb\xff\xff" + bytes(65_533)) * 15 + jpeg(b"")[2:],
+    "empty chunks": png(b"")[:33] + (b"\0\0\0\0teSt" + zlib.crc32(b"teSt").to_bytes(4, "big")) * 80_000 + png(b"")[33:],
+    "empty chunks of pixels": png(b"")[:33]
+    + (b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")) * 160_000
+    + png(b"")[33:],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_file_of_a_megabyte_takes_little_time_and_memory(name: str) -> None:
+    """Processor seconds: some of these took minutes or hours."""
+
+    def read() -> None:
+        open_image(ODD[name], pixels=10**6, name="image", error=ImageError)
+
+    read_once = seconds(read)
+    assert read_once < 5, "seconds"
+    with contextlib.suppress(ImageError):
+        assert peak(read) < MUCH
+
+
+def test_scans_that_libjpeg_finds_where_it_looks_for_a_restart_are_counted() -> None:
+    """A marker that libjpeg does not know has no length there, whatever stands behind it."""
+    out = io.BytesIO()
+    picture().save(out, "JPEG", progressive=True, restart_marker_blocks=1)
+    data = out.getvalue()
+    assert b"\xff\xdd" in data
+    last = data.rindex(b"\xff\xda")
+    hidden = data[:-2] + b"\xff\x02\xf0\xf0" + data[last:-2] * (2 * MAX_SCANS) + data[-2:]
+    with pytest.raises(ExcessError, match=r"more than 100 scans"):
+        open_bytes(hidden, FORMATS)
+
+
+def test_directories_within_directories_are_looked_at(tmp_path: Path) -> None:
+    """Pillow reads those of EXIF and GPS as it loads a TIFF, or writes the EXIF of a picture that was turned."""
+    start = 8 + 2 + 2 * 12 + 4
+    entries, blob = 700, 60_000
+    values = start + 2 + 12 * entries + 4
+    first = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHLL", 34665, 4, 1, start)
+    within = struct.pack("<H", entries) + b"".join(
+        struct.pack("<HHLL", 0x8000 + n, 7, blob, values) for n in range(entries)
+    )
+    block = b"II*\0" + struct.pack("<LH", 8, 2) + first + bytes(4) + within + bytes(4) + bytes(blob)
+    with pytest.raises(ImageError, match="has EXIF data whose values name the same bytes again"):
+        decode(Image.open(io.BytesIO(png(block))), "image", ImageError)
+    (tmp_path / "a.tiff").write_bytes(block)
+    with pytest.raises(ImageError, match="has TIFF data whose values name the same bytes again"):
+        decode(tmp_path / "a.tiff", "image", ImageError)
+    data = png(block)
+    assert peak(lambda: open_image(data, pixels=10**6, name="image", error=ImageError)) < MUCH
+
+
+def test_metadata_of_an_avif_are_looked_at(tmp_path: Path) -> None:
+    if not features.check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    for block, sound in ((directory(entries=2, blob=8), True), (directory(entries=800), False)):
+        picture(64).save(tmp_path / "a.avif", exif=block)
+        if sound:
+            decode(tmp_path / "a.avif", "image", ImageError)
+        else:
+            with pytest.raises(ImageError, match="has EXIF data whose values name the same bytes again"):
+                decode(tmp_path / "a.avif", "image", ImageError)
 
 
 def test_damaged_metadata_do_not_keep_an_image() -> None:
