@@ -82,17 +82,14 @@ _JOB = {
 class Job:
     """A request: `session.generate(job.prompt, job.concepts, ...)` with `job.options`. Paths are absolute.
 
-    reading          the job's own `mask_threshold` and `resample`, as far as it gives them
-    without_prompts  its `null_reference_prompts`
-
-    Its concepts are made with both; `parse_concept_option` makes one that stands beside the job with them.
+    reading  the job's own `mask_threshold` and `resample`, as far as it gives them. Its concepts are made with them,
+             and so is one that `parse_concept_option` makes to stand beside the job
     """
 
     prompt: str
     concepts: tuple[Concept, ...]
     options: Options
     reading: Mapping[str, Any] = field(default_factory=dict)
-    without_prompts: bool = False
 
 
 def load_job(path: str | os.PathLike[str]) -> Job:
@@ -133,7 +130,7 @@ def parse_job(data: object, *, base: str | os.PathLike[str] = ".") -> Job:
         for position, item in enumerate(job.get("concepts", []))
     ]
     settings = {name: job[key] for key, (name, _) in _OPTIONS.items() if key in job}
-    return Job(job["prompt"], tuple(concepts), Options(**settings), reading, without_prompts)
+    return Job(job["prompt"], tuple(concepts), Options(**settings), reading)
 
 
 def parse_concept_option(text: str, *, base: str | os.PathLike[str] = ".", job: Job | None = None) -> Concept:
@@ -149,14 +146,14 @@ def parse_concept_option(text: str, *, base: str | os.PathLike[str] = ".", job: 
     around values without quotes are dropped.
 
     Beside a `job` its references are read as those in the job: with its `mask_threshold` and `resample` where the text
-    does not give them, and without their prompts if it has `null_reference_prompts`.
+    does not give them.
 
     Raises `JobError` for text that cannot be parsed, and whatever `Concept` and `Reference` raise.
     """
-    reading, without_prompts = (job.reading, job.without_prompts) if job is not None else ({}, False)
+    reading = job.reading if job is not None else {}
     return _with_location(
         f"concept option {shown(text)}",
-        lambda: _concept(_option_data(text), "", Path(base), reading, without_prompts=without_prompts),
+        lambda: _concept(_option_data(text), "", Path(base), reading, without_prompts=False),
     )
 
 

@@ -156,7 +156,7 @@ def test_a_concept_beside_a_job_is_read_as_the_job_says_where_it_does_not_say_it
     assert read(bare) == (128, "lanczos", "a man")
     assert read(bare, mask_threshold=255, resample="nearest") == (255, "nearest", "a man")
     assert read(given, mask_threshold=255, resample="nearest") == (7, "lanczos", "")
-    assert read(bare, null_reference_prompts=True) == (128, "lanczos", "")
+    assert read(bare, null_reference_prompts=True) == (128, "lanczos", "a man")
 
 
 def test_concepts_arrive_as_they_were_given(

@@ -371,13 +371,13 @@ def test_every_key_of_the_option_is_read() -> None:
 
 
 def test_beside_a_job_an_option_is_read_as_a_concept_in_the_job() -> None:
-    """What stands outside of the job's concepts is meant for all references, wherever their concept is written."""
+    """How references are read is meant for all, wherever their concept is written; a prompt that is given counts."""
     around = {"mask_threshold": 255, "resample": "nearest", "null_reference_prompts": True}
     job = parse_job({"prompt": "a man", "concepts": [{**MAN, "image": "a.png", "mask": "m.png"}], **around}, base=".")
     told = parse_concept_option("word=man,image=a.png,mask=m.png,prompt=a man,mask_threshold=1", job=job)
     (inside,), (beside,) = job.concepts[0].references, told.references
     assert (inside.mask_threshold, inside.resample, inside.prompt) == (255, "nearest", "")
-    assert (beside.mask_threshold, beside.resample, beside.prompt) == (1, "nearest", "")
+    assert (beside.mask_threshold, beside.resample, beside.prompt) == (1, "nearest", "a man")
     assert parse_concept_option("word=man,image=a.png", job=job).references[0].mask_threshold == 255
 
 
