@@ -303,8 +303,9 @@ class LocalService(Service):
         except UnknownConceptError:
             if trace is None:
                 raise
-        # Of a file that cannot be read, Sessions may hold keys although nothing here does.
-        stopped, place = await self._let_go(id, lambda: [] if trace is None else [trace], end, certainly=files > 0)
+        if trace is None and files:  # of a file that cannot be read, Sessions may hold keys although nothing here does
+            trace = self._unfinished[id] = Trace()
+        stopped, place = await self._let_go(id, lambda: [] if trace is None else [trace], end)
         if place is not None:
             raise EraseError(f"concept {id}: something of it is left in {place}. Erase it again, or restart.")
         self._unfinished.pop(id, None)
@@ -431,14 +432,12 @@ class LocalService(Service):
         """
         return await self._by(end, self._alone, self.engine.exclusive, scrub, end)
 
-    async def _let_go(
-        self, id: str, traces: Callable[[], Sequence[Trace]], end: float, *, certainly: bool = False
-    ) -> tuple[int, str | None]:
+    async def _let_go(self, id: str, traces: Callable[[], Sequence[Trace]], end: float) -> tuple[int, str | None]:
         """End every request that uses a concept that can no longer be found, wait for them to end, and release its
         memory. Returns how many requests there were, and where something is left, in words, or None.
 
         `traces` is called when those requests have ended: one that was reading the file may have added its own. Without
-        any, Sessions hold nothing of the concept, and drop nothing unless `certainly`.
+        any, Sessions hold nothing of the concept, and drop nothing. If the deadline passes first, they drop it later.
         """
         using = [use for use in self._uses if id in use.ids]
         for use in using:
@@ -449,10 +448,11 @@ class LocalService(Service):
         try:
             for use in using:
                 await until(use.over, end)
-            if certainly or traces():
+            if traces():
                 place = await self._scrubbed(end)
         except DeadlineError:
             place = STILL_RUNS
+            self._stale = True
         for trace in traces():
             place = place or await self._still_in_memory(trace)
         return len(using), place

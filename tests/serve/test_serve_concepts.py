@@ -34,7 +34,7 @@ from magicface_rt.errors import (
     UnreachableError,
 )
 from magicface_rt.files import atomic_files
-from magicface_rt.serve import AsyncClient, FolderConcepts, KeptId, Made, MemoryConcepts, ServeSettings
+from magicface_rt.serve import AsyncClient, FolderConcepts, KeptId, Made, MemoryConcepts, ServeSettings, local
 from magicface_rt.serve.concepts import ConceptStore, StoredConcept, concept_id
 from magicface_rt.serve.erasure import Trace
 from magicface_rt.serve.server import local_service
@@ -749,6 +749,42 @@ def test_many_erasures_beside_a_batch_hold_up_nobody_else(session: Gated) -> Non
             session.free.set()
             assert all(erasure.result(30)["id"] for erasure in erasures)
             assert len(held.result(30).images) == 1
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_erasure_whose_deadline_passed_is_done_later_and_may_be_done_again(
+    session: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """Also of a file that nobody here can read any more."""
+    forgotten: list[int] = []
+    real = session.forget
+
+    def forget(*given: Any) -> bool:
+        forgotten.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(session, "forget", forget)
+    monkeypatch.setattr(local, "LOOK_SECONDS", 0.05)
+    store = FolderConcepts(tmp_path)
+    with running(session, store=store, settings=ServeSettings(default_steps=1)) as server, server.client() as client:
+        kept = client.put_concept(MAN)
+        if damaged:
+            store.close()
+            (path,) = tmp_path.iterdir()
+            path.write_bytes(path.read_bytes()[:-100])
+        session.reset()
+        session.free.clear()
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(client.generate, "a man", steps=1)
+            session.wait_for_step()
+            with server.hasty(0.3), pytest.raises(EraseError, match="left in what still ran when the deadline passed"):
+                client.erase(kept)
+            until(lambda: forgotten, "Sessions hold what they held")
+            session.free.set()
+            assert other.result(30).batch == 1
+        assert client.erase(kept)["erased"]
+        with pytest.raises(UnknownConceptError):
+            client.erase(kept)
 
 
 def test_an_erasure_that_waits_for_what_runs_has_a_deadline(session: Gated) -> None:
