@@ -18,8 +18,8 @@ channels of q and k per head and the attention stays a plain one without a mask,
 the one-hot of its group and a constant 1. A reference key carries, in channel j, `fp(bias / scale)` if its group is j
 and `NEG / scale` otherwise, and in the last channel what rounding lost, `bias / scale - fp(bias / scale)`. Own keys
 carry zeros. With NEG = -4000 a forbidden key's softmax weight is exactly 0 in float32, as long as its own logit is not
-nearly 4000 above those that the pixel may see; and NEG / scale stays below float16's largest value in heads of up to
-268 channels.
+nearly 4000 above those that the pixel may see. In heads of more than 225 channels NEG is nearer to 0, so that NEG /
+scale stays below float16's largest value.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ GROUPS = 7
 """Query groups that the channel encoding holds: 0 (no concept) and at most 6 concepts."""
 
 NEGATIVE_BIAS = -4000.0
+
+LOWEST_IN_16_BITS = -60_000.0
+"""What NEG / scale is limited to: beyond float16's range it would be infinite, and 0 times it no number."""
 
 Runtime = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt", "select"]
 """Names a body: those made for the runtimes, or `select`, the exact masked form that the tests compare the others with.
@@ -68,7 +71,9 @@ _CODES = f"""
     query_one = CastLike(query_true, q)
     query_code = Concat<axis = 2>(query_one_hot, query_one)
     negative = Constant<value_float = {NEGATIVE_BIAS}>()
-    negative_scaled = Div(negative, scale)
+    lowest = Constant<value_float = {LOWEST_IN_16_BITS}>()
+    negative_unlimited = Div(negative, scale)
+    negative_scaled = Max(negative_unlimited, lowest)
     forbidden = CastLike(negative_scaled, q)
     key_column = Unsqueeze(key_group, last)
     key_is = Equal(key_column, group_ids)

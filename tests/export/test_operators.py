@@ -20,15 +20,17 @@ HEADS, WIDTH = 2, 16
 SCALE = (WIDTH // HEADS) ** -0.5
 
 
-def session(body: str, dtype: int = TensorProto.FLOAT) -> onnxruntime.InferenceSession:
+def session(
+    body: str, dtype: int = TensorProto.FLOAT, *, heads: int = HEADS, width: int = WIDTH, scale: float = SCALE
+) -> onnxruntime.InferenceSession:
     value = helper.make_tensor_value_info
     names = ["q", "k", "v", "k_ref", "v_ref", "query_group", "key_group", "key_bias"]
-    node = helper.make_node("RegionAttention", names, ["out"], domain=operators.DOMAIN, num_heads=HEADS, scale=SCALE)
-    inputs = [value(n, dtype, ["B", "n", WIDTH]) for n in "qkv"]
-    inputs += [value(n, dtype, ["K", "M", WIDTH]) for n in ("k_ref", "v_ref")]
+    node = helper.make_node("RegionAttention", names, ["out"], domain=operators.DOMAIN, num_heads=heads, scale=scale)
+    inputs = [value(n, dtype, ["B", "n", width]) for n in "qkv"]
+    inputs += [value(n, dtype, ["K", "M", width]) for n in ("k_ref", "v_ref")]
     inputs += [value("query_group", TensorProto.INT64, ["B", "n"]), value("key_group", TensorProto.INT64, ["K", "M"])]
     inputs += [value("key_bias", TensorProto.FLOAT, ["K", "M"])]
-    graph = helper.make_graph([node], "g", inputs, [value("out", dtype, ["B", "n", WIDTH])])
+    graph = helper.make_graph([node], "g", inputs, [value("out", dtype, ["B", "n", width])])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", operators.OPSET)], ir_version=10)
     operators.write_bodies(model, body)  # type: ignore[arg-type]
     options = onnxruntime.SessionOptions()
@@ -40,33 +42,43 @@ def session(body: str, dtype: int = TensorProto.FLOAT) -> onnxruntime.InferenceS
 SESSIONS = {body: session(body) for body in BODIES}
 
 
-def explicit(feed: dict[str, Any]) -> np.ndarray:
+def explicit(feed: dict[str, Any], *, heads: int = HEADS, scale: float = SCALE) -> np.ndarray:
     """The operator's definition, a loop over images and heads in float64."""
     q, k, v, k_ref, v_ref = (feed[n].astype(np.float64) for n in ("q", "k", "v", "k_ref", "v_ref"))
     out = np.empty_like(q)
-    d = WIDTH // HEADS
+    d = q.shape[2] // heads
     for b in range(len(q)):
         r = b if len(k_ref) > 1 else 0
         sees = feed["query_group"][b][:, None] == feed["key_group"][r][None]
         bias = np.where(sees, feed["key_bias"][r][None].astype(np.float64), -np.inf)
         bias = np.concatenate([np.zeros((q.shape[1], k.shape[1])), bias], 1)
         keys, values = np.concatenate([k[b], k_ref[r]]), np.concatenate([v[b], v_ref[r]])
-        for h in range(HEADS):
+        for h in range(heads):
             part = slice(h * d, (h + 1) * d)
-            logits = q[b, :, part] @ keys[:, part].T * SCALE + bias
+            logits = q[b, :, part] @ keys[:, part].T * scale + bias
             p = np.exp(logits - logits.max(1, keepdims=True))
             out[b, :, part] = p / p.sum(1, keepdims=True) @ values[:, part]
     return out
 
 
-def feed_for(seed: int, images: int, shared: bool, concepts: int, cells: int, kept: int, weights: list[float]) -> dict:
+def feed_for(
+    seed: int,
+    images: int,
+    shared: bool,
+    concepts: int,
+    cells: int,
+    kept: int,
+    weights: list[float],
+    *,
+    width: int = WIDTH,
+) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     rows = 1 if shared else images
     normal = lambda *shape: (2 * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
     group = rng.integers(-1, concepts + 1, (rows, kept))  # -1: padding; concepts without a key, cells without a concept
     return {
-        **{name: normal(images, cells, WIDTH) for name in "qkv"},
-        **{name: normal(rows, kept, WIDTH) for name in ("k_ref", "v_ref")},
+        **{name: normal(images, cells, width) for name in "qkv"},
+        **{name: normal(rows, kept, width) for name in ("k_ref", "v_ref")},
         "query_group": rng.integers(0, concepts + 1, (images, cells)),
         "key_group": np.where(group == 0, -1, group),
         "key_bias": np.array(weights, np.float32)[np.maximum(group, 0) % len(weights)],
@@ -118,6 +130,18 @@ def test_forbidden_keys_stay_so_however_far_logits_lie_apart(body: str, dtype: i
     found = session(body, dtype).run(None, cast)[0].astype(np.float64)
     expected = explicit({**feed, "v": cast["v"].astype(np.float64)})
     assert np.abs(found - expected).max() < (5e-3 if half else 1e-5)
+
+
+@pytest.mark.parametrize("width", [160, 320, 640])
+@pytest.mark.parametrize("body", ["onnxruntime", "tensorrt"])
+def test_wide_heads_stay_finite_in_16_bits(body: str, width: int) -> None:
+    scale, heads = width**-0.5, 1
+    one = session(body, TensorProto.FLOAT16, heads=heads, width=width, scale=scale)
+    feed = feed_for(6, 1, True, 2, 6, 8, [1.0], width=width)
+    half = {n: a.astype(np.float16) if n in ("q", "k", "v", "k_ref", "v_ref") else a for n, a in feed.items()}
+    found = one.run(None, half)[0].astype(np.float64)
+    wide = {**feed, **{n: half[n].astype(np.float64) for n in ("q", "k", "v", "k_ref", "v_ref")}}
+    assert np.abs(found - explicit(wide, heads=heads, scale=scale)).max() < 2e-2 * np.abs(feed["v"]).max()
 
 
 def test_float16_bias_keeps_its_low_part() -> None:
