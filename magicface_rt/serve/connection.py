@@ -1,14 +1,22 @@
-"""The server's end of a connection: uvicorn's over h11, with limits on what arrives before a token is looked at."""
+"""The server's end of a connection: uvicorn's over h11, with limits on what arrives before a token is looked at, and on
+how long an answer waits to be taken.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .problems import Problem
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
 
 __all__ = ["HEAD_BYTES", "Connection"]
 
@@ -17,6 +25,9 @@ HEAD_BYTES = 64 * 2**10
 
 HEAD_SECONDS = 60.0
 """Seconds within which a client must send them, counted from the start of the connection or the last answer."""
+
+ANSWER_SECONDS = 60.0
+"""Seconds within which a client must take something of an answer that waits for it."""
 
 _NO_REQUEST = Problem(
     400,
@@ -29,12 +40,14 @@ class Connection(H11Protocol):
     """For `uvicorn.Config(http=Connection, h11_max_incomplete_event_size=HEAD_BYTES)`.
 
     uvicorn closes only connections on which nothing arrives after an answer. This class also closes those on which a
-    request never properly begins, and those on which the rest of an already answered request does not end.
+    request never properly begins, and those on which the rest of an already answered request does not end. It breaks
+    off those on which an answer waits of which the client takes nothing, and with them what is left of the answer.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._late: asyncio.TimerHandle | None = None
+        self._stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -42,6 +55,20 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        for timer in (self._late, self._stuck):
+            if timer is not None:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._look()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
         self._look()
 
     def handle_events(self) -> None:
@@ -69,14 +96,46 @@ class Connection(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:  # a request whose body is malformed
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+        self._close()
+
+    def _close(self) -> None:
         self.transport.close()
+        self._look()
 
     def _look(self) -> None:
-        """Start the timer while the server waits for the client; stop it while the client waits for an answer."""
+        """Start each timer while the server waits for the client, and stop it when it no longer does: for a request,
+        while the client does not wait for an answer; for the client to take something, while nothing more is written.
+        """
         waited = self.cycle is None or self.cycle.response_complete
         if waited and not self.transport.is_closing():
             if self._late is None:
-                self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+                self._late = self.loop.call_later(HEAD_SECONDS, self._close)
         elif self._late is not None:
             self._late.cancel()
             self._late = None
+        ended = self.flow.write_paused or self.transport.is_closing()
+        if ended and self.transport.get_write_buffer_size() > 0:
+            if self._stuck is None:
+                self._stuck = self.loop.call_later(ANSWER_SECONDS, self._look_again, self._untaken())
+        elif self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
+    def _look_again(self, untaken: int) -> None:
+        """Break the connection off if as much of the answer waits as before; nothing was written meanwhile."""
+        self._stuck = None
+        if self._untaken() < untaken:
+            self._look()
+        else:
+            self.transport.abort()
+
+    def _untaken(self) -> int:
+        """Return how many bytes have not reached the client. The system takes them in large pieces from the transport,
+        so one that reads slowly shows only in what the system still has of them.
+        """
+        found = self.transport.get_write_buffer_size()
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                waiting = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+                found += int.from_bytes(waiting, sys.byteorder)
+        return found

@@ -16,7 +16,7 @@ from ..serve.problems import refusal
 from ..serve.schemas import MOST_TEXT, SEED_LIMIT
 from ..serve.structure import read_body
 
-__all__ = ["Kind", "PageEvents", "Parcel", "read_event"]
+__all__ = ["Kind", "PageEvents", "Parcel", "read_event", "tab_of"]
 
 Kind = Literal["photographs", "text", "number"]
 
@@ -79,6 +79,11 @@ def read_event(body: bytes, events: PageEvents) -> tuple[bytes, bytes]:
             photographs, data[place] = (value or "").encode("utf-8", "surrogatepass"), ""
     known = {"data": data, "fn_index": number, "session_hash": tab}
     return json.dumps(known, ensure_ascii=True).encode("ascii"), photographs
+
+
+def tab_of(event: bytes) -> str:
+    """Return the tab that an event is from; the event comes from `read_event`."""
+    return str(json.loads(event)["session_hash"])
 
 
 def _holds(kind: Kind, value: Any) -> bool:

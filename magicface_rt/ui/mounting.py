@@ -16,6 +16,7 @@ from .facts import Facts
 from .handlers import Handlers
 from .layout import lay_out, theme
 from .page_middleware import PageMiddleware
+from .tabs import Tabs
 
 __all__ = ["Mounted", "mount_page"]
 
@@ -25,8 +26,9 @@ default that queue holds fewer.
 """
 
 TABS = 64
-"""Tabs whose last field values, picture included, Gradio holds at a time. It forgets a tab when the tab closes its
-connection, and would never forget one that opened none. Nothing is lost by forgetting: the browser has what it shows.
+"""Tabs of which Gradio holds the last field values, picture included, and what they have not read. It forgets a tab's
+values when the tab closes its connection, and would never forget those of one that opened none, or what was not read.
+Nothing is lost by forgetting values: the browser has what it shows.
 """
 
 
@@ -67,14 +69,9 @@ def mount_page(app: FastAPI, service: Service, tokenizer: Tokenizer, facts: Fact
     )
     mounted = next(route for route in app.router.routes if isinstance(route, Mount) and route.path == PAGE)
     page.app = mounted.app  # type: ignore[assignment]
-    mounted.app = PageMiddleware(mounted.app, _events(page, handlers), handlers.left)
-    holder = page.state_holder
-
-    def forget(tab: str) -> None:
-        holder.session_data.pop(tab, None)
-        holder.time_last_used.pop(tab, None)
-
-    handlers.forget = forget  # type: ignore[method-assign]
+    tabs = Tabs(page, TABS)
+    handlers.forget = tabs.forget  # type: ignore[method-assign]
+    mounted.app = PageMiddleware(mounted.app, _events(page, handlers), tabs, handlers.left)
     return Mounted(page)
 
 

@@ -12,16 +12,20 @@ import re
 from collections.abc import Callable
 from importlib.resources import files
 
+from starlette.datastructures import QueryParams
+
 from ..errors import Cancelled, ServiceError
 from ..serve.bodies import App, Message, Receive, Scope, Send, header, replayed, send_problem, take_body
 from ..serve.problems import Problem, refusal
-from .event import PageEvents, Parcel, read_event
+from .event import PageEvents, Parcel, read_event, tab_of
+from .tabs import Tabs
 
 __all__ = ["PageMiddleware"]
 
 _CALLS = ("app_id", "info", "login_check", "queue/join", "queue/data", "startup-events")
 _PATHS = {"", "/", "/config", "/config/", "/theme.css", *(f"/gradio_api/{call}" for call in _CALLS)}
 _EVENTS = "/gradio_api/queue/join"
+_MESSAGES = "/gradio_api/queue/data"
 _HEARTBEAT = "/gradio_api/heartbeat/"
 _FOLDERS = ("/assets/", "/static/", "/svelte/", _HEARTBEAT)
 
@@ -59,15 +63,17 @@ class PageMiddleware:
     """ASGI middleware around the framework's application, mounted under a path.
 
     events  those that the page has
+    tabs    told which tabs send events and listen for messages
     left    called with each tab whose connection has ended, for whatever reason. The framework itself only notices when
             the connection's task ends normally, and not when the server cancels it
 
     An event's photographs are put into `scope["state"]["parcel"]`; the framework does not get them.
     """
 
-    def __init__(self, app: App, events: PageEvents, left: Callable[[str], object]) -> None:
+    def __init__(self, app: App, events: PageEvents, tabs: Tabs, left: Callable[[str], object]) -> None:
         self._app = app
         self._events = events
+        self._tabs = tabs
         self._left = left
         self._assets = {path: (files(__package__) / "assets" / path[1:]).read_bytes() for path in _OWN}
 
@@ -97,6 +103,8 @@ class PageMiddleware:
             await send_problem(Problem(405, "method-not-allowed", "the page sends nothing there."), send)
         elif path in ("", "/"):
             await self._page(scope, receive, send)
+        elif path == _MESSAGES:
+            await self._messages(scope, receive, send)
         elif path.startswith(_HEARTBEAT):
             try:
                 await self._app(scope, receive, _guarded(send))
@@ -112,6 +120,8 @@ class PageMiddleware:
                 raise refusal(415, "content-type", "expected Content-Type: application/json.", "Content-Type")
             body = await take_body(receive)
             event, photographs = await asyncio.to_thread(read_event, body, self._events)
+            tab = tab_of(event)
+            self._tabs.check(tab)
         except Cancelled:
             return
         except ServiceError as error:
@@ -121,7 +131,31 @@ class PageMiddleware:
         state = scope["state"]
         state["parcel"] = Parcel(photographs, state["share"].handed_on())
         del photographs
-        await self._app(scope, replayed(event, receive), _guarded(send))
+        with self._tabs.sending(tab):
+            await self._app(scope, replayed(event, receive), _guarded(send))
+
+    async def _messages(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send a tab its messages. What it has not read when its connection is lost, it will not read."""
+        tab = QueryParams(scope["query_string"]).get("session_hash", "")
+        ended = lost = False
+
+        async def noted(message: Message) -> None:
+            nonlocal ended
+            ended = ended or (message["type"] == "http.response.body" and not message.get("more_body", False))
+            await send(message)
+
+        async def heard() -> Message:
+            nonlocal lost
+            message = await receive()
+            lost = lost or (message["type"] == "http.disconnect" and not ended)
+            return message
+
+        try:
+            with self._tabs.listening(tab):
+                await self._app(scope, heard, _guarded(noted))
+        finally:
+            if lost:
+                self._tabs.lost(tab)
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the page's HTML, with this package's assets added and references to other sites removed."""

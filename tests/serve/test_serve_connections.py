@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
+from fastapi.responses import Response, StreamingResponse
 from loopback import PROMPT, Gated, Running, running, until
 
 from magicface_rt.serve import ServeSettings, connection
@@ -194,3 +196,87 @@ def test_what_is_no_http_fails_nothing(server: Running, caplog: pytest.LogCaptur
                 assert answer == b"" or answer.startswith(b"HTTP/1.1 "), sent
         until(lambda: not server.server.server_state.tasks, "a request has not ended")
     assert [record.getMessage() for record in caplog.records] == []
+
+
+ANSWER = bytes(range(256)) * 2**16
+"""More than the buffers of the system take."""
+
+
+@pytest.fixture(scope="module")
+def large(server: Running) -> str:
+    """The path of a large answer, which is written at once; and with `/pieces` behind it, one after the other."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(ANSWER), 2**16):
+            yield ANSWER[start : start + 2**16]
+
+    server.app.add_api_route("/large", lambda: Response(ANSWER))
+    server.app.add_api_route("/large/pieces", lambda: StreamingResponse(pieces()))
+    return "/large"
+
+
+@contextlib.contextmanager
+def asking(server: Running, path: str, *headers: str) -> Iterator[socket.socket]:
+    """A client that has asked for it, and for which the system keeps little that it does not read."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        client.settimeout(30)
+        client.connect(server.socket.getsockname())
+        lines = (f"GET {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {TOKEN}", *headers, "", "")
+        client.sendall("\r\n".join(lines).encode())
+        yield client
+
+
+def other_end(server: Running, client: socket.socket) -> connection.Connection | None:
+    ends = [*server.server.server_state.connections]
+    found = [end for end in ends if isinstance(end, connection.Connection) and end.client == client.getsockname()]
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("path", ["/large", "/large/pieces"], ids=["at once", "in pieces"])
+def test_an_answer_of_which_nothing_is_taken_is_not_kept(
+    server: Running, large: str, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.5)
+    tasks = server.server.server_state.tasks
+    with asking(server, path) as client:
+        until(lambda: (end := other_end(server, client)) is not None and end.flow.write_paused, "it was all written")
+        until(lambda: other_end(server, client) is None, "the connection is kept")
+        until(lambda: not tasks, "the answer is still being written")
+        assert len(answer_of(client)) < len(ANSWER)
+
+
+@pytest.mark.parametrize("headers", [(), ("Connection: close",)], ids=["kept alive", "closed"])
+def test_a_connection_is_not_kept_for_the_rest_of_an_answer(
+    server: Running, large: str, monkeypatch: pytest.MonkeyPatch, headers: tuple[str, ...]
+) -> None:
+    made = connection.Connection.connection_made
+
+    def never_paused(end: connection.Connection, transport: asyncio.Transport) -> None:
+        transport.set_write_buffer_limits(2 * len(ANSWER))  # so that all of it is a rest
+        made(end, transport)
+
+    monkeypatch.setattr(connection.Connection, "connection_made", never_paused)
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(server.server.config, "timeout_keep_alive", 1)
+    with asking(server, large, *headers) as client:
+        until(lambda: (end := other_end(server, client)) is not None and end.transport.is_closing(), "it is not closed")
+        until(lambda: other_end(server, client) is None, "the connection is kept")
+        assert len(answer_of(client)) < len(ANSWER)
+
+
+@pytest.mark.parametrize("path", ["/large", "/large/pieces"], ids=["at once", "in pieces"])
+def test_who_takes_an_answer_slowly_gets_all_of_it(
+    server: Running, large: str, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 1.0)
+    got = bytearray()
+    with asking(server, path, "Connection: close") as client:
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            got += client.recv(2**15)
+            time.sleep(0.1)
+        assert len(got) < len(ANSWER) / 4, "it was not slow"
+        got += answer_of(client)
+    assert len(got) > len(ANSWER)
+    assert got.endswith(ANSWER) or path != "/large"
