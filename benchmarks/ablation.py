@@ -3,8 +3,9 @@
     python -m benchmarks.ablation CHECKPOINT --out DIR [--job FILE] [--steps 20] [--clip DIR] [--dino DIR] [--face DIR]
 
 Pictures are computed with the PyTorch reference, so with any checkpoint, but slowly. One setting is changed at a time,
-and each is tried with every seed; the first pictures have the job's own settings. Writes ablation.csv and ablation.md
-(mean and standard deviation over the seeds), pictures.csv (each picture for itself), sheet.png, and the pictures.
+and each is tried with every seed: the job's and the three after it, unless --seeds names others. The first pictures
+have the job's own settings. Writes ablation.csv and ablation.md (mean and standard deviation over the seeds),
+pictures.csv (each picture for itself), sheet.png, and the pictures.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", type=Path, help="prompt, concepts and settings; drawn concepts without it")
     parser.add_argument("--steps", type=int, help="instead of the job's")
     parser.add_argument("--size", type=int, help="of the picture; the checkpoint's own without it")
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="a picture of each variant with each")
+    parser.add_argument("--seeds", help=f"a picture of each variant with each; the job's and the {SEEDS - 1} after it")
     parser.add_argument("--alphas", default=",".join(map(str, default.alphas)))
     parser.add_argument("--weights", default=",".join(map(str, default.weights)))
     parser.add_argument("--weight-modes", default=",".join(default.weight_modes))
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tuple(_switch(word) for word in _words(a.semantic)),
             _layers(a.layers),
         )
-        seeds = tuple(map(int, _words(a.seeds)))
+        seeds = _seeds(options.seed) if a.seeds is None else tuple(map(int, _words(a.seeds)))
         if not seeds:
             raise OptionError("--seeds is empty, expected at least one whole number.")
         encoders = Encoders({"clip": a.clip, "dino": a.dino, "face": a.face})
@@ -151,6 +152,11 @@ def _request(job: Path | None, steps: int | None) -> tuple[str, Sequence[Concept
         return PROMPT, drawn_concepts(2, 0.3), Options(steps=20 if steps is None else steps)
     found = load_job(job)
     return found.prompt, found.concepts, replace(found.options, steps=found.options.steps if steps is None else steps)
+
+
+def _seeds(first: int) -> tuple[int, ...]:
+    """The first seed and those after it; after the largest comes 0."""
+    return tuple((first + k) % 2**64 for k in range(SEEDS))
 
 
 def _switch(word: str) -> bool:

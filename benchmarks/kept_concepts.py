@@ -14,6 +14,9 @@ For each number N of concepts, in turn and round after round, so whatever else t
                others have ended, since it needs 20 GB at full size with N = 3; --authors-steps and --authors-rounds
                say how long. `magicface-rt bench` has it with parity checked first
 
+PyTorch computes in float32, at the bundle's size and with its injection layers; a checkpoint that the bundle was not
+made from is refused.
+
 All ways of making one request, except `8-bit`, must give the same latents as the first of them, or nothing is timed;
 `plain`, `diffusers` and `authors` make other pictures than those, and are compared with nothing here.
 
@@ -33,10 +36,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from magicface_rt import Bundle
+from magicface_rt.errors import InputError, MagicFaceError
 
 from .bootstrap import MIN_SAMPLES, figures, ratio_of_medians
 from .judging import END_TO_END
@@ -77,7 +82,7 @@ Measure = Callable[[str, int], Told]
 
 
 def ours(pipe: Connection, bundle_path: str, numbers: list[int], steps: int, share: float) -> None:
-    from magicface_rt import Bundle, Concept, Reference, Session
+    from magicface_rt import Concept, Reference, Session
 
     rng = np.random.default_rng(0)
     mask = np.zeros((128, 128), bool)
@@ -125,7 +130,7 @@ def ours(pipe: Connection, bundle_path: str, numbers: list[int], steps: int, sha
         _serve(pipe, measure)
 
 
-def authors(pipe: Connection, checkpoint_path: str, steps: int, share: float) -> None:
+def authors(pipe: Connection, checkpoint_path: str, bundle_path: str, steps: int, share: float) -> None:
     import torch
 
     from magicface_rt.export.checkpoint import Checkpoint
@@ -133,9 +138,10 @@ def authors(pipe: Connection, checkpoint_path: str, steps: int, share: float) ->
 
     from .baselines.authors import Authors
 
-    checkpoint = Checkpoint.open(checkpoint_path)
-    unet = checkpoint.load_unet(torch.float32)
-    network, side = Authors(unet), int(unet.config.sample_size)
+    checkpoint, bundle = Checkpoint.open(checkpoint_path), Bundle.open(bundle_path, check_hashes=False)
+    layers = [layer.index for layer in bundle.injection_layers]
+    network = Authors(checkpoint.load_unet(torch.float32), injection_layers=layers)
+    size = (bundle.latent_channels, bundle.rows, bundle.columns)
     mask = torch.zeros(128, 128, dtype=torch.bool)
     mask[: round(128 * share)] = True
 
@@ -147,10 +153,10 @@ def authors(pipe: Connection, checkpoint_path: str, steps: int, share: float) ->
         with torch.no_grad():
             for _ in generate_latents(
                 network,
-                x_T=torch.randn(1, 4, side, side),
+                x_T=torch.randn(1, *size),
                 text=text,
-                z0=torch.randn(n, 4, side, side),
-                noise=torch.randn(steps, n, 4, side, side),
+                z0=torch.randn(n, *size),
+                noise=torch.randn(steps, n, *size),
                 reference_text=torch.randn(n, 77, checkpoint.text_width),
                 reference_masks=mask[None].repeat(n, 1, 1),
                 weights=torch.full((n,), 3.0),
@@ -165,19 +171,20 @@ def authors(pipe: Connection, checkpoint_path: str, steps: int, share: float) ->
     _serve(pipe, measure)
 
 
-def diffusers(pipe: Connection, checkpoint_path: str, steps: int) -> None:
+def diffusers(pipe: Connection, checkpoint_path: str, bundle_path: str, steps: int) -> None:
     import torch
     from diffusers import DDIMScheduler
 
     from magicface_rt.export.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(checkpoint_path)
+    checkpoint, bundle = Checkpoint.open(checkpoint_path), Bundle.open(bundle_path, check_hashes=False)
     unet = checkpoint.load_unet(torch.float32)
-    scheduler, side = DDIMScheduler.from_config(checkpoint.schedule.to_config()), int(unet.config.sample_size)
+    scheduler = DDIMScheduler.from_config(checkpoint.schedule.to_config())
     scheduler.set_timesteps(steps)
+    size = (bundle.latent_channels, bundle.rows, bundle.columns)
 
     def measure(what: str, n: int) -> Told:
-        latents, text = torch.randn(1, 4, side, side), torch.randn(2, 77, checkpoint.text_width)
+        latents, text = torch.randn(1, *size), torch.randn(2, 77, checkpoint.text_width)
         reset_peak_host_bytes()
         start = time.perf_counter()
         with torch.no_grad():
@@ -216,6 +223,28 @@ class Contender:
         self._process.join()
 
 
+def opened(bundle_path: str, checkpoint_path: str | None) -> Bundle:
+    """Open the bundle, before anything is measured.
+
+    Raises:
+        BundleError, CheckpointError: one of the two cannot be read.
+        InputError: the bundle was not made from the checkpoint, so their figures are of different networks.
+    """
+    bundle = Bundle.open(bundle_path, check_hashes=False)
+    if checkpoint_path is not None:
+        from magicface_rt.export.checkpoint import Checkpoint
+        from magicface_rt.export.made_from import why_not_made_from
+
+        if reason := why_not_made_from(bundle, Checkpoint.open(checkpoint_path)):
+            raise InputError(f"{reason}: they are different networks. Name the one that it was made from.")
+    return bundle
+
+
+def described(bundle: Bundle) -> str:
+    """What was measured: the bundle's name, size and dtype."""
+    return f"{bundle.path.name}, {bundle.width} x {bundle.height}, {bundle.dtype}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
@@ -228,6 +257,11 @@ def main() -> None:
     parser.add_argument("--authors-rounds", type=int, default=3, help="0 leaves the authors' algorithm out")
     a = parser.parse_args()
 
+    try:
+        bundle = opened(a.bundle, a.checkpoint)
+    except MagicFaceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     found: dict[tuple[str, int], list[Told]] = {}
 
     def take(contender: Contender, what: str, n: int, turn: int) -> None:
@@ -240,7 +274,7 @@ def main() -> None:
     print(f"load before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores", flush=True)
     together = dict.fromkeys(OURS, Contender(ours, a.bundle, a.concepts, a.steps, a.mask_share))
     if a.checkpoint:
-        together["diffusers"] = Contender(diffusers, a.checkpoint, a.steps)
+        together["diffusers"] = Contender(diffusers, a.checkpoint, a.bundle, a.steps)
     for turn in range(a.rounds):
         for n in a.concepts:
             for what, contender in together.items():
@@ -248,12 +282,14 @@ def main() -> None:
     for contender in set(together.values()):
         contender.close()
     if a.checkpoint and a.authors_rounds:
-        alone = Contender(authors, a.checkpoint, a.authors_steps, a.mask_share)
+        alone = Contender(authors, a.checkpoint, a.bundle, a.authors_steps, a.mask_share)
         for turn in range(a.authors_rounds):
             for n in a.concepts:
                 take(alone, "authors", n, turn)
         alone.close()
-    print(f"load after: {os.getloadavg()[0]:.1f}\n\n{Path(a.bundle).name}, {a.steps} steps")
+    print(f"load after: {os.getloadavg()[0]:.1f}\n\n{described(bundle)}, {a.steps} steps")
+    if a.checkpoint:
+        print("PyTorch: the same size, float32")
     print_table(found)
 
 

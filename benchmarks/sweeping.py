@@ -27,8 +27,8 @@ from magicface_rt.tokenizer import Tokenizer
 from .encoders import COLUMNS
 from .watching import DISTANCE_LAYERS, Seen, WatchedReference
 
-SEEDS = (0, 1, 2, 3)
-"""Default seeds of each variant's pictures; there are several, because one picture says little about a setting."""
+SEEDS = 4
+"""How many seeds each variant's pictures have by default: several, because one picture says little about a setting."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,11 @@ class Ablation:
     ) -> None:
         self.checkpoint, self.prompt, self.options = checkpoint, prompt, options
         self.unet = checkpoint.load_unet(torch.float32)
-        side = 8 * int(checkpoint.configs["unet"].get("sample_size", 64)) if size is None else size
+        factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)  # the VAE halves between its blocks
+        side = factor * int(checkpoint.configs["unet"].get("sample_size", 64)) if size is None else size
         if side <= 0 or side % 64:
             raise InputError(f"size is {side}, expected a multiple of 64.")
-        # SD's VAE halves three times, as the latents' 8 pixels a side say.
-        self.form = Form(side, side, 8, torch.float32, checkpoint.text_width)
+        self.form = Form(side, side, factor, torch.float32, checkpoint.text_width)
         self.shape = (1, self.form.latent_channels, self.form.rows, self.form.columns)
         self.tokenizer = _tokenizer(checkpoint)
         placed = place_concepts(prompt, tuple(concepts), self.tokenizer, MAX_CONCEPTS)

@@ -33,6 +33,7 @@ class PictureFolder:
     """Pictures uint8 [h,w,3] and regions int8 [h/2,w/2] by variant and request.
 
     settings: everything besides variant and request that a picture depends on. A folder with other settings is refused.
+    A mapping among them may get further entries: those of variants that the folder has no pictures of yet.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -42,7 +43,8 @@ class PictureFolder:
             folder.mkdir(parents=True, exist_ok=True)
             if file.is_file():
                 there = json.loads(file.read_text(encoding="utf-8"))
-                other = sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name))
+                settings = {name: _joined(there.get(name), value) for name, value in settings.items()}
+                other = sorted(name for name in {*there, *settings} if not _agree(there.get(name), settings.get(name)))
                 if other:
                     raise OutputError(
                         f"output folder {folder}: its pictures were made with another "
@@ -149,6 +151,18 @@ def _request(case: Case, variant: Variant, kept: Sequence[KeptConcept], steps: i
     settings = {"steps": steps, "guidance": guidance, "seed": case.number, **variant.options}
     given = [one.renamed(weight=variant.weight) for one in kept] if variant.concepts else []
     return Request(case.caption, given, Options(**settings))
+
+
+def _joined(there: Any, given: Any) -> Any:
+    """A setting as it is given; a mapping with the entries as well that only the folder has."""
+    return {**there, **given} if isinstance(there, dict) and isinstance(given, dict) else given
+
+
+def _agree(there: Any, given: Any) -> bool:
+    """Whether a setting is the folder's; of a mapping, whether each entry is that the folder has."""
+    if isinstance(there, dict) and isinstance(given, dict):
+        return all(given.get(name) == value for name, value in there.items())
+    return bool(there == given)
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -66,6 +66,14 @@ class Model:
     def bundle(self) -> Bundle:
         return next(iter(self.bundles.values()))
 
+    def bundle_for(self, variant: Variant) -> Bundle | None:
+        """The bundle that makes a variant's pictures; None if there is none of its dtype.
+
+        A bundle that was named is used whatever its dtype; a checkpoint has one for each dtype.
+        """
+        named = self.checkpoint is None and variant.dtype == "fp32"
+        return self.bundle if named else self.bundles.get(variant.dtype)
+
 
 def open_model(source: Path, out: Path, dtypes: Sequence[str], say: Callable[[str], object]) -> Model:
     """Open a bundle as it is, or the bundles of a checkpoint, which are exported into `out` if they are not there yet.
@@ -154,6 +162,7 @@ def run(
     """
     settings = {
         "checkpoint": model.bundle.checkpoint_hash,
+        "bundle": {one.dtype: bundle.hash for one in variants if (bundle := model.bundle_for(one)) is not None},
         "injection_layers": [layer.index for layer in model.bundle.injection_layers],
         "size": model.bundle.height,
         "steps": steps,
@@ -165,12 +174,11 @@ def run(
     not_run: dict[str, str] = {}
     groups: dict[tuple[str, str], list[Variant]] = {}
     for variant in variants:
-        # A bundle that was named is used whatever its dtype; a checkpoint has one for each dtype.
-        dtype = variant.dtype if model.checkpoint or variant.dtype != "fp32" else model.bundle.dtype
-        if dtype not in model.bundles:
-            not_run[variant.name] = f"there is no {dtype} bundle; name a checkpoint, which is exported."
+        bundle = model.bundle_for(variant)
+        if bundle is None:
+            not_run[variant.name] = f"there is no {variant.dtype} bundle; name a checkpoint, which is exported."
             continue
-        groups.setdefault((dtype, variant.backend or backends[0]), []).append(variant)
+        groups.setdefault((bundle.dtype, variant.backend or backends[0]), []).append(variant)
     for (dtype, backend), of_group in groups.items():
         why = make(
             model.bundles[dtype],

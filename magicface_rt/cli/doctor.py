@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,13 +12,14 @@ from pathlib import Path
 from magicface_rt.backends import BACKENDS, why_not
 from magicface_rt.backends.device import Device, import_cuda
 from magicface_rt.backends.onnxruntime import import_onnxruntime
+from magicface_rt.backends.ort_binding import first_line
 from magicface_rt.backends.probe import no_plan_for
-from magicface_rt.errors import BackendMissingError, DeviceError
+from magicface_rt.errors import BackendMissingError, DeviceError, HostMemoryError
 from magicface_rt.process.host_memory import check_addresses
 from magicface_rt.process.interrupts import reraise_if_interrupt
 
 from ._bundle_view import grid
-from ._command import JsonOption, command
+from ._command import TORCH_ADDRESSES, JsonOption, command
 
 DOCTOR_ADDRESSES = 192 << 20
 """Bytes of address space below which the system's loader may end the process, having none left for a library."""
@@ -33,7 +35,15 @@ PACKAGES = (
     "tensorrt-rtx",
     "cuda-bindings",
 )
-EXPORT_EXTRA = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+_SERVICE = ("fastapi", "httpx", "prometheus-client", "python-multipart", "uvicorn")
+EXTRAS = {
+    "export": ("checkpoint, export, verify, demo", ("torch", "diffusers", "transformers", "onnx", "onnxscript")),
+    "bench": ("bench, which needs export as well", ("matplotlib",)),
+    "serve": ("serve", _SERVICE),
+    "ui": ("ui, serve --ui", ("gradio", *_SERVICE)),
+    "ray": ("serve --engine ray, which needs serve as well", ("ray",)),
+}
+"""The verbs that need an extra, and its packages, by the extra's name; those of backends are found by trying them."""
 CONCRETE = tuple(name for name in BACKENDS if name not in ("auto", "onnxruntime"))
 DRIVER = "install NVIDIA's driver on a machine with a GPU; nvidia-smi shows whether it is there"
 ORT_GPU = "pip uninstall onnxruntime; pip install 'magicface_rt[gpu]'"
@@ -52,11 +62,14 @@ class Finding:
 
 
 def doctor(json_to: JsonOption = None) -> None:
-    """Say for each backend whether it works here, and how to make it work. Exit code 3 where none does."""
+    """Say for each backend and each extra whether it works here, and how to make it work. Exit code 3 where no backend
+    does.
+    """
     with command(json_to) as verb:
         check_addresses(DOCTOR_ADDRESSES, "doctor, which loads every library that there is,")
         backends = [_backend(name) for name in CONCRETE]
-        others = [_builds_plans(), _export_extra()]
+        extras = {name: _extra(name) for name in EXTRAS}
+        others = [_builds_plans(), *extras.values()]
         gpu = _gpu()
         versions = {"python": platform.python_version(), "magicface_rt": _version("magicface_rt")}
         versions |= {name: _version(name) for name in PACKAGES}
@@ -65,10 +78,11 @@ def doctor(json_to: JsonOption = None) -> None:
             "can_serve": any(backend.works for backend in backends),
             "backends": [asdict(backend) for backend in backends],
             "build": asdict(others[0]),
-            "export": asdict(others[1]),
+            "export": asdict(extras["export"]),
+            "extras": {name: asdict(extra) for name, extra in extras.items()},
             "gpu": gpu,
             "providers": _providers(),
-            "versions": versions | {name: _version(name) for name in EXPORT_EXTRA},
+            "versions": versions | {name: _version(name) for _, packages in EXTRAS.values() for name in packages},
         }
 
         table = grid("backends", "backend", "works", "found", "what to do")
@@ -170,19 +184,41 @@ def _has_cuda() -> bool:
 
 
 def _imports(module: str) -> bool:
+    return not _why_not_imported(module)
+
+
+def _why_not_imported(module: str) -> str:
+    """Return why a module cannot be imported; "" if it can."""
     try:
         importlib.import_module(module)
-    except (ImportError, OSError) as error:
+    except Exception as error:  # a broken installation raises whatever it raises
         reraise_if_interrupt(error)
-        return False
-    return True
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
 
 
-def _export_extra() -> Finding:
-    missing = [name for name in EXPORT_EXTRA if _version(name) is None]
-    found = "not installed: " + ", ".join(missing) if missing else f"torch {_version('torch')}"
-    install = "pip install 'magicface_rt[export]'" if missing else ""
-    return Finding("export (checkpoint, export, verify, demo)", not missing, found, install)
+def _extra(name: str) -> Finding:
+    """Look whether the packages of an extra are installed, and whether PyTorch can be loaded, if it is one of them."""
+    verbs, packages = EXTRAS[name]
+    missing = [package for package in packages if _version(package) is None]
+    install = f"pip install 'magicface_rt[{name}]'"
+    named = f"{name} ({verbs})"
+    if missing:
+        return Finding(named, False, "not installed: " + ", ".join(missing), install)
+    if "torch" in packages and (torch := _why_no_torch()):
+        return Finding(named, False, f"torch {_version('torch')} cannot be loaded: {torch[0]}", torch[1])
+    return Finding(named, True, f"{packages[0]} {_version(packages[0])}")
+
+
+def _why_no_torch() -> tuple[str, str] | None:
+    """Return why PyTorch cannot be loaded, and what to do about it; None if it can."""
+    if "torch" not in sys.modules:
+        try:
+            check_addresses(TORCH_ADDRESSES, "PyTorch")
+        except HostMemoryError as error:
+            return str(error), "give it more: ulimit -v unlimited"
+    reason = _why_not_imported("torch")
+    return (reason, "pip install --force-reinstall torch") if reason else None
 
 
 def _providers() -> list[str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,18 +14,18 @@ from ..serve.schemas import PictureOrder
 from ..serve.structure import read_body
 from ..tokenizer import Tokenizer
 from ..values.shown import one_line
+from .file_names import file_names
 from .words import chosen, words_of
 
 __all__ = ["Form", "FormConcept", "Photograph", "photographs"]
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _FIELD = re.compile(r"concepts\[(\d+)\](?:\.references\[0\])?(?:\.(\w+))?")
-PICTURE = "out.png"
-"""The file that the calls shown on the page write."""
 GONE = "gone"
 """Stands for a file that has been removed from the form."""
 _MOST_PROBLEM = 500
 """The most characters of a problem that the page's script reports."""
+_MOST_NAME = 256
+"""The most characters of a photograph's name that are read."""
 _PARTS = {"image": "photograph", "mask": "mask", "prompt": "what the photograph shows", "word": "word"}
 
 
@@ -34,14 +33,16 @@ _PARTS = {"image": "photograph", "mask": "mask", "prompt": "what the photograph 
 class Photograph:
     """What the browser holds for one concept: base64 of the files' bytes, and the photograph's file name.
 
-    image  empty if there is none
-    mask   None if the photograph could not be shown, so nothing was painted
+    image    empty if there is none
+    mask     None if the photograph could not be shown, so nothing was painted
+    painted  whether the mask was painted on the page, over the photograph turned upright as its EXIF orientation says
     """
 
     slot: int
     image: str = field(default="", repr=False)
     mask: str | None = field(default=None, repr=False)
     name: str = ""
+    painted: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,34 +131,20 @@ class Form:
         slot = used[number].slot if number < len(used) else number + 1
         return f"Concept {slot}" + (f", {_PARTS.get(part, part)}" if part else "")
 
+    def painted(self, name: str | None) -> bool:
+        """Whether a field of the order is of a concept whose mask was painted on the page."""
+        match = _FIELD.fullmatch(name or "")
+        number = int(match.group(1)) if match else len(self.used)
+        return number < len(self.used) and self.used[number].photograph.painted
+
     def files(self) -> list[tuple[str, str]]:
-        """Return, for each concept used, the names of its photograph and mask in the calls shown. All names differ,
-        even where case makes no difference, and none is that of the picture.
-        """
-        taken = {PICTURE}
-        found = []
-        for concept in self.used:
-            stem, dot, suffix = concept.photograph.name.rpartition(".")
-            stem = _UNSAFE.sub("-", stem if dot else suffix).strip("-.") or f"photograph-{concept.slot}"
-            suffix = (_UNSAFE.sub("", suffix).lower() if dot else "") or "png"
-            pairs = ((f"{one}.{suffix}", f"{one}-mask.png") for one in _numbered(stem, concept.slot))
-            pair = next(pair for pair in pairs if taken.isdisjoint(name.lower() for name in pair))
-            taken.update(name.lower() for name in pair)
-            found.append(pair)
-        return found
-
-
-def _numbered(stem: str, slot: int) -> Iterator[str]:
-    """Yield the stem, then the stem with the concept's number, then with further numbers."""
-    yield stem
-    yield f"{stem}-{slot}"
-    for number in count(2):
-        yield f"{stem}-{slot}-{number}"
+        """Return, for each concept used, the names of its photograph and mask in the calls shown."""
+        return file_names((concept.slot, concept.photograph.name) for concept in self.used)
 
 
 def photographs(sent: bytes) -> list[Photograph]:
-    """Parse what the page's script sends: a JSON list of {slot, image, mask, name}, or {problem} if it could not send
-    that.
+    """Parse what the page's script sends: a JSON list of {slot, image, mask, name, painted}, or {problem} if it could
+    not send that.
 
     Raises:
         OptionError: the problem; or content that the script does not send.
@@ -174,9 +161,11 @@ def photographs(sent: bytes) -> list[Photograph]:
 
 
 def _photograph(one: Mapping[str, Any]) -> Photograph:
-    image, mask, name = one["image"], one["mask"], one["name"]
+    image, mask, name, painted = one["image"], one["mask"], one["name"], one.get("painted", False)
     if not (isinstance(image, str) and isinstance(name, str) and (mask is None or isinstance(mask, str))):
         raise TypeError("image, mask and name are texts")
     if type(one["slot"]) is not int:
         raise TypeError("slot is a whole number")
-    return Photograph(one["slot"], image, mask, name[:100])
+    if type(painted) is not bool:
+        raise TypeError("painted is true or false")
+    return Photograph(one["slot"], image, mask, name[:_MOST_NAME], painted)

@@ -118,7 +118,7 @@ class Handlers:
             outcome = run.outcome
             files = form.files()
             yield {
-                status: saying.done(outcome),
+                status: saying.done(outcome, form),
                 self.views.result: result_html(outcome, shown),
                 self.views.timings: timings_html(outcome),
                 self.views.python: python_call(shown, files, self.facts),

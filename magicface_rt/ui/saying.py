@@ -21,15 +21,22 @@ MEANT = {"mask-stretched"}
 expected.
 """
 
+OF_FILES = {"image-turned"}
+"""Kinds of warnings that are not shown of a mask that was painted on the page, over the photograph as it is used: they
+are about a mask's file, which may have been made for the photograph as it is stored.
+"""
+
 
 def note(text: str) -> str:
     """A line that a screen reader reads out when it appears."""
     return f'<div class="mf-status"><p role="status">{escape(text)}</p></div>'
 
 
-def done(outcome: Outcome) -> str:
+def done(outcome: Outcome, form: Form) -> str:
     """The request succeeded; also says what was done to the photographs and masks that may not have been meant."""
-    message = "".join(f"<li>{escape(one.detail)}</li>" for one in outcome.warnings if one.kind not in MEANT)
+    told = [one for one in outcome.warnings if one.kind not in MEANT]
+    told = [one for one in told if not (one.kind in OF_FILES and form.painted(one.field))]
+    message = "".join(f"<li>{escape(one.detail)}</li>" for one in told)
     text = f"Done in {outcome.timings['total']:.1f} seconds."
     if not message:
         return note(text)

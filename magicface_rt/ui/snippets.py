@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from ..options import Options
 from ..serve.schemas import PictureOrder
 from .facts import Facts
-from .form import PICTURE
+from .file_names import PICTURE
 
 __all__ = ["curl_call", "python_call"]
 
+_PLAIN = re.compile(r"[A-Za-z0-9._-]+")
 _SETTINGS = ("steps", "alpha", "seed", "guidance", "negative_prompt")
 
 
@@ -56,7 +58,7 @@ def curl_call(order: PictureOrder, files: Sequence[tuple[str, str]], facts: Fact
     for k, (use, (image, mask)) in enumerate(zip(order.concepts, files, strict=True), 1):
         assert use.references is not None
         reference = use.references[0]
-        form = [f"-F image=@{image}", *([f"-F mask=@{mask}"] if reference.mask is not None else [])]
+        form = [_file("image", image), *([_file("mask", mask)] if reference.mask is not None else [])]
         form += [f"--form-string {shlex.quote(f'{name}={value}')}" for name, value in _parts(order, k - 1)]
         lines.append(
             f'id_{k}=$(curl -fsS{token} -X PUT "$service/v1/concepts" \\\n'
@@ -92,6 +94,16 @@ def _parts(order: PictureOrder, number: int) -> list[tuple[str, Any]]:
     assert use.references is not None
     prompt = use.references[0].prompt
     return [*([("prompt", prompt)] if prompt else []), ("word", use.word), ("steps", order.steps)]
+
+
+def _file(part: str, name: str) -> str:
+    """Return the option that sends a file. What else than plain letters may mean something to curl, such as `;` and
+    `,`, is in quotes to it, and the whole in quotes to the shell.
+    """
+    if _PLAIN.fullmatch(name) is None:
+        escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+        name = f'"{escaped}"'
+    return f"-F {shlex.quote(f'{part}=@{name}')}"
 
 
 def _in_here_document(text: str) -> str:

@@ -239,6 +239,25 @@ def test_it_writes_table_sheet_and_pictures(tiny_checkpoint: Path, tmp_path: Pat
     assert 6 * (256 + 2 * 20) < sheet.height < 7 * (256 + 2 * 20)  # with the names of the regions under each
 
 
+MINIATURE = Path(__file__).parents[2] / "benchmarks" / "miniature" / "weights"
+JOB = Path(__file__).parents[2] / "demo" / "portrait" / "job.json"
+AS_GIVEN = ("--alphas", "", "--weights", "", "--weight-modes", "", "--semantic", "", "--layers", "")
+
+
+def test_a_checkpoint_is_swept_at_its_own_size_whatever_its_autoencoder(tmp_path: Path) -> None:
+    """The miniature's halves twice, Stable Diffusion's three times."""
+    out = tmp_path / "out"
+    assert ablation.main([str(MINIATURE), "--out", str(out), "--job", str(JOB), "--steps", "1", *AS_GIVEN]) == 0
+    assert Image.open(out / "000.png").size == (64, 64)
+    with (out / "pictures.csv").open() as file:
+        seeds = [row["seed"] for row in csv.DictReader(file) if row["concept"] == "hat"]
+    assert seeds == ["11", "12", "13", "14"], "the first is the job's"
+
+
+def test_the_seeds_after_the_largest_begin_anew() -> None:
+    assert ablation._seeds(2**64 - 2) == (2**64 - 2, 2**64 - 1, 0, 1)
+
+
 @pytest.fixture
 def clip(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     """A CLIP model of random weights, as a user's folder would be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -432,6 +433,41 @@ def test_the_command_makes_measures_and_goes_on_where_it_was(
     capsys.readouterr()
     assert quality.main([*arguments, "--only", "plain", "--steps", "3"]) == 2
     assert "another steps (2, not 3)" in capsys.readouterr().err
+
+
+def test_a_folder_keeps_the_pictures_of_one_bundle_for_each_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BegunError(Exception):
+        pass
+
+    def begun(*_: object, **__: object) -> None:
+        raise BegunError
+
+    monkeypatch.setattr(quality, "make", begun)
+
+    def model(checkpoint: bool, **hashes: str) -> quality.Model:
+        of_all: dict[str, Any] = {"checkpoint_hash": "c", "injection_layers": [], "height": 64}
+        bundles: Any = {dtype: SimpleNamespace(dtype=dtype, hash=digest, **of_all) for dtype, digest in hashes.items()}
+        opened: Any = SimpleNamespace() if checkpoint else None
+        return quality.Model(bundles, opened, {})
+
+    def run(folder: str, model: quality.Model, only: str = "two-stage") -> None:
+        chosen = variants.chosen(only, ("auto",))
+        quality.run(model, Any, tmp_path / folder, chosen, requests=1)  # type: ignore[arg-type]
+
+    for named in (model(False, fp32="a"), model(False, fp32="a")):
+        with pytest.raises(BegunError):
+            run("named", named)
+    for other in (model(False, fp16="b"), model(False, fp32="d")):
+        with pytest.raises(OutputError, match="another bundle"):
+            run("named", other)
+    both = model(True, fp32="a", fp16="b")
+    for only in ("two-stage", "two-stage,fp16", "two-stage"):  # a further dtype makes only its own pictures
+        with pytest.raises(BegunError):
+            run("of a checkpoint", both, only)
+    with pytest.raises(OutputError, match="another bundle"):
+        run("of a checkpoint", model(True, fp32="a", fp16="d"), "two-stage,fp16")
 
 
 def test_too_little_memory_is_no_reason_to_leave_a_variant_out(

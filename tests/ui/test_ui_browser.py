@@ -29,6 +29,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from magicface_rt.ui.file_names import file_names
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -247,12 +249,12 @@ def test_a_photograph_is_dropped_and_mask_and_picture_are_saved(page: Page, file
         """const [editor, sent] = arguments;
         const transfer = new DataTransfer();
         const bytes = Uint8Array.from(atob(sent), (c) => c.charCodeAt(0));
-        transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+        transfer.items.add(new File([bytes], 'dropped "by" Jürgen; (1).PNG', { type: "image/png" }));
         editor.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));""",
         page.concept(1).find_element(By.CSS_SELECTOR, ".mf-editor p"),
         sent,
     )
-    page.wait(lambda: "dropped.png is loaded" in page.concept(1).text, "what was dropped was not taken")
+    page.wait(lambda: "Jürgen; (1).PNG is loaded" in page.concept(1).text, "what was dropped was not taken")
     (collected,) = json.loads(page.run("return window.magicface.collect()"))
     assert collected["image"] == sent
     page.paint(1)
@@ -265,7 +267,10 @@ def test_a_photograph_is_dropped_and_mask_and_picture_are_saved(page: Page, file
     source = page.generate()
     page.one(".mf-download").click()
     (mask, mask_name), (picture, picture_name) = page.run("return window.saved")
-    assert mask_name == "dropped-mask.png"
+    assert mask_name == "dropped -by- Jürgen; (1)-mask.png"
+    call = page.text("#mf-python")
+    assert repr(mask_name) in call, "it names another file than was saved"
+    assert repr('dropped "by" Jürgen; (1).PNG') in call
     saved = Image.open(io.BytesIO(base64.b64decode(mask.partition(",")[2]))).convert("L")
     assert saved.tobytes() == page.mask(1).tobytes()
     assert 0 < page.white(1) < 1
@@ -304,6 +309,58 @@ def test_of_two_photographs_that_are_chosen_at_once_the_last_is_shown(
     canvas = page.canvas(1)
     assert canvas.get_attribute("height") == str(2 * int(canvas.get_attribute("width") or 0))
     assert tall.name in page.concept(1).text
+
+
+NAMED = (
+    *(
+        "man.JPG",
+        "MAN.png",
+        "out.png",
+        "фото (1).jpg",
+        ".a.png",
+        "-b.JPG",
+        "x/y.png",
+        "",
+        "photograph",
+        'q"?".png',
+        "?.png",
+    ),
+    *("é" * 110 + ".jpg", "two\nlines.jpg", "a\u202eb.jpg", " c.png", "d\u202fe.png", "man-2.png", "\U0001f600.png"),
+)
+
+
+def test_the_script_names_files_as_the_calls_do(page: Page) -> None:
+    made = page.run(
+        """
+        return (async (names) => {
+          const made = [];
+          for (const name of names) {
+            await window.magicface.load(JSON.stringify([{ slot: 1, image: "eA==", mask: null, name }]));
+            made.push(JSON.parse(window.magicface.collect())[0].name);
+          }
+          return made;
+        })(arguments[0]);
+        """,
+        NAMED,
+    )
+    assert made == [file_names([(1, name)])[0][0] for name in NAMED]
+
+
+def test_a_painted_mask_of_a_photograph_that_is_turned_upright_fits(page: Page, tmp_path: Path) -> None:
+    stored = photograph(1, (240, 240))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    stored.save(tmp_path / "turned.jpg", exif=exif)
+    disc((240, 240)).save(tmp_path / "mask.png")
+    page.upload(1, tmp_path / "turned.jpg")
+    page.paint(1)
+    page.choose_word(1, "man")
+    page.generate()
+    assert "turned upright" not in page.status
+    page.load_mask(1, tmp_path / "mask.png")
+    page.fill("Seed", "5")
+    page.generate()
+    assert "turned upright" in page.status, "nobody knows what a file was made for"
 
 
 def test_errors_are_the_sdks_and_the_page_goes_on(page: Page, files: dict[str, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,10 @@ import magicface_rt
 from magicface_rt import OptionError
 from magicface_rt.images import region_overlay
 from magicface_rt.serve.schemas import MOST_TEXT
+from magicface_rt.serve.service import Outcome
+from magicface_rt.serve.wire import Warned
 from magicface_rt.tokenizer import Tokenizer
+from magicface_rt.ui import saying
 from magicface_rt.ui.examples import EXAMPLES, thumbnail
 from magicface_rt.ui.examples import bridged as example_bridged
 from magicface_rt.ui.form import Form, FormConcept, Photograph, photographs
@@ -139,16 +143,60 @@ def test_what_the_script_could_not_send_is_said() -> None:
         photographs(json.dumps({"problem": "too many bytes"}).encode())
 
 
-def test_files_have_names_of_their_own_that_a_shell_takes() -> None:
-    named = [filled(1, "man", "my man's photo.JPG"), filled(2, "hat", "my man's photo.png"), filled(3, "a", "")]
-    assert form(*named).files() == [
-        ("my-man-s-photo.jpg", "my-man-s-photo-mask.png"),
-        ("my-man-s-photo-2.png", "my-man-s-photo-2-mask.png"),
+def names_of(*names: str) -> list[tuple[str, str]]:
+    """The files of concepts 1, 2, ... in the calls."""
+    return form(*(filled(slot, "man", name) for slot, name in enumerate(names, 1))).files()
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("IMG_1234.JPG", "IMG_1234-mask.png"),
+        ("my man's photo.jpg", "my man's photo-mask.png"),
+        ("Foto Jürgen (1).jpeg", "Foto Jürgen (1)-mask.png"),
+        ("фото.jpg", "фото-mask.png"),
+        ("Screenshot at 3.04.05\u202fPM.png", "Screenshot at 3.04.05\u202fPM-mask.png"),
+        ("$(id);`x`, a,b.png", "$(id);`x`, a,b-mask.png"),
+        ('what? "a".jpg', "what- -a-mask.png"),
+        ("???.jpg", "photograph-1-mask.png"),
+        ("photograph", "photograph-mask.png"),
+    ],
+)
+def test_a_photograph_keeps_its_name_and_its_mask_one_that_a_browser_saves(name: str, mask: str) -> None:
+    assert names_of(name) == [(name, mask)]
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("", "photograph-1.png"),
+        ("-o.jpg", "o.jpg"),
+        (".hidden.JPG", "hidden.jpg"),
+        ("..", "photograph-1.png"),
+        ("../../etc/passwd.png", "etc-passwd.png"),
+        ("..\\a\\b.png", "a-b.png"),
+        ("two\nlines.jpg", "two-lines.jpg"),
+        ("turned\u202egpj.exe", "turned-gpj.exe"),
+        ("half\ud800.jpg", "half.jpg"),
+        (" at the ends.jpg ", "at-the-ends.jpg"),
+        ("é" * 110 + ".jpg", "photograph-1.jpg"),
+        ("a" * 300, "a" * 100 + ".png"),
+    ],
+)
+def test_a_name_that_is_none_is_made_plain(name: str, plain: str) -> None:
+    ((image, mask),) = names_of(name)
+    assert (image, mask) == (plain, plain.rpartition(".")[0] + "-mask.png")
+
+
+def test_photographs_of_one_name_are_told_apart() -> None:
+    assert names_of("my photo.JPG", "my photo.png", "") == [
+        ("my photo.JPG", "my photo-mask.png"),
+        ("my photo-2.png", "my photo-2-mask.png"),
         ("photograph-3.png", "photograph-3-mask.png"),
     ]
 
 
-NAMES = st.text(alphabet="aA23-._ pngmsk", max_size=8) | st.sampled_from(
+NAMES = st.text(alphabet='aA23-._ pngmsk"?;/\\ü\n', max_size=8) | st.sampled_from(
     [
         "a.png",
         "A.png",
@@ -173,12 +221,35 @@ NAMES = st.text(alphabet="aA23-._ pngmsk", max_size=8) | st.sampled_from(
 @tried(["out.png"])
 @tried(["a.png", "a-2.png", "a-2-2.png", "a.png", "a-4.png"])
 def test_the_calls_name_each_file_once_whatever_the_photographs_are_called(names: list[str]) -> None:
-    found = form(*(filled(slot, "man", name) for slot, name in enumerate(names, 1))).files()
+    found = names_of(*names)
     files = [name for pair in found for name in pair]
     assert len({name.lower() for name in (*files, "out.png")}) == 2 * len(names) + 1, files
-    assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.[a-z0-9._-]+", name) for name in files), files
-    for image, mask in found:
-        assert mask == image.rpartition(".")[0] + "-mask.png"
+    assert all(re.fullmatch(r"[^-./\\\n][^/\\\n]*", name) for name in files), files
+    assert all(name == name.strip() for name in files), files
+    assert all(re.search(r'["*:<>?|~]', mask) is None for _, mask in found), files
+    # What the script sends are names that were made by the same rules: they stay.
+    assert names_of(*(image for image, _ in found)) == found
+
+
+def test_of_a_painted_mask_nobody_is_told_that_the_photograph_was_turned(session: Held) -> None:
+    def told(painted: bool, kind: str = "image-turned", field: str = "concepts[1].references[0].mask") -> bool:
+        second = replace(filled(3, "hat"), photograph=Photograph(3, "aGVsbG8=", "aGVsbG8=", "a.jpg", painted))
+        warning = Warned(kind, "it was turned", field)
+        outcome = Outcome((), np.zeros((1, 2, 2), np.int64), (), {"total": 1.0}, 1, {}, None, [warning])
+        return "it was turned" in saying.done(outcome, form(filled(1, "man"), second).without_files())
+
+    assert told(painted=False)
+    assert not told(painted=True)
+    assert told(painted=True, kind="mask-by-alpha")
+    assert told(painted=True, field="concepts[0].references[0].mask"), "the first concept's mask was not painted"
+
+
+def test_the_script_says_whether_a_mask_was_painted() -> None:
+    one = {"slot": 1, "image": "eA==", "mask": "eA==", "name": "a.jpg"}
+    (without,), (painted,) = (photographs(json.dumps([sent]).encode()) for sent in (one, {**one, "painted": True}))
+    assert (without.painted, painted.painted) == (False, True)
+    with pytest.raises(OptionError, match="Load it again"):
+        photographs(json.dumps([{**one, "painted": 1}]).encode())
 
 
 def test_the_examples_are_whole_and_those_of_the_demo(session: Held) -> None:

@@ -27,6 +27,7 @@ from magicface_rt.serve.auth import Tokens
 from magicface_rt.serve.schemas import MOST_TEXT
 from magicface_rt.serve.server import CLOSE_SECONDS
 from magicface_rt.tokenizer import Tokenizer
+from magicface_rt.ui.file_names import file_names
 from magicface_rt.ui.mounting import TABS
 
 PROMPT = "a man with a hat"
@@ -150,7 +151,7 @@ def test_a_prompt_that_no_request_takes_is_not_looked_through(tab: Tab, monkeypa
     assert max(encoded, default=0) <= MOST_TEXT
 
 
-def test_no_concept_is_plain_stable_diffusion(tab: Tab, session: Held) -> None:
+def test_no_concept_makes_the_picture_of_the_prompt_alone(tab: Tab, session: Held) -> None:
     _, result, *_ = tab.generate(bridged(), Prompt="a house", Steps=2)
     assert picture_of(result) == png(session.generate("a house", steps=2).images[0])
     assert "data-regions" not in result
@@ -537,15 +538,23 @@ def test_with_tokens_the_page_asks_for_one(session: Held) -> None:
     assert owners == [Tokens([TOKEN]).owner(f"Bearer {TOKEN}", "")]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["p 1.PNG", "\"a\"; (b), it's Jürgen's $HOME `id`,filename=x;type=text.jpeg", "фото"],
+    ids=["usual", "odd", "bare"],
+)
 def test_the_calls_that_are_shown_make_the_same_picture(
-    server: Served, tab: Tab, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, server: Served, tab: Tab, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = 'a man with `a` $hat\'s \\ "thing"'
-    photographs = bridged((1, MAN, MASK))
+    (photograph,) = json.loads(bridged((1, MAN, MASK)))
+    photographs = json.dumps([{**photograph, "name": name}])
     _, result, _, python, curl = generated(tab, photographs, Prompt=prompt, Weight=2.25, Alpha=0.5)
     expected = picture_of(result)
-    (tmp_path / "p-1.png").write_bytes(MAN)
-    (tmp_path / "p-1-mask.png").write_bytes(MASK)
+    ((image, mask),) = file_names([(1, name)])
+    assert image == name
+    (tmp_path / image).write_bytes(MAN)
+    (tmp_path / mask).write_bytes(MASK)
     (tmp_path / tiny_bundle.name).symlink_to(tiny_bundle)
     monkeypatch.chdir(tmp_path)
     exec(compile(python, "the page's Python", "exec"), {})

@@ -7,6 +7,9 @@ window.magicface = (() => {
   const LEAST_SIDE = 256; // of its shorter side, where the photograph has as many
   const UNDO = 8;
   const TINT = "rgba(230, 159, 0, 0.55)";
+  const MOST_NAME = 200; // bytes of a photograph's name that is kept
+  const NO_NAME = /^$|^[-.]|^\s|\s$|[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}/\\]/u;
+  const NOT_SAVED = /["*:<>?|~]+/g; // browsers replace these in the name of a file that they save
 
   const editors = new Map(); // by concept; a concept that was removed from the page and comes back is empty
   let wanted = 0; // the concept that was just added
@@ -119,7 +122,7 @@ window.magicface = (() => {
     context.drawImage(picture, 0, 0, width, height);
     const pixels = context.getImageData(0, 0, width, height);
     let opaque = true;
-    for (let i = 3; i < pixels.data.length && opaque; i += 4) opaque = pixels.data[i] === 255;
+    for (let i = 3; i < pixels.data.length && opaque; i += 4) opaque = pixels.data[i] >= 128;
     for (let i = 0; i < pixels.data.length; i += 4) {
       const [r, g, b, a] = pixels.data.subarray(i, i + 4);
       const value = opaque ? 0.299 * r + 0.587 * g + 0.114 * b : a;
@@ -298,8 +301,7 @@ window.magicface = (() => {
     part(".mf-fill").addEventListener("click", () => fill(e, true));
     part(".mf-clear").addEventListener("click", () => fill(e, false));
     part(".mf-save").addEventListener("click", () => {
-      const stem = e.name.replace(/\.[^.]*$/, "") || `photograph-${e.slot}`;
-      download(`data:image/png;base64,${exported(e)}`, `${stem}-mask.png`);
+      download(`data:image/png;base64,${exported(e)}`, fileNames().get(e.slot).mask);
     });
     show(e);
     if (wanted === e.slot) {
@@ -356,8 +358,60 @@ window.magicface = (() => {
 
   const onPage = () => [...editors.values()].filter((e) => e.root?.isConnected).sort((a, b) => a.slot - b.slot);
 
+  // The names of photographs and masks in the calls that the page shows, by concept. file_names.py has the same rules,
+  // and leaves names that were made here as they are.
+  const fileNames = () => {
+    const taken = new Set(["out.png"]);
+    const found = new Map();
+    for (const e of onPage().filter((one) => one.image)) {
+      const [stem, ending] = stemAndEnding(e);
+      for (const one of numbered(stem, e.slot)) {
+        const names = { image: one + ending, mask: `${maskStem(one, e.slot)}-mask.png` };
+        const keys = [names.image.toLowerCase(), names.mask.toLowerCase()];
+        if (keys.some((key) => taken.has(key))) continue;
+        keys.forEach((key) => taken.add(key));
+        found.set(e.slot, names);
+        break;
+      }
+    }
+    return found;
+  };
+
+  const stemAndEnding = ({ name, slot }) => {
+    const dot = name.lastIndexOf(".");
+    const [stem, suffix] = dot < 0 ? [name, ""] : [name.slice(0, dot), name.slice(dot + 1)];
+    if (!NO_NAME.test(name) && new TextEncoder().encode(name).length <= MOST_NAME) {
+      return [stem, dot < 0 ? "" : `.${suffix}`];
+    }
+    const plain = stem.replace(/[^A-Za-z0-9._-]+/gu, "-").slice(0, 100).replace(/^[-.]+|[-.]+$/g, "");
+    const end = suffix.replace(/[^A-Za-z0-9._-]+/gu, "").slice(0, 10).toLowerCase();
+    return [plain || `photograph-${slot}`, `.${end || "png"}`];
+  };
+
+  const maskStem = (stem, slot) => {
+    const saved = stem.replace(NOT_SAVED, "-");
+    return saved === stem ? stem : saved.replace(/^[-. ]+|[-. ]+$/g, "") || `photograph-${slot}`;
+  };
+
+  const numbered = function* (stem, slot) {
+    yield stem;
+    yield `${stem}-${slot}`;
+    for (let number = 2; ; number++) yield `${stem}-${slot}-${number}`;
+  };
+
+  // Whether the mask was painted over the photograph as the service will turn it: of the files whose EXIF orientation
+  // the service heeds, those in JPEG are turned upright by every browser.
+  const painted = (e) => Boolean(e.mask) && e.loaded === null && typeOf(e.image) === "image/jpeg";
+
   const collect = () => {
-    const found = onPage().map((e) => ({ slot: e.slot, image: e.image, mask: maskOf(e), name: e.name }));
+    const names = fileNames();
+    const found = onPage().map((e) => ({
+      slot: e.slot,
+      image: e.image,
+      mask: maskOf(e),
+      name: names.get(e.slot)?.image ?? "",
+      painted: painted(e),
+    }));
     const text = JSON.stringify(found);
     const most = Number(document.querySelector(".mf-header").dataset.mostBytes);
     if (text.length + 65536 > most) {
