@@ -111,6 +111,11 @@ class Checkpoint(ABC):
 
     @property
     @abstractmethod
+    def tokens(self) -> int:
+        """Number of tokens that the tokenizer has: its highest number, plus 1."""
+
+    @property
+    @abstractmethod
     def pad_token_id(self) -> int:
         """The token that prompts are padded with: SD1.5 <|endoftext|>, SD2.1 "!"."""
 

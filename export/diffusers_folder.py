@@ -14,6 +14,7 @@ from magicface_rt.process.interrupts import reraise_if_interrupt
 from magicface_rt.tokenizer import guarded
 from magicface_rt.values.shown import shown
 
+from .added_tokens import Added, check_added_tokens, read_added_tokens
 from .block_layout import check_configs
 from .checkpoint import PICKLES, Checkpoint, State, read_config, read_safetensors, read_text, stamps_of
 from .tokenizer import END, build_tokenizer_json
@@ -72,6 +73,24 @@ class FolderCheckpoint(Checkpoint):
         folder = self.path / "tokenizer"
         if (folder / "tokenizer.json").is_file():
             return read_text(folder / "tokenizer.json")
+        vocabulary = self._vocabulary
+        lines = read_text(folder / "merges.txt").splitlines()
+        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+        added = [one.token for one in self._added]
+        try:
+            merges = [(left, right) for left, right in pairs]
+            return guarded(lambda: build_tokenizer_json(vocabulary, merges, pad_token=self._pad_token, added=added))
+        except Exception as error:  # the tokenizers wheel raises plain Exception
+            reraise_if_interrupt(error)
+            raise CheckpointError(
+                f"tokenizer {folder}: vocab.json and merges.txt do not fit together: "
+                f"{type(error).__name__}: {str(error)[:500]}"
+            ) from error
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        """What vocab.json says, where there is no tokenizer.json."""
+        folder = self.path / "tokenizer"
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise CheckpointError(
@@ -85,17 +104,11 @@ class FolderCheckpoint(Checkpoint):
                     f"tokenizer {folder}: vocab.json gives {shown(token)} the number {shown(number)}; expected a whole "
                     f"number from 0 to {MOST_TOKENS - 1}"
                 )
-        lines = read_text(folder / "merges.txt").splitlines()
-        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
-        try:
-            merges = [(left, right) for left, right in pairs]
-            return guarded(lambda: build_tokenizer_json(vocabulary, merges, pad_token=self._pad_token))
-        except Exception as error:  # the tokenizers wheel raises plain Exception
-            reraise_if_interrupt(error)
-            raise CheckpointError(
-                f"tokenizer {folder}: vocab.json and merges.txt do not fit together: "
-                f"{type(error).__name__}: {str(error)[:500]}"
-            ) from error
+        return vocabulary
+
+    @cached_property
+    def _added(self) -> list[Added]:
+        return read_added_tokens(self.path / "tokenizer")
 
     @cached_property
     def _pad_token(self) -> str:
@@ -121,10 +134,16 @@ class FolderCheckpoint(Checkpoint):
                 f"tokenizer {self.path / 'tokenizer'}: tokenizer.json cannot be read: {str(error)[:500]}"
             ) from error
 
+    @property
+    def tokens(self) -> int:
+        return max(self._tokenizer.get_vocab().values(), default=0) + 1
+
     def _check_tokens(self) -> None:
         """Refuse a text encoder with too few tokens or positions for what the tokenizer makes of a prompt."""
-        text = self.configs["text_encoder"]
-        last = max(self._tokenizer.get_vocab().values(), default=0)
+        folder, text = self.path / "tokenizer", self.configs["text_encoder"]
+        vocabulary = None if (folder / "tokenizer.json").is_file() else self._vocabulary
+        check_added_tokens(folder, self._added, self._tokenizer, vocabulary)
+        last = self.tokens - 1
         if last >= text["vocab_size"]:
             raise CheckpointError(
                 f"checkpoint {self.path}: its tokenizer has a token of number {last}, and vocab_size of text_encoder "

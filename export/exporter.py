@@ -93,7 +93,8 @@ def export_bundle(
 ) -> Bundle:
     """Export all five graphs of a checkpoint.
 
-    One component is in memory at a time. Every graph is compared with PyTorch before the bundle appears.
+    One component is in memory at a time. Every graph is compared with PyTorch before the bundle appears, in its forms
+    for ONNX Runtime; that for TensorRT needs gigabytes on the CPU, and is compared by `verify` with its plans.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or a file of its weights changed since it was opened.
@@ -107,6 +108,12 @@ def export_bundle(
     offset, stored = checkpoint.schedule.steps_offset, checkpoint.configs["scheduler"].get("steps_offset")
     if stored is not None and stored != offset:
         report(f"scheduler: warning: steps_offset is {offset} and not {stored}, as in diffusers' pipeline")
+    vocabulary = int(checkpoint.configs["text_encoder"]["vocab_size"])
+    if checkpoint.tokens < vocabulary:
+        report(
+            f"tokenizer: warning: it has {checkpoint.tokens} tokens and the text encoder {vocabulary}: words that only "
+            "the text encoder was taught are read as others"
+        )
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(checkpoint.configs["unet"]))
     manifest = {
@@ -120,7 +127,6 @@ def export_bundle(
             "max_length": checkpoint.max_length,
         },
     }
-    vocabulary = int(checkpoint.configs["text_encoder"]["vocab_size"])
     makers = graph_makers(checkpoint, form, options.injection_layers)
     with BundleWriter(Path(out)) as writer:
         writer.add_file("tokenizer.json", checkpoint.tokenizer_json)

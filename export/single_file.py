@@ -71,6 +71,10 @@ class SingleFileCheckpoint(Checkpoint):
         return build_tokenizer_json(*clip_vocabulary(), pad_token=self._expected.pad_token)
 
     @property
+    def tokens(self) -> int:
+        return len(clip_vocabulary()[0])
+
+    @property
     def pad_token_id(self) -> int:
         return clip_vocabulary()[0][self._expected.pad_token]
 

@@ -177,14 +177,15 @@ def _find_tokens(prompt: str, encoding: tokenizers.Encoding, wanted: Sequence[in
 
 def _inside_word(prompt: str, offsets: Sequence[tuple[int, int]], first: int, after: int) -> bool:
     """Whether the tokens first..after-1 are only a part of a word of the prompt."""
+    # a token that was added to a checkpoint's tokenizer may take the white space beside it along
     start = offsets[first][0]
-    if start > 0 and _joins(prompt[start - 1]):
+    if start > 0 and not prompt[start].isspace() and _joins(prompt[start - 1]):
         return True
     if after == len(offsets):
         return False
     end, following = offsets[after - 1][1], offsets[after][0]
     # what stands between two tokens is white space, or a combining mark that became one with the letter before it
-    return not any(character.isspace() for character in prompt[end:following]) and _joins(prompt[following])
+    return not any(character.isspace() for character in prompt[end - 1 : following + 1]) and _joins(prompt[following])
 
 
 def _joins(neighbour: str) -> bool:

@@ -33,12 +33,18 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def build_tokenizer_json(
-    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], *, pad_token: str = END
+    vocabulary: Mapping[str, int],
+    merges: Sequence[tuple[str, str]],
+    *,
+    pad_token: str = END,
+    added: Sequence[AddedToken] = (),
 ) -> str:
     """Return a tokenizer.json that splits as CLIP does: lower case, NFC, byte-level BPE, start and end tokens.
 
     `merges` are in order of rank. No truncation and no padding are set in it: both belong to the caller. The padding
     token is special, as it is to transformers: with Stable Diffusion 2.1's "!" every "!" of a prompt is that token.
+
+    added   tokens beside the vocabulary; those that it lacks get the numbers that follow its last, in this order
     """
     tokenizer = Tokenizer(
         BPE(
@@ -61,7 +67,11 @@ def build_tokenizer_json(
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = dict.fromkeys((START, END, pad_token))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    known = [token for token in special if token in vocabulary]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
+    tokenizer.add_tokens([token for token in added if token.content not in known])
+    missing = [token for token in special if tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
     tokenizer.post_processor = processors.RobertaProcessing(
         (END, vocabulary[END]), (START, vocabulary[START]), trim_offsets=False, add_prefix_space=False
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from magicface_rt.bundle import Bundle
+from magicface_rt.bundle import CUDA_RUNTIME, Bundle
 from magicface_rt.values.shown import one_line
 
 
@@ -42,14 +42,26 @@ def bundle_outcome(bundle: Bundle) -> dict[str, Any]:
 
 
 def parity_lines(bundle: Bundle) -> Iterator[str]:
-    """Yield a line for each graph, with the error measured at export that comes nearest to its tolerance."""
+    """Yield a line for each comparison at export, with the error that comes nearest to its tolerance."""
+    for name, worst, error, tolerance in parities(bundle):
+        yield f"{name}: {worst} differs from PyTorch by {error}, tolerance {tolerance}"
+
+
+def parities(bundle: Bundle) -> Iterator[tuple[str, str, str, str]]:
+    """Yield for each graph, and for its form for the CUDA provider, what was measured at export: its name, the output
+    whose error comes nearest to its tolerance, that error and the tolerance.
+    """
     for name, parity in bundle.parity.items():
-        worst, error, tolerance = worst_error(parity)
-        yield f"{name}: {worst} differs from PyTorch by {error:.1e}, tolerance {tolerance:.0e}"
+        forms = {name: parity}
+        if CUDA_RUNTIME in parity:
+            forms[f"{name} ({CUDA_RUNTIME})"] = parity[CUDA_RUNTIME]
+        for form, measured in forms.items():
+            worst, error, tolerance = _worst_error(measured)
+            # Both with as many digits: an error below its tolerance must not be shown above it.
+            yield form, worst, f"{error:.1e}", f"{tolerance:.1e}"
 
 
-def worst_error(parity: Any) -> tuple[str, float, float]:
-    """Return the output whose error comes nearest to its tolerance, its relative error, and the tolerance."""
+def _worst_error(parity: Any) -> tuple[str, float, float]:
     errors, tolerances = parity["errors"], parity["tolerance"]
 
     def share(output: str) -> float:

@@ -11,7 +11,7 @@ from rich.table import Table
 from magicface_rt import KeptConcept
 from magicface_rt.bundle import Bundle
 
-from ._bundle_view import bundle_outcome, grid, size, worst_error
+from ._bundle_view import bundle_outcome, grid, parities, size
 from ._command import JsonOption, command
 
 
@@ -120,7 +120,6 @@ def _files(bundle: Bundle) -> Table:
 
 def _parity(bundle: Bundle) -> Table:
     table = grid("difference from PyTorch, measured at export", "graph", "worst output", "error>", "tolerance>")
-    for name, parity in bundle.parity.items():
-        worst, error, tolerance = worst_error(parity)
-        table.add_row(name, worst, f"{error:.1e}", f"{tolerance:.0e}")
+    for row in parities(bundle):
+        table.add_row(*row)
     return table

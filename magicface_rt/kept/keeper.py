@@ -89,7 +89,7 @@ class Keeper:
         content_keys: of the references that may be on the device already.
         """
         free = self.backend.free_device_memory()
-        budget = self.settings.budget if budget is None else budget
+        budget = said = self.settings.budget if budget is None else budget
         if budget is None and free is not None:
             budget = int(FREE_SHARE * free) + self.on_device.unused_bytes(content_keys)
         bare = [r.tokens for r in references if r.stored_in == "nowhere"]
@@ -105,7 +105,8 @@ class Keeper:
             budget=budget,
             store_limit=self.settings.keep,
             on_device=free is not None,
-            rows=max((self.rows(tokens, steps, {}) for tokens in bare), default=0),
+            # What is free on a device is no limit to the workspace, in the plan as little as where rows are made.
+            rows=max((self.rows(tokens, steps, {}, _workspace(said)) for tokens in bare), default=0),
             host_room=available_bytes(),
         )
 
@@ -118,8 +119,7 @@ class Keeper:
     ) -> int:
         """Return the number of rows in a pass that prepares a reference. `largest`: what the graph takes, by symbol."""
         if workspace is None:
-            budget = self.settings.budget
-            workspace = WORKSPACE if budget is None else min(WORKSPACE, budget // 4)
+            workspace = _workspace(self.settings.budget)
         return rows_per_pass(self.bundle, tokens, steps, largest, workspace)
 
     def check_room(self, tokens: Mapping[int, int], steps: int, storage: Storage) -> None:
@@ -154,3 +154,8 @@ class Keeper:
         """Free what is on the device, and forget the rest."""
         self.on_device.close()
         self.store.forget()
+
+
+def _workspace(budget: int | None) -> int:
+    """Return how many bytes a pass that prepares a reference may take; None: of a budget that nobody set."""
+    return WORKSPACE if budget is None else min(WORKSPACE, budget // 4)

@@ -3,27 +3,39 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 import weakref
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from magicface_rt import errors
-from magicface_rt.cli import main
+from magicface_rt.cli import doctor, main
+from magicface_rt.cli._bundle_view import parity_lines
 from magicface_rt.cli.export import parse_layers
+from magicface_rt.cli.inspect import _parity
 from magicface_rt.errors import NonFiniteError, OptionError, ParityError
 from magicface_rt.soft_warnings import MagicFaceWarning
 from tests.faults.disks import Layer, Settling
 from tests.locations import CASES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 VERBS = ("demo", "checkpoint", "export", "build", "run", "prepare", "plan", "verify", "bench", "inspect", "doctor")
 
@@ -447,6 +459,65 @@ def test_doctor_without_a_runtime_exits_3(monkeypatch: pytest.MonkeyPatch, capsy
     assert "magicface_rt[cpu]" in capsys.readouterr().err
 
 
+def doctors_extras(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
+    assert main(["doctor", "--json", "-"]) in (0, 3)
+    found: dict[str, dict[str, object]] = json.loads(capsys.readouterr().out)["extras"]
+    return found
+
+
+def test_doctor_says_of_every_extra_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = doctor.version
+
+    def version(package: str) -> str:
+        if package in ("gradio", "uvicorn", "matplotlib"):
+            raise PackageNotFoundError(package)
+        return real(package) if package in ("torch", "numpy") else "1.0"
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    found = doctors_extras(capsys)
+    assert {name for name, one in found.items() if one["works"]} == {"export", "ray"}
+    assert found.keys() == {"export", "bench", "serve", "ui", "ray"}
+    assert (found["ui"]["found"], found["ui"]["command"]) == (
+        "not installed: gradio, uvicorn",
+        "pip install 'magicface_rt[ui]'",
+    )
+    main(["doctor"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name} (" in shown for name in doctor.EXTRAS)
+
+
+def test_doctor_knows_the_packages_of_the_extras() -> None:
+    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    of_backends = {"cpu", "gpu", "tensorrt", "tensorrt-rtx"}
+    assert set(doctor.EXTRAS) == set(extras) - of_backends - {"dev"}
+    for name, (_, packages) in doctor.EXTRAS.items():
+        assert sorted(packages) == sorted(re.split(r"[\[>=<]", one)[0] for one in extras[name])
+
+
+@pytest.mark.parametrize("raised", [OSError("libcudart.so.13: cannot open\nmore"), RuntimeError("it is broken")])
+def test_a_torch_that_does_not_load_is_no_yes(
+    raised: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.import_module
+
+    def import_module(name: str, package: str | None = None) -> types.ModuleType:
+        if name == "torch":
+            raise raised
+        return real(name, package)
+
+    monkeypatch.setattr(doctor, "version", lambda _: "2.8")
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    export = doctors_extras(capsys)["export"]
+    assert not export["works"]
+    assert str(raised).partition("\n")[0] in str(export["found"])
+    assert "more" not in str(export["found"])
+    assert export["command"]
+
+
 def test_run_writes_pictures_and_refuses_to_overwrite(
     tiny_bundle: Path, concept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -583,6 +654,20 @@ def test_a_place_that_takes_nothing_is_refused_before_anything_is_read(
 def test_inspect_says_that_a_bundle_is_intact(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tiny_bundle)]) == 0
     assert "intact" in capsys.readouterr().out
+
+
+def test_an_error_below_its_tolerance_is_shown_below_it_for_each_form(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = {"errors": {"eps": 1.31e-3, "rate": 1e-9}, "tolerance": {"eps": 1.36e-3, "rate": 1e-5}}
+    fused = {"errors": {"eps": 1.9e-3}, "tolerance": {"eps": 2.4e-3}}
+    bundle: Any = SimpleNamespace(parity={"vae_encoder": plain, "denoise_step": {**plain, "onnxruntime-cuda": fused}})
+    assert list(parity_lines(bundle)) == [
+        "vae_encoder: eps differs from PyTorch by 1.3e-03, tolerance 1.4e-03",
+        "denoise_step: eps differs from PyTorch by 1.3e-03, tolerance 1.4e-03",
+        "denoise_step (onnxruntime-cuda): eps differs from PyTorch by 1.9e-03, tolerance 2.4e-03",
+    ]
+    Console(width=120).print(_parity(bundle))
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.split() == ["denoise_step", "(onnxruntime-cuda)", "eps", "1.9e-03", "2.4e-03"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from magicface_rt.export.architectures import ARCHITECTURES, architecture
 from magicface_rt.export.checkpoint import Checkpoint
 from magicface_rt.export.random_weights import write_checkpoint, write_tokenizer
 from magicface_rt.export.tokenizer import build_tokenizer_json, clip_vocabulary
+from magicface_rt.tokenizer import Tokenizer as PromptTokenizer
 
 PROMPTS = (
     "",
@@ -242,6 +243,128 @@ def test_tokenizer_is_built_where_only_vocabulary_and_merges_exist(folder: Path)
     shipped = Checkpoint.open(folder).tokenizer_json
     (folder / "tokenizer" / "tokenizer.json").unlink()
     assert Checkpoint.open(folder).tokenizer_json == shipped == build_tokenizer_json(*clip_vocabulary())
+
+
+START_AND_END = {
+    str(number): {"content": text, "lstrip": False, "normalized": True, "rstrip": False, "special": True}
+    for number, text in ((49406, "<|startoftext|>"), (49407, "<|endoftext|>"))
+}
+"""As transformers writes them into every tokenizer_config.json."""
+CAT_TOY = {"content": "<cat-toy>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+ADDED_PROMPTS = ("a <cat-toy> on a beach", "<Cat-Toy>s, Wort<cat-toy>_1 wort", "two <cat-toy>  <cat-toy>")
+
+
+def inverted(folder: Path, added: object, decoder: object = None, *, tokens: int = 49411) -> Path:
+    """A checkpoint whose tokenizer was given tokens, as it was saved before there was a tokenizer.json."""
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    if added is not None:
+        (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps(added))
+    if decoder is not None:
+        edit(folder / "tokenizer" / "tokenizer_config.json", added_tokens_decoder=decoder)
+    edit(folder / "text_encoder" / "config.json", vocab_size=tokens)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("added", "decoder"),
+    [
+        ({"<cat-toy>": 49408}, None),
+        ({"Wort": 49410, "<cat-toy>": 49408, "<cat-toy>_1": 49409}, None),
+        (None, {**START_AND_END, "49408": CAT_TOY}),
+        ({"<cat-toy>": 49408}, {**START_AND_END, "49408": {**CAT_TOY, "normalized": False, "special": True}}),
+        (None, {**START_AND_END, "49408": {**CAT_TOY, "lstrip": True, "rstrip": True}}),
+        (None, {**START_AND_END, "49408": {**CAT_TOY, "single_word": True}, "320": {"content": "a</w>"}}),
+    ],
+)
+def test_added_tokens_are_read_as_transformers_reads_them(folder: Path, added: object, decoder: object) -> None:
+    checkpoint = Checkpoint.open(inverted(folder, added, decoder))
+    theirs = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    ours = Tokenizer.from_str(checkpoint.tokenizer_json)
+    for prompt in (*PROMPTS, *ADDED_PROMPTS):
+        assert ours.encode(prompt).ids == theirs(prompt).input_ids, prompt
+    assert ours.encode("a <cat-toy> on a beach").ids == [49406, 320, 49408, 525, 320, 2117, 49407]
+    assert checkpoint.tokens == 49408 + max(len(added or {}), 1)  # type: ignore[arg-type]
+
+
+def test_added_tokens_that_are_named_as_special_are_found_as_they_are_written(folder: Path) -> None:
+    inverted(folder, {"<cat-toy>": 49408})
+    edit(folder / "tokenizer" / "special_tokens_map.json", additional_special_tokens=[{"content": "<cat-toy>"}])
+    ours = Tokenizer.from_str(Checkpoint.open(folder).tokenizer_json)
+    assert ours.token_to_id("<cat-toy>") in ours.encode("a <cat-toy>").ids
+    assert ours.token_to_id("<cat-toy>") not in ours.encode("a <Cat-Toy>").ids
+
+
+def test_an_added_token_is_a_word_of_a_prompt(folder: Path) -> None:
+    prompt = "a photo of two <cat-toy> on <Cat-Toy>"
+    stripping = {**START_AND_END, "49408": {**CAT_TOY, "lstrip": True, "rstrip": True}}
+    for decoder in (None, stripping):
+        checkpoint = Checkpoint.open(inverted(folder, {"<cat-toy>": 49408}, decoder))
+        (folder / "tokenizer" / "tokenizer.json").write_text(checkpoint.tokenizer_json)
+        tokenizer = PromptTokenizer.from_file(folder / "tokenizer" / "tokenizer.json", pad_token_id=49407)
+        assert tokenizer.find_word(prompt, "<cat-toy>") == (5,)
+        assert tokenizer.find_word(prompt, "two <cat-toy> on") == (4, 5, 6)
+        assert tokenizer.find_words(prompt, ["on", "cat", "toy", "photo"]) == [(6,), None, None, (2,)]
+        assert [piece.strip() for piece in tokenizer.tokens(prompt)[4:8]] == ["two", "<cat-toy>", "on", "<Cat-Toy>"]
+        assert tokenizer.find_words("<cat-toy>s", ["<cat-toy>"]) == [None]
+
+
+def test_start_and_end_among_the_added_tokens_change_nothing(folder: Path) -> None:
+    shipped = Checkpoint.open(folder).tokenizer_json
+    inverted(folder, {"<|startoftext|>": 49406, "<|endoftext|>": 49407}, START_AND_END)
+    assert Checkpoint.open(folder).tokenizer_json == shipped
+
+
+def test_a_padding_token_can_be_an_added_one(folder: Path) -> None:
+    inverted(folder, {"<cat-toy>": 49408, "[PAD]": 49409})
+    edit(folder / "tokenizer" / "special_tokens_map.json", pad_token="[PAD]")
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.pad_token_id == 49409
+    assert Tokenizer.from_str(checkpoint.tokenizer_json).token_to_id("<cat-toy>") == 49408
+
+
+@pytest.mark.parametrize(
+    ("added", "decoder", "message"),
+    [
+        (
+            {"<cat-toy>": 49409},
+            None,
+            r"added_tokens.json gives '<cat-toy>' the number 49409, and it can only get 49408",
+        ),
+        ({"<cat-toy>": 5}, None, r"'<cat-toy>' the number 5, which '&' has in vocab.json"),
+        ({"cat</w>": 49408}, None, r"'cat</w>' the number 49408, and vocab.json 2368"),
+        ({"a b": 49408, "c d": 49408}, None, r"'a b' the number 49408, and .*'c d' the number 49408"),
+        (
+            {"<cat-toy>": 49408},
+            {"49409": CAT_TOY},
+            r"tokenizer_config.json gives .* 49409, and added_tokens.json .* 49408",
+        ),
+        ({"<cat-toy>": -1}, None, r"added_tokens.json: it gives '<cat-toy>' the number -1"),
+        ({"<cat-toy>": "49408"}, None, r"the number '49408'"),
+        ({"": 49408}, None, r"it gives '' the number"),
+        ({"\ud800": 49408}, None, r"expected a text and a whole number"),
+        ({f"<{n}>": 49408 + n for n in range(10_001)}, None, r"add 10001 tokens; expected at most 10000"),
+        ([], None, r"added_tokens.json: expected a JSON object"),
+        (None, [CAT_TOY], r"tokenizer_config.json: added_tokens_decoder is a list of 1"),
+        (None, {"x": CAT_TOY}, r"a token of number 'x'"),
+        (None, {"49408": "<cat-toy>"}, r"has '<cat-toy>' as token 49408"),
+        (None, {"49408": {**CAT_TOY, "special": 1}}, r"flags that are true or false"),
+        ({f"<{n}>": 49408 + n for n in range(4)}, None, r"a token of number 49411, and vocab_size .* is 49411"),
+    ],
+)
+def test_added_tokens_that_cannot_be_are_refused_by_name(
+    folder: Path, added: object, decoder: object, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(inverted(folder, added, decoder))
+
+
+def test_added_tokens_that_an_older_tokenizer_json_lacks_are_refused(folder: Path) -> None:
+    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 49408}))
+    edit(folder / "text_encoder" / "config.json", vocab_size=49409)
+    with pytest.raises(CheckpointError, match=r"'<cat-toy>' the number 49408, and tokenizer.json lacks it; remove"):
+        Checkpoint.open(folder)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    assert Checkpoint.open(folder).tokens == 49409
 
 
 def test_padding_token_of_stable_diffusion_2_is_the_exclamation_mark(folder: Path) -> None:

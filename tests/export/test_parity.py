@@ -203,6 +203,28 @@ def test_an_export_says_that_it_takes_another_offset_than_the_checkpoint_has(
     assert told[1] == told[None] == told[0][1:]
 
 
+def test_an_export_says_that_the_text_encoder_has_more_tokens_than_the_tokenizer(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings may have been padded, so it is no reason to refuse; or the file that tells of words is missing."""
+
+    def fail(*_: object) -> None:
+        raise ExportError("that is enough")
+
+    monkeypatch.setattr("magicface_rt.export.exporter.graph_makers", fail)
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    file = checkpoint / "text_encoder" / "config.json"
+    config = json.loads(file.read_text())
+    told: dict[int, list[str]] = {}
+    for tokens in (49408, 49410):
+        file.write_text(json.dumps({**config, "vocab_size": tokens}))
+        with pytest.raises(ExportError, match="that is enough"):
+            export_bundle(Checkpoint.open(checkpoint), tmp_path / "out", report=told.setdefault(tokens, []).append)
+    assert told[49408] == []
+    (warning,) = told[49410]
+    assert warning.startswith("tokenizer: warning: it has 49408 tokens and the text encoder 49410")
+
+
 def test_a_tokenizer_that_is_written_in_another_way_is_the_same(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -298,7 +320,7 @@ def test_export_options_name_what_is_wrong(field: str, value: object) -> None:
         ExportOptions(**{field: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("graph", ["reference_kv", "denoise_step"])
+@pytest.mark.parametrize("graph", ["text_encoder", "vae_encoder", "vae_decoder", "reference_kv", "denoise_step"])
 def test_the_tensorrt_files_compute_the_same(tiny_bundle: Path, graph: str) -> None:
     """Their bodies are plain ONNX, so that ONNX Runtime can run them; what TensorRT makes of them is not run here."""
     bundle = Bundle.open(tiny_bundle, check_hashes=False)

@@ -210,6 +210,19 @@ def _of_vocabulary(name: str, folder: Path, _: Path) -> Target:
 TARGETS["vocabulary"] = functools.partial(_of_vocabulary, "vocab.json")
 TARGETS["merges"] = functools.partial(_of_vocabulary, "merges.txt")
 
+
+def _of_added_tokens(name: str, folder: Path, _: Path) -> Target:
+    from checkpoint_outline import opened, outline_with_added_tokens
+
+    checkpoint = outline_with_added_tokens(folder / "checkpoint")
+    path = checkpoint / "tokenizer" / name
+
+    return _of_json(json.loads(path.read_bytes()), _written(path, lambda: opened(checkpoint)))
+
+
+TARGETS["added tokens"] = functools.partial(_of_added_tokens, "added_tokens.json")
+TARGETS["added tokens decoder"] = functools.partial(_of_added_tokens, "tokenizer_config.json")
+
 # ----------------------------------------------------------------------------------------------------------- recordings
 
 

@@ -35,6 +35,11 @@ INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
 
 SHARDS: dict[str, Any] = {"metadata": {"total_size": 8}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
 VOCABULARY = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "a</w>": 3, "b": 4, "ab": 5, "ab</w>": 6, "b</w>": 7}
+ADDED = {"<cat-toy>": 8, "Wort": 9}
+DECODER = {
+    "0": {"content": "<|startoftext|>", "lstrip": False, "normalized": True, "special": True},
+    "8": {"content": "<cat-toy>", "lstrip": False, "rstrip": True, "single_word": False, "normalized": False},
+}
 MERGES = "#version: 0.2\na b\na b</w>\n"
 
 
@@ -63,6 +68,15 @@ def outline_with_vocabulary(folder: Path) -> Path:
     (outline(folder) / "tokenizer/tokenizer.json").unlink()
     (folder / "tokenizer/merges.txt").write_text(MERGES)
     (folder / "tokenizer/vocab.json").write_text(json.dumps(VOCABULARY))
+    return folder
+
+
+def outline_with_added_tokens(folder: Path) -> Path:
+    """One whose tokenizer was given tokens beside its vocabulary; both files that tell of them are there."""
+    tokenizer = outline_with_vocabulary(folder) / "tokenizer"
+    (tokenizer / "added_tokens.json").write_text(json.dumps(ADDED))
+    config = TEXTS["tokenizer/tokenizer_config.json"] | {"added_tokens_decoder": DECODER}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 

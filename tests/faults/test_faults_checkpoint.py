@@ -19,6 +19,7 @@ from checkpoint_outline import (
     opened,
     outline,
     outline_in_shards,
+    outline_with_added_tokens,
     outline_with_vocabulary,
 )
 from corruptions import (
@@ -266,6 +267,21 @@ def test_any_edit_of_a_vocabulary(name: str, inputs: int, vocabulary: Path) -> N
         opened(vocabulary)
 
     loop(inputs, contents if name == "merges.txt" else contents | texts_of(VOCABULARY), check)
+
+
+@inputs
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
+def test_any_edit_of_added_tokens(name: str, inputs: int, tmp_path: Path) -> None:
+    checkpoint = outline_with_added_tokens(tmp_path / "checkpoint")
+    assert opened(checkpoint) is not None
+    path = checkpoint / "tokenizer" / name
+    sound = path.read_bytes()
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        opened(checkpoint)
+
+    loop(inputs, edits_of(sound) | texts_of(json.loads(sound)), check)
 
 
 # ------------------------------------------------------------------------------------------------------------ weights

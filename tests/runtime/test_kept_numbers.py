@@ -30,6 +30,7 @@ from magicface_rt.kept.awaited import Awaited
 from magicface_rt.kept.feed import ComputedKeys, KeyFeed, PlacedKeys, ReferencePass, StoredKeys
 from magicface_rt.kept.keeper import Keeper, KeepSettings, checked_storage
 from magicface_rt.kept.memory import (
+    MEMORY,
     PlannedReference,
     make_plan,
     request_bytes,
@@ -291,6 +292,25 @@ def test_a_keeper_plans_by_its_settings_unless_told_otherwise() -> None:
     )
     assert keeper(memory="auto", keep=5120).plan([BARE], steps=10, images=1).mode == "keep"
     assert keeper(memory="auto", keep=5119).plan([BARE], steps=10, images=1).mode == "recompute"
+
+
+def outcome(mine: Keeper, **given: Any) -> Any:
+    try:
+        return mine.plan([BARE, IN_MEMORY], steps=10, images=5, **given)
+    except BudgetError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("free", [None, 10**9])
+@pytest.mark.parametrize("own", [None, 30 * ROW, 10**9])
+def test_a_plan_for_a_budget_is_that_of_a_keeper_which_has_it(own: int | None, free: int | None) -> None:
+    mine, found = keeper(budget=own, free=free), []
+    for mode in MEMORY:
+        for budget in (1000, REQUEST + 5 * ROW, 12 * ROW, 30 * ROW, 10**8, 10**9):
+            found.append(outcome(mine, memory=mode, budget=budget))
+            assert found[-1] == outcome(keeper(memory=mode, budget=budget, free=free)), (mode, budget)
+    assert len({one.rows_per_pass for one in found if not isinstance(one, str)}) > 2, "the budget makes passes smaller"
+    assert any(isinstance(one, str) for one in found), "some are too small"
 
 
 def test_a_keeper_counts_on_nine_tenths_of_what_is_free_on_a_device() -> None:

@@ -687,14 +687,26 @@ def test_bare_references_of_a_batch_go_through_a_plan_that_takes_few(bundle: Bun
 
 def test_auto_takes_what_fits_the_budget(bundle: Bundle, session: Session) -> None:
     with Session(bundle, backend=Drawn(), keep="1GiB") as keeping:
-        modes = keeping.plan([MAN], 50).modes
-        assert keeping.plan([MAN], 50).mode == "keep"
-        assert keeping.plan([MAN], 50, budget=modes["keep"].host - 1).mode == "recompute"
+        whole = keeping.plan([MAN], 50)
+        assert whole.mode == "keep"
+        tight = keeping.plan([MAN], 50, budget=whole.modes["keep"].host - 1)
+        assert tight.mode == "keep"
+        assert tight.rows_per_pass < whole.rows_per_pass, "a smaller budget is met by smaller passes"
+        assert keeping.plan([MAN], 50, budget=whole.bytes_kept).mode == "recompute"
         with pytest.raises(BudgetError, match=r"at least [\d.,]+ MB on the host .*budget is 0\.0 MB"):
             keeping.plan([MAN], 50, budget=1000)
     assert session.plan([MAN], 50).mode == "recompute", "nothing would use the keys again"
     assert session.plan([MAN], 50, images=bundle.limits.images + 1).mode == "keep"
     assert session.plan([session.prepare(MAN, steps=STEPS)], STEPS).mode == "keep"
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "recompute"])
+def test_a_plan_for_a_budget_is_that_of_a_session_which_has_it(bundle: Bundle, memory: str) -> None:
+    with Session(bundle, backend=Drawn(), keep="1GiB") as session:
+        keep = session.plan([MAN], 50).modes["keep"].host
+        for budget in (keep, keep - 1, 3 * keep // 4):
+            with Session(bundle, backend=Drawn(), keep="1GiB", budget=budget, memory=memory) as other:
+                assert session.plan([MAN], 50, memory=memory, budget=budget) == other.plan([MAN], 50)
 
 
 def test_a_budget_too_small_for_a_step_is_refused_and_the_session_goes_on(bundle: Bundle, backend: Drawn) -> None:
