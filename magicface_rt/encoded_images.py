@@ -35,11 +35,14 @@ MAX_JUNK = 1 << 16
 MAX_NAMES = 1000
 """Places in a file at which metadata might begin."""
 
-MAX_ENTRIES = 65_535
-"""What a directory of TIFF has at most; one of BigTIFF may claim more."""
+MAX_PROFILES = 16
+"""Profiles of colours in a PNG, which may have one; each is unpacked."""
 
-MAX_DEPTH = 4
-"""Directories within directories that are looked at: EXIF, GPS and interoperability need 2."""
+MAX_PROFILE_TEXT = 1 << 20
+"""Characters of EXIF that is written as text; EXIF itself has at most 64 KB."""
+
+MAX_ENTRIES = 65_535
+"""Entries of the directories of tags of a file, all together. Photographs have some hundreds."""
 
 _SLACK = 1 << 16
 """Bytes by which a directory's values may exceed what holds them: damaged ones, which overlap, exist."""
@@ -53,12 +56,14 @@ _WITHIN = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop)
 _JPEG, _PNG, _AVIF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"ftyp"
 _EXIF, _MPF = b"Exif\0\0", b"MPF\0"
 _NAMED = re.compile(rb"(?:Exif\0\0)*")
-_TIFF = re.compile(rb"II[*+]\0|MM\0[*+]")
+_TIFF = re.compile(rb"(?:II|MM)(?:[*+]\0|\0[*+])")  # Pillow takes both orders of the number for both of the bytes
 
 # What stands alone in the data of a scan (00, 01 and the restarts) is none of these, nor are those that libjpeg skips
 # there without a length (02 to BF). Written without a repetition, since a run of FF would be searched again and again.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _START_OF_SCAN, _END, _APP1, _APP2 = 0xDA, 0xD9, 0xE1, 0xE2
+_FRAMES = (*(marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)), 0xDE)
+"""Markers of which an image has one. Of each Pillow keeps the components, and libjpeg refuses a second."""
 _NO_LENGTH = (0xC8, *range(0xF0, 0xFE))
 """Markers after which Pillow expects no length, although others do. libjpeg knows none of them."""
 
@@ -96,7 +101,7 @@ def open_stream(stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     elif start[4:8] == _AVIF:
         _check_avif(_buffered(stream, "AVIF"))
     elif _TIFF.match(start):
-        _check_directories(stream, "TIFF")
+        _Directories(stream, "TIFF").check()
     stream.seek(0)
     return Image.open(stream, formats=formats)
 
@@ -116,9 +121,11 @@ def check_exif(image: Image.Image) -> None:
 
     Raises `ExcessError`.
     """
+    if len(image.info.get("Raw profile type exif", "")) > MAX_PROFILE_TEXT:
+        raise ExcessError(f"has EXIF of more than {MAX_PROFILE_TEXT:,} characters. Save the image again without it.")
     block = _block(image)
     if block is not None:
-        _check_directories(io.BytesIO(block), "EXIF")
+        _Directories(io.BytesIO(block), "EXIF").check()
 
 
 def _buffered(stream: BinaryIO, kind: str) -> bytes:
@@ -135,7 +142,7 @@ def _open_jpeg(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """Open a JPEG of which Pillow finds no EXIF and no MPF, and give it its orientation."""
     block = b"".join(data[part.start + len(_EXIF) : part.end] for part in _checked_segments(data))
     image = Image.open(io.BytesIO(_without_names(data)), formats=formats)
-    _put_orientation(image, _orientation(block))
+    _put_orientation(image, _orientation(_unnamed(block)))
     return image
 
 
@@ -161,14 +168,15 @@ def _checked_segments(data: bytes) -> list[_Segment]:
     """Go through a JPEG as libjpeg does, up to the end of the image: what follows is another, or a film. Returns the
     segments before the first scan that hold EXIF.
     """
-    exif, scans, count, junk, at = list[_Segment](), 0, 0, 0, 2
+    exif, frames, scans, count, junk, at = list[_Segment](), 0, 0, 0, 0, 2
     while (found := _MARKER.search(data, at)) is not None:
         marker, start = found[1][0], found.end() + 2
         count += 1
         if not scans:
             junk += found.start() - at
-            if marker in (_END, *_NO_LENGTH):
-                raise ValueError(f"a JPEG with marker FF{marker:02X} before its pixels")
+            frames += marker in _FRAMES
+            if marker in (_END, *_NO_LENGTH) or frames > 1:
+                raise ValueError(f"a JPEG with marker FF{marker:02X} at a place where none may be")
         if marker == _END:
             break
         end = found.end() + max(2, int.from_bytes(data[found.end() : start], "big"))
@@ -189,13 +197,14 @@ def _checked_segments(data: bytes) -> list[_Segment]:
 
 def _check_chunks(stream: BinaryIO) -> None:
     """Count the chunks of a PNG. (PNG, third edition, section 5.3)"""
-    pixels = others = 0
+    pixels = others = profiles = 0
     while len(head := stream.read(8)) == 8 and head[4:] != b"IEND":
         if head[4:] in (b"IDAT", b"fdAT"):
             pixels += 1
         else:
             others += 1
-        if others > MAX_SEGMENTS or pixels > MAX_CHUNKS:
+            profiles += head[4:] == b"iCCP"
+        if others > MAX_SEGMENTS or pixels > MAX_CHUNKS or profiles > MAX_PROFILES:
             raise ExcessError(
                 f"is a PNG of more than {MAX_SEGMENTS:,} chunks, or {MAX_CHUNKS:,} with pixels. Save it again."
             )
@@ -207,22 +216,25 @@ def _check_chunks(stream: BinaryIO) -> None:
 
 def _check_avif(data: bytes) -> None:
     """Check whatever could be EXIF in a file whose boxes are not looked at: Pillow reads it as it opens the file."""
+    directories = _Directories(io.BytesIO(data), "EXIF")
     for count, found in enumerate(_TIFF.finditer(data)):
         if count == MAX_NAMES:
             raise ExcessError(f"is a file of AVIF with over {MAX_NAMES:,} pieces of metadata. Save it without them.")
-        _check_directories(io.BytesIO(data[found.start() :]), "EXIF")
+        directories.check(found.start())
 
 
 def _block(image: Image.Image) -> bytes | None:
     """Return the EXIF that Pillow would read from an image's `info`, without its name, which may stand there often."""
     block, text = image.info.get("exif"), image.info.get("Raw profile type exif")
-    if block is None and isinstance(text, str):  # which ImageMagick writes: hexadecimal, after three lines
-        try:
+    if block is None and isinstance(text, str) and len(text) <= MAX_PROFILE_TEXT:
+        try:  # which ImageMagick writes: hexadecimal, after three lines
             block = bytes.fromhex("".join(text.split("\n")[3:]))
         except ValueError:
             return None
-    if not isinstance(block, bytes):
-        return None
+    return _unnamed(block) if isinstance(block, bytes) else None
+
+
+def _unnamed(block: bytes) -> bytes:
     named = _NAMED.match(block)
     return block[named.end() :] if named is not None else block
 
@@ -244,34 +256,53 @@ def _orientation(block: bytes) -> int | None:
     return found
 
 
-def _check_directories(stream: BinaryIO, what: str) -> None:
-    """Check the directories of tags that Pillow would read. (TIFF 6.0, section 2; BigTIFF; EXIF has TIFF's form)"""
-    stream.seek(0)
-    head = stream.read(16)
-    length = stream.seek(0, os.SEEK_END)
-    for big in (False, True):  # Pillow's releases do not agree on which files are BigTIFF
-        if not big or 43 in head[2:4]:
-            unfolded = _unfolded(stream, _first(head, big=big), _order(head), length, MAX_DEPTH, big=big)
-            if unfolded > 2 * length + _SLACK:
-                raise ExcessError(
-                    f"has {what} data whose values name the same bytes again and again: {unfolded:,} bytes from "
-                    f"{length:,}. Save the image again without it."
-                )
+class _Directories:
+    """The directories of tags that Pillow would read in a file (TIFF 6.0, section 2; BigTIFF; EXIF has TIFF's form).
 
+    What several of them unfold to counts together.
+    """
 
-def _unfolded(stream: BinaryIO, start: int, order: str, length: int, depth: int, *, big: bool) -> int:
-    """Return how many bytes the values of a directory, and of those within it, take."""
-    form, total, within = order + ("Q" if big else "L"), 0, list[int]()
-    for tag, kind, number, held in _entries(stream, start, order, big=big):
-        (where,) = struct.unpack(form, held)
-        size = number * _SIZES.get(kind, 0)
-        if tag in _WITHIN and len(within) < MAX_DEPTH:
-            within.append(where)
-        if size > len(held) and where + size <= length:  # else Pillow reads none of it
-            total += size
-    if depth:
-        total += sum(_unfolded(stream, where, order, length, depth - 1, big=big) for where in within)
-    return total
+    def __init__(self, stream: BinaryIO, what: str) -> None:
+        self._stream, self._what = stream, what
+        self._length = stream.seek(0, os.SEEK_END)
+        self._entries = self._unfolded = 0
+
+    def check(self, start: int = 0) -> None:
+        """Check the structure that begins there.
+
+        Raises `ExcessError`.
+        """
+        self._stream.seek(start)
+        head = self._stream.read(16)
+        for big in (False, True):  # Pillow's releases do not agree on which files are BigTIFF
+            if not big or 43 in head[2:4]:
+                self._add(head, start, big=big)
+        if self._unfolded > 2 * self._length + _SLACK:
+            raise ExcessError(
+                f"has {self._what} data whose values name the same bytes again and again: {self._unfolded:,} bytes "
+                f"from {self._length:,}. Save the image again without it."
+            )
+
+    def _add(self, head: bytes, base: int, *, big: bool) -> None:
+        order, held_bytes = _order(head), 8 if big else 4
+        left, seen = [_first(head, big=big)], set[int]()
+        while left:
+            directory = left.pop()
+            if directory in seen:
+                continue
+            seen.add(directory)
+            for tag, kind, number, held in _entries(self._stream, directory, order, big=big, base=base):
+                self._entries += 1
+                if self._entries > MAX_ENTRIES:
+                    raise ExcessError(
+                        f"has {self._what} data of more than {MAX_ENTRIES:,} entries. Save the image again without it."
+                    )
+                (where,) = struct.unpack(order + ("Q" if big else "L"), held)
+                size = number * _SIZES.get(kind, 0)
+                if tag in _WITHIN:
+                    left.append(where)
+                if size > held_bytes and base + where + size <= self._length:  # else Pillow reads none of it
+                    self._unfolded += size
 
 
 def _order(head: bytes) -> str:
@@ -285,13 +316,17 @@ def _first(head: bytes, *, big: bool) -> int:
     return int(struct.unpack_from(_order(head) + ("Q" if big else "L"), head, 8 if big else 4)[0])
 
 
-def _entries(stream: BinaryIO, start: int, order: str, *, big: bool) -> Iterator[tuple[int, int, int, bytes]]:
-    """Yield the entries of a directory: tag, type, number of values, and the bytes that hold them or say where."""
+def _entries(
+    stream: BinaryIO, start: int, order: str, *, big: bool, base: int = 0
+) -> Iterator[tuple[int, int, int, bytes]]:
+    """Yield the entries of a directory, one more than may be at most: tag, type, number of values, and the bytes that
+    hold them or say where they are, counted from `base`.
+    """
     counted = 8 if big else 2
-    if not 0 < start <= stream.seek(0, os.SEEK_END) - counted:
+    if not 0 < start <= stream.seek(0, os.SEEK_END) - counted - base:
         return iter(())
-    stream.seek(start)
+    stream.seek(base + start)
     (count,) = struct.unpack(order + ("Q" if big else "H"), stream.read(counted))
     form = struct.Struct(order + ("HHQ8s" if big else "HHL4s"))
-    data = stream.read(min(MAX_ENTRIES, count) * form.size)
+    data = stream.read(min(MAX_ENTRIES + 1, count) * form.size)
     return form.iter_unpack(data[: len(data) // form.size * form.size])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import warnings
 import zlib
@@ -11,15 +12,16 @@ import numpy as np
 import pytest
 from corruptions import cuts, edits_of, png_of
 from hypothesis import strategies as st
-from outcomes import inputs, judged, little_memory, loop
+from outcomes import inputs, judged, little_memory, loop, no_hang
 from PIL import Image, PngImagePlugin
 from single_files import BY_NAME, FORMATS, PICTURE_MEMORY, encoded, read_mask, read_picture
 
-from magicface_rt.decoding import MAX_FILE_BYTES, MAX_PIXELS, MAX_SIDE
+from magicface_rt.decoding import MAX_FILE_BYTES, MAX_PIXELS, MAX_SIDE, decode
 from magicface_rt.errors import ImageError, MaskError
 from magicface_rt.images import load_image
 from magicface_rt.provenance import read_provenance
 from magicface_rt.serve.uploads import from_base64, open_image
+from tests.runtime.encoded_pictures import jpeg, png
 
 PICTURES = [one for one in FORMATS if one.name.startswith("picture")]
 
@@ -168,3 +170,58 @@ def test_any_text_for_base64(inputs: int) -> None:
             "upload base64", lambda: from_base64(text, name="the mask", error=MaskError), names="the mask"
         ),
     )
+
+
+# ------------------------------------------------------------------------------------- small files that ask for much
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+def png_text(key: str, text: str) -> bytes:
+    return png(b"")[:33] + chunk(b"tEXt", key.encode() + b"\0" + text.encode()) + png(b"")[33:]
+
+
+ODD: dict[str, bytes] = {
+    "a run of FF": b"\xff\xd8" + b"\xff" * 10**6 + b"\0",
+    "junk": b"\xff\xd8\xff\xe0\0\2" + bytes(10**6),
+    "runs of FF in a scan": jpeg(b"")[:-2] + b"\xff" * 10**6 + b"\0\xff\xd9",
+    "names of EXIF": b"\xff\xd8" + b"\xff\xe1\xff\xffExif\0\0II*\0\x08\0\0\0" * 50_000,
+    "directories in an overlap": jpeg(b"II*\0\x08\0\0\0\xff\xff" + bytes(64_000)),
+    "empty segments": jpeg(b"")[:2] + b"\xff\xed\0\2" * 250_000 + jpeg(b"")[2:],
+    "segments behind a marker without a length": jpeg(b"")[:2] + b"\xff\xf0\xff\xff" + b"\xff\xed\0\2" * 250_000,
+    "segments behind an end": jpeg(b"")[:2] + b"\xff\xd9" + b"\xff\xed\0\2" * 250_000,
+    "tables": jpeg(b"")[:2] + (b"\xff\xdb\xff\xf2" + bytes(65 * 1008)) * 15 + jpeg(b"")[2:],
+    "frames": jpeg(b"")[:2] + (b"\xff\xc0\xff\xff\x08\0\x18\0\x20\xff" + bytes(65_527)) * 15 + jpeg(b"")[2:],
+    "a profile of ends of lines": png_text("Raw profile type exif", "\n" * 10**6),
+    "profiles of colours": png(b"")[:33]
+    + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 20))) * 900
+    + png(b"")[33:],
+    "empty chunks": png(b"")[:33] + chunk(b"teSt", b"") * 80_000 + png(b"")[33:],
+    "empty chunks of pixels": png(b"")[:33] + chunk(b"IDAT", b"") * 160_000 + png(b"")[33:],
+}
+"""Files of about a megabyte. Some of these took minutes or hours, or gigabytes."""
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_file_of_a_megabyte_takes_little_time_and_memory(name: str) -> None:
+    def read() -> None:
+        with contextlib.suppress(ImageError):
+            open_image(ODD[name], pixels=10**6, name="image", error=ImageError)
+
+    read()  # what is imported late is there now
+    with no_hang(), little_memory(64 << 20):
+        read()
+
+
+@pytest.mark.parametrize("heads", [1, 999])
+def test_directories_that_name_each_other_are_read_once(heads: int, tmp_path: Path) -> None:
+    """In a TIFF, and in an AVIF, of which every place is looked at where metadata could begin."""
+    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, 8) for tag in (34665, 34853, 40965, 34665)) * 10_000
+    block = b"II*\0" + struct.pack("<LH", 8, 40_000) + entries + bytes(4)
+    (tmp_path / "a.tiff").write_bytes(block)
+    (tmp_path / "a.avif").write_bytes(b"\0\0\0\x1cftypavif" + bytes(16) + b"II*\0\x08\0\0\0" * (heads - 1) + block)
+    for path in tmp_path.iterdir():
+        with no_hang(), little_memory(64 << 20), pytest.raises(ImageError):
+            decode(path, "image", ImageError)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import logging
 import struct
-import time
 import tracemalloc
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,71 +20,10 @@ from magicface_rt.decoding import decode
 from magicface_rt.encoded_images import MAX_SCANS, ExcessError, open_bytes
 from magicface_rt.errors import ImageError
 from magicface_rt.serve.uploads import FORMATS, open_image
+from tests.runtime.encoded_pictures import BLOB, ENTRIES, FILES, directory, jpeg, picture, png, png_profile, webp
 
-ENTRIES, BLOB = 2000, 60_000
 MUCH = 20 << 20
 """Bytes. Unfolded, the entries would be six times as much; the files are under 1 MB."""
-
-
-def picture(side: int = 24) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(3).integers(0, 255, (side, side + 8, 3), dtype=np.uint8))
-
-
-def directory(orientation: int | None = None, *, entries: int = ENTRIES, blob: int = BLOB, order: str = "<") -> bytes:
-    """A TIFF structure whose entries all name the same bytes, and the orientation before them."""
-    first = (
-        []
-        if orientation is None
-        else [struct.pack(order + "HHL", 0x0112, 3, 1) + struct.pack(order + "HH", orientation, 0)]
-    )
-    start = 8 + 2 + 12 * (entries + len(first)) + 4
-    found = [struct.pack(order + "HHLL", 0x8000 + n, 7, blob, start) for n in range(entries)]
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "LH", 8, entries + len(first))
-    return head + b"".join(first + found) + bytes(4) + bytes(blob)
-
-
-def png(block: bytes) -> bytes:
-    out = io.BytesIO()
-    picture().save(out, "PNG", exif=block)
-    return out.getvalue()
-
-
-def png_profile(block: bytes) -> bytes:
-    """As ImageMagick writes EXIF."""
-    out, info = io.BytesIO(), PngInfo()
-    info.add_text("Raw profile type exif", f"\nexif\n{len(block)}\n{block.hex()}", zip=True)
-    picture().save(out, "PNG", pnginfo=info)
-    return out.getvalue()
-
-
-def webp(block: bytes) -> bytes:
-    out = io.BytesIO()
-    picture().save(out, "WEBP", exif=b"Exif\0\0" + block, lossless=True)
-    return out.getvalue()
-
-
-def jpeg(block: bytes, name: bytes = b"Exif\0\0", marker: bytes = b"\xff\xe1", **options: Any) -> bytes:
-    """With as many segments as the block fills, which Pillow joins."""
-    out = io.BytesIO()
-    picture().save(out, "JPEG", **options)
-    data = out.getvalue()
-    size = 65_000
-    parts = [block[at : at + size] for at in range(0, len(block), size)]
-    segments = (marker + struct.pack(">H", 2 + len(name) + len(part)) + name + part for part in parts)
-    return data[:2] + b"".join(segments) + data[2:]
-
-
-def photo(block: bytes) -> bytes:
-    return jpeg(block, b"MPF\0", b"\xff\xe2")
-
-
-FILES: dict[str, Callable[[bytes], bytes]] = {
-    "PNG": png,
-    "PNG, a text": png_profile,
-    "WEBP": webp,
-    "JPEG": jpeg,
-    "JPEG, MPF": photo,
-}
 
 
 def peak(work: Callable[[], object]) -> int:
@@ -127,6 +62,28 @@ def test_an_image_that_was_opened_elsewhere_is_refused_with_such_metadata() -> N
             decode(image, "mask", MaskError)
 
 
+@pytest.mark.parametrize("head", [b"II*\0", b"II\0*", b"MM\0*", b"MM*\0"])
+def test_a_tiff_is_looked_at_under_every_name_that_pillow_takes(head: bytes, tmp_path: Path) -> None:
+    data = directory(order="<" if head[:1] == b"I" else ">")
+    (tmp_path / "bad.tiff").write_bytes(head + data[4:])
+    with pytest.raises(ImageError, match="has TIFF data whose values name the same bytes again"):
+        decode(tmp_path / "bad.tiff", "image", ImageError)
+
+
+@pytest.mark.parametrize("padding", [0, 65_535])
+def test_entries_behind_many_others_count(padding: int, tmp_path: Path) -> None:
+    count = padding + ENTRIES
+    start = 16 + 8 + 20 * count + 8
+    entries = [struct.pack("<HHQQ", 0x7000, 1, 1, 0)] * padding
+    entries += [struct.pack("<HHQQ", 0x8000 + n, 7, BLOB, start) for n in range(ENTRIES)]
+    data = b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, count) + b"".join(entries) + bytes(8) + bytes(BLOB)
+    (tmp_path / "bad.tiff").write_bytes(data)
+    with pytest.raises(
+        ImageError, match=r"has TIFF data (of more than 65,535 entries|whose values name the same bytes)"
+    ):
+        decode(tmp_path / "bad.tiff", "image", ImageError)
+
+
 @pytest.mark.parametrize("big", [False, True])
 def test_a_tiff_with_such_metadata_is_refused(big: bool, tmp_path: Path) -> None:
     out = io.BytesIO()
@@ -155,6 +112,13 @@ def test_the_orientation_is_what_pillow_reads(file: str, orientation: int | None
         assert np.array_equal(np.asarray(found.image), np.asarray(expected))
         uploaded = open_image(data, pixels=10**6, name="image", error=ImageError)
         assert np.array_equal(np.asarray(decode(uploaded, "image", ImageError).image), np.asarray(expected))
+
+
+def test_a_name_that_stands_twice_is_stripped_as_pillow_does() -> None:
+    data = jpeg(b"Exif\0\0" + directory(6, entries=2, blob=8))
+    assert Image.open(io.BytesIO(data)).getexif()[ExifTags.Base.Orientation] == 6
+    found = open_image(data, pixels=10**6, name="image", error=ImageError)
+    assert found.getexif()[ExifTags.Base.Orientation] == 6
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
@@ -192,44 +156,6 @@ def test_an_orientation_in_numbers_of_another_type_is_read_as_pillow_reads_it() 
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
         found = decode(open_image(data, pixels=10**6, name="image", error=ImageError), "image", ImageError)
         assert found.image.size == expected
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Of the processor, so that what runs beside does not count."""
-    start = time.process_time()
-    with contextlib.suppress(ImageError):
-        work()
-    return time.process_time() - start
-
-
-ODD: dict[str, bytes] = {
-    "a run of FF": b"\xff\xd8" + b"\xff" * 10**6 + b"\0",
-    "junk": b"\xff\xd8\xff\xe0\0\2" + bytes(10**6),
-    "runs of FF in a scan": jpeg(b"")[:-2] + b"\xff" * 10**6 + b"\0\xff\xd9",
-    "names of EXIF": b"\xff\xd8" + b"\xff\xe1\xff\xffExif\0\0II*\0\x08\0\0\0" * 50_000,
-    "directories in an overlap": jpeg(b"II*\0\x08\0\0\0\xff\xff" + bytes(64_000)),
-    "empty segments": jpeg(b"")[:2] + b"\xff\xed\0\2" * 250_000 + jpeg(b"")[2:],
-    "segments behind a marker without a length": jpeg(b"")[:2] + b"\xff\xf0\xff\xff" + b"\xff\xed\0\2" * 250_000,
-    "segments behind an end": jpeg(b"")[:2] + b"\xff\xd9" + b"\xff\xed\0\2" * 250_000,
-    "tables": jpeg(b"")[:2] + (b"\xff\xdb\xff\xff" + bytes(65_533)) * 15 + jpeg(b"")[2:],
-    "empty chunks": png(b"")[:33] + (b"\0\0\0\0teSt" + zlib.crc32(b"teSt").to_bytes(4, "big")) * 80_000 + png(b"")[33:],
-    "empty chunks of pixels": png(b"")[:33]
-    + (b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")) * 160_000
-    + png(b"")[33:],
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_an_odd_file_of_a_megabyte_takes_little_time_and_memory(name: str) -> None:
-    """Processor seconds: some of these took minutes or hours."""
-
-    def read() -> None:
-        open_image(ODD[name], pixels=10**6, name="image", error=ImageError)
-
-    read_once = seconds(read)
-    assert read_once < 5, "seconds"
-    with contextlib.suppress(ImageError):
-        assert peak(read) < MUCH
 
 
 def test_scans_that_libjpeg_finds_where_it_looks_for_a_restart_are_counted() -> None:
