@@ -172,16 +172,17 @@ def run(
     folder = PictureFolder(out / "pictures", settings)
     cases = draw_cases(range(requests), size=model.bundle.height)
     not_run: dict[str, str] = {}
-    groups: dict[tuple[str, str], list[Variant]] = {}
+    groups: dict[tuple[str, str], tuple[Bundle, list[Variant]]] = {}
     for variant in variants:
         bundle = model.bundle_for(variant)
         if bundle is None:
             not_run[variant.name] = f"there is no {variant.dtype} bundle; name a checkpoint, which is exported."
             continue
-        groups.setdefault((bundle.dtype, variant.backend or backends[0]), []).append(variant)
-    for (dtype, backend), of_group in groups.items():
+        _, of_group = groups.setdefault((bundle.hash, variant.backend or backends[0]), (bundle, []))
+        of_group.append(variant)
+    for (_, backend), (bundle, of_group) in groups.items():
         why = make(
-            model.bundles[dtype],
+            bundle,
             backend,
             of_group,
             cases,

@@ -435,6 +435,9 @@ def test_the_command_makes_measures_and_goes_on_where_it_was(
     assert "another steps (2, not 3)" in capsys.readouterr().err
 
 
+NAMES = {"fp32": "float32", "fp16": "float16"}
+
+
 def test_a_folder_keeps_the_pictures_of_one_bundle_for_each_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,7 +451,10 @@ def test_a_folder_keeps_the_pictures_of_one_bundle_for_each_dtype(
 
     def model(checkpoint: bool, **hashes: str) -> quality.Model:
         of_all: dict[str, Any] = {"checkpoint_hash": "c", "injection_layers": [], "height": 64}
-        bundles: Any = {dtype: SimpleNamespace(dtype=dtype, hash=digest, **of_all) for dtype, digest in hashes.items()}
+        bundles: Any = {  # under the names that the exporter gives dtypes, or, of a bundle that is named, under its own
+            dtype if checkpoint else NAMES[dtype]: SimpleNamespace(dtype=NAMES[dtype], hash=digest, **of_all)
+            for dtype, digest in hashes.items()
+        }
         opened: Any = SimpleNamespace() if checkpoint else None
         return quality.Model(bundles, opened, {})
 
