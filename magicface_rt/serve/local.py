@@ -420,8 +420,12 @@ class LocalService(Service):
         if self._stale:
             # Not in `_alone`, where it would wait for what runs: a Session that is busy drops the rest by itself, when
             # the requests that run now have ended.
-            await asyncio.to_thread(scrub, self.engine.sessions)
-            self._stale = False
+            self._stale = False  # an erasure may say so again meanwhile
+            try:
+                await asyncio.to_thread(scrub, self.engine.sessions)
+            except BaseException:
+                self._stale = True
+                raise
 
     async def _scrubbed(self, end: float) -> str | None:
         """Once the running batches have ended, make the Sessions drop what is no longer kept. Returns where something

@@ -269,10 +269,10 @@ def test_a_connection_is_not_kept_for_the_rest_of_an_answer(
 def test_who_takes_an_answer_slowly_gets_all_of_it(
     server: Running, large: str, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr(connection, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 2.0)
     got = bytearray()
     with asking(server, path, "Connection: close") as client:
-        end = time.monotonic() + 4
+        end = time.monotonic() + 6
         while time.monotonic() < end:
             got += client.recv(2**15)
             time.sleep(0.1)

@@ -7,7 +7,7 @@ window.magicface = (() => {
   const LEAST_SIDE = 256; // of its shorter side, where the photograph has as many
   const UNDO = 8;
   const TINT = "rgba(230, 159, 0, 0.55)";
-  const MOST_NAME = 200; // bytes of a photograph's name that is kept
+  const MOST_NAME = 180; // bytes of a photograph's name that is kept; with a number it may have 200, in file_names.py
   const NO_NAME = /^$|^[-.]|^\s|\s$|[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}/\\]/u;
   const NOT_SAVED = /["*:<>?|~]+/g; // browsers replace these in the name of a file that they save
 
