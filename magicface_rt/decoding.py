@@ -114,7 +114,7 @@ def _from_file(path: Path, name: str, error: _Error) -> Decoded:
             raise error(f"{name} {what}; expected an image file. A relative path counts from {os.getcwd()!r}.")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise error(f"{name} is larger than {MAX_FILE_BYTES:,} bytes, which no image is that is read.")
-        with path.open("rb") as stream, open_stream(stream, _known_formats()) as image:
+        with path.open("rb") as stream, open_stream(stream, _known_formats(), pixels=MAX_PIXELS) as image:
             _check_pixels(image.size, name, error)
             image.load()
             reduce_exif(image)

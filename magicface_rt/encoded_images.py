@@ -35,8 +35,8 @@ MAX_JUNK = 1 << 16
 MAX_NAMES = 1000
 """Places in a file at which metadata might begin."""
 
-MAX_PROFILES = 16
-"""Profiles of colours in a PNG, which may have one; each is unpacked."""
+MAX_PACKED = 32
+"""Chunks of a PNG that Pillow unpacks, besides those with pixels: texts and profiles of colours, 1 MB each."""
 
 MAX_PROFILE_TEXT = 1 << 20
 """Characters of EXIF that is written as text; EXIF itself has at most 64 KB."""
@@ -51,21 +51,37 @@ _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12
 """Bytes of a value by the type of a tag (TIFF 6.0, section 2; the BigTIFF design)."""
 
 _NUMBERS = {3: "H", 4: "L", 6: "b", 8: "h", 9: "l"}
+_POINTERS = {3: "H", 4: "L", 13: "L", 16: "Q", 18: "Q"}
 _WITHIN = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop)
 
 _JPEG, _PNG, _AVIF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"ftyp"
 _EXIF, _MPF = b"Exif\0\0", b"MPF\0"
-_NAMED = re.compile(rb"(?:Exif\0\0)*")
 _TIFF = re.compile(rb"(?:II|MM)(?:[*+]\0|\0[*+])")  # Pillow takes both orders of the number for both of the bytes
 
 # What stands alone in the data of a scan (00, 01 and the restarts) is none of these, nor are those that libjpeg skips
 # there without a length (02 to BF). Written without a repetition, since a run of FF would be searched again and again.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _START_OF_SCAN, _END, _APP1, _APP2 = 0xDA, 0xD9, 0xE1, 0xE2
-_FRAMES = (*(marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)), 0xDE)
+_FRAMES = (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xDE)
 """Markers of which an image has one. Of each Pillow keeps the components, and libjpeg refuses a second."""
+_ARITHMETIC = (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+"""Frames that are coded arithmetically: no camera or browser writes any, and their scans take time without data."""
 _NO_LENGTH = (0xC8, *range(0xF0, 0xFE))
 """Markers after which Pillow expects no length, although others do. libjpeg knows none of them."""
+
+_PACKED = (b"iCCP", b"zTXt", b"iTXt")
+_MOST = {
+    b"IHDR": 13,
+    b"PLTE": 768,
+    b"tRNS": 256,
+    b"cHRM": 32,
+    b"gAMA": 4,
+    b"sRGB": 1,
+    b"pHYs": 9,
+    b"acTL": 8,
+    b"fcTL": 26,
+}
+"""Bytes of chunks of a PNG whose size is limited by what they are. Pillow makes numbers of however many there are."""
 
 
 class ExcessError(ValueError):
@@ -78,18 +94,20 @@ class _Segment(NamedTuple):
     end: int
 
 
-def open_bytes(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+def open_bytes(data: bytes, formats: tuple[str, ...], *, pixels: int) -> Image.Image:
     """Open an image of one of Pillow's formats, as `Image.open` does, with no more of its EXIF than the orientation.
+
+    pixels  the most that are read. The caller checks what it gets; only an animated PNG would be filled before
 
     Raises `ExcessError`, and whatever Pillow raises for damaged files.
     """
     if data.startswith(_JPEG):
         return _open_jpeg(data, formats)
-    return open_stream(io.BytesIO(data), formats)
+    return open_stream(io.BytesIO(data), formats, pixels=pixels)
 
 
-def open_stream(stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
-    """Open an image of one of Pillow's formats, as `Image.open` does; Pillow reads its pixels from the stream later.
+def open_stream(stream: BinaryIO, formats: tuple[str, ...], *, pixels: int) -> Image.Image:
+    """Open an image as `open_bytes` does; Pillow reads its pixels from the stream later.
 
     Raises `ExcessError`, and whatever Pillow raises for damaged files.
     """
@@ -97,7 +115,7 @@ def open_stream(stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     if start.startswith(_JPEG):
         return _open_jpeg(_buffered(stream, "JPEG"), formats)
     if start == _PNG:
-        _check_chunks(stream)
+        _check_chunks(stream, pixels)
     elif start[4:8] == _AVIF:
         _check_avif(_buffered(stream, "AVIF"))
     elif _TIFF.match(start):
@@ -154,10 +172,12 @@ def _without_names(data: bytes) -> bytes:
     for name, marker in ((_EXIF, _APP1), (_MPF, _APP2)):
         at, found = data.find(name), 0
         while at >= 0:
-            found += 1
-            if found > MAX_NAMES:
-                raise ExcessError(f"is a JPEG with more than {MAX_NAMES:,} pieces of metadata. Save it without them.")
             if data[at - 4 : at - 2] == bytes((0xFF, marker)):
+                found += 1
+                if found > MAX_NAMES:
+                    raise ExcessError(
+                        f"is a JPEG with more than {MAX_NAMES:,} pieces of metadata. Save it without them."
+                    )
                 changed = bytearray(data) if changed is None else changed
                 changed[at] = ord("-")
             at = data.find(name, at + 1)
@@ -175,6 +195,8 @@ def _checked_segments(data: bytes) -> list[_Segment]:
         if not scans:
             junk += found.start() - at
             frames += marker in _FRAMES
+            if marker in _ARITHMETIC:
+                raise ValueError("a JPEG that is coded arithmetically, expected Huffman's coding")
             if marker in (_END, *_NO_LENGTH) or frames > 1:
                 raise ValueError(f"a JPEG with marker FF{marker:02X} at a place where none may be")
         if marker == _END:
@@ -195,20 +217,32 @@ def _checked_segments(data: bytes) -> list[_Segment]:
     return exif
 
 
-def _check_chunks(stream: BinaryIO) -> None:
-    """Count the chunks of a PNG. (PNG, third edition, section 5.3)"""
-    pixels = others = profiles = 0
-    while len(head := stream.read(8)) == 8 and head[4:] != b"IEND":
-        if head[4:] in (b"IDAT", b"fdAT"):
-            pixels += 1
-        else:
-            others += 1
-            profiles += head[4:] == b"iCCP"
-        if others > MAX_SEGMENTS or pixels > MAX_CHUNKS or profiles > MAX_PROFILES:
+def _check_chunks(stream: BinaryIO, pixels: int) -> None:
+    """Go through the chunks of a PNG. (PNG, third edition, section 5)"""
+    of_pixels = others = packed = 0
+    size = animated = None
+    while len(head := stream.read(8)) == 8 and (name := head[4:]) != b"IEND":
+        length = int.from_bytes(head[:4], "big")
+        if length > _MOST.get(name, length) or (name == b"IHDR") != (size is None):
+            raise ValueError(f"a PNG with a chunk {name!r} of {length:,} bytes at a place where none may be")
+        if name == b"IHDR":
+            size = struct.unpack(">LL", stream.read(8).rjust(8, b"\0"))
+            length -= 8
+        elif name in (b"acTL", b"fcTL"):
+            animated = True
+        of_pixels += name in (b"IDAT", b"fdAT")
+        others += name not in (b"IDAT", b"fdAT")
+        packed += name in _PACKED
+        if animated and size is not None and size[0] * size[1] > pixels:
             raise ExcessError(
-                f"is a PNG of more than {MAX_SEGMENTS:,} chunks, or {MAX_CHUNKS:,} with pixels. Save it again."
+                f"is {size[0]} x {size[1]}, more than the {pixels:,} pixels that are read. Scale it down."
             )
-        stream.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+        if others > MAX_SEGMENTS or of_pixels > MAX_CHUNKS or packed > MAX_PACKED:
+            raise ExcessError(
+                f"is a PNG of more than {MAX_SEGMENTS:,} chunks, {MAX_CHUNKS:,} with pixels or {MAX_PACKED} that are "
+                "packed. Save it again."
+            )
+        stream.seek(max(0, length) + 4, os.SEEK_CUR)
 
 
 # ----------------------------------------------------------------------------------------------------- EXIF and TIFF
@@ -235,8 +269,10 @@ def _block(image: Image.Image) -> bytes | None:
 
 
 def _unnamed(block: bytes) -> bytes:
-    named = _NAMED.match(block)
-    return block[named.end() :] if named is not None else block
+    at = 0
+    while block.startswith(_EXIF, at):
+        at += len(_EXIF)
+    return block[at:]
 
 
 def _put_orientation(image: Image.Image, orientation: object) -> None:
@@ -247,12 +283,16 @@ def _put_orientation(image: Image.Image, orientation: object) -> None:
 
 
 def _orientation(block: bytes) -> int | None:
-    """Read the orientation from the first directory of a block of EXIF; None where it has none."""
+    """Read the orientation from the first directory of a block of EXIF, 1 where it is none of the eight; None where the
+    directory has none, and XMP's counts.
+    """
     found = None
     order = _order(block)
     for tag, kind, number, held in _entries(io.BytesIO(block), _first(block, big=False), order, big=False):
-        if tag == ExifTags.Base.Orientation and kind in _NUMBERS and number == 1:
-            (found,) = struct.unpack_from(order + _NUMBERS[kind], held)  # of two Pillow takes the last
+        if tag == ExifTags.Base.Orientation and number and kind in _SIZES:  # of two Pillow takes the last
+            whole = kind in _NUMBERS and number * _SIZES[kind] <= len(held)
+            value = struct.unpack_from(order + _NUMBERS[kind], held)[0] if whole else 1
+            found = value if value in range(1, 9) else 1
     return found
 
 
@@ -274,9 +314,12 @@ class _Directories:
         """
         self._stream.seek(start)
         head = self._stream.read(16)
-        for big in (False, True):  # Pillow's releases do not agree on which files are BigTIFF
-            if not big or 43 in head[2:4]:
-                self._add(head, start, big=big)
+        if head[2:3] == b"+":
+            self._add(head, start, big=True)
+        else:
+            self._add(head, start, big=False)
+            if head[3:4] == b"+":  # Pillow's releases do not agree on whether that is BigTIFF
+                self._add(head, start, big=True)
         if self._unfolded > 2 * self._length + _SLACK:
             raise ExcessError(
                 f"has {self._what} data whose values name the same bytes again and again: {self._unfolded:,} bytes "
@@ -285,7 +328,7 @@ class _Directories:
 
     def _add(self, head: bytes, base: int, *, big: bool) -> None:
         order, held_bytes = _order(head), 8 if big else 4
-        left, seen = [_first(head, big=big)], set[int]()
+        left, seen = [_first(head, big=big)], set[int | None]()
         while left:
             directory = left.pop()
             if directory in seen:
@@ -299,8 +342,10 @@ class _Directories:
                     )
                 (where,) = struct.unpack(order + ("Q" if big else "L"), held)
                 size = number * _SIZES.get(kind, 0)
-                if tag in _WITHIN:
-                    left.append(where)
+                if tag in _WITHIN and size:
+                    if number != 1 or kind not in _POINTERS or size > held_bytes:
+                        raise ValueError(f"tag {tag} says in no known way where a directory is")
+                    left.append(struct.unpack_from(order + _POINTERS[kind], held)[0])
                 if size > held_bytes and base + where + size <= self._length:  # else Pillow reads none of it
                     self._unfolded += size
 
@@ -309,21 +354,21 @@ def _order(head: bytes) -> str:
     return ">" if head[:2] == b"MM" else "<"
 
 
-def _first(head: bytes, *, big: bool) -> int:
-    """Return where the first directory is; 0, where none can be, if the head is not one."""
+def _first(head: bytes, *, big: bool) -> int | None:
+    """Return where the first directory is; None if the head is not one."""
     if head[:2] not in (b"II", b"MM") or len(head) < (16 if big else 8):
-        return 0
+        return None
     return int(struct.unpack_from(_order(head) + ("Q" if big else "L"), head, 8 if big else 4)[0])
 
 
 def _entries(
-    stream: BinaryIO, start: int, order: str, *, big: bool, base: int = 0
+    stream: BinaryIO, start: int | None, order: str, *, big: bool, base: int = 0
 ) -> Iterator[tuple[int, int, int, bytes]]:
     """Yield the entries of a directory, one more than may be at most: tag, type, number of values, and the bytes that
     hold them or say where they are, counted from `base`.
     """
     counted = 8 if big else 2
-    if not 0 < start <= stream.seek(0, os.SEEK_END) - counted - base:
+    if start is None or start > stream.seek(0, os.SEEK_END) - counted - base:
         return iter(())
     stream.seek(base + start)
     (count,) = struct.unpack(order + ("Q" if big else "H"), stream.read(counted))

@@ -26,7 +26,7 @@ def open_image(data: bytes, *, pixels: int, name: str, error: type[ImageError] |
     if not data:
         raise error(f"{name} is empty, expected the bytes of a {' or '.join(FORMATS)} file.")
     try:
-        image = open_bytes(data, FORMATS)
+        image = open_bytes(data, FORMATS, pixels=pixels)
         width, height = image.size
         if width * height > pixels:
             raise error(

@@ -21,7 +21,7 @@ from magicface_rt.errors import ImageError, MaskError
 from magicface_rt.images import load_image
 from magicface_rt.provenance import read_provenance
 from magicface_rt.serve.uploads import from_base64, open_image
-from tests.runtime.encoded_pictures import jpeg, png
+from tests.runtime.encoded_pictures import jpeg, png, webp
 
 PICTURES = [one for one in FORMATS if one.name.startswith("picture")]
 
@@ -195,6 +195,9 @@ ODD: dict[str, bytes] = {
     "tables": jpeg(b"")[:2] + (b"\xff\xdb\xff\xf2" + bytes(65 * 1008)) * 15 + jpeg(b"")[2:],
     "frames": jpeg(b"")[:2] + (b"\xff\xc0\xff\xff\x08\0\x18\0\x20\xff" + bytes(65_527)) * 15 + jpeg(b"")[2:],
     "a profile of ends of lines": png_text("Raw profile type exif", "\n" * 10**6),
+    "white points": png(b"")[:33] + chunk(b"cHRM", bytes(10**6)) + png(b"")[33:],
+    "packed texts": png(b"")[:33] + chunk(b"iTXt", b"\0\1\0\0\0" + zlib.compress(bytes(1 << 20))) * 900 + png(b"")[33:],
+    "names in WebP": webp(b"Exif\0\0" * 170_000),
     "profiles of colours": png(b"")[:33]
     + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 20))) * 900
     + png(b"")[33:],

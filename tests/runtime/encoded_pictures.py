@@ -26,7 +26,7 @@ def directory(orientation: int | None = None, *, entries: int = ENTRIES, blob: i
         else [struct.pack(order + "HHL", 0x0112, 3, 1) + struct.pack(order + "HH", orientation, 0)]
     )
     start = 8 + 2 + 12 * (entries + len(first)) + 4
-    found = [struct.pack(order + "HHLL", 0x8000 + n, 7, blob, start) for n in range(entries)]
+    found = [struct.pack(order + "HHLL", 0x7000 + n, 7, blob, start) for n in range(entries)]
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "LH", 8, entries + len(first))
     return head + b"".join(first + found) + bytes(4) + bytes(blob)
 

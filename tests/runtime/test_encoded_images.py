@@ -7,6 +7,7 @@ import itertools
 import logging
 import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_entries_behind_many_others_count(padding: int, tmp_path: Path) -> None:
     count = padding + ENTRIES
     start = 16 + 8 + 20 * count + 8
     entries = [struct.pack("<HHQQ", 0x7000, 1, 1, 0)] * padding
-    entries += [struct.pack("<HHQQ", 0x8000 + n, 7, BLOB, start) for n in range(ENTRIES)]
+    entries += [struct.pack("<HHQQ", 0x7000 + n, 7, BLOB, start) for n in range(ENTRIES)]
     data = b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, count) + b"".join(entries) + bytes(8) + bytes(BLOB)
     (tmp_path / "bad.tiff").write_bytes(data)
     with pytest.raises(
@@ -92,7 +93,7 @@ def test_a_tiff_with_such_metadata_is_refused(big: bool, tmp_path: Path) -> None
     decode(tmp_path / "good.tiff", "image", ImageError)
     if big:
         start = 16 + 8 + 20 * ENTRIES + 8
-        entries = b"".join(struct.pack("<HHQQ", 0x8000 + n, 7, BLOB, start) for n in range(ENTRIES))
+        entries = b"".join(struct.pack("<HHQQ", 0x7000 + n, 7, BLOB, start) for n in range(ENTRIES))
         data = b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, ENTRIES) + entries + bytes(8) + bytes(BLOB)
     else:
         data = directory()
@@ -167,7 +168,7 @@ def test_scans_that_libjpeg_finds_where_it_looks_for_a_restart_are_counted() -> 
     last = data.rindex(b"\xff\xda")
     hidden = data[:-2] + b"\xff\x02\xf0\xf0" + data[last:-2] * (2 * MAX_SCANS) + data[-2:]
     with pytest.raises(ExcessError, match=r"more than 100 scans"):
-        open_bytes(hidden, FORMATS)
+        open_bytes(hidden, FORMATS, pixels=10**6)
 
 
 def test_directories_within_directories_are_looked_at(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_directories_within_directories_are_looked_at(tmp_path: Path) -> None:
     values = start + 2 + 12 * entries + 4
     first = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHLL", 34665, 4, 1, start)
     within = struct.pack("<H", entries) + b"".join(
-        struct.pack("<HHLL", 0x8000 + n, 7, blob, values) for n in range(entries)
+        struct.pack("<HHLL", 0x7000 + n, 7, blob, values) for n in range(entries)
     )
     block = b"II*\0" + struct.pack("<LH", 8, 2) + first + bytes(4) + within + bytes(4) + bytes(blob)
     with pytest.raises(ImageError, match="has EXIF data whose values name the same bytes again"):
@@ -201,6 +202,80 @@ def test_metadata_of_an_avif_are_looked_at(tmp_path: Path) -> None:
                 decode(tmp_path / "a.avif", "image", ImageError)
 
 
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_orientation_that_is_none_keeps_that_of_xmp_from_counting(orientation: int) -> None:
+    data = jpeg(directory(orientation, entries=2, blob=8), xmp=b'<rdf:Description tiff:Orientation="6"/>')
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size
+    assert expected == picture().size
+    found = decode(open_image(data, pixels=10**6, name="image", error=ImageError), "image", ImageError)
+    assert found.image.size == expected
+
+
+def test_an_animated_png_is_not_filled_before_its_size_is_looked_at(tmp_path: Path) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">L", len(data)) + name + data + struct.pack(">L", zlib.crc32(name + data))
+
+    side = 9000
+    head = struct.pack(">LLBBBBB", side, side, 8, 6, 0, 0, 0)
+    control = struct.pack(">LLLLLHHBB", 0, side, side, 0, 0, 1, 1, 1, 0)
+    chunks = [chunk(b"IHDR", head), chunk(b"acTL", struct.pack(">LL", 1, 0)), chunk(b"fcTL", control)]
+    small = chunk(b"IHDR", struct.pack(">LLBBBBB", 8, 8, 8, 6, 0, 0, 0))
+    for parts in (chunks, [small, *chunks]):
+        data = b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IDAT", b"x")
+        (tmp_path / "a.png").write_bytes(data)
+        with pytest.raises(ImageError, match=r"is 9000 x 9000, more than the|at a place where none|cannot be read"):
+            open_image(data, pixels=10**6, name="image", error=ImageError)
+        with pytest.raises(ImageError, match=r"is 9000 x 9000, more than the|cannot be read"):
+            decode(tmp_path / "a.png", "image", ImageError)
+        with pytest.raises(ValueError, match=r"9000 x 9000|at a place where none"):
+            open_bytes(data, FORMATS, pixels=10**6)
+
+
+def test_arithmetic_coding_is_refused_before_it_is_decoded() -> None:
+    data = jpeg(b"")
+    at = data.index(b"\xff\xc0")
+    for frame in b"\xc9\xca\xcb\xcd\xce\xcf":
+        with pytest.raises(ValueError, match="coded arithmetically"):
+            open_bytes(data[: at + 1] + bytes((frame,)) + data[at + 2 :], FORMATS, pixels=10**6)
+
+
+@pytest.mark.parametrize("pointer", ["at the beginning", "SHORT", "several"])
+def test_a_directory_is_found_however_it_is_pointed_to(pointer: str) -> None:
+    """Or refused, where Pillow might read another place than the one that is looked at."""
+    entries, blob = 400, 60_000
+    if pointer == "at the beginning":  # "II" is the number of its entries
+        block = (b"II*\0" + bytes(4) + bytes(6)) + b"".join(
+            struct.pack("<HHLL", 0x7000 + n, 7, blob, 400_000) for n in range(entries)
+        )
+        block = block.ljust(400_000 + blob, b"\0")
+    else:
+        kind, number = (3, 1) if pointer == "SHORT" else (4, 2)
+        start = 8 + 2 + 12 + 4
+        values = start + 2 + 12 * entries + 4 + 8
+        first = struct.pack("<HHLL", 34665, kind, number, start if number == 1 else values - 8)
+        within = struct.pack("<H", entries) + b"".join(
+            struct.pack("<HHLL", 0x7000 + n, 7, blob, values) for n in range(entries)
+        )
+        block = b"II*\0" + struct.pack("<LH", 8, 1) + first + bytes(4) + within + bytes(4)
+        block += struct.pack("<LL", start, start) + bytes(blob)
+    image = Image.open(io.BytesIO(png(block)))
+    with pytest.raises(ImageError, match=r"name the same bytes again|in no known way"):
+        decode(image, "image", ImageError)
+
+
+def test_a_bigtiff_whose_directory_is_behind_its_pixels_is_read(tmp_path: Path) -> None:
+    """Read as a TIFF, its address and its pixels would be a directory."""
+    pixels = np.full((300, 200), 7, np.uint8)
+    start = 16 + pixels.size
+    tags = [(256, 3, 200), (257, 3, 300), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 16), (278, 3, 300)]
+    tags += [(277, 3, 1), (279, 4, pixels.size)]
+    entries = b"".join(struct.pack("<HHQQ", tag, kind, 1, value) for tag, kind, value in sorted(tags))
+    data = b"II+\0" + struct.pack("<HHQ", 8, 0, start) + pixels.tobytes()
+    data += struct.pack("<Q", len(tags)) + entries + bytes(8)
+    (tmp_path / "a.tiff").write_bytes(data)
+    assert np.array_equal(np.asarray(decode(tmp_path / "a.tiff", "image", ImageError).image), pixels)
+
+
 def test_damaged_metadata_do_not_keep_an_image() -> None:
     sound = directory(6, entries=2, blob=8)
     for cut in (*range(len(sound)), 0):
@@ -214,12 +289,12 @@ def test_a_jpeg_of_many_scans_is_refused() -> None:
     picture().save(out, "JPEG", progressive=True)
     data = out.getvalue()
     assert 5 < data.count(b"\xff\xda") < 20
-    open_bytes(data, FORMATS).load()
+    open_bytes(data, FORMATS, pixels=10**6).load()
     last = data.rindex(b"\xff\xda")
     again = data[last:-2]
     many = data[:-2] + again * MAX_SCANS + data[-2:]
     with pytest.raises(ExcessError, match=r"more than 100 scans"):
-        open_bytes(many, FORMATS)
+        open_bytes(many, FORMATS, pixels=10**6)
     with pytest.raises(ImageError, match=r"image is a JPEG of more than 100 scans\. Save it again\."):
         open_image(many, pixels=10**6, name="image", error=ImageError)
 
@@ -229,13 +304,17 @@ def test_what_follows_an_image_is_not_counted_as_its_scans() -> None:
     film = b"\xff\xda\0\2" * 5000
     plain = jpeg(b"")
     data = jpeg(b"\xff\xd8" + b"\xff\xda\0\2" * 500 + b"\xff\xd9", b"JFXX\0\x10", b"\xff\xe0") + film
-    assert np.array_equal(np.asarray(open_bytes(data, FORMATS)), np.asarray(open_bytes(plain, FORMATS)))
+    assert np.array_equal(
+        np.asarray(open_bytes(data, FORMATS, pixels=10**6)), np.asarray(open_bytes(plain, FORMATS, pixels=10**6))
+    )
 
 
 def test_no_pixel_changes_where_a_name_of_metadata_is_taken_out() -> None:
     for quality, progressive, subsampling in itertools.product((30, 95), (False, True), (0, 2)):
         data = jpeg(directory(entries=3), quality=quality, progressive=progressive, subsampling=subsampling)
-        assert np.array_equal(np.asarray(open_bytes(data, FORMATS)), np.asarray(Image.open(io.BytesIO(data))))
+        assert np.array_equal(
+            np.asarray(open_bytes(data, FORMATS, pixels=10**6)), np.asarray(Image.open(io.BytesIO(data)))
+        )
 
 
 def test_what_a_photograph_says_of_a_person_is_not_logged(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
