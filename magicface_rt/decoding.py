@@ -100,7 +100,13 @@ def decode(source: ImageSource, name: str, error: _Error) -> Decoded:
 def as_seen(image: Image.Image) -> Image.Image:
     """Return the image itself if its values alone determine how it looks. Otherwise return it turned upright by its
     EXIF orientation, and as RGBA if its values stand for a palette's colours or its metadata define transparency.
+
+    Raises ImageError for EXIF that would take far more memory than the image has.
     """
+    try:
+        check_exif(image)
+    except ValueError as cause:
+        raise ImageError(f"the image {cause}") from cause
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     named = image.mode in ("P", "PA") or (image.mode in ("1", "L", "RGB") and "transparency" in image.info)

@@ -33,10 +33,12 @@ MAX_JUNK = 1 << 16
 """Bytes between the segments before a JPEG's first scan, which Pillow goes through one by one."""
 
 MAX_NAMES = 1000
-"""Places in a file at which metadata might begin."""
+"""Places in a file at which metadata might begin, and names that may stand before a block of EXIF."""
 
 MAX_PACKED = 32
-"""Chunks of a PNG that Pillow unpacks, besides those with pixels: texts and profiles of colours, 1 MB each."""
+"""Chunks of a PNG that Pillow unpacks, besides those with pixels: texts and profiles of colours. Each has at most 1 MB,
+or four times as much in Python's own form of a text.
+"""
 
 MAX_PROFILE_TEXT = 1 << 20
 """Characters of EXIF that is written as text; EXIF itself has at most 64 KB."""
@@ -51,17 +53,18 @@ _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12
 """Bytes of a value by the type of a tag (TIFF 6.0, section 2; the BigTIFF design)."""
 
 _NUMBERS = {3: "H", 4: "L", 6: "b", 8: "h", 9: "l"}
-_POINTERS = {3: "H", 4: "L", 13: "L", 16: "Q", 18: "Q"}
+_POINTERS = {3: "H", 4: "L", 8: "h", 9: "l", 13: "L", 16: "Q", 18: "Q"}
 _WITHIN = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop)
 
 _JPEG, _PNG, _AVIF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"ftyp"
-_EXIF, _MPF = b"Exif\0\0", b"MPF\0"
+_EXIF = b"Exif\0\0"
+_UNFOLDING = (re.compile(rb"\xff\xe1..Exif\0\0", re.DOTALL), re.compile(rb"\xff\xe2..MPF\0", re.DOTALL))
 _TIFF = re.compile(rb"(?:II|MM)(?:[*+]\0|\0[*+])")  # Pillow takes both orders of the number for both of the bytes
 
 # What stands alone in the data of a scan (00, 01 and the restarts) is none of these, nor are those that libjpeg skips
 # there without a length (02 to BF). Written without a repetition, since a run of FF would be searched again and again.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
-_START_OF_SCAN, _END, _APP1, _APP2 = 0xDA, 0xD9, 0xE1, 0xE2
+_START_OF_SCAN, _END, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAMES = (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xDE)
 """Markers of which an image has one. Of each Pillow keeps the components, and libjpeg refuses a second."""
 _ARITHMETIC = (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
@@ -69,7 +72,7 @@ _ARITHMETIC = (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _NO_LENGTH = (0xC8, *range(0xF0, 0xFE))
 """Markers after which Pillow expects no length, although others do. libjpeg knows none of them."""
 
-_PACKED = (b"iCCP", b"zTXt", b"iTXt")
+_PACKED = (b"iCCP", b"zTXt")
 _MOST = {
     b"IHDR": 13,
     b"PLTE": 768,
@@ -141,6 +144,8 @@ def check_exif(image: Image.Image) -> None:
     """
     if len(image.info.get("Raw profile type exif", "")) > MAX_PROFILE_TEXT:
         raise ExcessError(f"has EXIF of more than {MAX_PROFILE_TEXT:,} characters. Save the image again without it.")
+    if isinstance(named := image.info.get("exif"), bytes) and named.startswith(MAX_NAMES * _EXIF):
+        raise ExcessError(f"has EXIF behind more than {MAX_NAMES:,} names. Save the image again without it.")
     block = _block(image)
     if block is not None:
         _Directories(io.BytesIO(block), "EXIF").check()
@@ -169,18 +174,12 @@ def _without_names(data: bytes) -> bytes:
     00 or by a marker of another kind, so no pixel changes.
     """
     changed: bytearray | None = None
-    for name, marker in ((_EXIF, _APP1), (_MPF, _APP2)):
-        at, found = data.find(name), 0
-        while at >= 0:
-            if data[at - 4 : at - 2] == bytes((0xFF, marker)):
-                found += 1
-                if found > MAX_NAMES:
-                    raise ExcessError(
-                        f"is a JPEG with more than {MAX_NAMES:,} pieces of metadata. Save it without them."
-                    )
-                changed = bytearray(data) if changed is None else changed
-                changed[at] = ord("-")
-            at = data.find(name, at + 1)
+    for named in _UNFOLDING:
+        for count, found in enumerate(named.finditer(data)):
+            if count == MAX_NAMES:
+                raise ExcessError(f"is a JPEG with more than {MAX_NAMES:,} pieces of metadata. Save it without them.")
+            changed = bytearray(data) if changed is None else changed
+            changed[found.start() + 4] = ord("-")
     return data if changed is None else bytes(changed)
 
 
@@ -196,7 +195,7 @@ def _checked_segments(data: bytes) -> list[_Segment]:
             junk += found.start() - at
             frames += marker in _FRAMES
             if marker in _ARITHMETIC:
-                raise ValueError("a JPEG that is coded arithmetically, expected Huffman's coding")
+                raise ExcessError("is a JPEG of arithmetic coding, which is not read. Save it again.")
             if marker in (_END, *_NO_LENGTH) or frames > 1:
                 raise ValueError(f"a JPEG with marker FF{marker:02X} at a place where none may be")
         if marker == _END:
@@ -223,11 +222,15 @@ def _check_chunks(stream: BinaryIO, pixels: int) -> None:
     size = animated = None
     while len(head := stream.read(8)) == 8 and (name := head[4:]) != b"IEND":
         length = int.from_bytes(head[:4], "big")
-        if length > _MOST.get(name, length) or (name == b"IHDR") != (size is None):
+        if length > _MOST.get(name, length) or (name == b"IHDR") != (size is None) or (size is None and length != 13):
             raise ValueError(f"a PNG with a chunk {name!r} of {length:,} bytes at a place where none may be")
         if name == b"IHDR":
             size = struct.unpack(">LL", stream.read(8).rjust(8, b"\0"))
             length -= 8
+        elif name == b"iTXt":
+            start = stream.read(min(length, 82))  # a keyword of at most 79 bytes, 0, and whether the text is packed
+            packed += start.partition(b"\0")[2][:1] != b"\0"
+            length -= len(start)
         elif name in (b"acTL", b"fcTL"):
             animated = True
         of_pixels += name in (b"IDAT", b"fdAT")
@@ -342,8 +345,8 @@ class _Directories:
                     )
                 (where,) = struct.unpack(order + ("Q" if big else "L"), held)
                 size = number * _SIZES.get(kind, 0)
-                if tag in _WITHIN and size:
-                    if number != 1 or kind not in _POINTERS or size > held_bytes:
+                if tag in _WITHIN and size and kind in _POINTERS:  # Pillow seeks no other kind of value
+                    if number != 1 or size > held_bytes:
                         raise ValueError(f"tag {tag} says in no known way where a directory is")
                     left.append(struct.unpack_from(order + _POINTERS[kind], held)[0])
                 if size > held_bytes and base + where + size <= self._length:  # else Pillow reads none of it
@@ -368,7 +371,7 @@ def _entries(
     hold them or say where they are, counted from `base`.
     """
     counted = 8 if big else 2
-    if start is None or start > stream.seek(0, os.SEEK_END) - counted - base:
+    if start is None or not 0 <= start <= stream.seek(0, os.SEEK_END) - counted - base:
         return iter(())
     stream.seek(base + start)
     (count,) = struct.unpack(order + ("Q" if big else "H"), stream.read(counted))

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps, features
 from PIL.PngImagePlugin import PngInfo
 
 from magicface_rt import MaskError
-from magicface_rt.decoding import decode
+from magicface_rt.decoding import as_seen, decode
 from magicface_rt.encoded_images import MAX_SCANS, ExcessError, open_bytes
 from magicface_rt.errors import ImageError
 from magicface_rt.serve.uploads import FORMATS, open_image
@@ -235,7 +235,7 @@ def test_arithmetic_coding_is_refused_before_it_is_decoded() -> None:
     data = jpeg(b"")
     at = data.index(b"\xff\xc0")
     for frame in b"\xc9\xca\xcb\xcd\xce\xcf":
-        with pytest.raises(ValueError, match="coded arithmetically"):
+        with pytest.raises(ValueError, match="arithmetic coding"):
             open_bytes(data[: at + 1] + bytes((frame,)) + data[at + 2 :], FORMATS, pixels=10**6)
 
 
@@ -274,6 +274,45 @@ def test_a_bigtiff_whose_directory_is_behind_its_pixels_is_read(tmp_path: Path) 
     data += struct.pack("<Q", len(tags)) + entries + bytes(8)
     (tmp_path / "a.tiff").write_bytes(data)
     assert np.array_equal(np.asarray(decode(tmp_path / "a.tiff", "image", ImageError).image), pixels)
+
+
+def test_names_that_no_marker_stands_before_are_no_metadata() -> None:
+    """Of a film behind the image, say; nor do a million of them take long."""
+    data = jpeg(b"") + b"MPF\0Exif\0\0" * 100_000
+    assert np.array_equal(
+        np.asarray(open_bytes(data, FORMATS, pixels=10**6)), np.asarray(open_bytes(jpeg(b""), FORMATS, pixels=10**6))
+    )
+
+
+def test_many_names_before_exif_are_refused_where_pillow_strips_them_one_by_one() -> None:
+    image = Image.open(io.BytesIO(png(b"Exif\0\0" * 2000 + directory(6, entries=2, blob=8))))
+    with pytest.raises(ImageError, match="has EXIF behind more than 1,000 names"):
+        decode(image, "image", ImageError)
+
+
+def test_an_image_is_described_within_the_same_bounds() -> None:
+    with pytest.raises(ImageError, match="the image has EXIF data whose values name the same bytes again"):
+        as_seen(Image.open(io.BytesIO(png(directory(6)))))
+
+
+def test_texts_in_any_language_are_read_where_they_are_not_packed() -> None:
+    info = PngInfo()
+    for number in range(60):
+        info.add_itxt(f"key {number}", "мужчина")
+    picture().save(out := io.BytesIO(), "PNG", pnginfo=info)
+    open_image(out.getvalue(), pixels=10**6, name="image", error=ImageError)
+    for number in range(60):
+        info.add_itxt(f"packed {number}", "мужчина", zip=True)
+    picture().save(out := io.BytesIO(), "PNG", pnginfo=info)
+    with pytest.raises(ImageError, match="32 that are packed"):
+        open_image(out.getvalue(), pixels=10**6, name="image", error=ImageError)
+
+
+@pytest.mark.parametrize(("kind", "value"), [(9, 26), (1, 5), (7, 5)])
+def test_a_pointer_of_another_kind_is_followed_or_left_as_pillow_does(kind: int, value: int, tmp_path: Path) -> None:
+    number = 1 if kind == 9 else 4
+    block = b"II*\0" + struct.pack("<LH", 8, 1) + struct.pack("<HHLL", 34665, kind, number, value) + bytes(40)
+    decode(Image.open(io.BytesIO(png(block))), "image", ImageError)
 
 
 def test_damaged_metadata_do_not_keep_an_image() -> None:
