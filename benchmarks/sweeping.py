@@ -146,7 +146,7 @@ class Ablation:
     ) -> None:
         self.checkpoint, self.prompt, self.options = checkpoint, prompt, options
         self.unet = checkpoint.load_unet(torch.float32)
-        factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)  # the VAE halves between its blocks
+        factor = checkpoint.vae_factor
         side = factor * int(checkpoint.configs["unet"].get("sample_size", 64)) if size is None else size
         if side <= 0 or side % 64:
             raise InputError(f"size is {side}, expected a multiple of 64.")

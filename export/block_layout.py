@@ -11,7 +11,13 @@ from magicface_rt.values.shown import shown
 
 from .architectures import ARCHITECTURES, DOWN_BLOCKS, UP_BLOCKS
 
-__all__ = ["architecture_name", "check_configs", "check_unet"]
+__all__ = ["DISTILLED", "architecture_name", "check_configs", "check_unet"]
+
+DISTILLED = (
+    "was distilled to take the guidance scale as an input, as latent consistency models are, and nothing here gives it "
+    "one; give the checkpoint that it was distilled from"
+)
+"""What is wrong with such a U-Net; follows its name."""
 
 _WIDTH = 2**16
 # component, key, largest value, whether it may be a list of such values
@@ -70,9 +76,7 @@ def check_unet(where: str, unet: Mapping[str, Any]) -> None:
         )
     if unet.get("time_cond_proj_dim") is not None:
         raise CheckpointError(
-            f"{where}the U-Net's time_cond_proj_dim is {shown(unet['time_cond_proj_dim'])}: it was distilled to take "
-            "the guidance scale as an input, as latent consistency models are, and nothing here gives it one; give the "
-            "checkpoint that it was distilled from"
+            f"{where}the U-Net's time_cond_proj_dim is {shown(unet['time_cond_proj_dim'])}: it {DISTILLED}"
         )
     expected = {
         "_class_name": "UNet2DConditionModel",

@@ -142,6 +142,11 @@ class Checkpoint(ABC):
         return float(self.configs["vae"].get("scaling_factor", 0.18215))
 
     @property
+    def vae_factor(self) -> int:
+        """Pixels of a picture for each latent cell, along a side: the VAE halves between its blocks."""
+        return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
+
+    @property
     def text_width(self) -> int:
         """Width D of the text embeddings [B, 77, D]."""
         return int(self.configs["unet"]["cross_attention_dim"])

@@ -233,12 +233,11 @@ def _passed(found: GraphParity) -> GraphParity:
 
 
 def _form(checkpoint: Checkpoint, options: ExportOptions) -> Form:
-    vae_factor = 2 ** (len(checkpoint.configs["vae"]["block_out_channels"]) - 1)
-    side = vae_factor * int(checkpoint.configs["unet"]["sample_size"])
+    side = checkpoint.vae_factor * int(checkpoint.configs["unet"]["sample_size"])
     return Form(
         height=options.height or side,
         width=options.width or side,
-        vae_factor=vae_factor,
+        vae_factor=checkpoint.vae_factor,
         dtype=DTYPES[options.dtype],
         text_width=checkpoint.text_width,
     )

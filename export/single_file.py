@@ -19,6 +19,7 @@ from diffusers.loaders.single_file_utils import (
 from magicface_rt.errors import CheckpointError
 
 from .architectures import ARCHITECTURES, Architecture
+from .block_layout import DISTILLED
 from .checkpoint import Checkpoint, State, open_safetensors, read_safetensors, stamps_of
 from .tokenizer import build_tokenizer_json, clip_vocabulary
 
@@ -121,10 +122,7 @@ class SingleFileCheckpoint(Checkpoint):
                 f"not the 16 of Stable Diffusion 1.5 at their places; {hint}"
             )
         if any(key.startswith(UNET) and ".cond_proj." in key for key in shapes):  # diffusers would leave it out
-            raise CheckpointError(
-                f"{where}its U-Net was distilled to take the guidance scale as an input, as latent consistency models "
-                "are, and nothing here gives it one; give the checkpoint that it was distilled from"
-            )
+            raise CheckpointError(f"{where}its U-Net {DISTILLED}")
         channels_in = shapes[CONV_IN][1] if len(shapes.get(CONV_IN, ())) == 4 else None
         if channels_in != 4:
             kind = {9: "an inpainting model", 8: "an image-editing model"}.get(channels_in or 0, "of another model")

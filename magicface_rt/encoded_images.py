@@ -1,7 +1,7 @@
 """Opens image files with Pillow within bounds: what it would unfold from a small file is taken out or refused before.
 
-Pillow copies every value of a directory of tags (EXIF, MPF, TIFF) as it reads the directory, and any number of entries
-may name the same bytes, so a file of 1 MB can ask for 60 GB. libjpeg decodes any number of scans, each over all pixels.
+Pillow copies every value of a directory of tags (EXIF, MPF, TIFF) as it reads the directory, and all of its 65,535
+entries may name the same bytes. libjpeg decodes any number of scans, each over all pixels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from PIL import ExifTags, Image
 
@@ -91,12 +91,6 @@ class ExcessError(ValueError):
     """A file would take far more memory or time than its size and its pixels explain. The message follows its name."""
 
 
-class _Segment(NamedTuple):
-    marker: int
-    start: int
-    end: int
-
-
 def open_bytes(data: bytes, formats: tuple[str, ...], *, pixels: int) -> Image.Image:
     """Open an image of one of Pillow's formats, as `Image.open` does, with no more of its EXIF than the orientation.
 
@@ -163,7 +157,7 @@ def _buffered(stream: BinaryIO, kind: str) -> bytes:
 
 def _open_jpeg(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """Open a JPEG of which Pillow finds no EXIF and no MPF, and give it its orientation."""
-    block = b"".join(data[part.start + len(_EXIF) : part.end] for part in _checked_segments(data))
+    block = _checked_segments(data)
     image = Image.open(io.BytesIO(_without_names(data)), formats=formats)
     _put_orientation(image, _orientation(_unnamed(block)))
     return image
@@ -183,11 +177,11 @@ def _without_names(data: bytes) -> bytes:
     return data if changed is None else bytes(changed)
 
 
-def _checked_segments(data: bytes) -> list[_Segment]:
-    """Go through a JPEG as libjpeg does, up to the end of the image: what follows is another, or a film. Returns the
-    segments before the first scan that hold EXIF.
+def _checked_segments(data: bytes) -> bytes:
+    """Go through a JPEG as libjpeg does, up to the end of the image: what follows is another, or a film. Return its
+    EXIF, which lies before the first scan, in one segment or several.
     """
-    exif, frames, scans, count, junk, at = list[_Segment](), 0, 0, 0, 0, 2
+    exif, frames, scans, count, junk, at = list[bytes](), 0, 0, 0, 0, 2
     while (found := _MARKER.search(data, at)) is not None:
         marker, start = found[1][0], found.end() + 2
         count += 1
@@ -209,11 +203,11 @@ def _checked_segments(data: bytes) -> list[_Segment]:
                 f"is a JPEG with more than {MAX_SEGMENTS:,} segments, or bytes between them. Save it again."
             )
         if marker == _APP1 and not scans and data.startswith(_EXIF, start):
-            exif.append(_Segment(marker, start, end))
+            exif.append(data[start + len(_EXIF) : end])
         at = end
     if not scans:  # Pillow would look for one byte by byte
         raise ValueError("a JPEG without pixels")
-    return exif
+    return b"".join(exif)
 
 
 def _check_chunks(stream: BinaryIO, pixels: int) -> None:

@@ -212,7 +212,8 @@ def _check_alpha_alone(opaque: npt.NDArray[np.bool_], white: npt.NDArray[np.bool
     """Warn if a mask that is read by its alpha is black and white where it is opaque: one transparent pixel in a mask
     that was painted in black and white is enough to have nearly all of the image marked.
     """
-    if white[opaque].all() or not white[opaque].any():
+    inside = white[opaque]
+    if inside.all() or not inside.any():
         return
     warn(
         "mask-by-alpha",

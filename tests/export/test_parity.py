@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -184,44 +185,44 @@ def test_the_offset_of_a_checkpoint_is_the_pipelines_and_that_of_a_bundle_its_ow
     assert said.endswith("has 1 by now")
 
 
+def told_before_graphs(
+    checkpoint: Path, config: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """What an export of the checkpoint says before its first graph, with these changes to one of its configs."""
+
+    def stop(*_: object) -> None:
+        raise ExportError("that is enough")
+
+    monkeypatch.setattr("magicface_rt.export.exporter.graph_makers", stop)
+    file = checkpoint / config
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    told: list[str] = []
+    with pytest.raises(ExportError, match="that is enough"):
+        export_bundle(Checkpoint.open(checkpoint), checkpoint.parent / "out", report=told.append)
+    return told
+
+
 def test_an_export_says_that_it_takes_another_offset_than_the_checkpoint_has(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise ExportError("that is enough")
-
-    monkeypatch.setattr("magicface_rt.export.exporter.trace", fail)
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-    file = checkpoint / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text())
-    told: dict[object, list[str]] = {}
-    for offset in (0, 1, None):
-        file.write_text(json.dumps({**config, "steps_offset": offset}))
-        with pytest.raises(ExportError, match="that is enough"):
-            export_bundle(Checkpoint.open(checkpoint), tmp_path / "out", report=told.setdefault(offset, []).append)
-    assert told[0][0] == "scheduler: warning: steps_offset is 1 and not 0, as in diffusers' pipeline"
-    assert told[1] == told[None] == told[0][1:]
+    for offset, warnings in (
+        (0, ["scheduler: warning: steps_offset is 1 and not 0, as in diffusers' pipeline"]),
+        (1, []),
+        (None, []),
+    ):
+        changes = {"steps_offset": offset}
+        found = told_before_graphs(checkpoint, "scheduler/scheduler_config.json", changes, monkeypatch)
+        assert found == warnings
 
 
 def test_an_export_says_that_the_text_encoder_has_more_tokens_than_the_tokenizer(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Embeddings may have been padded, so it is no reason to refuse; or the file that tells of words is missing."""
-
-    def fail(*_: object) -> None:
-        raise ExportError("that is enough")
-
-    monkeypatch.setattr("magicface_rt.export.exporter.graph_makers", fail)
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-    file = checkpoint / "text_encoder" / "config.json"
-    config = json.loads(file.read_text())
-    told: dict[int, list[str]] = {}
-    for tokens in (49408, 49410):
-        file.write_text(json.dumps({**config, "vocab_size": tokens}))
-        with pytest.raises(ExportError, match="that is enough"):
-            export_bundle(Checkpoint.open(checkpoint), tmp_path / "out", report=told.setdefault(tokens, []).append)
-    assert told[49408] == []
-    (warning,) = told[49410]
+    assert told_before_graphs(checkpoint, "text_encoder/config.json", {"vocab_size": 49408}, monkeypatch) == []
+    (warning,) = told_before_graphs(checkpoint, "text_encoder/config.json", {"vocab_size": 49410}, monkeypatch)
     assert warning.startswith("tokenizer: warning: it has 49408 tokens and the text encoder 49410")
 
 

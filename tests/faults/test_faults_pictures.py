@@ -197,6 +197,7 @@ ODD: dict[str, bytes] = {
     "a profile of ends of lines": png_text("Raw profile type exif", "\n" * 10**6),
     "white points": png(b"")[:33] + chunk(b"cHRM", bytes(10**6)) + png(b"")[33:],
     "packed texts": png(b"")[:33] + chunk(b"iTXt", b"\0\1\0\0\0" + zlib.compress(bytes(1 << 20))) * 900 + png(b"")[33:],
+    "names behind the image": jpeg(b"") + b"MPF\0Exif\0\0" * 100_000,
     "names in WebP": webp(b"Exif\0\0" * 170_000),
     "profiles of colours": png(b"")[:33]
     + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 20))) * 900

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import figures
 import numpy as np
 import pytest
+from allocated import peak_of
 from memory_hollow import Hollow
 from PIL import Image
 from threads_requests import PROMPT
@@ -53,15 +53,6 @@ def used_plans(session: Session, monkeypatch: pytest.MonkeyPatch) -> list[Memory
 
     monkeypatch.setattr(session._keeper, "plan", plan)
     return plans
-
-
-def peak_of(work: Callable[[], object]) -> int:
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 SOURCES, ASKED = ("bare", "kept", "file", "stored"), ("one picture", "three pictures", "more than fit", "batch")

@@ -6,13 +6,12 @@ import io
 import itertools
 import logging
 import struct
-import tracemalloc
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from allocated import peak_of
 from PIL import ExifTags, Image, ImageOps, features
 from PIL.PngImagePlugin import PngInfo
 
@@ -27,15 +26,6 @@ MUCH = 20 << 20
 """Bytes. Unfolded, the entries would be six times as much; the files are under 1 MB."""
 
 
-def peak(work: Callable[[], object]) -> int:
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
 @pytest.mark.parametrize("file", FILES)
 def test_metadata_that_name_the_same_bytes_many_times_are_not_unfolded(file: str, tmp_path: Path) -> None:
     blob = BLOB if file != "JPEG, MPF" else 30_000  # Pillow joins no segments of these
@@ -47,13 +37,13 @@ def test_metadata_that_name_the_same_bytes_many_times_are_not_unfolded(file: str
         lambda: decode(tmp_path / "image", "image", ImageError),
     ):
         read()  # what is imported late is there now
-        assert peak(read) < MUCH
+        assert peak_of(read) < MUCH
 
 
 def test_the_attack_is_one() -> None:
     """What the test above tries does take much memory where nobody looks."""
     for data in (png(directory(6)), jpeg(directory(6))):
-        assert peak(lambda data=data: Image.open(io.BytesIO(data)).getexif()) > 5 * MUCH  # type: ignore[misc]
+        assert peak_of(lambda data=data: Image.open(io.BytesIO(data)).getexif()) > 5 * MUCH  # type: ignore[misc]
 
 
 def test_an_image_that_was_opened_elsewhere_is_refused_with_such_metadata() -> None:
@@ -187,7 +177,7 @@ def test_directories_within_directories_are_looked_at(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="has TIFF data whose values name the same bytes again"):
         decode(tmp_path / "a.tiff", "image", ImageError)
     data = png(block)
-    assert peak(lambda: open_image(data, pixels=10**6, name="image", error=ImageError)) < MUCH
+    assert peak_of(lambda: open_image(data, pixels=10**6, name="image", error=ImageError)) < MUCH
 
 
 def test_metadata_of_an_avif_are_looked_at(tmp_path: Path) -> None:
@@ -220,15 +210,13 @@ def test_an_animated_png_is_not_filled_before_its_size_is_looked_at(tmp_path: Pa
     control = struct.pack(">LLLLLHHBB", 0, side, side, 0, 0, 1, 1, 1, 0)
     chunks = [chunk(b"IHDR", head), chunk(b"acTL", struct.pack(">LL", 1, 0)), chunk(b"fcTL", control)]
     small = chunk(b"IHDR", struct.pack(">LLBBBBB", 8, 8, 8, 6, 0, 0, 0))
-    for parts in (chunks, [small, *chunks]):
+    for parts, said in ((chunks, "is 9000 x 9000, more than the"), ([small, *chunks], "at a place where none may be")):
         data = b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IDAT", b"x")
-        (tmp_path / "a.png").write_bytes(data)
-        with pytest.raises(ImageError, match=r"is 9000 x 9000, more than the|at a place where none|cannot be read"):
-            open_image(data, pixels=10**6, name="image", error=ImageError)
-        with pytest.raises(ImageError, match=r"is 9000 x 9000, more than the|cannot be read"):
-            decode(tmp_path / "a.png", "image", ImageError)
-        with pytest.raises(ValueError, match=r"9000 x 9000|at a place where none"):
+        with pytest.raises(ValueError, match=said):
             open_bytes(data, FORMATS, pixels=10**6)
+        (tmp_path / "a.png").write_bytes(data)
+        with pytest.raises(ImageError, match=said):
+            decode(tmp_path / "a.png", "image", ImageError)
 
 
 def test_arithmetic_coding_is_refused_before_it_is_decoded() -> None:
@@ -239,7 +227,7 @@ def test_arithmetic_coding_is_refused_before_it_is_decoded() -> None:
             open_bytes(data[: at + 1] + bytes((frame,)) + data[at + 2 :], FORMATS, pixels=10**6)
 
 
-@pytest.mark.parametrize("pointer", ["at the beginning", "SHORT", "several"])
+@pytest.mark.parametrize("pointer", ["at the beginning", "SHORT", "SLONG", "several"])
 def test_a_directory_is_found_however_it_is_pointed_to(pointer: str) -> None:
     """Or refused, where Pillow might read another place than the one that is looked at."""
     entries, blob = 400, 60_000
@@ -249,7 +237,7 @@ def test_a_directory_is_found_however_it_is_pointed_to(pointer: str) -> None:
         )
         block = block.ljust(400_000 + blob, b"\0")
     else:
-        kind, number = (3, 1) if pointer == "SHORT" else (4, 2)
+        kind, number = {"SHORT": (3, 1), "SLONG": (9, 1), "several": (4, 2)}[pointer]
         start = 8 + 2 + 12 + 4
         values = start + 2 + 12 * entries + 4 + 8
         first = struct.pack("<HHLL", 34665, kind, number, start if number == 1 else values - 8)
@@ -277,7 +265,7 @@ def test_a_bigtiff_whose_directory_is_behind_its_pixels_is_read(tmp_path: Path) 
 
 
 def test_names_that_no_marker_stands_before_are_no_metadata() -> None:
-    """Of a film behind the image, say; nor do a million of them take long."""
+    """Of a film behind the image, say."""
     data = jpeg(b"") + b"MPF\0Exif\0\0" * 100_000
     assert np.array_equal(
         np.asarray(open_bytes(data, FORMATS, pixels=10**6)), np.asarray(open_bytes(jpeg(b""), FORMATS, pixels=10**6))
@@ -308,10 +296,9 @@ def test_texts_in_any_language_are_read_where_they_are_not_packed() -> None:
         open_image(out.getvalue(), pixels=10**6, name="image", error=ImageError)
 
 
-@pytest.mark.parametrize(("kind", "value"), [(9, 26), (1, 5), (7, 5)])
-def test_a_pointer_of_another_kind_is_followed_or_left_as_pillow_does(kind: int, value: int, tmp_path: Path) -> None:
-    number = 1 if kind == 9 else 4
-    block = b"II*\0" + struct.pack("<LH", 8, 1) + struct.pack("<HHLL", 34665, kind, number, value) + bytes(40)
+@pytest.mark.parametrize("kind", [1, 7])
+def test_bytes_that_stand_where_a_pointer_is_expected_are_left_as_pillow_leaves_them(kind: int) -> None:
+    block = b"II*\0" + struct.pack("<LH", 8, 1) + struct.pack("<HHLL", 34665, kind, 4, 8) + bytes(40)
     decode(Image.open(io.BytesIO(png(block))), "image", ImageError)
 
 
