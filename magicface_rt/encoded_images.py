@@ -189,7 +189,7 @@ def _checked_segments(data: bytes) -> bytes:
             junk += found.start() - at
             frames += marker in _FRAMES
             if marker in _ARITHMETIC:
-                raise ExcessError("is a JPEG of arithmetic coding, which is not read. Save it again.")
+                raise ExcessError("is a JPEG of arithmetic coding, expected Huffman's. Save it again.")
             if marker in (_END, *_NO_LENGTH) or frames > 1:
                 raise ValueError(f"a JPEG with marker FF{marker:02X} at a place where none may be")
         if marker == _END:

@@ -19,8 +19,9 @@ pytest.importorskip("atheris", reason="there is none for this system or this Pyt
 HERE = Path(__file__).parent
 PATHS = os.pathsep.join(str(path) for path in (HERE, HERE.parent, HERE.parents[1]))
 ELSEWHERE = ("picture", "weights")
-"""What Pillow and safetensors parse, in which no branch is seen; of one picture our own part is."""
-GUIDED = [name for name in TARGETS if not name.startswith(ELSEWHERE)] + ["picture png"]
+"""What Pillow and safetensors parse, in which no branch is seen; of these pictures our own part is."""
+OURS = ("picture png", "picture jpg", "picture tif", "picture avif")
+GUIDED = [*(name for name in TARGETS if not name.startswith(ELSEWHERE)), *OURS]
 SOON = ("kept concept", "job json", "target")
 """Those that the quick tests try."""
 OF_A_BUNDLE = ("bundle manifest", "order", "form", "authorization")
