@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -604,7 +605,11 @@ def some_of(moments: Sequence[str], most: int, always: Collection[str] = ()) -> 
 
 
 def interrupted(interrupt: Interrupt, work: Callable[[], object]) -> bool:
-    """Whether the work ended by the interrupt, and not by itself or by an error that it became."""
+    """Whether the work ended by the interrupt, and not by itself or by an error that it became.
+
+    No garbage is collected meanwhile: what other tests left would be counted among the moments of this work.
+    """
+    gc.disable()
     sys.setprofile(interrupt)
     try:
         work()
@@ -612,6 +617,7 @@ def interrupted(interrupt: Interrupt, work: Callable[[], object]) -> bool:
         return True
     finally:
         sys.setprofile(None)
+        gc.enable()
     return False
 
 
