@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from test_locks import wheel_in
 
 from magicface_rt import Bundle, Session
@@ -37,6 +38,7 @@ from tests.engines.store_worker import sample_key, writer
 from tests.faults.disks import Layer
 from tests.faults.memory_hollow import Hollow
 from tests.faults.test_faults_cpu_fallback import Ort
+from tests.runtime.encoded_pictures import directory, jpeg_of_scans
 from tools import install, lockfile
 
 WEIGHTS = "weights.bin"
@@ -137,6 +139,25 @@ def uploaded_bomb(scene: Scene) -> None:
     bomb(scene)
 
 
+def uploaded_scans(scene: Scene) -> None:
+    uploaded_bomb(scene)
+    (scene.folder / "scans.jpg").write_bytes(jpeg_of_scans(190))
+
+
+def unfolding(scene: Scene) -> None:
+    """2,000 tags name the same 60,000 bytes."""
+    (scene.folder / "tags.tiff").write_bytes(directory())
+
+
+def packed(scene: Scene) -> None:
+    """33 texts of a megabyte each."""
+    info = PngInfo()
+    for _ in range(33):
+        info.add_text("Comment", " " * (1 << 20), zip=True)
+    Image.new("RGB", (8, 8)).save(scene.folder / "packed.png", pnginfo=info)
+    assert (scene.folder / "packed.png").stat().st_size < 40_000
+
+
 def photograph(folder: Path) -> None:
     """An image, a mask for it, and one of another size."""
     pixels = np.random.default_rng(90).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -153,6 +174,16 @@ def photographed(scene: Scene) -> None:
 
 def doubled(scene: Scene) -> None:
     (scene.folder / "job.json").write_text('{"prompt": "a man", "steps": 2, "steps": 50}')
+
+
+def nested(scene: Scene) -> None:
+    (scene.folder / "job.json").write_text("[" * 100_000)
+
+
+def aliased(scene: Scene) -> None:
+    """Ten lines, each ten times the one before."""
+    lines = ["a0: &a0 [man, man, man]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))]
+    (scene.folder / "job.yaml").write_text("\n".join(lines))
 
 
 def strange_name(scene: Scene) -> None:

@@ -62,6 +62,15 @@ def jpeg(block: bytes, name: bytes = b"Exif\0\0", marker: bytes = b"\xff\xe1", *
     return data[:2] + b"".join(segments) + data[2:]
 
 
+def jpeg_of_scans(more: int) -> bytes:
+    """A progressive one of about 10 scans, of which the last is repeated."""
+    out = io.BytesIO()
+    picture().save(out, "JPEG", progressive=True)
+    data = out.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + more * data[last:-2] + data[-2:]
+
+
 def photo(block: bytes) -> bytes:
     return jpeg(block, b"MPF\0", b"\xff\xe2")
 

@@ -20,7 +20,18 @@ from magicface_rt.decoding import as_seen, decode
 from magicface_rt.encoded_images import MAX_SCANS, ExcessError, open_bytes
 from magicface_rt.errors import ImageError
 from magicface_rt.serve.uploads import FORMATS, open_image
-from tests.runtime.encoded_pictures import BLOB, ENTRIES, FILES, directory, jpeg, picture, png, png_profile, webp
+from tests.runtime.encoded_pictures import (
+    BLOB,
+    ENTRIES,
+    FILES,
+    directory,
+    jpeg,
+    jpeg_of_scans,
+    picture,
+    png,
+    png_profile,
+    webp,
+)
 
 MUCH = 20 << 20
 """Bytes. Unfolded, the entries would be six times as much; the files are under 1 MB."""
@@ -311,14 +322,10 @@ def test_damaged_metadata_do_not_keep_an_image() -> None:
 
 
 def test_a_jpeg_of_many_scans_is_refused() -> None:
-    out = io.BytesIO()
-    picture().save(out, "JPEG", progressive=True)
-    data = out.getvalue()
+    data = jpeg_of_scans(0)
     assert 5 < data.count(b"\xff\xda") < 20
     open_bytes(data, FORMATS, pixels=10**6).load()
-    last = data.rindex(b"\xff\xda")
-    again = data[last:-2]
-    many = data[:-2] + again * MAX_SCANS + data[-2:]
+    many = jpeg_of_scans(MAX_SCANS)
     with pytest.raises(ExcessError, match=r"more than 100 scans"):
         open_bytes(many, FORMATS, pixels=10**6)
     with pytest.raises(ImageError, match=r"image is a JPEG of more than 100 scans\. Save it again\."):
