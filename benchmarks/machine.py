@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from magicface_rt.process.cores import cores
+from magicface_rt.process.host_memory import available_bytes
 from magicface_rt.process.interrupts import reraise_if_interrupt
 
 PACKAGES = (
@@ -50,14 +51,17 @@ def describe() -> dict[str, Any]:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Bytes of host memory that are free for a new process, and in total; None if the system does not say."""
+    """Bytes of host memory that are free for a new process, also by a limit of this one such as its container's; and
+    in total. None if the system does not say.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError as error:
         reraise_if_interrupt(error)
-        return None, None
+        return available_bytes(), None
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    return found.get("MemAvailable"), found.get("MemTotal")
+    free = (found.get("MemAvailable"), available_bytes())
+    return min((left for left in free if left is not None), default=None), found.get("MemTotal")
 
 
 def peak_host_bytes() -> int | None:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench, output, peaks, schema, style, table
+from benchmarks import bench, machine, output, peaks, schema, style, table
 from benchmarks.bootstrap import MIN_SAMPLES, figures, ratio_of_medians
 from benchmarks.contender import Run, Task
 from benchmarks.counting import graph_cost, graph_rows, rows_of_theory
@@ -418,6 +418,17 @@ def test_the_table_says_how_busy_the_machine_was(
     content["machine"].update(quiet=quiet, load_average=[1.81, 1.0, 1.0])
     content["cases"][0]["foreign_load"] = share
     assert says in table.markdown(content)
+
+
+@pytest.mark.parametrize(("limit", "free"), [(1 << 20, 1 << 20), (1 << 60, None), (None, None)])
+def test_memory_is_free_only_as_far_as_a_limit_of_the_process_leaves_it(
+    monkeypatch: pytest.MonkeyPatch, limit: int | None, free: int | None
+) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda: limit)
+    found, total = machine.memory()
+    assert found is not None
+    assert total is not None
+    assert found == free if free else 1 << 20 < found < total
 
 
 def ended(*_: object) -> None:
