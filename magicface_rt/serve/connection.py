@@ -1,11 +1,13 @@
 """The server's end of a connection: uvicorn's over h11, with limits on what arrives before a token is looked at, and on
-how long an answer waits to be taken.
+how long an answer waits to be taken; and a limit on how many there are.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
 import sys
 from typing import Any
 
@@ -18,7 +20,15 @@ if sys.platform == "linux":
     import fcntl
     import termios
 
-__all__ = ["HEAD_BYTES", "Connection"]
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["HEAD_BYTES", "Connection", "most_connections"]
+
+MOST_CONNECTIONS = 1000
+"""Connections at once, each of which may hold the beginning of a head."""
 
 HEAD_BYTES = 64 * 2**10
 """The most bytes that a request's line and headers may have together."""
@@ -29,11 +39,23 @@ HEAD_SECONDS = 60.0
 ANSWER_SECONDS = 60.0
 """Seconds within which a client must take something of an answer that waits for it."""
 
+logger = logging.getLogger("magicface_rt.serve")
+
 _NO_REQUEST = Problem(
     400,
     "bad-request",
     f"what came is no HTTP request, or its line and headers have more than {HEAD_BYTES:,} bytes together.",
 )
+
+
+def most_connections() -> int:
+    """Return how many connections there may be at once: the other half of the files that this process may open at once
+    are for concepts, pictures and plans.
+    """
+    if resource is None:
+        return MOST_CONNECTIONS
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(MOST_CONNECTIONS, files // 2))
 
 
 class Connection(H11Protocol):
@@ -42,7 +64,11 @@ class Connection(H11Protocol):
     uvicorn closes only connections on which nothing arrives after an answer. This class also closes those on which a
     request never properly begins, and those on which the rest of an already answered request does not end. It breaks
     off those on which an answer waits of which the client takes nothing, and with them what is left of the answer.
+    Of more connections than there may be at once it closes the one that has been without a request for longest.
     """
+
+    _said = -math.inf
+    """When it was last logged that there were too many, by the clock of the event loop."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -52,6 +78,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._look()
+        if len(self.connections) > most_connections():
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -101,6 +129,22 @@ class Connection(H11Protocol):
     def _close(self) -> None:
         self.transport.close()
         self._look()
+
+    def _make_room(self) -> None:
+        """Close the connection whose client has let the server wait for longest, with all of its answers taken. That
+        may be this one, if all others have requests.
+        """
+        idle = (each for each in self.connections if isinstance(each, Connection) and each._is_idle())
+        min(idle, key=Connection._waits_until, default=self)._close()
+        if (now := self.loop.time()) > Connection._said + HEAD_SECONDS:
+            Connection._said = now
+            logger.warning("more than %d connections: those without a request are closed", most_connections())
+
+    def _is_idle(self) -> bool:
+        return self._late is not None and not self.transport.get_write_buffer_size()
+
+    def _waits_until(self) -> float:
+        return math.inf if self._late is None else self._late.when()
 
     def _look(self) -> None:
         """Start each timer while the server waits for the client, and stop it when it no longer does: for a request,

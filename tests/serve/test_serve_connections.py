@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -133,6 +136,69 @@ def test_who_waits_for_an_answer_or_asks_again_is_not_cut_off(
             connections.add(answer.extensions["network_stream"].get_extra_info("client_addr"))
             time.sleep(0.1)
         assert len(connections) == 1
+
+
+def test_of_too_many_connections_that_without_a_request_for_longest_is_closed(
+    server: Running, session: Gated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection.Connection, "_said", -math.inf)
+    monkeypatch.setattr(connection, "most_connections", lambda: 4)
+    connections, most, body = server.server.server_state.connections, 0, json.dumps(ORDER).encode()
+    session.free.clear()
+    try:
+        with contextlib.ExitStack() as opened, caplog.at_level(logging.WARNING):
+            busy, last = opened.enter_context(connected(server)), socket.socket()
+            head = f"POST /v1/images HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nConnection: close\r\n"
+            busy.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: server.server.server_state.tasks, "it has not come")
+            for number in range(20):
+                last = opened.enter_context(connected(server))
+                if number % 2:
+                    last.sendall(HEAD)  # half of one is no request
+                until(lambda client=last: other_end(server, client), "it is not taken")  # type: ignore[misc]
+                most = max(most, len(connections))
+                if number == 0:
+                    first = last
+            assert answer_of(first) == b""
+            until(lambda: len(connections) <= 4, "too many are kept")
+            last.sendall(b"Connection: close\r\n\r\n")
+            assert answer_of(last).startswith(b"HTTP/1.1 200 ")
+            session.free.set()
+            assert answer_of(busy).startswith(b"HTTP/1.1 200 ")
+    finally:
+        session.free.set()
+    assert most <= 5  # with the one that is being closed
+    assert [record.getMessage() for record in caplog.records].count(
+        "more than 4 connections: those without a request are closed"
+    ) == 1
+
+
+def test_where_all_connections_have_requests_a_further_one_is_closed(
+    server: Running, http: httpx.Client, session: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.free.clear()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(http.post, "/v1/images", json=ORDER)
+        try:
+            until(lambda: server.server.server_state.tasks, "it has not come")
+            monkeypatch.setattr(connection, "most_connections", lambda: 1)
+            with connected(server) as client:
+                assert answer_of(client) == b""
+        finally:
+            session.free.set()
+        assert answer.result(60).status_code == 200
+    with connected(server) as client:
+        client.sendall(HEAD + b"Connection: close\r\n\r\n")
+        assert answer_of(client).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no such limit")
+def test_half_of_the_files_that_may_be_open_are_left_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    for files, most in ((256, 128), (1, 1), (10**6, 1000), (resource.RLIM_INFINITY, 1000)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, files=files: (files, files))
+        assert connection.most_connections() == most
 
 
 def test_a_trailer_is_no_header(server: Running) -> None:
