@@ -82,7 +82,11 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """An answer that reports a failure. `errors`: (field, message), where several parts of the request are at fault."""
+    """An answer that reports a failure.
+
+    retry_after  seconds after which the same request may succeed
+    errors       (field, message), where several parts of the request are at fault
+    """
 
     status: int
     kind: str
@@ -116,9 +120,16 @@ class Problem:
         }
         if self.field is not None:
             found["field"] = self.field
+        if self.seconds is not None:
+            found["retry_after"] = self.seconds
         if self.errors:
             found["errors"] = [{"field": field, "detail": detail} for field, detail in self.errors]
         return found
+
+    @property
+    def seconds(self) -> int | None:
+        """The whole seconds of Retry-After."""
+        return None if self.retry_after is None else max(1, math.ceil(self.retry_after))
 
     @property
     def body(self) -> bytes:
@@ -129,8 +140,8 @@ class Problem:
     def headers(self) -> dict[str, str]:
         """Content-Type, and the headers that the status calls for."""
         headers = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store"}
-        if self.retry_after is not None:
-            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        if self.seconds is not None:
+            headers["Retry-After"] = str(self.seconds)
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers

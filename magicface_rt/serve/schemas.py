@@ -254,6 +254,7 @@ class ProblemBody(BaseModel):
         examples=["concept 'hat': the word 'hat' is not in the prompt 'a man'; its words are 'a', 'man'."]
     )
     field: str | None = Field(None, examples=["concepts[0].word"])
+    retry_after: int | None = Field(None, ge=1, description="Seconds, as in the header.")
     errors: list[FieldError] | None = None
 
 

@@ -332,7 +332,7 @@ def made_of(content: Mapping[str, Any]) -> Made:
 
 
 def error_of(status: int, body: bytes | bytearray, retry_after: str | None = None) -> ServiceError:
-    """Make the error for an answer that reports a failure."""
+    """Make the error for an answer that reports a failure. `retry_after`: the header; without it, the body's counts."""
     try:
         found = read_json(body)
     except ValueError:
@@ -346,6 +346,8 @@ def error_of(status: int, body: bytes | bytearray, retry_after: str | None = Non
     )
     detail = f"{where}{said}"[:MOST_DETAIL]
     seconds = None if retry_after is None else _seconds(retry_after)
+    if seconds is None and isinstance(found, dict) and type(asked := found.get("retry_after")) is int:
+        seconds = float(min(max(0, asked), 2**31))  # the header's form is whole seconds as well
     if kind in _KINDS and _KINDS[kind].status == status:
         return _KINDS[kind](detail, field=field or None, retry_after=seconds)
     return AnswerError(detail, status=status, kind=kind, field=field or None, retry_after=seconds)

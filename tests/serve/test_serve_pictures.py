@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
@@ -20,7 +21,7 @@ from loopback import PROMPT, Gated, Oracle, Running, concept, disc, picture, png
 from PIL import Image
 
 from magicface_rt import Cancelled, Concept, Progress, Reference
-from magicface_rt.errors import AnswerError, ConceptError, QueueFullError
+from magicface_rt.errors import AnswerError, ConceptError, HostMemoryError, QueueFullError
 from magicface_rt.provenance import read_provenance
 from magicface_rt.serve import AsyncClient, Client, Made, ServeSettings
 from magicface_rt.serve.wire import error_of, pause
@@ -297,6 +298,46 @@ def test_a_client_comes_back_when_it_is_told_to(header: str | timedelta, least: 
     assert least <= error.retry_after <= most
     assert pause(error, 0, 4, 660.0) == error.retry_after
     assert pause(error, 4, 4, 660.0) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "header", "expected"),
+    [
+        ({"retry_after": 7}, None, 7.0),
+        ({"retry_after": 7}, "3", 3.0),
+        ({"retry_after": -7}, None, 0.0),
+        ({"retry_after": 10**400}, None, 2.0**31),
+        *(({"retry_after": wrong}, None, None) for wrong in (None, True, 0.5, "7", [7], {})),
+        ([7], None, None),
+    ],
+    ids=repr,
+)
+def test_the_body_of_a_problem_says_it_where_there_is_no_header(
+    body: object, header: str | None, expected: float | None
+) -> None:
+    assert error_of(503, json.dumps(body).encode(), header).retry_after == expected
+
+
+def test_a_request_whose_events_end_in_a_problem_is_sent_again_after_the_seconds_that_it_names(
+    server: Running, session: Gated, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, steps, slept, short = session.generate_batch, list[int](), list[float](), ["once"]
+
+    def generate_batch(requests: Any, *, progress: Any) -> Any:
+        def failing(step: Progress) -> object:
+            if step.step == 2 and short:
+                raise HostMemoryError(short.pop())
+            return progress(step)
+
+        return generate(requests, progress=failing)
+
+    monkeypatch.setattr(session, "generate_batch", generate_batch)
+    sleep = time.sleep
+    monkeypatch.setattr("magicface_rt.serve.client.time.sleep", lambda seconds: slept.append(seconds) or sleep(0))
+    with server.client(retries=1) as client:
+        made = client.generate(PROMPT, steps=3, seed=5, progress=lambda step: steps.append(step.step))
+    assert list(made.pngs) == oracle.pngs((), seed=5, steps=3)
+    assert (steps, slept) == ([1, 1, 2, 3], [1.0])
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
