@@ -51,16 +51,16 @@ def describe() -> dict[str, Any]:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Bytes of host memory that are free for a new process, also by a limit of this one such as its container's; and
-    in total. None if the system does not say.
+    """Bytes of host memory that are free for a new process, also by a limit such as its container's; and in total.
+    None if the system does not say.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError as error:
         reraise_if_interrupt(error)
-        return available_bytes(), None
+        return available_bytes(to_another=True), None
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    free = (found.get("MemAvailable"), available_bytes())
+    free = (found.get("MemAvailable"), available_bytes(to_another=True))
     return min((left for left in free if left is not None), default=None), found.get("MemTotal")
 
 

@@ -81,14 +81,16 @@ def _is_memory_message(error: BaseException) -> bool:
     return any(words in said for words in _SAID_UNDER_A_LIMIT) and bool(_address_limit())
 
 
-def available_bytes() -> int | None:
+def available_bytes(*, to_another: bool = False) -> int | None:
     """Return the bytes that this process may still take before a hard limit stops or ends it; None if none is set.
+
+    to_another  those that a process may take which this one starts: it has the same limits, and no addresses yet
 
     The limits are that of its address space (RLIMIT_AS), and the memory limits of its control groups and of those above
     them. The cache of files counts as free, since the system drops it first.
     """
-    found = [left for _, left in _limits()]
-    return min(found, default=None)
+    addresses = _address_limit(used=0) if to_another else _address_limit()
+    return min((left for _, left in (*addresses, *_group_limits())), default=None)
 
 
 def host_memory_error(need: str) -> HostMemoryError:
@@ -150,16 +152,17 @@ def _limits() -> list[tuple[str, int]]:
     return [*_address_limit(), *_group_limits()]
 
 
-def _address_limit() -> list[tuple[str, int]]:
+def _address_limit(used: int | None = None) -> list[tuple[str, int]]:
     if resource is None:
         return []
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft == resource.RLIM_INFINITY:
         return []
-    try:
-        used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
-    except (OSError, ValueError, LookupError):  # a system that does not tell
-        used = 0
+    if used is None:
+        try:
+            used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+        except (OSError, ValueError, LookupError):  # a system that does not tell
+            used = 0
     return [("limit of addresses (ulimit -v)", max(0, soft - used))]
 
 

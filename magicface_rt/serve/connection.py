@@ -25,10 +25,12 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["HEAD_BYTES", "Connection", "most_connections"]
+__all__ = ["HEAD_BYTES", "Connection", "backlog"]
 
 MOST_CONNECTIONS = 1000
 """Connections at once, each of which may hold the beginning of a head."""
+
+MOST_BACKLOG = 100
 
 HEAD_BYTES = 64 * 2**10
 """The most bytes that a request's line and headers may have together."""
@@ -58,13 +60,18 @@ def most_connections() -> int:
     return MOST_CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(MOST_CONNECTIONS, files // 2))
 
 
+def backlog() -> int:
+    """Return how many connections may wait to be accepted. asyncio accepts as many before it looks at the first."""
+    return max(1, min(MOST_BACKLOG, most_connections() // 4))
+
+
 class Connection(H11Protocol):
     """For `uvicorn.Config(http=Connection, h11_max_incomplete_event_size=HEAD_BYTES)`.
 
     uvicorn closes only connections on which nothing arrives after an answer. This class also closes those on which a
     request never properly begins, and those on which the rest of an already answered request does not end. It breaks
     off those on which an answer waits of which the client takes nothing, and with them what is left of the answer.
-    Of more connections than there may be at once it closes the one that has been without a request for longest.
+    Of more connections than there may be at once it breaks off the one whose client the server has waited for longest.
     """
 
     _said = -math.inf
@@ -131,20 +138,20 @@ class Connection(H11Protocol):
         self._look()
 
     def _make_room(self) -> None:
-        """Close the connection whose client has let the server wait for longest, with all of its answers taken. That
-        may be this one, if all others have requests.
-        """
-        idle = (each for each in self.connections if isinstance(each, Connection) and each._is_idle())
-        min(idle, key=Connection._waits_until, default=self)._close()
+        """Break off the connection whose client the server has waited for longest, or this one if it waits for none."""
+        others = (each for each in self.connections if isinstance(each, Connection) and each is not self)
+        longest = min(others, key=Connection._waits_since, default=self)
+        one = longest if longest._waits_since() < math.inf else self
+        one.transport.abort()
+        one._look()
         if (now := self.loop.time()) > Connection._said + HEAD_SECONDS:
             Connection._said = now
-            logger.warning("more than %d connections: those without a request are closed", most_connections())
+            logger.warning("more than %d connections: one is closed for each new one", most_connections())
 
-    def _is_idle(self) -> bool:
-        return self._late is not None and not self.transport.get_write_buffer_size()
-
-    def _waits_until(self) -> float:
-        return math.inf if self._late is None else self._late.when()
+    def _waits_since(self) -> float:
+        """Return since when the server has waited for the client; infinity if it does not."""
+        timers = ((self._late, HEAD_SECONDS), (self._stuck, ANSWER_SECONDS))
+        return min((timer.when() - seconds for timer, seconds in timers if timer is not None), default=math.inf)
 
     def _look(self) -> None:
         """Start each timer while the server waits for the client, and stop it when it no longer does: for a request,

@@ -27,7 +27,7 @@ from .access import PAGE, names_of
 from .app import build_app
 from .auth import Tokens
 from .concepts import ConceptStore, MemoryConcepts
-from .connection import HEAD_BYTES, Connection
+from .connection import HEAD_BYTES, Connection, backlog
 from .engine import Engine
 from .local import LocalService
 from .metrics import Metrics
@@ -157,7 +157,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         where.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         where.bind(address)
-        where.listen(2048)
+        where.listen(backlog())
     except OSError as error:
         where.close()
         raise OptionError(_why_not_bound(host, port, error)) from error
@@ -208,6 +208,7 @@ class Server(uvicorn.Server):
                     "proxy_headers": False,
                     "http": Connection,  # else uvicorn uses another parser, without limits, if one is installed
                     "h11_max_incomplete_event_size": HEAD_BYTES,
+                    "backlog": backlog(),
                     **config,
                 },
             )

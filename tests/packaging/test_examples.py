@@ -70,7 +70,7 @@ EXAMPLES = {
     "The same, uploaded to a service (status 422)": Example(scenes.uploaded_bomb, (0,)),
     "A JPEG of 200 scans, each over all of its pixels, uploaded too": Example(scenes.uploaded_scans, (0,)),
     "Metadata in which 24 KB name the same 60 KB 2,000 times": Example(scenes.unfolding, (2,)),
-    "33 packed texts of a megabyte each, in a PNG of 36 KB": Example(scenes.packed, (2,)),
+    "33 packed texts of a megabyte each, in a PNG of 35 KB": Example(scenes.packed, (2,)),
     "A mask of another size than its image, with a warning": Example(scenes.photographed, (0,)),
     "A job that says two things at once": Example(scenes.doubled, (2,)),
     "A job of 100,000 opening brackets": Example(scenes.nested, (2,)),

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from loopback import PROMPT, Gated, Running, running, until
 
 from magicface_rt.serve import ServeSettings, connection
 from magicface_rt.serve.auth import Tokens
+from tests.locations import ROOT
 
 TOKEN = "correct-horse-battery-staple"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -138,39 +140,96 @@ def test_who_waits_for_an_answer_or_asks_again_is_not_cut_off(
         assert len(connections) == 1
 
 
-def test_of_too_many_connections_that_without_a_request_for_longest_is_closed(
+def test_of_too_many_connections_that_on_which_was_waited_for_longest_is_closed(
     server: Running, session: Gated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(connection.Connection, "_said", -math.inf)
     monkeypatch.setattr(connection, "most_connections", lambda: 4)
     connections, most, body = server.server.server_state.connections, 0, json.dumps(ORDER).encode()
+    until(lambda: not connections, "those of other tests are kept")
     session.free.clear()
     try:
         with contextlib.ExitStack() as opened, caplog.at_level(logging.WARNING):
-            busy, last = opened.enter_context(connected(server)), socket.socket()
+            busy, *clients = (opened.enter_context(connected(server)) for _ in range(3))
             head = f"POST /v1/images HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nConnection: close\r\n"
             busy.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
             until(lambda: server.server.server_state.tasks, "it has not come")
-            for number in range(20):
-                last = opened.enter_context(connected(server))
+            clients[0].sendall(HEAD + b"\r\n")  # the older one, which waits for less long after its answer
+            assert clients[0].recv(65536).startswith(b"HTTP/1.1 200 ")
+            for number in range(18):
+                clients.append(opened.enter_context(connected(server)))
                 if number % 2:
-                    last.sendall(HEAD)  # half of one is no request
-                until(lambda client=last: other_end(server, client), "it is not taken")  # type: ignore[misc]
+                    clients[-1].sendall(HEAD)  # half of one is no request
+                until(lambda: other_end(server, clients[-1]), "it is not taken")
                 most = max(most, len(connections))
-                if number == 0:
-                    first = last
-            assert answer_of(first) == b""
+                if number == 1:
+                    assert answer_of(clients[1]) == b""
+                    assert other_end(server, clients[0])
+            assert answer_of(clients[0]) == b""
             until(lambda: len(connections) <= 4, "too many are kept")
-            last.sendall(b"Connection: close\r\n\r\n")
-            assert answer_of(last).startswith(b"HTTP/1.1 200 ")
+            clients[-1].sendall(b"Connection: close\r\n\r\n")
+            assert answer_of(clients[-1]).startswith(b"HTTP/1.1 200 ")
             session.free.set()
             assert answer_of(busy).startswith(b"HTTP/1.1 200 ")
     finally:
         session.free.set()
     assert most <= 5  # with the one that is being closed
-    assert [record.getMessage() for record in caplog.records].count(
-        "more than 4 connections: those without a request are closed"
-    ) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("more than 4 connections: one is closed for each new one") == 1
+
+
+def test_clients_that_take_nothing_of_their_answers_lock_nobody_out(
+    server: Running, large: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "most_connections", lambda: 3)
+    with contextlib.ExitStack() as opened:
+        for _ in range(3):
+            client = opened.enter_context(asking(server, large))
+            until(
+                lambda client=client: (end := other_end(server, client)) is None or end.flow.write_paused, "all written"
+            )  # type: ignore[misc]
+        for _ in range(2):
+            with connected(server) as client:
+                client.sendall(HEAD + b"Connection: close\r\n\r\n")
+                assert answer_of(client).startswith(b"HTTP/1.1 200 ")
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server has closed it, without waiting for anything."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except OSError:  # nothing came, or it is not connected yet
+        return False
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no such limit")
+def test_a_burst_of_connections_takes_no_files_from_others() -> None:
+    """asyncio accepts all that wait before it looks at any of them."""
+    started = [sys.executable, "-m", "tests.serve.burst_server"]
+    with subprocess.Popen(started, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        address = ("127.0.0.1", int(child.stdout.readline()))
+        with contextlib.ExitStack() as opened:
+            many = [opened.enter_context(socket.socket()) for _ in range(700)]
+            for one in many:
+                one.setblocking(False)
+                one.connect_ex(address)
+            end = time.monotonic() + 60
+            while not any(map(is_closed, many)):  # the system has dropped some: as many more as it takes
+                assert time.monotonic() < end, "there is room for all"
+                many.append(opened.enter_context(socket.create_connection(address, timeout=30)))
+                many[-1].setblocking(False)
+            with socket.create_connection(address, timeout=30) as client:
+                client.sendall(HEAD + b"Connection: close\r\n\r\n")
+                assert answer_of(client).startswith(b"HTTP/1.1 200 ")
+            child.stdin.close()
+            told = json.loads(child.stdout.readline())
+        child.wait(30)
+    assert told["refused"] == 0
+    assert told["limit"] <= told["most"] < 2 * told["limit"]
 
 
 def test_where_all_connections_have_requests_a_further_one_is_closed(

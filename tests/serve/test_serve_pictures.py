@@ -6,12 +6,12 @@ import asyncio
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -332,8 +332,7 @@ def test_a_request_whose_events_end_in_a_problem_is_sent_again_after_the_seconds
         return generate(requests, progress=failing)
 
     monkeypatch.setattr(session, "generate_batch", generate_batch)
-    sleep = time.sleep
-    monkeypatch.setattr("magicface_rt.serve.client.time.sleep", lambda seconds: slept.append(seconds) or sleep(0))
+    monkeypatch.setattr("magicface_rt.serve.client.time", SimpleNamespace(sleep=slept.append))
     with server.client(retries=1) as client:
         made = client.generate(PROMPT, steps=3, seed=5, progress=lambda step: steps.append(step.step))
     assert list(made.pngs) == oracle.pngs((), seed=5, steps=3)
