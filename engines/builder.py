@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -72,10 +73,13 @@ def build(
     Raises: as `build_plan`. Plans that were built before the error stay in the store.
     """
     names = list(bundle.graphs) if graphs is None else list(graphs)
-    return [
-        build_plan(bundle, name, flavour, target, store, device=device, report=report, advance=advance)
-        for name in names
-    ]
+    plans = []
+    with contextlib.ExitStack() as in_use:  # else the store's size limit may remove one as the next is built
+        for name in names:
+            plan = build_plan(bundle, name, flavour, target, store, device=device, report=report, advance=advance)
+            in_use.enter_context(store.in_use(plan))
+            plans.append(plan)
+    return plans
 
 
 def build_plan(
@@ -217,12 +221,12 @@ class _Build:
             if self.monitor is not None and self.monitor.cancelled:
                 raise Cancelled(f"building the plan of {self.graph} was cancelled.")
             raise BuildError(f"graph {self.graph}: {self.flavour.name} could not build it. {self.logger.reason()}")
-        if not self.flavour.builds_without_gpu:
-            timing_cache.save(root, self.flavour, self.device, self.config.get_timing_cache())
         with path.open("wb") as stream:
             stream.write(memoryview(plan))
             stream.flush()
             os.fsync(stream.fileno())
+        if not self.flavour.builds_without_gpu:
+            timing_cache.save(root, self.flavour, self.device, self.config.get_timing_cache())
 
     def _config(self, root: Path) -> Any:
         trt, options = self.trt, self.target.builder
@@ -240,7 +244,11 @@ class _Build:
             capabilities = self.key.compute_capabilities
             config.num_compute_capabilities = len(capabilities)
             for i, capability in enumerate(capabilities):
-                config.set_compute_capability(_capability(trt, capability), i)
+                if not config.set_compute_capability(_capability(trt, capability), i):
+                    raise BuildError(
+                        f"graph {self.graph}: {self.flavour.name} {self.flavour.version} refused compute capability "
+                        f"{capability} of target {self.target.name}. {self.logger.reason()}"
+                    )
         else:
             if options.hardware_compatibility != "none":
                 level = getattr(trt.HardwareCompatibilityLevel, _COMPATIBILITY[options.hardware_compatibility], None)
@@ -278,12 +286,20 @@ class _Build:
             gate = check_plan(self.graph, plan, self.attentions, limit)
         if gpu.can_load(self.key.compute_capabilities, self.device):
             runtime = self.trt.Runtime(self.logger)
+            self.logger.clear_errors()
             engine = runtime.deserialize_cuda_engine(path.read_bytes())
-            if engine is None:
+            if engine is not None:
+                gate = agree(gate, inspect_engine(engine, self.trt), self.attentions)
+            elif self.flavour.builds_without_gpu:  # so it may be that the GPU is busy
+                LOGGER.warning(
+                    "graph %s: the plan was judged by its text alone, since it was not loaded here. %s",
+                    self.graph,
+                    self.logger.reason(),
+                )
+            else:
                 raise BuildError(
                     f"graph {self.graph}: the plan that was built cannot be loaded here. {self.logger.reason()}"
                 )
-            gate = agree(gate, inspect_engine(engine, self.trt), self.attentions)
         gate.raise_if_closed()
         return gate
 

@@ -47,8 +47,10 @@ def target_with_plans(
     return candidates[0]
 
 
-def build_command(bundle: Bundle, target: Target, root: Path) -> str:
-    """The command line that builds a bundle's plans for a target."""
-    parts = ["magicface-rt", "build", str(bundle.path), "--flavour", target.flavour, "--target", target.name]
+def build_command(bundle: Bundle, target: Target, root: Path, device: int = 0) -> str:
+    """The command line that builds a bundle's plans for a target, on the GPU with this ordinal."""
+    named = target.name if target.file is None else str(target.file)
+    parts = ["magicface-rt", "build", str(bundle.path), "--flavour", target.flavour, "--target", named]
     parts += ["--store", str(root), *(["--parity"] if target.builder.parity_outputs else [])]
+    parts += ["--device", str(device)] if device else []
     return shlex.join(parts)

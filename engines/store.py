@@ -71,7 +71,7 @@ class EngineStore:
         return found if isinstance(found, Plan) else None
 
     def get(self, key: PlanKey, command: str | None = None) -> Plan:
-        """Return the plan of a key. `command`: the command that builds it, for the error message.
+        """Return the plan of a key. `command`: the command that builds it, for an error's message.
 
         Raises:
             PlanError: it is damaged or missing, or every user may replace it. The message names the fields by which
@@ -80,23 +80,25 @@ class EngineStore:
         """
         found = self._load(key)
         if isinstance(found, Plan):
-            self._check_trusted(found)
+            self._check_trusted(found, command)
             return found
         if isinstance(found, Damaged):
-            raise self._damaged(found, key)
+            raise self._damaged(found, key, command)
         raise PlanError(
             f"engine store {self.root}: no plan for graph {key.graph} ({key.flavour} {key.flavour_version}, "
-            f"{key.precision}). {self._closest(key)} Build it: {f'`{command}`' if command else self._command(key)}"
+            f"{key.precision}). {self._closest(key)} Build it: {self._command(key, command)}"
         )
 
-    def read(self, plan: Plan) -> bytes:
+    def read(self, plan: Plan, command: str | None = None) -> bytes:
         """Read the bytes of a plan, all checked against the manifest, and mark the plan as used now.
+
+        command  as for `get`
 
         Raises:
             PlanError: the plan is gone, a byte of it or of its manifest was changed, or every user may replace it.
             StoreError: the store cannot be read.
         """
-        self._check_trusted(plan)
+        self._check_trusted(plan, command)
         # Everything is checked again: the plan may have been found long ago.
         found = self._load(plan.key)
         try:
@@ -107,13 +109,15 @@ class EngineStore:
             data = manifest.read_checked(found)
         except PlanError as error:
             if not os.path.lexists(plan.folder):
-                raise self._gone(plan) from error
-            raise self._damaged(Damaged(plan.folder, str(error)), plan.key) from error
+                raise self._gone(plan, command) from error
+            raise self._damaged(Damaged(plan.folder, str(error)), plan.key, command) from error
         layout.mark_used(plan.folder)
         return data
 
-    def in_use(self, plan: Plan) -> Lease:
+    def in_use(self, plan: Plan, command: str | None = None) -> Lease:
         """Take a lease: as long as it is open, in this process or another, `prune` leaves the plan alone.
+
+        command  as for `get`
 
         Use it as a context manager, or `close` it. It ends with its process in any case. Needs no write access.
 
@@ -126,7 +130,7 @@ class EngineStore:
         except OSError as error:
             raise StoreError(f"engine store: {plan.path} cannot be opened ({error.strerror}).") from error
         if lease is None:
-            raise self._gone(plan)
+            raise self._gone(plan, command)
         layout.mark_used(plan.folder)
         return lease
 
@@ -425,8 +429,9 @@ class EngineStore:
         more = len(stale[0]) - len(shown)
         return f"The closest one is stale: {'; '.join(shown)}{f'; and {more} more' if more else ''}."
 
-    def _command(self, key: PlanKey) -> str:
-        return f"`magicface-rt build BUNDLE --flavour {key.flavour} --store {shlex.quote(str(self.root))}`"
+    def _command(self, key: PlanKey, command: str | None) -> str:
+        known = f"magicface-rt build BUNDLE --flavour {key.flavour} --store {shlex.quote(str(self.root))}"
+        return f"`{command or known}`"
 
     def _why_not_trusted(self, folder: Path) -> str | None:
         """Return why a plan's folder, or what will be there, is not trusted, and what to do; None if it is."""
@@ -439,15 +444,16 @@ class EngineStore:
             "written, or name a folder of your own with --store DIR"
         )
 
-    def _check_trusted(self, plan: Plan) -> None:
+    def _check_trusted(self, plan: Plan, command: str | None) -> None:
         if reason := self._why_not_trusted(plan.folder):
-            raise PlanError(f"plan {plan.folder}: {reason}, and build it there: {self._command(plan.key)}")
+            raise PlanError(f"plan {plan.folder}: {reason}, and build it there: {self._command(plan.key, command)}")
 
-    def _gone(self, plan: Plan) -> PlanError:
-        return PlanError(f"plan {plan.folder}: it was removed from the store. Build it: {self._command(plan.key)}")
+    def _gone(self, plan: Plan, command: str | None) -> PlanError:
+        built = self._command(plan.key, command)
+        return PlanError(f"plan {plan.folder}: it was removed from the store. Build it: {built}")
 
-    def _damaged(self, entry: Damaged, key: PlanKey) -> PlanError:
-        return PlanError(f"plan {entry.folder}: {entry.reason}. Build it again: {self._command(key)}")
+    def _damaged(self, entry: Damaged, key: PlanKey, command: str | None) -> PlanError:
+        return PlanError(f"plan {entry.folder}: {entry.reason}. Build it again: {self._command(key, command)}")
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:

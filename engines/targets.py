@@ -55,8 +55,9 @@ class BuilderOptions:
     workspace_mib           memory that the builder may let one layer use, MiB
     optimization_level      0..5, how long the builder searches
     tf32                    compute fp32 products in TF32; off, because they differ from PyTorch by 1e-3
-    hardware_compatibility  `tensorrt` only: "none", "ampere_plus" or "same_compute_capability". With "none", a plan is
-                            for the model of GPU that builds it, which its key does not name: keep a store for each
+    hardware_compatibility  `tensorrt` only, whose target files must name it: "none", "ampere_plus" or
+                            "same_compute_capability". With "none", a plan is for the model of GPU that builds it, which
+                            its key does not name: keep a store for each
     parity_outputs          keep the outputs that only `verify` reads
     """
 
@@ -75,7 +76,7 @@ class Target:
     (float32 is for small models: the gate refuses a full-size one, because its attention is not fused);
     `images` and `references`: of one request, within the bundle's own limits. `full_masks`: how many references fit if
     their masks keep everything; more fit if the masks are smaller. `scratch_limits_mib`: by graph, and for `others`; a
-    plan that needs more is refused.
+    plan that needs more is refused. `file`: that of a user's own target.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Target:
     references: Span
     scratch_limits_mib: Mapping[str, int]
     builder: BuilderOptions = field(default_factory=BuilderOptions)
+    file: Path | None = field(default=None, compare=False)
 
     def with_parity_outputs(self) -> Target:
         """The same target, for plans that `verify` can judge output by output."""
@@ -127,6 +129,8 @@ def load_target(name: str | Path, flavour: str | None = None) -> Target:
     except (OSError, ValueError, RecursionError) as error:  # the last where it is nested too deeply
         raise TargetError(f"target file {path}: it cannot be read as TOML ({error}).") from error
     target = _parse(path.stem, path, values)
+    if own:
+        target = replace(target, file=path)
     _check_capabilities(path, target)
     if flavour is not None and flavour != target.flavour:
         raise TargetError(
@@ -173,7 +177,7 @@ def _narrowness(target: Target) -> tuple[int, str]:
 
 
 def _parse(name: str, path: Path, values: Mapping[str, Any]) -> Target:
-    known = {f.name for f in fields(Target)} - {"name"}
+    known = {f.name for f in fields(Target)} - {"name", "file"}
     unknown, missing = sorted(set(values) - known), sorted(known - set(values) - {"builder"})
     if unknown or missing:
         raise TargetError(
@@ -185,6 +189,12 @@ def _parse(name: str, path: Path, values: Mapping[str, Any]) -> Target:
         raise TargetError(
             f"target file {path}: [builder] is {shown(builder)}, expected "
             f"{', '.join(f'{option} ({kind.__name__})' for option, kind in types.items())}."
+        )
+    if values["flavour"] == "tensorrt" and "hardware_compatibility" not in builder:
+        raise TargetError(
+            f"target file {path}: [builder] has no hardware_compatibility, expected {' or '.join(COMPATIBILITY)}. With "
+            "'none', plans are for the very model of GPU that builds them, and another one of the same compute "
+            "capability would take them for its own."
         )
     options = BuilderOptions(**builder)
     _check_options(path, options, str(values["flavour"]))

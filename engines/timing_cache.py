@@ -46,8 +46,12 @@ def save(root: Path, flavour: Flavour, device: int, cache: Any) -> None:
     if cache is None:
         return
     path = cache_file(root, flavour, device)
+    content = cache.serialize()
+    if content is None:
+        LOGGER.warning("timing cache %s is not kept: %s returned none", path, flavour.name)
+        return
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic_files.write(path, memoryview(cache.serialize()))
+        atomic_files.write(path, memoryview(content))
     except OSError as error:
         LOGGER.warning("timing cache %s cannot be written (%s)", path, error)

@@ -82,7 +82,8 @@ class Session:
     provenance      whether pictures record how they were made (PNG text and XMP)
     device          the GPU's ordinal
     store           engine store that holds the bundle's plans; "tensorrt" and "tensorrt-rtx" need it
-    build_missing   build plans that the store does not hold; else a missing plan is an error
+    build_missing   build plans that the store does not hold, for "tensorrt" and "tensorrt-rtx"; else a missing plan is
+                    an error
     target          what missing plans are built for, None for this GPU
     cuda_graphs     on a GPU, capture a step's work once and launch it as one thing afterwards. Those providers of ONNX
                     Runtime that compile do not

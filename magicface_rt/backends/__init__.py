@@ -70,10 +70,15 @@ def open_backend(
     Raises:
         BackendMissingError: the name is not known, or the runtime is not installed.
         DeviceError: there is no such GPU, or its driver is too old.
-        OptionError: a TensorRT flavour without a store.
+        OptionError: a TensorRT flavour without a store; or `build_missing` without such a flavour.
     """
     if name not in BACKENDS:
         raise BackendMissingError(f"backend {name!r} is not known; there are {', '.join(BACKENDS)}.")
+    if build_missing and name not in FLAVOURS:
+        raise OptionError(
+            f"build_missing is for a backend that serves plans, and backend {name!r} builds none. Name "
+            f"{' or '.join(FLAVOURS)}, or build the plans first: `magicface-rt build`."
+        )
     if name in FLAVOURS:
         if store is None:
             raise OptionError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +15,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from ..bundle import Bundle, GraphContract
-from ..errors import BackendError, DeviceError, PlanError, TargetError
+from ..errors import BackendError, DeviceError, DeviceMemoryError, PlanError
 from ..values.sizes import megabytes
 from .base import Arrays, Backend, GraphRunner
 from .binding import Binding
@@ -24,7 +26,13 @@ from .resident import Executor, ResidentBinding, check_produced
 from .runtime_cache import RuntimeCache, cache_path
 from .worker_stream import WorkerStream
 
+_LACKS_MEMORY = re.compile(r"out ?of ?memory|not enough (?:free )?memory|could not be allocated", re.IGNORECASE)
+"""What the libraries say where they find too little memory, for which they have no status."""
+
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": BFLOAT16, "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+
+
+logger = logging.getLogger("magicface_rt.tensorrt")
 
 
 class PlanKey(Protocol):
@@ -47,6 +55,9 @@ class Plan(Protocol):
     def key(self) -> PlanKey: ...
 
     @property
+    def folder(self) -> Path: ...
+
+    @property
     def bytes(self) -> int: ...
 
     @property
@@ -60,11 +71,11 @@ class PlanStore(Protocol):
 
     def find(self, key: Any) -> Any: ...
 
-    def get(self, key: Any) -> Any: ...
+    def get(self, key: Any, command: str | None = None) -> Any: ...
 
-    def read(self, plan: Any) -> bytes: ...
+    def read(self, plan: Any, command: str | None = None) -> bytes: ...
 
-    def in_use(self, plan: Any) -> Any: ...
+    def in_use(self, plan: Any, command: str | None = None) -> Any: ...
 
 
 class TensorRT(Backend):
@@ -116,15 +127,15 @@ class TensorRT(Backend):
         """
         contract = bundle.graph(graph)
         try:
-            plan, lease, data = self._read(self._plan(bundle, graph))
+            plan, lease, data = self._read(bundle, self._plan(bundle, graph))
         except PlanError:
             if not self._build_missing:
                 raise
-            plan, lease, data = self._read(self._build(bundle, graph))
+            plan, lease, data = self._read(bundle, self._build(bundle, graph))
         try:
             self.device.use()
             self.device.require(len(data), f"plan of graph {graph}")
-            engine = self._deserialize(graph, plan, data)
+            engine = self._deserialize(bundle, graph, plan, data)
             return _Runner(self, contract, engine, plan, lease)
         except BaseException:
             lease.close()
@@ -159,33 +170,44 @@ class TensorRT(Backend):
     def find(self, bundle: Bundle, graph: str) -> Plan:
         """Return the plan of a graph in the store; it is neither read nor built.
 
-        Without a target of its own, the backend takes a plan for any target that this GPU can load.
+        Without a target of its own, the backend takes a plan for any target that this GPU can load: if there is one of
+        which all of the bundle's plans are stored, that one's, since targets differ in how much their plans take.
 
         Raises:
             PlanError: there is none that can be used; the message says why.
             TargetError: no target serves this GPU and the bundle's precision.
         """
-        first, *others = keys = self._keys(bundle, graph)
-        for key in keys if others else ():
-            found: Plan | None = self.store.find(key)
-            if found is not None:
-                return found
-        only: Plan = self.store.get(first)
+        first, *others = targets = self._targets(bundle)
+        if others:
+            whole = [target for target in targets if all(self._find(bundle, name, target) for name in bundle.graphs)]
+            for target in (*whole[:1], *targets):
+                if (found := self._find(bundle, graph, target)) is not None:
+                    return found
+        only: Plan = self.store.get(self._key(bundle, graph, first), self._command(bundle))
         return only
 
-    def _keys(self, bundle: Bundle, graph: str) -> list[Any]:
-        """Return the keys of the plans that would do, beginning with that of the plan to be built."""
-        plan_key = _engines("builder").plan_key
+    def _find(self, bundle: Bundle, graph: str, target: Any) -> Plan | None:
+        found: Plan | None = self.store.find(self._key(bundle, graph, target))
+        return found
+
+    def _key(self, bundle: Bundle, graph: str, target: Any) -> Any:
+        return _engines("builder").plan_key(bundle, graph, self.flavour, target)
+
+    def _targets(self, bundle: Bundle) -> list[Any]:
+        """Return the targets whose plans would do, beginning with the one to build for."""
+        chosen = self._chosen_target()
         if self._target is not None:
-            return [plan_key(bundle, graph, self.flavour, self._chosen_target())]
-        targets, chosen = _engines("targets"), self._chosen_target()
+            return [chosen]
+        targets = _engines("targets")
         names = targets.targets_serving(self.name, self.device.compute_capability)
-        keys = [plan_key(bundle, graph, self.flavour, chosen)]
-        for name in names:
-            if name != chosen.name:
-                with contextlib.suppress(TargetError):  # it does not serve the bundle's precision
-                    keys.append(plan_key(bundle, graph, self.flavour, targets.load_target(name)))
-        return keys
+        others = [targets.load_target(name) for name in names if name != chosen.name]
+        return [chosen, *(target for target in others if bundle.dtype in target.precisions)]
+
+    def _command(self, bundle: Bundle) -> str:
+        """Return the command that builds the plans which are looked for."""
+        root, ordinal = self.store.root, self.device.ordinal
+        command: str = _engines("finding").build_command(bundle, self._chosen_target(), root, ordinal)
+        return command
 
     def _chosen_target(self) -> Any:
         """Return the target that was given, by name or as an object; else the narrowest target for this GPU."""
@@ -203,11 +225,12 @@ class TensorRT(Backend):
             return self.find(bundle, graph)
         return self._build(bundle, graph)
 
-    def _read(self, plan: Plan) -> tuple[Plan, Any, bytes]:
+    def _read(self, bundle: Bundle, plan: Plan) -> tuple[Plan, Any, bytes]:
         """Return the plan, with a lease on it and its bytes."""
-        lease = self.store.in_use(plan)
+        command = self._command(bundle)
+        lease = self.store.in_use(plan, command)
         try:
-            return plan, lease, self.store.read(plan)
+            return plan, lease, self.store.read(plan, command)
         except BaseException:
             lease.close()
             raise
@@ -226,18 +249,24 @@ class TensorRT(Backend):
         )
         return built
 
-    def _deserialize(self, graph: str, plan: Plan, data: bytes) -> Any:
+    def _deserialize(self, bundle: Bundle, graph: str, plan: Plan, data: bytes) -> Any:
         with self._opening:
             if self._runtime is None:
                 self.logger = _engines("log").trt_logger(self.flavour.trt)
                 self._runtime = self.flavour.trt.Runtime(self.logger)
             engine = self._create_with_reclaim(lambda: self._runtime.deserialize_cuda_engine(data), len(data))
+        if engine is None and _LACKS_MEMORY.search(self.logger.reason()):
+            raise DeviceMemoryError(
+                f"plan of graph {graph}: {self.device} has too little memory for it ({megabytes(len(data))}, and what "
+                f"{self.name} takes besides). {self.logger.reason()} Free some, or use a smaller bundle."
+            )
         if engine is None:
             made_for = ", ".join(plan.key.compute_capabilities)
             raise PlanError(
                 f"plan of graph {graph}: {self.name} {self.flavour.version} did not take it. It was made by "
                 f"{plan.key.flavour_version} for GPUs of compute capability {made_for}, and {self.device} is used. "
-                f"{self.logger.reason()} Build the plan for this GPU: magicface-rt build"
+                f"{self.logger.reason()} Its bytes are those that were built, so no build replaces it: remove "
+                f"{plan.folder}, and build it here: `{self._command(bundle)}`"
             )
         return engine
 
@@ -364,7 +393,8 @@ class _Runner(GraphRunner):
             )
             self._runtime_cache = RuntimeCache(path, config.create_runtime_cache)
             self._runtime_cache.load()
-        config.set_runtime_cache(self._runtime_cache.cache)
+        if not config.set_runtime_cache(self._runtime_cache.cache):
+            logger.warning("graph %s: %s keeps nothing of what it compiles", self.contract.name, self._backend.name)
         return config
 
 

@@ -22,5 +22,8 @@ TargetOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="What plans were built for; else what this GPU can load.")
 ]
 BuildMissingOption = Annotated[
-    bool, typer.Option("--build-missing", help="Build plans that the store does not hold; else that is an error.")
+    bool,
+    typer.Option(
+        "--build-missing", help="With a TensorRT --backend: build plans that the store lacks; else that is an error."
+    ),
 ]

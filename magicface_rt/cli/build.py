@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,7 @@ from ._bundle_view import grid, size
 from ._command import Command, JsonOption, command
 
 if TYPE_CHECKING:
-    from magicface_rt.engines.store import Plan
+    from magicface_rt.engines.store import EngineStore, Plan
 
 BUILD_ADDRESSES = 640 << 20
 """Bytes of address space below which the smallest graph could not be built. If there is too little, TensorRT may wait
@@ -75,16 +76,31 @@ def build(
             "store": str(kept.root),
             "plans": [],
         }
-        for name in names:
-            start = perf_counter()
+        with ExitStack() as in_use:  # else the limit may remove one as the next is built
+            for name in names:
+                start = perf_counter()
 
-            def make(advance: Callable[[str, int, int], object], name: str = name) -> Plan:
-                return build_plan(opened, name, library, chosen, kept, device=device, report=verb.note, advance=advance)
+                def make(advance: Callable[[str, int, int], object], name: str = name) -> Plan:
+                    return build_plan(
+                        opened, name, library, chosen, kept, device=device, report=verb.note, advance=advance
+                    )
 
-            plan = _watched(name, make)
-            verb.outcome["plans"].append(plan_outcome(plan) | {"seconds": perf_counter() - start})
+                plan = _watched(name, make)
+                in_use.enter_context(kept.in_use(plan))
+                verb.outcome["plans"].append(plan_outcome(plan) | {"seconds": perf_counter() - start})
+            _check_limit(verb, kept)
         verb.outcome["peak_host_bytes"] = peak_host_bytes()
         _print(verb)
+
+
+def _check_limit(verb: Command, store: EngineStore) -> None:
+    """Say that plans which are needed together, or in use, take more than the store may."""
+    taken = sum(store.size(entry) for entry in store.entries()) + store.cache_size()
+    if store.size_limit is not None and taken > store.size_limit:
+        verb.note(
+            f"the store has {size(taken)}, more than --limit {size(store.size_limit)}: the plans of this build, and "
+            "those in use, are not removed"
+        )
 
 
 def choose_target(flavour: str, target: str | None, device: int) -> tuple[Any, Any]:

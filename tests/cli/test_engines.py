@@ -17,8 +17,10 @@ pytest.importorskip("tensorrt_rtx")
 from magicface_rt.cli import main
 from magicface_rt.cli.build import _watched
 from magicface_rt.engines import caches
+from magicface_rt.engines.store import EngineStore, Plan
 from magicface_rt.errors import OptionError
 from magicface_rt.values.sizes import parse_size
+from tests.engines.store_worker import sample_key, writer
 
 TARGET = ["--target", "rtx-4090"]
 
@@ -55,6 +57,27 @@ def test_build_says_what_it_made(built: tuple[Path, dict[str, Any]]) -> None:
     assert plan["facts"]["gate"]["verdict"] == "fine"
     assert plan["facts"]["gate"]["scratch_bytes"] > 0
     assert said["peak_host_bytes"] > 10**7
+
+
+def test_a_limit_below_what_is_built_is_said_and_removes_none_of_it(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build_one(bundle: object, graph: str, flavour: object, target: object, store: EngineStore, **_: object) -> Plan:
+        gate = {"fused": 0, "expected": 0, "scratch_bytes": None, "verdict": "fine"}
+        return store.build(sample_key(graph=graph), writer(bytes(100_000), gate=gate))
+
+    monkeypatch.setattr("magicface_rt.engines.builder.build_plan", build_one)
+    build = ["build", str(tiny_bundle), "--store", str(tmp_path), *TARGET]
+    code, said = outcome(capsys, *build, "--limit", "250kB")
+    assert code == 0
+    assert len(said["plans"]) == 5
+    assert all(Path(plan["path"]).is_file() for plan in said["plans"])
+    assert main([*build, "--limit", "250kB"]) == 0
+    assert "more than --limit 244.1 KiB: the plans of this build, and those in use" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert main([*build, "--limit", "1MB"]) == 0
+    assert "more than --limit" not in capsys.readouterr().err
 
 
 def test_list_verify_and_why(store: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from magicface_rt.errors import (  # noqa: E402
     GateError,
     TargetError,
 )
+from tests.engines.store_worker import sample_key, writer  # noqa: E402
 
 QUICK = "text_encoder"
 """The graph that takes a second."""
@@ -190,6 +192,8 @@ def test_the_target_whose_plans_are_there_is_found(
     with_outputs = target_with_plans(one, "tensorrt-rtx", None, kept, "8.9", parity=True)
     assert with_outputs.builder.parity_outputs
     command = build_command(one, with_outputs, kept.root)
+    assert "--device" not in command
+    assert "--device 1" in build_command(one, with_outputs, kept.root, 1)
     assert f"--target {with_outputs.name} --store {kept.root} --parity" in command
 
 
@@ -307,14 +311,59 @@ def test_tensorrt_builds_only_for_the_gpu_it_runs_on(monkeypatch: pytest.MonkeyP
         gpu.check_target(Flavour("tensorrt", trt, "11.4"), load_target("h100"))
 
 
+def test_a_capability_that_the_library_refuses_ends_the_build(
+    bundle: Bundle, flavour: Flavour, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so by False alone, and would build for something else."""
+    monkeypatch.setattr("magicface_rt.engines.builder._capability", lambda trt, _: trt.ComputeCapability.NONE)
+    store = EngineStore(tmp_path)
+    with pytest.raises(BuildError, match=r"text_encoder: tensorrt-rtx .* refused compute capability 8\.6 of target"):
+        build_plan(bundle, QUICK, flavour, target, store)
+    assert store.plans() == []
+
+
+def test_a_plan_that_a_busy_gpu_has_no_room_for_is_kept(
+    bundle: Bundle,
+    flavour: Flavour,
+    target: Target,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """TensorRT-RTX needs no GPU to build; that this one cannot load the plan now is not the plan's fault."""
+    monkeypatch.setattr(gpu, "capability_here", lambda _: "8.6")
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda _: None)
+    monkeypatch.setattr(flavour.trt, "Runtime", lambda _: runtime)
+    plan = build_plan(bundle, QUICK, flavour, target, EngineStore(tmp_path))
+    assert plan.facts["gate"]["verdict"] == "fine"
+    assert "text_encoder: the plan was judged by its text alone, since it was not loaded here" in caplog.text
+
+
+def test_a_limit_removes_none_of_the_plans_that_are_built_together(
+    bundle: Bundle, flavour: Flavour, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_one(bundle: Bundle, graph: str, *_: object, **__: object) -> Plan:
+        return store.build(sample_key(graph=graph), writer(bytes(1000)))
+
+    store = EngineStore(tmp_path, size_limit=2500)
+    older = store.build(sample_key(graph="older"), writer(bytes(1000)))
+    monkeypatch.setattr("magicface_rt.engines.builder.build_plan", build_one)
+    plans = build(bundle, flavour, target, store)
+    assert len(plans) == len(bundle.graphs)
+    assert {plan.folder for plan in store.plans()} == {plan.folder for plan in plans}
+    assert older.folder not in {plan.folder for plan in store.plans()}
+    store.prune()
+    assert len(store.plans()) < len(plans), "they are in use no longer"
+
+
 # The timing cache of `tensorrt`
 
 
 class Cache:
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes | None) -> None:
         self.content = content
 
-    def serialize(self) -> bytes:
+    def serialize(self) -> bytes | None:
         return self.content
 
 
@@ -361,6 +410,8 @@ def test_a_spoiled_timing_cache_costs_time_and_nothing_else(tmp_path: Path) -> N
     assert config.cache is not None
     assert config.cache.content == b""
     timing_cache.save(Path("/dev/null/store"), of, 0, Cache(b"measured"))  # cannot be written; the build goes on
+    timing_cache.save(tmp_path, of, 0, Cache(None))
+    assert timing_cache.cache_file(tmp_path, of, 0).read_bytes() == b"spoiled"
 
 
 # The process

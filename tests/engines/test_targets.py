@@ -69,6 +69,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("tf32 = true", "workspace_mib = -5", "workspace_mib is -5, expected a whole number from 1"),
         ("tf32 = true", "optimization_level = 99", "optimization_level is 99, expected 0 to 5"),
         ("tf32 = true", 'hardware_compatibility = "ampere_plus"', "is 'ampere_plus', expected none for tensorrt-rtx"),
+        ('"tensorrt-rtx"', '"tensorrt"', "no hardware_compatibility, expected none or ampere_plus or same_compute"),
         ('["float16"]', '["floof"]', "precisions holds 'floof'"),
         ('["8.6"]', '["ninety"]', "compute_capabilities holds 'ninety'"),
         ("denoise_step = 100", "denoize_step = 100", "expected whole MiB"),

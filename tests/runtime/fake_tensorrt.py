@@ -93,9 +93,9 @@ class FakeTensorRT:
             self.CudaGraphStrategy = Enum("CudaGraphStrategy", ["DISABLED", "WHOLE_GRAPH_CAPTURE"])
             self.DynamicShapesKernelSpecializationStrategy = Enum("Specialization", ["LAZY", "EAGER", "NONE"])
 
-    def complain(self) -> None:
+    def complain(self, reason: str = "a reason") -> None:
         """Tell the logger why something fails."""
-        self.logger.errors = [*self.logger.errors, "a reason"]
+        self.logger.errors = [*self.logger.errors, reason]
 
     def Runtime(self, logger: Any) -> Any:
         self.logger = logger
@@ -106,10 +106,13 @@ class FakeTensorRT:
         recipe = self.recipes[data.decode().rstrip()]
         major, minor = self.cuda.capability
         room = self.cuda.total - self.cuda.allocated() - self.beside_weights
-        if recipe.capability == f"{major}.{minor}" and recipe.weights <= room:
-            return FakeEngine(self, recipe)
-        self.complain()
-        return None
+        if recipe.capability != f"{major}.{minor}":
+            self.complain()
+            return None
+        if recipe.weights > room:
+            self.complain("[defaultAllocator.cpp::allocate::57] Error Code 1: Cuda Runtime (out of memory)")
+            return None
+        return FakeEngine(self, recipe)
 
 
 class _Counted:

@@ -15,6 +15,7 @@ import pytest
 from magicface_rt.backends import TensorRT
 from magicface_rt.backends import device as device_module
 from magicface_rt.bundle import Bundle, GraphContract, Tensor
+from magicface_rt.engines import finding  # noqa: F401 - with the real builder, which a World replaces
 from magicface_rt.engines import flavour as flavour_module
 from magicface_rt.engines.log import ErrorRecord
 from magicface_rt.engines.plan_key import PlanKey

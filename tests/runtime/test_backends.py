@@ -803,6 +803,9 @@ def test_unknown_and_missing_backends_say_what_there_is(tmp_path: Path) -> None:
         open_backend("tensorrt-rtx")
     with pytest.raises(BackendMissingError, match="provider 'rocm' is not known"):
         OnnxRuntime("rocm")
+    for name in ("auto", "onnxruntime", "onnxruntime-cpu"):
+        with pytest.raises(OptionError, match=f"backend '{name}' builds none. Name tensorrt or tensorrt-rtx, or build"):
+            open_backend(name, store=tmp_path, build_missing=True)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +22,16 @@ from magicface_rt.backends.device import Device
 from magicface_rt.backends.pieces import Piece
 from magicface_rt.backends.resident import MAX_CAPTURED, ResidentBinding
 from magicface_rt.bundle import GraphContract, Tensor
-from magicface_rt.engines.targets import load_target, targets_serving
-from magicface_rt.errors import BackendError, BackendMissingError, DeviceError, NonFiniteError, PlanError, TargetError
+from magicface_rt.engines.targets import FOLDER, load_target, targets_serving
+from magicface_rt.errors import (
+    BackendError,
+    BackendMissingError,
+    DeviceError,
+    DeviceMemoryError,
+    NonFiniteError,
+    PlanError,
+    TargetError,
+)
 from magicface_rt.store_folders import RUNTIME_CACHE
 from tests.runtime.fake_cuda import KERNEL_FAILED
 from tests.runtime.fake_tensorrt import FakeRuntimeCache, Recipe, TensorLocation
@@ -542,7 +552,8 @@ def test_outputs_that_the_plan_left_out_are_named(world: World) -> None:
     [
         (
             {"capability": "12.0"},
-            r"capability 8\.6, 8\.9, and device 0 \(compute capability 8\.9\).* It said: a reason Build",
+            r"capability 8\.6, 8\.9, and device 0 \(compute capability 8\.9\).* It said: a reason .* remove "
+            r"/.*/[0-9a-f]+, and build it here: `magicface-rt build small --flavour tensorrt-rtx --target rtx-4090 ",
         ),
         ({"location": TensorLocation.HOST}, "contract .* on the device"),
         ({"contract": GraphContract("step", STEP.inputs[:1], (), {})}, "it has no outputs"),
@@ -625,6 +636,76 @@ def test_a_plan_for_any_target_that_this_gpu_can_load_serves(world: World) -> No
         world.backend(target=world.target()).load(bundle, "step")
     with pytest.raises(TargetError, match="not known"):
         world.backend(target="abacus").load(bundle, "step")
+
+
+@pytest.mark.parametrize("kind", ["own", "old"])
+def test_the_command_of_an_error_builds_the_plan_that_was_looked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    world = World(monkeypatch, tmp_path, capability=(7, 5) if kind == "old" else (8, 9))
+    bundle: Any = SmallBundle()
+    options = {}
+    if kind == "own":
+        mine = tmp_path / "my own.toml"
+        mine.write_text((FOLDER / "rtx-4090.toml").read_text())
+        options = {"target": mine}
+
+    def key_of(refused: PlanError) -> Any:
+        (command,) = re.findall("`(magicface-rt build .*?)`", str(refused))
+        words = shlex.split(command)
+        named = {name: words[words.index(name) + 1] for name in ("--flavour", "--target", "--store")}
+        assert words[2] == str(bundle.path)
+        assert named["--store"] == str(world.store.root)
+        target = load_target(named["--target"], named["--flavour"])
+        return world.plan_key(bundle, "step", world._load_flavour(named["--flavour"]), target)
+
+    backend = world.backend(**options)
+    with pytest.raises(PlanError, match="no plan for graph step") as missing:
+        backend.find(bundle, "step")
+    wanted = load_target(options["target"]) if options else world.target()
+    expected = world.plan_key(bundle, "step", backend.flavour, wanted)
+    assert key_of(missing.value) == expected
+    world.build(bundle, "step", small_recipes()["step"], wanted)
+    (plan,) = world.store.plans()
+    plan.path.write_bytes(b"?" * plan.bytes)
+    with pytest.raises(PlanError, match="Build it again") as damaged:
+        backend.load(bundle, "step")
+    assert key_of(damaged.value) == expected
+
+
+def test_the_command_names_the_gpu_that_is_not_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world = World(monkeypatch, tmp_path, devices=2)
+    with pytest.raises(PlanError, match=r"--store \S+ --device 1`"):
+        world.backend(device=1).find(BUNDLE, "step")
+
+
+def test_plans_of_one_target_serve_all_graphs_where_they_are_complete(world: World) -> None:
+    """Targets differ in how many tokens their plans take, and what one graph made goes into the other."""
+    bundle: Any = SmallBundle()
+    bundle.hash = "two targets"
+    names = targets_serving(world.flavour, "8.9")
+    wide = load_target(next(name for name in names if name != world.target().name))
+    for graph in bundle.graphs:
+        world.build(bundle, graph, small_recipes()[graph], wide)
+    world.build(bundle, "step", small_recipes()["step"])  # of the narrower target, not all
+    made_for = {plan.folder: plan.key.builder_options["target"] for plan in world.store.plans()}
+    found = [made_for[world.backend().find(bundle, graph).folder] for graph in bundle.graphs]
+    assert found == [wide.name, wide.name]
+    world.build(bundle, "source", small_recipes()["source"])
+    made_for |= {plan.folder: plan.key.builder_options["target"] for plan in world.store.plans()}
+    found = [made_for[world.backend().find(bundle, graph).folder] for graph in bundle.graphs]
+    assert found == [world.target().name] * 2
+
+
+def test_a_plan_that_there_is_no_memory_for_is_not_called_unfit(world: World) -> None:
+    bundle: Any = SmallBundle()
+    bundle.hash = "heavy"
+    world.build(bundle, "step", Recipe(STEP, lambda a: step(**a), weights=10**5))
+    world.trt.beside_weights = world.cuda.total
+    with pytest.raises(DeviceMemoryError, match=r"has too little memory for it \(0\.1 MB, and .*out of memory"):
+        world.backend().load(bundle, "step")
+    world.trt.beside_weights = 0
+    world.backend().load(bundle, "step").close()
 
 
 def test_a_plan_that_is_served_is_not_pruned(world: World) -> None:
