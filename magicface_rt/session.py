@@ -58,8 +58,8 @@ from .worker_context import WorkerContext, WorkerContextPool
 __all__ = ["Progress", "ProgressCallback", "Request", "Session", "tokenizer_of"]
 
 WARM_UP_STEPS = 3
-"""A GPU runs a graph's first step uncaptured and captures a CUDA graph at the next one for each latent buffer. There
-are two buffers, so three steps capture everything."""
+"""A GPU compiles at a graph's first step and captures its first CUDA graph at the second. The other captures, for the
+second latent buffer and for RBA's steps, take no compiling, and are left to the first request."""
 
 HOLD_REFERENCES = ("vae_encoder", "reference_kv", "denoise_step")
 """The graphs whose bindings hold pixels, latents or keys of the last references that went through them."""
@@ -95,7 +95,7 @@ class Session:
     budget          bytes that the peak of `plan` may reach, on the device if there is one. None: what is free there
     storage         how references are kept: "exact", or "8-bit" for about half the bytes of 16-bit keys
     pad_keys        fill the numbers of reference tokens up to buckets, so that a GPU's captured graphs serve all masks.
-                    None: only if the backend keeps tensors on a device
+                    None: with the TensorRT flavours, which capture anew as often as they must
 
     A Session may be used by many threads. An error, a cancelled request or Ctrl-C leaves it usable. It belongs to the
     process that opened it: each process must open its own, even one that was forked.
@@ -180,6 +180,10 @@ class Session:
             return
         self._admission.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_admission"):  # else it was not opened
+            self.close()
+
     def request_stop(self) -> None:
         """End running requests at their next step, and begin no more; see `exits.Stoppable`."""
         self._admission.closed = True
@@ -199,7 +203,8 @@ class Session:
             self.backend.close()
 
     def warm_up(self, prompt: str = "", concepts: Sequence[NamedConcept] = (), **settings: Any) -> None:
-        """Load the graphs that a request like this needs and run three of its steps, so that the first need not wait.
+        """Load the graphs that a request like this needs and run three of its steps, so that the first need not wait
+        until they are loaded and compiled.
 
         GPU backends compile and capture for particular shapes, so give the concepts and settings of a typical request.
         A kept concept supplies its number of steps and `reference_seed` if the settings do not name them.

@@ -38,13 +38,27 @@ class GraphIds:
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
         self._known: dict[tuple[Any, ...], int] = {}
+        self._refused = False
 
     def disable(self) -> None:
         """Capture no more graphs, and do not use those that there are."""
         self._enabled = False
 
-    def of(self, key: tuple[Any, ...]) -> str:
-        if not self._enabled or (key not in self._known and len(self._known) >= MAX_GRAPHS):
+    def of(self, key: tuple[Any, ...], graph: str) -> str:
+        """Return the number of a graph for `key`. `graph`: the name by which it is logged, once, that there are no more
+        numbers.
+        """
+        if not self._enabled:
+            return "-1"
+        if key not in self._known and len(self._known) >= MAX_GRAPHS:
+            if not self._refused:
+                self._refused = True
+                logger.warning(
+                    "graph %s: %d CUDA graphs were captured, and ONNX Runtime frees none: other numbers of images or "
+                    "reference tokens run without from now on. Session(pad_keys=True) has fewer of them.",
+                    graph,
+                    MAX_GRAPHS,
+                )
             return "-1"
         return str(self._known.setdefault(key, len(self._known) + 1))
 
@@ -136,7 +150,8 @@ class OrtBinding(Binding):
         warm, self._run_shapes = self._run_shapes == key, key
         if not warm:
             return "-1"
-        return self._graph_ids.of((key, tuple((name, v.data_ptr()) for name, v in sorted(self._bound.items()))))
+        addresses = tuple((name, value.data_ptr()) for name, value in sorted(self._bound.items()))
+        return self._graph_ids.of((key, addresses), self.contract.name)
 
     def _value(self, tensor: Tensor, shape: Shape) -> Any:
         """Return memory of that shape for a tensor; it moves only when the shape changes."""

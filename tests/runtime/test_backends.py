@@ -284,11 +284,15 @@ def test_ort_runs_on_where_a_graph_cannot_be_captured(
         pair.run(1.0)
 
 
-def test_ort_graphs_are_limited_in_number_and_can_be_off() -> None:
+def test_ort_graphs_are_limited_in_number_and_can_be_off(caplog: pytest.LogCaptureFixture) -> None:
     on, off = GraphIds(True), GraphIds(False)
-    assert [on.of((n,)) for n in range(MAX_GRAPHS + 2)] == [*map(str, range(1, MAX_GRAPHS + 1)), "-1", "-1"]
-    assert on.of((0,)) == "1"
-    assert off.of((0,)) == "-1"
+    assert [on.of((n,), "step") for n in range(MAX_GRAPHS)] == [*map(str, range(1, MAX_GRAPHS + 1))]
+    assert not caplog.records
+    assert [on.of((n,), "step") for n in range(MAX_GRAPHS, MAX_GRAPHS + 3)] == ["-1"] * 3
+    (told,) = caplog.records
+    assert "graph step: 8 CUDA graphs were captured, and ONNX Runtime frees none" in told.getMessage()
+    assert on.of((0,), "step") == "1"
+    assert off.of((0,), "step") == "-1"
 
 
 def test_sixteen_bits_that_numpy_lacks_travel_through_ort() -> None:
@@ -427,7 +431,7 @@ def test_without_cuda_graph_where_the_provider_cannot(monkeypatch: pytest.Monkey
     runner = OnnxRuntime("cuda").load(bundle, "step")
     assert [len(o["providers"][0][1]) for o in ort.opened] == [4, 3]
     assert isinstance(runner, DeviceRunner)
-    assert runner._graph_ids.of((1,)) == "-1"
+    assert runner._graph_ids.of((1,), "step") == "-1"
     use(monkeypatch, FakeOrt(CUDA, refuse="device_id"))
     with pytest.raises(BackendError, match=r"onnxruntime-cuda refused step\.onnxruntime\.onnx \(float32\): device_id"):
         OnnxRuntime("cuda").load(bundle, "step")
@@ -514,7 +518,7 @@ def test_providers_that_compile_capture_no_graphs(monkeypatch: pytest.MonkeyPatc
         ort = use(monkeypatch, FakeOrt(provider, refuse="nothing"))
         runner = OnnxRuntime(name, cuda_graphs=True).load(bundle, "step")
         assert isinstance(runner, DeviceRunner)
-        assert runner._graph_ids.of(("any",)) == "-1"
+        assert runner._graph_ids.of(("any",), "step") == "-1"
         assert not any("cuda_graph" in option for option in ort.opened[0]["providers"][0][1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,19 @@ def test_ort_values_make_what_host_arrays_make(bundle: Bundle, expected: Any) ->
         np.testing.assert_array_equal(made.latents, expected.latents)
         np.testing.assert_array_equal(made.regions, expected.regions)
         assert not session.generate(PROMPT, steps=1).regions.any()
+
+
+def test_a_session_that_nobody_holds_any_more_frees_the_device(world: World, bundle: Bundle) -> None:
+    def dropped() -> weakref.ref[Session]:
+        session = open_session(world, bundle, keep="64MiB")
+        session.generate(PROMPT, [MAN], steps=3)
+        assert world.cuda.alive()
+        return weakref.ref(session)
+
+    gone = dropped()
+    gc.collect()
+    assert gone() is None
+    assert world.nothing_left()
 
 
 @pytest.mark.parametrize("ending", ["cancel", "exception", "close"])
