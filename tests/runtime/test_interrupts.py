@@ -202,7 +202,7 @@ def test_a_step_that_was_captured_is_not_run_again(strike: Callable[..., Any], m
             pair.run(2.0)
     assert ids == ["2"], "without the graph"
     assert pair.step._session is real  # type: ignore[attr-defined]
-    assert pair.step._graph_ids.of(("another",)) != "-1", "graphs were switched off"  # type: ignore[attr-defined]
+    assert pair.step._graph_ids.of(("another",), "step") != "-1", "graphs were switched off"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("how", ["file", "image", "provenance", "upload"])
