@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,9 @@ _SAID_UNDER_A_LIMIT = (
     "error return without exception set",  # Python, if there was no memory for the exception
 )
 """Phrases that mean the same, but only under an address-space limit (`ulimit -v`)."""
+
+_COMPILING = re.compile(r"field '\w+' is required for [A-Z]\w+")
+"""What Python's compiler says, as a ValueError, if it had no memory for a part of a program; under a limit as well."""
 
 _M_ARENA_MAX = -8
 """The parameter of glibc's `mallopt` for the largest number of heaps."""
@@ -78,7 +82,8 @@ def _is_memory_message(error: BaseException) -> bool:
     said = str(error).lower()
     if any(words in said for words in _SAID):
         return True
-    return any(words in said for words in _SAID_UNDER_A_LIMIT) and bool(_address_limit())
+    compiling = isinstance(error, ValueError) and _COMPILING.fullmatch(str(error)) is not None
+    return (compiling or any(words in said for words in _SAID_UNDER_A_LIMIT)) and bool(_address_limit())
 
 
 def available_bytes(*, to_another: bool = False) -> int | None:

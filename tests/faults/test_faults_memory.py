@@ -14,6 +14,7 @@ from threads_requests import HAT, MAN, PROMPT
 from magicface_rt import Session
 from magicface_rt.bundle import Bundle
 from magicface_rt.errors import BackendError, BuildError, DeviceMemoryError, HostMemoryError, InputError, PromptError
+from magicface_rt.process import host_memory
 from magicface_rt.process.host_memory import _group_limits, as_host_memory_error, shortage
 from tests.runtime.drawn_backend import Drawn
 
@@ -126,6 +127,25 @@ def test_too_little_memory_for_an_image_is_not_the_images_fault(
             with pytest.raises(HostMemoryError, match="Unable to allocate 64"):
                 session.generate(PROMPT, [MAN], steps=3)
         assert session.prepare(MAN, steps=3).references
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("field 'target' is required for NamedExpr"),
+        RuntimeError("can't start new thread"),
+        SystemError("error return without exception set"),
+    ],
+    ids=["compiler", "thread", "none"],
+)
+def test_what_means_too_little_memory_under_a_limit_alone(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "_address_limit", list)
+    assert shortage(error) is None
+    monkeypatch.setattr(host_memory, "_address_limit", lambda: [("limit of addresses (ulimit -v)", 10**6)])
+    found = shortage(error)
+    assert found is not None
+    assert str(error) in str(found)
+    assert shortage(ValueError("field 'name' is required for the form")) is None
 
 
 @pytest.mark.parametrize("version", [1, 2])
