@@ -347,7 +347,7 @@ def _photographs(_: Path, __: Path) -> Target:
             assert isinstance(photograph, Photograph)
             assert type(photograph.slot) is int
             assert type(photograph.image) is str
-            assert len(photograph.name) <= 100
+            assert len(photograph.name) <= 256
         return found
 
     return _of_json([one, {**one, "slot": 2, "mask": "aGVsbG8="}], use)
