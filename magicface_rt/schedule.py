@@ -43,6 +43,9 @@ Int64Array = npt.NDArray[np.int64]
 _REFERENCE_STREAMS = 2**63  # the upper half of the key's second word; target images use the lower half
 _BETA_SCHEDULES = ("scaled_linear", "linear")
 
+LEAST_BETA = 1e-7
+"""The schedule is computed in float32, in which 1 minus a smaller beta may be 1: a timestep without noise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -66,8 +69,8 @@ class Schedule:
             raise _refusal("steps_offset", offset, f"a whole number from 0 to {count - 1}")
         for name in ("beta_start", "beta_end"):
             beta = getattr(self, name)
-            if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < 1:
-                raise _refusal(name, beta, "a number between 0 and 1")
+            if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not LEAST_BETA <= beta < 1:
+                raise _refusal(name, beta, f"a number from {LEAST_BETA} up, below 1")
         if self.beta_schedule not in _BETA_SCHEDULES:
             raise _refusal("beta_schedule", self.beta_schedule, " or ".join(map(repr, _BETA_SCHEDULES)))
         if not isinstance(self.set_alpha_to_one, bool):

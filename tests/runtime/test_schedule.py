@@ -153,6 +153,7 @@ def test_an_offset_in_the_config_of_a_bundle_is_used_and_a_missing_one_is_the_pi
         ({"num_train_timesteps": 10, "steps_offset": 10}, "steps_offset is 10, expected a whole number from 0 to 9"),
         ({"steps_offset": True}, "steps_offset is True"),
         ({"beta_start": 0}, "beta_start is 0,"),
+        ({"beta_start": 1e-9}, "beta_start is 1e-09, expected a number from 1e-07 up, below 1"),
         ({"beta_end": 1}, "beta_end is 1,"),
         ({"beta_end": True}, "beta_end is True"),
     ],
@@ -229,7 +230,7 @@ def test_the_ends_of_the_ranges_make_schedules() -> None:
     for config in (
         {"num_train_timesteps": 1_000_000},
         {"num_train_timesteps": 10, "steps_offset": 9},
-        {"beta_start": 1e-9, "beta_end": 0.999},
+        {"beta_start": 1e-7, "beta_end": 0.999},
     ):
         assert Schedule.from_config(config) == Schedule(**config)  # type: ignore[arg-type]
 
