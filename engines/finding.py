@@ -11,7 +11,7 @@ from magicface_rt.errors import TargetError
 from .builder import plan_key
 from .flavour import load_flavour
 from .store import EngineStore
-from .targets import Target, load_target, target_for, targets_serving
+from .targets import Target, load_target, targets_for
 
 
 def target_with_plans(
@@ -34,10 +34,8 @@ def target_with_plans(
     if name is not None:
         chosen = load_target(name, flavour)
         return chosen.with_parity_outputs() if parity else chosen
-    first = target_for(flavour, capability)
-    others = [load_target(n) for n in targets_serving(flavour, capability or "") if n != first.name]
     library = load_flavour(flavour)
-    candidates = [t.with_parity_outputs() if parity else t for t in (first, *others)]
+    candidates = [t.with_parity_outputs() if parity else t for t in targets_for(flavour, capability)]
     for target in candidates:
         try:
             if all(store.find(plan_key(bundle, graph, library, target)) for graph in bundle.graphs):

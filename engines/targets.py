@@ -167,6 +167,16 @@ def target_for(flavour: str, capability: str | None) -> Target:
     raise TargetError(f"{flavour} has no target for compute capability {capability}. {advice}")
 
 
+def targets_for(flavour: str, capability: str | None) -> list[Target]:
+    """Return the targets whose plans a GPU can load, beginning with that of `target_for`, which may be the only one.
+
+    Raises:
+        TargetError: there is none.
+    """
+    first = target_for(flavour, capability)
+    return [first, *(load_target(name) for name in targets_serving(flavour, capability or "") if name != first.name)]
+
+
 def targets_serving(flavour: str, capability: str) -> list[str]:
     """The names of a flavour's targets whose plans a GPU can load."""
     return [name for name in targets_of(flavour) if capability in load_target(name).compute_capabilities]

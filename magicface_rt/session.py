@@ -181,7 +181,7 @@ class Session:
         self._admission.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_admission"):  # else it was not opened
+        if hasattr(self, "_worker_contexts"):  # else it was not opened
             self.close()
 
     def request_stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import logging
 import re
 import threading
@@ -30,7 +31,6 @@ _LACKS_MEMORY = re.compile(r"out ?of ?memory|not enough (?:free )?memory|could n
 """What the libraries say where they find too little memory, for which they have no status."""
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": BFLOAT16, "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
-
 
 logger = logging.getLogger("magicface_rt.tensorrt")
 
@@ -179,8 +179,8 @@ class TensorRT(Backend):
         """
         first, *others = targets = self._targets(bundle)
         if others:
-            whole = [target for target in targets if all(self._find(bundle, name, target) for name in bundle.graphs)]
-            for target in (*whole[:1], *targets):
+            whole = (target for target in targets if all(self._find(bundle, name, target) for name in bundle.graphs))
+            for target in (*itertools.islice(whole, 1), *targets):
                 if (found := self._find(bundle, graph, target)) is not None:
                     return found
         only: Plan = self.store.get(self._key(bundle, graph, first), self._command(bundle))
@@ -195,13 +195,10 @@ class TensorRT(Backend):
 
     def _targets(self, bundle: Bundle) -> list[Any]:
         """Return the targets whose plans would do, beginning with the one to build for."""
-        chosen = self._chosen_target()
         if self._target is not None:
-            return [chosen]
-        targets = _engines("targets")
-        names = targets.targets_serving(self.name, self.device.compute_capability)
-        others = [targets.load_target(name) for name in names if name != chosen.name]
-        return [chosen, *(target for target in others if bundle.dtype in target.precisions)]
+            return [self._chosen_target()]
+        first, *others = _engines("targets").targets_for(self.name, self.device.compute_capability)
+        return [first, *(target for target in others if bundle.dtype in target.precisions)]
 
     def _command(self, bundle: Bundle) -> str:
         """Return the command that builds the plans which are looked for."""

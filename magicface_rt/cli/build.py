@@ -95,8 +95,10 @@ def build(
 
 def _check_limit(verb: Command, store: EngineStore) -> None:
     """Say that plans which are needed together, or in use, take more than the store may."""
+    if store.size_limit is None:
+        return
     taken = sum(store.size(entry) for entry in store.entries()) + store.cache_size()
-    if store.size_limit is not None and taken > store.size_limit:
+    if taken > store.size_limit:
         verb.note(
             f"the store has {size(taken)}, more than --limit {size(store.size_limit)}: the plans of this build, and "
             "those in use, are not removed"

@@ -31,6 +31,7 @@ MOST_CONNECTIONS = 1000
 """Connections at once, each of which may hold the beginning of a head."""
 
 MOST_BACKLOG = 100
+"""Connections that may wait to be accepted; what is more is tried again by the client's system."""
 
 HEAD_BYTES = 64 * 2**10
 """The most bytes that a request's line and headers may have together."""

@@ -120,14 +120,14 @@ class Problem:
         }
         if self.field is not None:
             found["field"] = self.field
-        if self.seconds is not None:
-            found["retry_after"] = self.seconds
+        if self._seconds is not None:
+            found["retry_after"] = self._seconds
         if self.errors:
             found["errors"] = [{"field": field, "detail": detail} for field, detail in self.errors]
         return found
 
     @property
-    def seconds(self) -> int | None:
+    def _seconds(self) -> int | None:
         """The whole seconds of Retry-After."""
         return None if self.retry_after is None else max(1, math.ceil(self.retry_after))
 
@@ -140,8 +140,8 @@ class Problem:
     def headers(self) -> dict[str, str]:
         """Content-Type, and the headers that the status calls for."""
         headers = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store"}
-        if self.seconds is not None:
-            headers["Retry-After"] = str(self.seconds)
+        if self._seconds is not None:
+            headers["Retry-After"] = str(self._seconds)
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers

@@ -148,6 +148,17 @@ def test_what_means_too_little_memory_under_a_limit_alone(error: Exception, monk
     assert shortage(ValueError("field 'name' is required for the form")) is None
 
 
+def test_a_process_that_is_started_has_all_addresses_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    limit = 1 << 50
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr(host_memory, "_group_limits", list)
+    assert host_memory.available_bytes(to_another=True) == limit
+    left = host_memory.available_bytes()
+    assert left is not None
+    assert left < limit - (10 << 20), "what this process takes does not count"
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_limits_of_control_groups_are_read(tmp_path: Path, version: int) -> None:
     root, of = tmp_path / "cgroup", tmp_path / "self"

@@ -133,14 +133,18 @@ def bomb(scene: Scene) -> None:
     path.write_bytes(content)
 
 
-def uploaded_bomb(scene: Scene) -> None:
+def serving(scene: Scene) -> None:
     for name in ("fastapi", "httpx"):
         pytest.importorskip(name)
+
+
+def uploaded_bomb(scene: Scene) -> None:
+    serving(scene)
     bomb(scene)
 
 
 def uploaded_scans(scene: Scene) -> None:
-    uploaded_bomb(scene)
+    serving(scene)
     (scene.folder / "scans.jpg").write_bytes(jpeg_of_scans(190))
 
 

@@ -68,7 +68,7 @@ EXAMPLES = {
     "A kept concept of 12 bytes, the first of which claim four terabytes": Example(scenes.claiming_concept, (2,)),
     "A picture of 3.6 billion pixels in 69 bytes": Example(scenes.bomb, (2,)),
     "The same, uploaded to a service (status 422)": Example(scenes.uploaded_bomb, (0,)),
-    "A JPEG of 200 scans, each over all of its pixels, uploaded too": Example(scenes.uploaded_scans, (0,)),
+    "A JPEG of 200 scans, uploaded to a service (status 422)": Example(scenes.uploaded_scans, (0,)),
     "Metadata in which 24 KB name the same 60 KB 2,000 times": Example(scenes.unfolding, (2,)),
     "33 packed texts of a megabyte each, in a PNG of 35 KB": Example(scenes.packed, (2,)),
     "A mask of another size than its image, with a warning": Example(scenes.photographed, (0,)),

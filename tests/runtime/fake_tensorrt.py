@@ -79,6 +79,7 @@ class FakeTensorRT:
         self.alive: set[int] = set()
         """Engines and contexts that were made and not dropped."""
         self.refuse_contexts = False
+        self.takes_caches = True
         self.beside_weights = 0
         """Device memory that must be free as well for an engine to be made."""
         self.capturable = True
@@ -197,7 +198,7 @@ class _Config:
 
     def set_runtime_cache(self, cache: Any) -> bool:
         self.cache = cache
-        return True
+        return self._trt.takes_caches
 
 
 class FakeRuntimeCache:

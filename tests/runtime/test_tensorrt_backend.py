@@ -849,6 +849,15 @@ def compile_and_close(world: World, content: bytes = b"kernels of step") -> None
     runner.close()
 
 
+def test_a_runtime_cache_that_is_refused_is_said(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """The library says so by False alone, and would compile at every start."""
+    Loop(world.backend()).close()
+    assert not caplog.records
+    world.trt.takes_caches = False
+    Loop(world.backend()).close()
+    assert "graph step: tensorrt-rtx keeps nothing of what it compiles" in caplog.text
+
+
 def test_what_was_compiled_is_kept_for_the_next_start(world: World) -> None:
     compile_and_close(world)
     (path,) = files(world)
