@@ -22,7 +22,6 @@ What a library makes of such an exception is told from the library's own failure
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 __all__ = ["reraise_if_interrupt", "was_interrupted"]
@@ -49,27 +48,33 @@ def was_interrupted(error: BaseException) -> bool:
     return any(isinstance(one, KeyboardInterrupt) for one in _causes(error))
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield `error` and the errors behind it: what it was raised from, or what was being handled on its way then.
+# Lists, because closing a generator that is left in the middle needs memory. If there is none, Python reports that, and
+# garbles what the command line says.
+def _causes(error: BaseException) -> list[BaseException]:
+    """`error` and the errors behind it: what it was raised from, or what was being handled on its way then.
 
     Errors that the caller was already handling are left out: they were caught in a frame that `error` has not passed.
     """
     found: BaseException | None = error
+    causes: list[BaseException] = []
     seen: set[int] = set()
     while found is not None and id(found) not in seen:
-        yield found
+        causes.append(found)
         seen.add(id(found))
         before = found.__context__
         caught = None if before is None or before.__traceback__ is None else before.__traceback__.tb_frame
-        passed = any(step.tb_frame is caught for step in _steps(found))
+        passed = caught is not None and caught in [step.tb_frame for step in _steps(found)]
         found = found.__cause__ or (before if passed else None)
+    return causes
 
 
-def _steps(error: BaseException) -> Iterator[TracebackType]:
+def _steps(error: BaseException) -> list[TracebackType]:
+    steps: list[TracebackType] = []
     step = error.__traceback__
     while step is not None:
-        yield step
+        steps.append(step)
         step = step.tb_next
+    return steps
 
 
 def _raised_by_handler(error: BaseException) -> bool:
