@@ -6,11 +6,8 @@ python -m benchmarks.bench BUNDLE [--checkpoint DIR] ...        the same as `mag
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -27,11 +24,11 @@ from .counting import rows_of_theory
 from .judging import SAME_REQUEST, SAME_REQUEST_IN_16_BITS, Verdicts, judge, relative_error
 from .machine import Busy, describe, memory
 from .outcomes import Entrant, left_out, outcome_of, ratios_of
-from .peaks import peaks_of
+from .peaks import Peaks, peaks_of
 from .results import CaseResult, Outcome, Report
 from .resuming import Earlier
 from .settings import Case, Settings
-from .worker import PREPARE, ContenderError, Worker
+from .worker import PREPARE, ContenderError, Worker, call_in_a_process
 from .workload import STAGES, Workload
 
 Say = Callable[[str], object]
@@ -89,17 +86,19 @@ def _peaks(settings: Settings, dtypes: set[str]) -> dict[str, Any]:
     wanted = ["cpu"]
     if settings.torch_device != "cpu" or any(not backend.endswith("cpu") for backend in settings.backends):
         wanted += [f"cuda {dtype}" for dtype in sorted(dtypes)]
-    spawn = multiprocessing.get_context("spawn")
-    # Not multiprocessing's own pool: it waits for ever if its process is killed.
-    with _numpy_limited_to(settings.threads), ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        try:
-            found = {name: pool.submit(peaks_of, name, settings.threads).result() for name in wanted}
-        except BrokenProcessPool as error:
-            raise BackendError(
-                "the process that measures the machine's peaks was ended; was there not enough memory? "
-                f"{address_hint()}".strip()
-            ) from error
+    try:
+        with _numpy_limited_to(settings.threads):
+            found = call_in_a_process(_peaks_by_name, peaks_of, wanted, settings.threads)
+    except EOFError as error:
+        said = "the process that measures the machine's peaks was ended; was there not enough memory?"
+        raise BackendError(f"{said} {address_hint()}".strip()) from error
     return {name: None if peak is None else asdict(peak) for name, peak in found.items() if peak or name == "cpu"}
+
+
+def _peaks_by_name(
+    measure: Callable[[str, int], Peaks | None], names: Sequence[str], threads: int
+) -> dict[str, Peaks | None]:
+    return {name: measure(name, threads) for name in names}
 
 
 @contextlib.contextmanager

@@ -81,6 +81,43 @@ class Worker:
         self.close()
 
 
+def call_in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what `call(*arguments)` returns in a process of its own, or raise what it raises there.
+
+    Not a pool of multiprocessing or concurrent.futures: the former waits for ever if its process is killed, and the
+    semaphores of both are reported as leaked if Ctrl-C comes while they are made.
+
+    Raises:
+        EOFError: the process was ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    near, far = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(far, call, arguments), daemon=True)
+    process.start()
+    far.close()
+    try:
+        good, result = near.recv()
+    finally:
+        process.kill()
+        process.join()
+        near.close()
+    if not good:
+        raise result
+    return result
+
+
+def _answer(pipe: Connection, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        try:
+            answer = (True, call(*arguments))
+        except Exception as error:
+            reraise_if_interrupt(error)
+            answer = (False, error)
+        pipe.send(answer)
+    except (KeyboardInterrupt, BrokenPipeError):  # the parent has been interrupted as well, and reports it
+        pass
+
+
 def _serve(pipe: Connection, task: Task, role: str) -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
