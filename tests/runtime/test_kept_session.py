@@ -593,7 +593,7 @@ def test_resident_memory_stays_under_the_plan(bundle: Bundle, tmp_path: Path, me
         concepts = [KeptConcept.load(tmp_path / f"{concept.word}.concept") for concept in whole]
 
     def peak(session: Session, concepts: Any) -> int:
-        """Of the request alone: the arena that graphs have worked in is given back before."""
+        """While the request runs, the arena that graphs have worked in having been given back before."""
         gc.collect()
         give_back(import_onnxruntime())
         seen, over = [anonymous_memory()], threading.Event()
@@ -609,12 +609,13 @@ def test_resident_memory_stays_under_the_plan(bundle: Bundle, tmp_path: Path, me
         finally:
             over.set()
             watcher.join()
-        return max(seen) - seen[0]
+        return max(seen)
 
     with Session(bundle, backend="onnxruntime-cpu", memory=memory) as session:
         session.generate(PROMPT, whole, steps=1)  # loads every graph
-        plain = peak(session, [])
-        added = peak(session, concepts) - plain
+        # In turns, and the lowest of each: freed blocks of the arena and the heap stay now and then, 8 MB at a time.
+        peaks = [(peak(session, []), peak(session, concepts)) for _ in range(3)]
+        added = min(with_keys for _, with_keys in peaks) - min(without for without, _ in peaks)
         plan = session.plan(concepts, steps)
     assert plan.mode == memory
     assert added <= plan.peak.host
