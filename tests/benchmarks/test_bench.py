@@ -441,6 +441,31 @@ def test_a_process_of_the_peaks_that_is_ended_is_an_error_and_not_waited_for(mon
         bench._peaks(Settings(bundles=("b",), kinds=("bare",), threads=1), set())
 
 
+def test_ctrl_c_finds_no_semaphores_to_leak_as_the_peaks_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would report them after the command line's own last word."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a semaphore is made")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    monkeypatch.setattr(bench, "peaks_of", peaks_at_once)
+    assert bench._peaks(Settings(bundles=("b",), kinds=("bare",), threads=1), set())["cpu"]["where"] == "cpu"
+
+
+def peaks_at_once(name: str, threads: int) -> peaks.Peaks:
+    return peaks.Peaks(1.0, 1.0, name)
+
+
+def test_an_error_in_a_process_of_the_peaks_is_raised_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "peaks_of", peaks_that_fail)
+    with pytest.raises(MemoryError, match="for cpu"):
+        bench._peaks(Settings(bundles=("b",), kinds=("bare",), threads=1), set())
+
+
+def peaks_that_fail(name: str, threads: int) -> None:
+    raise MemoryError(f"for {name}")
+
+
 def test_peaks_are_measured_with_the_threads_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     copying: set[int] = set()
     together, copyto = threading.Barrier(3), np.copyto
