@@ -28,7 +28,7 @@ from .peaks import Peaks, peaks_of
 from .results import CaseResult, Outcome, Report
 from .resuming import Earlier
 from .settings import Case, Settings
-from .worker import PREPARE, ContenderError, Worker, call_in_a_process
+from .worker import PREPARE, ContenderError, ProcessEndedError, Worker, call_in_a_process
 from .workload import STAGES, Workload
 
 Say = Callable[[str], object]
@@ -82,6 +82,7 @@ def _peaks(settings: Settings, dtypes: set[str]) -> dict[str, Any]:
 
     Raises:
         BackendError: that process was killed.
+        HostMemoryError: it had too little memory.
     """
     wanted = ["cpu"]
     if settings.torch_device != "cpu" or any(not backend.endswith("cpu") for backend in settings.backends):
@@ -89,7 +90,7 @@ def _peaks(settings: Settings, dtypes: set[str]) -> dict[str, Any]:
     try:
         with _numpy_limited_to(settings.threads):
             found = call_in_a_process(_peaks_by_name, peaks_of, wanted, settings.threads)
-    except EOFError as error:
+    except ProcessEndedError as error:
         said = "the process that measures the machine's peaks was ended; was there not enough memory?"
         raise BackendError(f"{said} {address_hint()}".strip()) from error
     return {name: None if peak is None else asdict(peak) for name, peak in found.items() if peak or name == "cpu"}

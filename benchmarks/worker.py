@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from time import perf_counter
+from traceback import format_exc
 from typing import Any
 
 from magicface_rt.errors import MagicFaceError
@@ -81,6 +83,10 @@ class Worker:
         self.close()
 
 
+class ProcessEndedError(Exception):
+    """A process ended before it had answered."""
+
+
 def call_in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
     """Return what `call(*arguments)` returns in a process of its own, or raise what it raises there.
 
@@ -88,34 +94,48 @@ def call_in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
     semaphores of both are reported as leaked if Ctrl-C comes while they are made.
 
     Raises:
-        EOFError: the process was ended.
+        ProcessEndedError: the process was ended.
+        Exception: whatever `call` raises; its cause has the traceback from there.
     """
     context = multiprocessing.get_context("spawn")
     near, far = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(far, call, arguments), daemon=True)
-    process.start()
-    far.close()
     try:
-        good, result = near.recv()
+        process.start()
+        far.close()
+        result, error, traceback = near.recv()
+    except (EOFError, OSError) as broken:
+        raise ProcessEndedError from broken
     finally:
-        process.kill()
-        process.join()
+        if process.pid is not None:
+            process.kill()
+            process.join()
         near.close()
-    if not good:
-        raise result
+        far.close()
+    if error is not None:
+        raise error from RuntimeError(traceback)
     return result
 
 
 def _answer(pipe: Connection, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         try:
-            answer = (True, call(*arguments))
+            answer = (call(*arguments), None, "")
         except Exception as error:
             reraise_if_interrupt(error)
-            answer = (False, error)
+            answer = (None, _as_it_can_be_sent(error), format_exc())
         pipe.send(answer)
     except (KeyboardInterrupt, BrokenPipeError):  # the parent has been interrupted as well, and reports it
         pass
+
+
+def _as_it_can_be_sent(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception as reason:
+        reraise_if_interrupt(reason)
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _serve(pipe: Connection, task: Task, role: str) -> None:

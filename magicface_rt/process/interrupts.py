@@ -19,6 +19,9 @@ the first line of contextlib's own `__exit__`, the generator goes on only when t
 What a library makes of such an exception is told from the library's own failures by `reraise_if_interrupt`.
 """
 
+# ruff: noqa: C419 - lists, because closing a generator that is left in the middle needs memory. If there is none, Python
+# reports that in the middle of what the command line says.
+
 from __future__ import annotations
 
 import inspect
@@ -45,11 +48,9 @@ def reraise_if_interrupt(error: BaseException) -> None:
 
 def was_interrupted(error: BaseException) -> bool:
     """Whether an error is Ctrl-C, or what a library made of it: C modules report it as a failed import."""
-    return any(isinstance(one, KeyboardInterrupt) for one in _causes(error))
+    return any([isinstance(one, KeyboardInterrupt) for one in _causes(error)])
 
 
-# Lists, because closing a generator that is left in the middle needs memory. If there is none, Python reports that, and
-# garbles what the command line says.
 def _causes(error: BaseException) -> list[BaseException]:
     """`error` and the errors behind it: what it was raised from, or what was being handled on its way then.
 
@@ -78,11 +79,11 @@ def _steps(error: BaseException) -> list[TracebackType]:
 
 
 def _raised_by_handler(error: BaseException) -> bool:
-    return any(step.tb_next and _received_frame(step.tb_next.tb_frame, step.tb_frame) for step in _steps(error))
+    return any([step.tb_next and _received_frame(step.tb_next.tb_frame, step.tb_frame) for step in _steps(error)])
 
 
 def _received_frame(called: FrameType, interrupted: FrameType) -> bool:
     given = inspect.getargvalues(called)
     named = [given.locals.get(name) for name in given.args]
     rest = given.locals.get(given.varargs, ()) if given.varargs else ()
-    return any(one is interrupted for one in (*named, *(rest if isinstance(rest, tuple) else ())))
+    return any([one is interrupted for one in (*named, *(rest if isinstance(rest, tuple) else ()))])

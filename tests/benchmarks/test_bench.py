@@ -458,12 +458,23 @@ def peaks_at_once(name: str, threads: int) -> peaks.Peaks:
 
 def test_an_error_in_a_process_of_the_peaks_is_raised_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "peaks_of", peaks_that_fail)
-    with pytest.raises(MemoryError, match="for cpu"):
+    with pytest.raises(MemoryError, match="for cpu") as raised:
         bench._peaks(Settings(bundles=("b",), kinds=("bare",), threads=1), set())
+    assert "peaks_that_fail" in str(raised.value.__cause__), "where it was raised"
 
 
 def peaks_that_fail(name: str, threads: int) -> None:
     raise MemoryError(f"for {name}")
+
+
+def test_an_error_that_cannot_be_sent_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "peaks_of", peaks_that_fail_with_a_lock)
+    with pytest.raises(RuntimeError, match=r"OSError: .*lock"):
+        bench._peaks(Settings(bundles=("b",), kinds=("bare",), threads=1), set())
+
+
+def peaks_that_fail_with_a_lock(name: str, threads: int) -> None:
+    raise OSError(threading.Lock())
 
 
 def test_peaks_are_measured_with_the_threads_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

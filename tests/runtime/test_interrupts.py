@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -276,3 +278,43 @@ def test_a_form_for_cuda_that_is_opened(
     monkeypatch.setattr("magicface_rt.export.fusion.defined.import_onnxruntime", lambda: ort)
     with struck():
         DefinedCuda().load(Bundle.open(tiny_bundle, check_hashes=False), "text_encoder")
+
+
+SHORT_OF_MEMORY = """
+import sys
+from _testcapi import remove_mem_hooks, set_nomemory
+from magicface_rt.process.interrupts import reraise_if_interrupt, was_interrupted
+
+
+def import_error(behind):
+    try:
+        try:
+            raise behind
+        except BaseException:
+            raise ImportError("initialization failed")
+    except ImportError as error:
+        return error
+
+
+reported = []
+sys.unraisablehook = lambda lost: reported.append(repr(lost.object))
+for behind in (ValueError(), KeyboardInterrupt()):
+    for look in (was_interrupted, reraise_if_interrupt):
+        for allocations in (1, 3):
+            for first in range(200):
+                error = import_error(behind)
+                set_nomemory(first, first + allocations)
+                try:
+                    look(error)
+                except (MemoryError, KeyboardInterrupt):
+                    pass
+                finally:
+                    remove_mem_hooks()
+print(reported)
+"""
+
+
+def test_a_search_for_an_interrupt_that_runs_out_of_memory_leaves_nothing_that_python_reports() -> None:
+    """It would stand in the middle of what the command line says."""
+    pytest.importorskip("_testcapi")
+    assert subprocess.check_output([sys.executable, "-c", SHORT_OF_MEMORY], text=True) == "[]\n"

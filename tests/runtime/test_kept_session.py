@@ -579,7 +579,11 @@ def test_storage_that_changes_a_picture_is_said_of_it(bundle: Bundle, memory: st
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory as Linux tells it")
 @pytest.mark.parametrize("memory", ["keep", "stream", "recompute"])
 def test_resident_memory_stays_under_the_plan(bundle: Bundle, tmp_path: Path, memory: str) -> None:
-    """With the real runtime: what concepts add to the process, beyond what the same request takes without them."""
+    """With the real runtime: what concepts add to the process, beyond what the same request takes without them.
+
+    A peak of one run among several does not show here; allocations are counted, run by run, where
+    `test_no_request_takes_more_than_its_plan` is.
+    """
     steps = 50
     whole = [
         Concept(word, Reference(picture(seed), mask=np.ones((64, 64), bool), prompt=f"a {word}"))
