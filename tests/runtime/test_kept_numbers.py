@@ -264,6 +264,15 @@ def keeper(*, free: int | None = None, **settings: Any) -> Keeper:
     return Keeper(BUNDLE, backend, KeepSettings(**settings))
 
 
+@pytest.mark.parametrize(
+    ("free", "budget", "known"), [(None, None, True), (None, 100, True), (2**30, None, False), (2**30, 100, True)]
+)
+def test_only_on_a_device_without_a_budget_a_plan_waits_for_the_graphs(
+    free: int | None, budget: int | None, known: bool
+) -> None:
+    assert keeper(free=free, budget=budget).plans_without_graphs is known
+
+
 def test_settings_are_read_and_checked() -> None:
     assert KeepSettings() == KeepSettings(0, "auto", None, "exact", False)
     assert KeepSettings.of(None, "auto", None, "exact", False) == KeepSettings()
