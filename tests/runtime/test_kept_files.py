@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from magicface_rt.files import atomic_files
 from magicface_rt.files.stamps import Stamp
 from magicface_rt.images import load_reference
 from magicface_rt.kept import KeptReference, Origin
-from magicface_rt.kept.files import METADATA, check_writable
+from magicface_rt.kept.files import MAX_REFERENCES, METADATA, check_writable, difference
 from magicface_rt.kept.origin import content_key
 from magicface_rt.kept.reference import EightBit, empty_tensors
 from magicface_rt.schedule import Schedule
@@ -868,3 +869,80 @@ def test_eight_bits_are_off_by_half_a_level_of_their_channel(seed: int, tokens: 
 def test_eight_bits_take_half_of_sixteen() -> None:
     exact, small = made("float16", tokens=(400, 300)), made("float16", "8-bit", tokens=(400, 300))
     assert small.nbytes < 0.55 * exact.nbytes
+
+
+def wanted(found: KeptConcept, **changes: Any) -> dict[str, Any]:
+    """The arguments of `difference` that a file agrees with, except for the changes."""
+    concept = {name: getattr(found, name) for name in ("word", "name", "weight", "token_index")}
+    concept["references"] = [SimpleNamespace(prompt=one.prompt) for one in found.references]
+    more: dict[str, Any] = {
+        "origin": found.origin,
+        "keys": [one.key for one in found.references],
+        "storage": "exact",
+        "note": found.note,
+        "with_image": False,
+    }
+    concept.update({name: value for name, value in changes.items() if name in concept})
+    more.update({name: value for name, value in changes.items() if name in more})
+    assert set(changes) <= {*concept, *more}
+    return {"concept": SimpleNamespace(**concept), **more}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"origin": replace(origin(), bundle_hash="c" * 64)}, "its bundle is 'bbbb.*, expected 'cccc.*"),
+        ({"origin": replace(origin(), timesteps=(5,))}, f"its number of steps is {STEPS}, expected 1"),
+        ({"origin": replace(origin(), reference_seed=6)}, "its reference_seed is 5, expected 6"),
+        (
+            {"origin": replace(origin(), scheduler={"x": 1})},
+            "its schedule is an object of .*, expected an object of .*",
+        ),
+        ({"word": "hat"}, "its word is 'red hat', expected 'hat'"),
+        ({"name": "hat"}, "its name is 'cap', expected 'hat'"),
+        ({"weight": 1.0}, r"its weight is 2\.5, expected 1\.0"),
+        ({"token_index": [3]}, "its token_index is .*, expected .*"),
+        ({"note": "asked"}, "its note is None, expected 'asked'"),
+        ({"references": []}, "its number of references is 2, expected 0"),
+        ({"storage": "8-bit"}, "its storage is 'exact', expected '8-bit'"),
+        (
+            {"references": [SimpleNamespace(prompt="view 0"), SimpleNamespace(prompt="a cap")]},
+            "the prompt of its reference 2 is 'view 1', expected 'a cap'",
+        ),
+        ({"keys": ["another", "key 1"]}, "its reference 1 was made from another image or mask"),
+        ({"with_image": True}, "it holds no images, and they are to be stored"),
+    ],
+)
+def test_in_what_a_file_differs_from_the_one_that_would_be_written(changes: dict[str, Any], said: str) -> None:
+    found = made()
+    assert re.fullmatch(said, difference(found, **wanted(found, **changes)))
+
+
+def test_images_in_a_file_are_those_that_would_be_written() -> None:
+    few, mask = made(), np.ones((8, 8), bool)
+    nine, eight = (Reference(np.full((8, 8, 3), grey, np.uint8), mask=mask, prompt="view 0") for grey in (9, 8))
+    loaded = load_reference(nine, name="hat")
+    pictures = {"image_0": np.asarray(loaded.image), "mask_0": loaded.mask_grid}
+
+    def said(held: dict[str, Any], reference: Reference, *, with_image: bool) -> str:
+        found = KeptConcept("hat", [few.references[0]], few.origin, pictures=held)
+        return difference(found, **wanted(found, references=[reference], with_image=with_image))
+
+    assert said(pictures, nine, with_image=True) == ""
+    assert said(pictures, nine, with_image=False) == "it holds its images, and none are to be stored"
+    assert said(pictures, eight, with_image=True) == "the images in it are others"
+    assert said({"image_0": pictures["image_0"]}, nine, with_image=True) == "the images in it are others"
+
+
+def test_a_file_of_more_references_than_any_bundle_takes_is_refused(path: Path) -> None:
+    assert MAX_REFERENCES == 64
+    few = made()
+    for count in (64, 65):
+        many = KeptConcept("hat", [few.references[0]] * count, few.origin)
+        many.save(path, overwrite=True)
+        if count == 64:
+            assert len(KeptConcept.load(path).references) == 64
+        else:
+            with pytest.raises(KeptConceptError, match="there are 65 references, expected at most 64"):
+                KeptConcept.load(path)
