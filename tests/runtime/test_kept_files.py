@@ -722,19 +722,20 @@ def test_a_file_that_cannot_be_read_is_told(path: Path, monkeypatch: pytest.Monk
         KeptConcept.load(path)
 
 
+@pytest.mark.parametrize("step", range(STEPS))
 @pytest.mark.parametrize("at_once", [1, 1 << 24], ids=["a step at a time", "all steps together"])
 def test_keys_that_are_no_numbers_are_found_by_the_full_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, step: int
 ) -> None:
     monkeypatch.setattr("magicface_rt.kept.files._AT_ONCE", at_once)
     kept = made()
     array = kept.references[1].tensors["v_ref_13"].arrays[""]
     array.setflags(write=True)
-    array[2, 1, 3] = np.nan
+    array[step, 1, 3] = np.nan
     path = kept.save(tmp_path / "cap.concept")
     with pytest.raises(KeptConceptError, match=r"1\.v_ref_13 holds 1 values that are NaN or infinite"):
         KeptConcept.load(path)
-    assert np.isnan(KeptConcept.load(path, check_hashes=False).references[1].tensors["v_ref_13"].step(2)[1, 3])
+    assert np.isnan(KeptConcept.load(path, check_hashes=False).references[1].tensors["v_ref_13"].step(step)[1, 3])
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
