@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import pickle
 import signal
 import warnings
 from collections.abc import Callable
@@ -120,22 +119,21 @@ def call_in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
 def _answer(pipe: Connection, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         try:
-            answer = (call(*arguments), None, "")
+            pipe.send((call(*arguments), None, ""))
         except Exception as error:
             reraise_if_interrupt(error)
-            answer = (None, _as_it_can_be_sent(error), format_exc())
-        pipe.send(answer)
+            _send_error(pipe, error)
     except (KeyboardInterrupt, BrokenPipeError):  # the parent has been interrupted as well, and reports it
         pass
 
 
-def _as_it_can_be_sent(error: Exception) -> Exception:
+def _send_error(pipe: Connection, error: Exception) -> None:
+    traceback = format_exc()
     try:
-        pickle.loads(pickle.dumps(error))
+        pipe.send((None, error, traceback))
     except Exception as reason:
         reraise_if_interrupt(reason)
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        pipe.send((None, RuntimeError(f"{type(error).__name__}: {error}"), traceback))
 
 
 def _serve(pipe: Connection, task: Task, role: str) -> None:
