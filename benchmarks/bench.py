@@ -24,7 +24,7 @@ from .counting import rows_of_theory
 from .judging import SAME_REQUEST, SAME_REQUEST_IN_16_BITS, Verdicts, judge, relative_error
 from .machine import Busy, describe, memory
 from .outcomes import Entrant, left_out, outcome_of, ratios_of
-from .peaks import Peaks, peaks_of
+from .peaks import peaks_of
 from .results import CaseResult, Outcome, Report
 from .resuming import Earlier
 from .settings import Case, Settings
@@ -78,10 +78,10 @@ def run(
 def _peaks(settings: Settings, dtypes: set[str]) -> dict[str, Any]:
     """Measure the peaks of the processor, and of the GPU in the precisions used; None if they cannot be measured.
 
-    This happens in a process of its own, so none of the memory that it takes stays in use.
+    Each in a process of its own, so none of the memory that it takes stays in use.
 
     Raises:
-        BackendError: that process was killed.
+        BackendError: such a process was killed.
         HostMemoryError: it had too little memory.
     """
     wanted = ["cpu"]
@@ -89,17 +89,11 @@ def _peaks(settings: Settings, dtypes: set[str]) -> dict[str, Any]:
         wanted += [f"cuda {dtype}" for dtype in sorted(dtypes)]
     try:
         with _numpy_limited_to(settings.threads):
-            found = call_in_a_process(_peaks_by_name, peaks_of, wanted, settings.threads)
+            found = {name: call_in_a_process(peaks_of, name, settings.threads) for name in wanted}
     except ProcessEndedError as error:
         said = "the process that measures the machine's peaks was ended; was there not enough memory?"
         raise BackendError(f"{said} {address_hint()}".strip()) from error
     return {name: None if peak is None else asdict(peak) for name, peak in found.items() if peak or name == "cpu"}
-
-
-def _peaks_by_name(
-    measure: Callable[[str, int], Peaks | None], names: Sequence[str], threads: int
-) -> dict[str, Peaks | None]:
-    return {name: measure(name, threads) for name in names}
 
 
 @contextlib.contextmanager

@@ -102,9 +102,10 @@ def call_in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         process.start()
         far.close()
-        result, error, traceback = near.recv()
-    except (EOFError, OSError) as broken:
-        raise ProcessEndedError from broken
+        try:
+            result, error, traceback = near.recv()
+        except (EOFError, OSError) as broken:
+            raise ProcessEndedError from broken
     finally:
         if process.pid is not None:
             process.kill()
